@@ -1,0 +1,108 @@
+"""Interleaved timing, the machine header and the CSV writer of the benchmarks."""
+
+import csv
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+
+import torch
+
+RESULTS = Path(__file__).parent / "results"
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds per call."""
+
+    median: float
+    p20: float
+    p80: float
+
+
+def _time_once(function: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize(device)
+        return start.elapsed_time(end)
+    start = time.perf_counter()
+    function()
+    return (time.perf_counter() - start) * 1e3
+
+
+def time_interleaved(
+    functions: dict[str, Callable[[], object]],
+    device: torch.device,
+    seconds: float = 2.0,
+    least_rounds: int = 5,
+) -> dict[str, Timing]:
+    """Times the functions in turn, A B C A B C ..., after one warm-up round.
+
+    Interleaving makes the ratios hold when the speed of a shared machine drifts.
+    """
+    once = {name: _time_once(function, device) for name, function in functions.items()}
+    once = {name: _time_once(function, device) for name, function in functions.items()}
+    rounds = max(least_rounds, min(200, int(seconds * 1e3 / sum(once.values()))))
+    samples: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, function in functions.items():
+            samples[name].append(_time_once(function, device))
+    return {name: _summary(times) for name, times in samples.items()}
+
+
+def _summary(times: list[float]) -> Timing:
+    deciles = statistics.quantiles(times, n=10, method="inclusive")
+    return Timing(statistics.median(times), deciles[1], deciles[7])
+
+
+def _processor_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    fields = dict(line.split(":", 1) for line in lines if ":" in line)
+    fields = {key.strip(): value.strip() for key, value in fields.items()}
+    family = f"family {fields['cpu family']} model {fields['model']}" if "model" in fields else ""
+    return f"{fields.get('model name', platform.machine())} {family}".strip()
+
+
+def _commit() -> str:
+    command = ["git", "describe", "--always", "--dirty"]
+    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    return done.stdout.strip() or "unknown"
+
+
+def machine_columns(device: torch.device) -> dict[str, str]:
+    """What a figure depends on: device, threads, versions, commit, date."""
+    from ptv2_fast import backends
+
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+    else:
+        name = f"{_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    served = next(text for key, text in backends().items() if key.startswith(device.type))
+    return {
+        "machine": name,
+        "backend": served,
+        "torch": torch.__version__,
+        "commit": _commit(),
+        "date": date.today().isoformat(),
+    }
+
+
+def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    with temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(temporary, path)

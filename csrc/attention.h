@@ -1,0 +1,26 @@
+// The operators on tensors: checks, allocation and tasks around the kernels of the chosen level.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <tuple>
+
+namespace ptv2 {
+
+using torch::stable::Tensor;
+
+// See ptv2_fast/ops/registration.py for the schemas and ops/reference.py for the definition.
+std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor query, Tensor key, Tensor value,
+                                                    Tensor prefix_key, Tensor prefix_value,
+                                                    std::optional<Tensor> key_mask,
+                                                    std::optional<Tensor> seed, double scale,
+                                                    double dropout_p, double prefix_dropout_p);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key,
+    Tensor prefix_value, Tensor out, Tensor lse, std::optional<Tensor> key_mask,
+    std::optional<Tensor> seed, double scale, double dropout_p, double prefix_dropout_p,
+    bool needs_query, bool needs_key_value, bool needs_prefix);
+
+}  // namespace ptv2

@@ -1,0 +1,411 @@
+// Backward: a task walks the sequences of one (batch chunk, head) in order, so that the sum of the
+// prefix gradient over the batch has a fixed order whatever the number of threads.
+#pragma once
+
+#include <cstddef>
+
+#include "columns.h"
+
+namespace ptv2::PTV2_LEVEL {
+
+constexpr int64_t kMaxHeadDim = 256;
+constexpr int64_t kBackwardRows = 64;  // query rows of a tile; even
+
+PTV2_INLINE int64_t backward_columns(int64_t head_dim) {
+  return larger(64, smaller(192, 12288 / head_dim / 64 * 64));
+}
+
+struct GradientRow {
+  float pivot;  // lse; +inf for a row without a visible column
+  float delta;  // sum of out * grad_out
+};
+
+struct Gradients {
+  Floats dropped_probability, score_gradient;
+};
+
+// One vector of a row: probability P recomputed from lse, dS = P * (dropout(dP) - delta).
+PTV2_INLINE Gradients gradients_at(const float* scores, const float* probability_gradients,
+                                   const int32_t* visible, const int16_t* keep,
+                                   const GradientRow& row) {
+  Floats probability = exp(load<Floats>(scores) - row.pivot);
+  probability = (Floats)((Ints)probability & load<Ints>(visible));
+  Floats gradient = load<Floats>(probability_gradients);
+  Floats dropped = probability;
+  if (keep != nullptr) {
+    const Ints kept = load_keep(keep);
+    gradient = (Floats)((Ints)gradient & kept);
+    dropped = (Floats)((Ints)probability & kept);
+  }
+  return {dropped, probability * (gradient - row.delta)};
+}
+
+template <class Element>
+float dot(const Element* a, const Element* b, int64_t count) {
+  Floats sums{};
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) sums += load_floats(a + i) * load_floats(b + i);
+  float sum = sum_of(sums);
+  for (; i < count; ++i) sum += to_float(a[i]) * to_float(b[i]);
+  return sum;
+}
+
+PTV2_INLINE void clear_rows(float* rows, int64_t count) {
+  __builtin_memset(rows, 0, count * sizeof(float));
+}
+
+template <class Operand, class Element>
+class Backward {
+ public:
+  static int64_t bytes(const BackwardProblem& problem) {
+    return Backward(problem, nullptr).arena_.used();
+  }
+
+  static void run(const BackwardProblem& problem, int64_t task, char* scratch) {
+    Backward(problem, scratch).run_task(task);
+  }
+
+  static int64_t partial_bytes(const BackwardProblem& problem) {
+    const Geometry<Operand> geometry(problem.head_dim);
+    const int64_t rows = problem.batch_chunks * problem.heads * 2 * problem.prefix;
+    return problem.needs_prefix ? rows * geometry.right_words * sizeof(float) : 0;
+  }
+
+  // The chunks' sums of one head, added in the order of the chunks.
+  static void reduce(const BackwardProblem& problem, int64_t head, void* grad_key,
+                     void* grad_value) {
+    const int64_t width = Geometry<Operand>(problem.head_dim).right_words;
+    const int64_t head_rows = 2 * problem.prefix;
+    for (int64_t row = 0; row < head_rows; ++row) {
+      float sums[kMaxHeadDim + kLanes] = {};
+      for (int64_t chunk = 0; chunk < problem.batch_chunks; ++chunk) {
+        const float* part =
+            problem.partial + ((chunk * problem.heads + head) * head_rows + row) * width;
+        for (int64_t i = 0; i < problem.head_dim; ++i) sums[i] += part[i];
+      }
+      const bool is_key = row < problem.prefix;
+      auto* destination = static_cast<Element*>(is_key ? grad_key : grad_value);
+      const int64_t prefix_row = head * problem.prefix + (is_key ? row : row - problem.prefix);
+      store_row(destination + prefix_row * problem.head_dim, sums, problem.head_dim, 1.0f);
+    }
+  }
+
+ private:
+  static constexpr bool kPairs = Operand::depth == 2;
+
+  Backward(const BackwardProblem& problem, char* scratch)
+      : problem_(problem),
+        geometry_(problem.head_dim),
+        width_(geometry_.right_words),
+        columns_(backward_columns(problem.head_dim)),
+        tile_stride_(odd_lines(columns_ + 2 * kLanes)),
+        arena_(scratch) {
+    probabilities_ = arena_.take<float>(kBackwardRows * tile_stride_);
+    score_gradients_ = arena_.take<float>(kBackwardRows * tile_stride_);
+    score_gradient_pairs_ = arena_.take<Bfloat16>(kPairs ? kBackwardRows * tile_stride_ : 0);
+    query_ = RowOperands::take(arena_, geometry_);
+    grad_out_ = RowOperands::take(arena_, geometry_);
+    rows_ = arena_.take<GradientRow>(problem.queries);
+    grad_query_ = arena_.take<float>(problem.needs_query ? problem.queries * width_ : 0);
+    const int64_t token_columns = smaller(columns_, problem.tokens);
+    grad_key_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
+    grad_value_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
+    const bool drops_prefix = problem.needs_prefix && problem.prefix_dropout.drops;
+    prefix_sums_ = arena_.take<float>(drops_prefix ? 2 * problem.prefix * width_ : 0);
+    visible_ = arena_.take<int32_t>(tile_stride_);
+    keep_ = arena_.take<int16_t>(2 * (tile_stride_ + 2 * kColumnsPerStep) + problem.head_dim);
+    tokens_ = PackedColumns<Operand>::take(arena_, geometry_, token_columns, true);
+    prefix_ = PrefixSource<Operand, Element>::take(arena_, geometry_, problem, true);
+  }
+
+  void run_task(int64_t task) {
+    const int64_t chunk = task % problem_.batch_chunks;
+    head_ = task / problem_.batch_chunks;
+    const int64_t prefix_floats = problem_.prefix * width_;
+    if (problem_.needs_prefix) {
+      float* partial = problem_.partial + (chunk * problem_.heads + head_) * 2 * prefix_floats;
+      clear_rows(partial, 2 * prefix_floats);
+      partial_key_ = partial;
+      partial_value_ = partial + prefix_floats;
+    }
+    const int64_t end = problem_.batch * (chunk + 1) / problem_.batch_chunks;
+    for (sequence_ = problem_.batch * chunk / problem_.batch_chunks; sequence_ < end;
+         ++sequence_) {
+      run_sequence();
+    }
+  }
+
+  void run_sequence() {
+    const bool drops_prefix = problem_.needs_prefix && problem_.prefix_dropout.drops;
+    const int64_t prefix_floats = problem_.prefix * width_;
+    prefix_key_sums_ = drops_prefix ? prefix_sums_ : partial_key_;
+    prefix_value_sums_ = drops_prefix ? prefix_sums_ + prefix_floats : partial_value_;
+    if (drops_prefix) clear_rows(prefix_sums_, 2 * prefix_floats);
+
+    const bool uses_prefix = problem_.needs_query || problem_.needs_prefix;
+    const bool uses_tokens = problem_.needs_query || problem_.needs_key_value;
+    if (uses_prefix) prefix_.prepare(geometry_, problem_, sequence_, head_, keep_, true);
+    const TokenRange range =
+        uses_tokens ? visible_tokens(problem_, sequence_) : TokenRange{0, 0};
+    if (problem_.needs_key_value) {
+      write_zeros(0, range.begin);
+      write_zeros(range.end, problem_.tokens);
+    }
+    prepare_rows();
+    BlockWalk walk(uses_prefix ? problem_.prefix : 0, range, columns_);
+    is_first_block_ = true;
+    for (Block block; walk.next(block); is_first_block_ = false) add_block(block);
+    if (problem_.needs_query) {
+      if (is_first_block_) clear_rows(grad_query_, problem_.queries * width_);
+      write(problem_.grad_query, 0, problem_.queries, grad_query_);
+    }
+    if (drops_prefix) add_dropped_prefix();
+  }
+
+  void prepare_rows() {
+    const int64_t queries = problem_.queries;
+    const auto out = rows_of<Element>(problem_.out, sequence_, head_, 0, queries);
+    const auto grad_out = rows_of<Element>(problem_.grad_out, sequence_, head_, 0, queries);
+    const float* lse = problem_.lse + (sequence_ * problem_.heads + head_) * queries;
+    for (int64_t row = 0; row < queries; ++row) {
+      rows_[row].pivot = lse[row] == -kInfinity ? kInfinity : lse[row];
+      rows_[row].delta = dot(out.row(row), grad_out.row(row), problem_.head_dim);
+    }
+  }
+
+  void add_block(const Block& block) {
+    fill_visible(visible_, problem_, sequence_, block);
+    if (block.token_count > 0) {
+      tokens_.pack(geometry_,
+                   rows_of<Element>(problem_.key, sequence_, head_, block.token_first,
+                                    block.token_count),
+                   rows_of<Element>(problem_.value, sequence_, head_, block.token_first,
+                                    block.token_count),
+                   true);
+    }
+    if (problem_.needs_key_value && problem_.queries == 0) {
+      clear_rows(grad_key_, block.token_count * width_);
+      clear_rows(grad_value_, block.token_count * width_);
+    }
+    for (int64_t first = 0; first < problem_.queries; first += kBackwardRows) {
+      add_tile(block, first, smaller(kBackwardRows, problem_.queries - first));
+    }
+    if (problem_.needs_key_value) {
+      write(problem_.grad_key, block.token_first, block.token_count, grad_key_);
+      write(problem_.grad_value, block.token_first, block.token_count, grad_value_);
+    }
+  }
+
+  void add_tile(const Block& block, int64_t first, int64_t rows) {
+    query_.pack(geometry_, rows_of<Element>(problem_.query, sequence_, head_, first, rows));
+    grad_out_.pack(geometry_, rows_of<Element>(problem_.grad_out, sequence_, head_, first, rows));
+    const PackedColumns<Operand> prefix = prefix_.packed.from(geometry_, block.prefix_first);
+    const float prefix_factor = problem_.prefix_dropout.factor;
+    const bool first_tile = first == 0;
+    if (block.prefix_count > 0) {
+      compute_scores(prefix, 0, block.prefix_count, rows, prefix_factor);
+    }
+    if (block.token_count > 0) {
+      compute_scores(tokens_, block.token_offset(), block.token_count, rows, 1.0f);
+    }
+    differentiate_tile(block, first, rows);
+    bool accumulate = !is_first_block_;
+    if (block.prefix_count > 0) {
+      const int64_t sums = block.prefix_first * width_;
+      if (problem_.needs_prefix) {
+        add_columns(0, block.prefix_count, rows, prefix_key_sums_ + sums,
+                    prefix_value_sums_ + sums, true);
+      }
+      if (problem_.needs_query) {
+        add_query(prefix, 0, block.prefix_count, first, rows, prefix_factor, accumulate);
+      }
+      accumulate = true;
+    }
+    if (block.token_count > 0) {
+      const int64_t offset = block.token_offset();
+      if (problem_.needs_key_value) {
+        add_columns(offset, block.token_count, rows, grad_key_, grad_value_, !first_tile);
+      }
+      if (problem_.needs_query) {
+        add_query(tokens_, offset, block.token_count, first, rows, 1.0f, accumulate);
+      }
+    }
+  }
+
+  // Scores, and the gradient of the (kept) probabilities.
+  void compute_scores(const PackedColumns<Operand>& columns, int64_t offset, int64_t count,
+                      int64_t rows, float factor) {
+    multiply<Operand>(rows, count, geometry_.steps, query_.as_left(geometry_),
+                      geometry_.transposed(columns.keys_transposed),
+                      {probabilities_ + offset, tile_stride_, problem_.scale * factor,
+                       false});
+    multiply<Operand>(rows, count, geometry_.steps, grad_out_.as_left(geometry_),
+                      geometry_.transposed(columns.values_transposed),
+                      {score_gradients_ + offset, tile_stride_,
+                       problem_.attention_dropout.factor * factor, false});
+  }
+
+  // Turns scores and probability gradients into dropped probabilities and score gradients.
+  void differentiate_tile(const Block& block, int64_t first, int64_t rows) {
+    const bool drops = problem_.attention_dropout.drops;
+    const auto sequence_head = static_cast<uint32_t>(sequence_ * problem_.heads + head_);
+    const int64_t keep_stride = tile_stride_ + 2 * kColumnsPerStep;
+    for (int64_t row = 0; row < rows; row += Operand::depth) {
+      for (int64_t i = 0; drops && i < Operand::depth; ++i) {
+        fill_block_keep(keep_ + i * keep_stride, problem_, block,
+                        static_cast<uint32_t>(first + row + i), sequence_head);
+      }
+      const int16_t* keep = drops ? keep_ : nullptr;
+      if constexpr (kPairs) {
+        differentiate_pair(row, row + 1 < rows, block.width(), rows_ + first + row, keep,
+                           drops ? keep_ + keep_stride : nullptr);
+      } else {
+        differentiate_row(row, block.width(), rows_[first + row], keep);
+      }
+    }
+  }
+
+  void differentiate_row(int64_t row, int64_t width, const GradientRow& state,
+                         const int16_t* keep) {
+    float* scores = probabilities_ + row * tile_stride_;
+    float* gradients = score_gradients_ + row * tile_stride_;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Gradients result = gradients_at(scores + i, gradients + i, visible_ + i,
+                                            keep == nullptr ? nullptr : keep + i, state);
+      store(scores + i, result.dropped_probability);
+      store(gradients + i, result.score_gradient);
+    }
+  }
+
+  // Two rows at once: sums over rows want a word of both, sums over columns want each row's pairs.
+  void differentiate_pair(int64_t row, bool has_second, int64_t width, const GradientRow* state,
+                          const int16_t* keep, const int16_t* second_keep) {
+    float* scores = probabilities_ + row * tile_stride_;
+    float* gradients = score_gradients_ + row * tile_stride_;
+    Bfloat16* pairs = score_gradient_pairs_ + row * tile_stride_;
+    for (int64_t i = 0; i < width; i += kLanes) {
+      const Gradients result = gradients_at(scores + i, gradients + i, visible_ + i,
+                                            keep == nullptr ? nullptr : keep + i, state[0]);
+      Words probability = round_to_bfloat16(result.dropped_probability);
+      Words gradient = round_to_bfloat16(result.score_gradient);
+      store_floats(pairs + i, result.score_gradient);
+      if (has_second) {
+        const Gradients second = gradients_at(
+            scores + tile_stride_ + i, gradients + tile_stride_ + i, visible_ + i,
+            second_keep == nullptr ? nullptr : second_keep + i, state[1]);
+        probability |= round_to_bfloat16(second.dropped_probability) << 16;
+        gradient |= round_to_bfloat16(second.score_gradient) << 16;
+        store_floats(pairs + tile_stride_ + i, second.score_gradient);
+      }
+      store(scores + i, probability);
+      store(gradients + i, gradient);
+    }
+  }
+
+  // grad_key += scale * dS^T query, grad_value += P^T grad_out for columns that lie at offset.
+  void add_columns(int64_t offset, int64_t count, int64_t rows, float* grad_key,
+                   float* grad_value, bool accumulate) {
+    const int64_t steps = geometry_.row_steps(rows);
+    const int64_t step_stride = Operand::depth * tile_stride_;
+    multiply<Operand>(count, problem_.head_dim, steps, {probabilities_ + offset, 1, step_stride},
+                      geometry_.right(grad_out_.right),
+                      {grad_value, width_, problem_.attention_dropout.factor, accumulate});
+    multiply<Operand>(count, problem_.head_dim, steps, {score_gradients_ + offset, 1, step_stride},
+                      geometry_.right(query_.right),
+                      {grad_key, width_, problem_.scale, accumulate});
+  }
+
+  // grad_query += scale * dS key.
+  void add_query(const PackedColumns<Operand>& columns, int64_t offset, int64_t count,
+                 int64_t first, int64_t rows, float factor, bool accumulate) {
+    LeftOperand left{score_gradients_ + offset, tile_stride_, 1};
+    if constexpr (kPairs) left = {score_gradient_pairs_ + offset, tile_stride_ / 2, 1};
+    multiply<Operand>(rows, problem_.head_dim, geometry_.row_steps(count), left,
+                      geometry_.right(columns.keys),
+                      {grad_query_ + first * width_, width_, problem_.scale * factor, accumulate});
+  }
+
+  // This sequence's prefix gradient, masked as its prefix was, onto the sum over the batch.
+  void add_dropped_prefix() {
+    const auto sequence_head = static_cast<uint32_t>(sequence_ * problem_.heads + head_);
+    for (int64_t row = 0; row < problem_.prefix; ++row) {
+      const auto logical_row = static_cast<uint32_t>(row);
+      const int64_t at = row * width_;
+      add_kept(partial_key_ + at, prefix_key_sums_ + at, {logical_row, sequence_head, kPrefixKey});
+      add_kept(partial_value_ + at, prefix_value_sums_ + at,
+               {logical_row, sequence_head, kPrefixValue});
+    }
+  }
+
+  void add_kept(float* destination, const float* source, DropoutRow at) {
+    fill_keep(keep_, 0, problem_.head_dim, problem_.prefix_dropout, at);
+    for (int64_t i = 0; i < problem_.head_dim; ++i) {
+      if (keep_[i]) destination[i] += source[i] * problem_.prefix_dropout.factor;
+    }
+  }
+
+  void write(const Tokens& tokens, int64_t first, int64_t count, const float* rows) {
+    for (int64_t row = 0; row < count; ++row) {
+      store_row(row_pointer<Element>(tokens, sequence_, head_, first + row), rows + row * width_,
+                problem_.head_dim, 1.0f);
+    }
+  }
+
+  void write_zeros(int64_t first, int64_t end) {
+    const size_t bytes = problem_.head_dim * sizeof(Element);
+    for (int64_t row = first; row < end; ++row) {
+      __builtin_memset(row_pointer<Element>(problem_.grad_key, sequence_, head_, row), 0, bytes);
+      __builtin_memset(row_pointer<Element>(problem_.grad_value, sequence_, head_, row), 0, bytes);
+    }
+  }
+
+  // Rows of query or grad_out as both operands; floats serve as either.
+  struct RowOperands {
+    uint32_t* left;
+    uint32_t* right;
+
+    static RowOperands take(Arena& arena, const Geometry<Operand>& geometry) {
+      const int64_t rows = geometry.row_steps(kBackwardRows);
+      RowOperands operands;
+      operands.right = arena.take<uint32_t>(rows * geometry.right_words);
+      operands.left =
+          kPairs ? arena.take<uint32_t>(kBackwardRows * geometry.left_words) : operands.right;
+      return operands;
+    }
+
+    void pack(const Geometry<Operand>& geometry, Rows<Element> rows) const {
+      pack_right<Operand>(right, geometry.right_words, rows, geometry.head_dim);
+      if (kPairs) pack_left<Operand>(left, geometry.left_words, rows, geometry.head_dim);
+    }
+
+    LeftOperand as_left(const Geometry<Operand>& geometry) const {
+      return {left, kPairs ? geometry.left_words : geometry.right_words, 1};
+    }
+  };
+
+  const BackwardProblem& problem_;
+  const Geometry<Operand> geometry_;
+  const int64_t width_;        // row stride of the fp32 sums
+  const int64_t columns_;      // of a block
+  const int64_t tile_stride_;
+  Arena arena_;
+  float* probabilities_;       // [kBackwardRows, tile_stride]: scores, then dropped probabilities
+  float* score_gradients_;     // [kBackwardRows, tile_stride]: dP, then dS
+  Bfloat16* score_gradient_pairs_;  // [kBackwardRows, tile_stride], pairs only: dS
+  RowOperands query_, grad_out_;
+  GradientRow* rows_;          // [T]
+  float* grad_query_;          // [T, width]
+  float* grad_key_;            // [columns, width], likewise grad_value_
+  float* grad_value_;
+  float* prefix_sums_;         // [2, P, width], prefix dropout only
+  int32_t* visible_;
+  int16_t* keep_;
+  PackedColumns<Operand> tokens_;
+  PrefixSource<Operand, Element> prefix_;
+  int64_t sequence_, head_;
+  float *partial_key_ = nullptr, *partial_value_ = nullptr;
+  float *prefix_key_sums_ = nullptr, *prefix_value_sums_ = nullptr;
+  bool is_first_block_;
+};
+
+}  // namespace ptv2::PTV2_LEVEL

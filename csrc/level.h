@@ -1,0 +1,57 @@
+// The entry points of one level, for a source file that defines PTV2_LEVEL (its namespace),
+// PTV2_VECTOR_BYTES, PTV2_TILE_VECTORS and PTV2_PAIRS (bfloat16 in pairs rather than as floats).
+#pragma once
+
+#include "backward.h"
+#include "forward.h"
+
+namespace ptv2::PTV2_LEVEL {
+
+template <class Operand_, class Element_>
+struct Types {
+  using Operand = Operand_;
+  using Element = Element_;
+};
+
+using FloatTypes = Types<FloatOperand, float>;
+#if PTV2_PAIRS
+using Bfloat16Types = Types<PairOperand, Bfloat16>;
+#else
+using Bfloat16Types = Types<FloatOperand, Bfloat16>;
+#endif
+
+template <class T>
+struct Entries {
+  using Operand = typename T::Operand;
+  using Element = typename T::Element;
+
+  static int64_t prefix_bytes(const Problem& problem, bool backward) {
+    return PTV2_LEVEL::prefix_bytes<Operand>(problem, backward);
+  }
+
+  static void pack_prefix(const Problem& problem, bool backward, int64_t head) {
+    const Geometry<Operand> geometry(problem.head_dim);
+    shared_prefix(geometry, problem, backward, head)
+        .pack(geometry, rows_of<Element>(problem.prefix_key, head, problem.prefix),
+              rows_of<Element>(problem.prefix_value, head, problem.prefix), backward);
+  }
+
+  static constexpr Kernels table() {
+    using ForwardTask = Forward<Operand, Element>;
+    using BackwardTask = Backward<Operand, Element>;
+    return {prefix_bytes,
+            pack_prefix,
+            ForwardTask::bytes,
+            ForwardTask::run,
+            BackwardTask::bytes,
+            BackwardTask::run,
+            BackwardTask::partial_bytes,
+            BackwardTask::reduce};
+  }
+};
+
+constexpr Level make_level(const char* name) {
+  return {name, Entries<FloatTypes>::table(), Entries<Bfloat16Types>::table()};
+}
+
+}  // namespace ptv2::PTV2_LEVEL

@@ -1,0 +1,30 @@
+// ptv2_fast._C: an empty Python module; importing it registers the operators for CPU tensors.
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "attention.h"
+#include "dispatch.h"
+
+namespace {
+
+std::string cpu_capability() { return ptv2::cpu_level().name; }
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(ptv2, CPU, m) {
+  m.impl("prefix_attention_forward", TORCH_BOX(&ptv2::prefix_attention_forward));
+  m.impl("prefix_attention_backward", TORCH_BOX(&ptv2::prefix_attention_backward));
+  m.impl("prefix_attention_forward_cpp", TORCH_BOX(&ptv2::prefix_attention_forward));
+  m.impl("prefix_attention_backward_cpp", TORCH_BOX(&ptv2::prefix_attention_backward));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(ptv2, CompositeExplicitAutograd, m) {
+  m.impl("cpu_capability", TORCH_BOX(&cpu_capability));
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, nullptr};
+  return PyModule_Create(&module);
+}

@@ -1,0 +1,56 @@
+"""ptv2-fast: P-Tuning v2 with fused kernels that read the prefix in place."""
+
+import importlib
+from typing import TYPE_CHECKING
+
+from ptv2_fast.ops import backends, prefix_attention
+
+if TYPE_CHECKING:
+    from ptv2_fast.adapters import load_adapter, save_adapter
+    from ptv2_fast.encoders import (
+        attach,
+        detach,
+        disabled,
+        get_nb_trainable_parameters,
+        print_trainable_parameters,
+    )
+    from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
+
+__version__ = "0.1.0"
+
+# Imported on first use: transformers takes seconds.
+_LAZY = {
+    "PTuningV2Config": "ptv2_fast.prefix",
+    "PrefixEncoder": "ptv2_fast.prefix",
+    "attach": "ptv2_fast.encoders",
+    "detach": "ptv2_fast.encoders",
+    "disabled": "ptv2_fast.encoders",
+    "get_nb_trainable_parameters": "ptv2_fast.encoders",
+    "load_adapter": "ptv2_fast.adapters",
+    "print_trainable_parameters": "ptv2_fast.encoders",
+    "save_adapter": "ptv2_fast.adapters",
+}
+
+__all__ = [
+    "PTuningV2Config",
+    "PrefixEncoder",
+    "attach",
+    "backends",
+    "detach",
+    "disabled",
+    "get_nb_trainable_parameters",
+    "load_adapter",
+    "prefix_attention",
+    "print_trainable_parameters",
+    "save_adapter",
+]
+
+
+def __getattr__(name: str):
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_LAZY])

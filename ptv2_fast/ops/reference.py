@@ -1,0 +1,140 @@
+"""The definition of prefix attention in plain torch: the oracle of every backend.
+
+    scores = scale * query @ [prefix_key ; key]^T          (masked token columns: -inf)
+    out    = dropout(softmax(scores)) @ [prefix_value ; value]
+
+It runs in any floating dtype (float64 included), on any device, and is differentiable.
+"""
+
+import torch
+from torch import Tensor
+
+from ptv2_fast.ops.dropout import (
+    PREFIX_KEY_STREAM,
+    PREFIX_STREAM,
+    PREFIX_VALUE_STREAM,
+    TOKEN_STREAM,
+    dropout_multiplier,
+)
+
+
+def reference_attention(
+    query: Tensor,  # [B, H, T, D]
+    key: Tensor,  # [B, H, S, D]
+    value: Tensor,  # [B, H, S, D]
+    prefix_key: Tensor,  # [H, P, D]
+    prefix_value: Tensor,  # [H, P, D]
+    key_mask: Tensor | None,  # bool [B, S], True = attend
+    seed: Tensor | None,  # int64 [1]
+    scale: float,
+    dropout_p: float,
+    prefix_dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """Attention of every query over [prefix ; tokens], by definition.
+
+    Returns:
+        out [B, H, T, D] and lse [B, H, T], the natural logarithm of the softmax denominator, both
+        float64 for float64 inputs, else float32. A row without a visible column has out 0 and lse
+        -inf.
+    """
+    query = _upcast(query)
+    keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM)
+    values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM)
+    scores = _scores(query, keys, key_mask, scale)
+
+    # A row without a visible column: a finite pivot before the softmax keeps values and gradients
+    # free of NaN; repairing NaN afterwards would leave it in the gradients.
+    any_visible = (scores > float("-inf")).any(dim=-1, keepdim=True)
+    safe_scores = torch.where(any_visible, scores, torch.zeros_like(scores))
+    lse = torch.logsumexp(safe_scores, dim=-1) if scores.shape[-1] else scores.sum(dim=-1)
+    probabilities = torch.where(any_visible, torch.exp(safe_scores - lse[..., None]), 0.0)
+    lse = lse.masked_fill(~any_visible[..., 0], float("-inf"))
+    multiplier = _probability_multiplier(scores, prefix_key.shape[1], dropout_p, seed)
+    return (probabilities * multiplier) @ values, lse
+
+
+def reference_gradients(
+    grad_out: Tensor,  # [B, H, T, D]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,  # [B, H, T, D]
+    lse: Tensor,  # [B, H, T]
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    prefix_dropout_p: float,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five gradients by the formulas every backend implements, probabilities from lse."""
+    query, grad_out = _upcast(query), _upcast(grad_out)
+    keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM)
+    values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM)
+    scores = _scores(query, keys, key_mask, scale)
+    pivot = lse.masked_fill(lse == float("-inf"), 0.0)[..., None]
+    probabilities = torch.exp(scores - pivot)
+    multiplier = _probability_multiplier(scores, prefix_key.shape[1], dropout_p, seed)
+
+    delta = (_upcast(out) * grad_out).sum(dim=-1, keepdim=True)
+    grad_probabilities = multiplier * (grad_out @ values.transpose(-1, -2))
+    grad_scores = scale * probabilities * (grad_probabilities - delta)
+    grad_query = grad_scores @ keys
+    grad_keys = grad_scores.transpose(-1, -2) @ query  # [B, H, P + S, D]
+    grad_values = (probabilities * multiplier).transpose(-1, -2) @ grad_out
+
+    def prefix_gradient(gradient: Tensor, stream: int) -> Tensor:
+        per_sequence = gradient[:, :, : prefix_key.shape[1]]
+        multiplier = _multiplier(per_sequence, prefix_dropout_p, seed, stream)
+        return (per_sequence * multiplier).sum(dim=0)
+
+    return (
+        grad_query,
+        grad_keys[:, :, prefix_key.shape[1] :],
+        grad_values[:, :, prefix_key.shape[1] :],
+        prefix_gradient(grad_keys, PREFIX_KEY_STREAM),
+        prefix_gradient(grad_values, PREFIX_VALUE_STREAM),
+    )
+
+
+def _upcast(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _multiplier(like: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor | float:
+    return dropout_multiplier(tuple(like.shape), p, seed, stream, like.dtype) if p > 0 else 1.0
+
+
+def _columns(
+    prefix: Tensor, tokens: Tensor, prefix_dropout_p: float, seed: Tensor | None, stream: int
+) -> Tensor:
+    """Keys or values of all columns, the prefix expanded to the batch, [B, H, P + S, D]."""
+    expanded = _upcast(prefix).expand(tokens.shape[0], *prefix.shape)
+    expanded = expanded * _multiplier(expanded, prefix_dropout_p, seed, stream)
+    return torch.cat((expanded, _upcast(tokens)), dim=2)
+
+
+def _scores(query: Tensor, keys: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+    scores = scale * (query @ keys.transpose(-1, -2))  # [B, H, T, P + S]
+    if key_mask is None:
+        return scores
+    batch, tokens = key_mask.shape
+    visible = torch.cat((key_mask.new_ones(batch, keys.shape[2] - tokens), key_mask), dim=1)
+    return scores.masked_fill(~visible[:, None, None, :], float("-inf"))
+
+
+def _probability_multiplier(
+    scores: Tensor, prefix_length: int, dropout_p: float, seed: Tensor | None
+) -> Tensor | float:
+    """Dropout factors of the probabilities; prefix and token columns are numbered separately."""
+    if dropout_p == 0:
+        return 1.0
+    prefix, tokens = scores[..., :prefix_length], scores[..., prefix_length:]
+    return torch.cat(
+        (
+            _multiplier(prefix, dropout_p, seed, PREFIX_STREAM),
+            _multiplier(tokens, dropout_p, seed, TOKEN_STREAM),
+        ),
+        dim=-1,
+    )

@@ -1,0 +1,165 @@
+"""The two-call split: prefix attention from the SDPA kernels that torch installs.
+
+Attention over [prefix ; tokens] is the merge of two attentions by their log-sum-exps, and the flash
+backward of each segment is exact when it is given the output and lse of the whole. No dropout.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ptv2_fast.ops.layout import empty_gradients, empty_token_major
+
+_aten = torch.ops.aten
+
+
+class _Segment(NamedTuple):
+    key: Tensor  # [B, H, S, D]
+    value: Tensor  # [B, H, S, D]
+    bias: Tensor | None  # additive, 0 or -inf, [B, H, T, S]
+
+
+def _refuse_dropout(dropout_p: float, prefix_dropout_p: float) -> None:
+    for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
+        if p > 0:
+            raise ValueError(f"{name}: the split backend serves no dropout, expected 0.0, got {p}")
+
+
+def _segments(query, key, value, prefix_key, prefix_value, key_mask) -> list[_Segment | None]:
+    """The prefix segment and the token segment; None for one without columns."""
+    batch, heads, queries, head_dim = query.shape
+    prefix = tokens = None
+    if prefix_key.shape[1]:
+        shape = (batch, heads, prefix_key.shape[1], head_dim)
+        prefix = _Segment(prefix_key.expand(shape), prefix_value.expand(shape), None)
+    if key.shape[2]:
+        bias = None
+        if key_mask is not None:
+            # Memory-efficient attention wants bias rows to start at multiples of 16 elements.
+            padded = -(-key.shape[2] // 16) * 16
+            bias = query.new_zeros(batch, padded)[:, : key.shape[2]]
+            bias = bias.masked_fill_(~key_mask, float("-inf"))[:, None, None, :]
+            bias = bias.expand(batch, heads, queries, key.shape[2])
+        tokens = _Segment(key, value, bias)
+    return [prefix, tokens]
+
+
+def _segment_forward(query: Tensor, segment: _Segment, scale: float) -> tuple[Tensor, Tensor]:
+    key, value, bias = segment
+    if query.device.type == "cpu":
+        out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
+            query, key, value, attn_mask=bias, scale=scale
+        )
+        # torch reports lse 0 for a row whose columns are all masked.
+    else:
+        out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, scale=scale
+        )
+        lse = lse[..., : query.shape[2]]
+    if bias is not None:
+        visible = (bias > float("-inf")).any(dim=-1)
+        lse = lse.masked_fill(~visible, float("-inf"))
+        out = out.masked_fill(~visible[..., None], 0.0)
+    return out, lse.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def _segment_backward(
+    grad_out: Tensor, query: Tensor, segment: _Segment, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    key, value, bias = segment
+    if query.device.type == "cpu":
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            grad_out, query, key, value, out, lse, 0.0, False, attn_mask=bias, scale=scale
+        )
+    # The kernel reads lse in rows that are padded to a multiple of 32.
+    padding = -lse.shape[-1] % 32
+    lse = torch.nn.functional.pad(lse, (0, padding), value=float("inf"))
+    no_random_state = torch.zeros((), dtype=torch.int64, device=query.device)
+    return _aten._scaled_dot_product_efficient_attention_backward(
+        grad_out, query, key, value, bias, out, lse, no_random_state, no_random_state,
+        0.0, [True, True, True, False], scale=scale,
+    )[:3]  # fmt: skip
+
+
+def split_forward(
+    query: Tensor,  # [B, H, T, D]
+    key: Tensor,  # [B, H, S, D]
+    value: Tensor,  # [B, H, S, D]
+    prefix_key: Tensor,  # [H, P, D]
+    prefix_value: Tensor,  # [H, P, D]
+    key_mask: Tensor | None,  # bool [B, S]
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    prefix_dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, T, D] and lse [B, H, T] by one SDPA call per segment and a merge."""
+    _refuse_dropout(dropout_p, prefix_dropout_p)
+    out = empty_token_major(query)
+    lse = query.new_full(
+        query.shape[:3], float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32)
+    )
+    if query.numel() == 0:
+        return out, lse
+    merged = torch.zeros_like(query, dtype=lse.dtype)
+    for segment in _segments(query, key, value, prefix_key, prefix_value, key_mask):
+        if segment is None:
+            continue
+        segment_out, segment_lse = _segment_forward(query, segment, scale)
+        total = torch.logaddexp(lse, segment_lse)
+        pivot = total.masked_fill(total == float("-inf"), 0.0)
+        merged = (
+            merged * torch.exp(lse - pivot)[..., None]
+            + segment_out * torch.exp(segment_lse - pivot)[..., None]
+        )
+        lse = total
+    return out.copy_(merged), lse
+
+
+def split_backward(
+    grad_out: Tensor,  # [B, H, T, D]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    prefix_key: Tensor,
+    prefix_value: Tensor,
+    out: Tensor,
+    lse: Tensor,  # [B, H, T]
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    scale: float,
+    dropout_p: float,
+    prefix_dropout_p: float,
+    needs_query: bool,
+    needs_key_value: bool,
+    needs_prefix: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The five gradients, segment by segment; the batch is summed in fp32 for the prefix."""
+    _refuse_dropout(dropout_p, prefix_dropout_p)
+    gradients = empty_gradients(query, key, prefix_key, needs_query, needs_key_value, needs_prefix)
+    grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value = (
+        gradient.zero_() for gradient in gradients
+    )
+    prefix, tokens = _segments(query, key, value, prefix_key, prefix_value, key_mask)
+    # With lse 0 a row without a visible column has probabilities exp(-inf - 0) = 0.
+    lse = lse.masked_fill(lse == float("-inf"), 0.0)
+    grad_out = grad_out.contiguous()
+    query_parts = []
+    if query.numel() and prefix is not None and (needs_query or needs_prefix):
+        part, per_sequence_key, per_sequence_value = _segment_backward(
+            grad_out, query, prefix, out, lse, scale
+        )
+        query_parts.append(part)
+        if needs_prefix:
+            grad_prefix_key.copy_(per_sequence_key.sum(dim=0, dtype=lse.dtype))
+            grad_prefix_value.copy_(per_sequence_value.sum(dim=0, dtype=lse.dtype))
+    if query.numel() and tokens is not None and (needs_query or needs_key_value):
+        part, token_key, token_value = _segment_backward(grad_out, query, tokens, out, lse, scale)
+        query_parts.append(part)
+        if needs_key_value:
+            grad_key.copy_(token_key)
+            grad_value.copy_(token_value)
+    if needs_query and query_parts:
+        grad_query.copy_(sum(part.to(lse.dtype) for part in query_parts))
+    return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value

@@ -1,0 +1,58 @@
+"""Builds the C++ CPU kernels as one abi3 extension; PTV2_CPP=0 leaves them out."""
+
+import os
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+SOURCES = [
+    "csrc/register.cpp",
+    "csrc/attention.cpp",
+    "csrc/dispatch.cpp",
+    "csrc/level_generic.cpp",
+    "csrc/level_avx2.cpp",
+    "csrc/level_avx512.cpp",
+    "csrc/level_avx512_bf16.cpp",
+    "csrc/level_emulated.cpp",
+]
+HEADERS = sorted(str(path) for path in Path("csrc").glob("*.h"))
+TORCH_2_10 = "0x020a000000000000"  # the first torch whose stable ABI has parallel_for
+COMPILE_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
+PYTHON_3_10 = "0x030a0000"
+
+
+def cpp_arguments() -> dict:
+    """What setup() needs for the extension; nothing with PTV2_CPP=0."""
+    if os.environ.get("PTV2_CPP", "1") == "0":
+        return {}
+    try:
+        from torch.utils.cpp_extension import BuildExtension, CppExtension
+    except ImportError as error:
+        raise SystemExit(
+            "ptv2-fast: building the C++ kernels needs torch in this environment; install torch "
+            "first and pass --no-build-isolation to pip, or set PTV2_CPP=0 for a pure-Python build "
+            f"({error})"
+        ) from error
+    extension = CppExtension(
+        "ptv2_fast._C",
+        SOURCES,
+        depends=HEADERS,
+        define_macros=[
+            ("TORCH_TARGET_VERSION", TORCH_2_10),
+            ("Py_LIMITED_API", PYTHON_3_10),
+        ],
+        extra_compile_args=COMPILE_FLAGS,
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "cmdclass": {"build_ext": BuildExtension},
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(
+    packages=[*find_packages(include=["ptv2_fast*"]), "ptv2_kernels"],
+    package_dir={"ptv2_kernels": "kernels/ptv2_kernels"},
+    **cpp_arguments(),
+)

@@ -1,0 +1,180 @@
+"""What a backend is held against: float64 reference, plain torch in the same dtype, magnitudes."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ptv2_fast.ops import dropout
+from ptv2_fast.ops.attention import prefix_attention
+from ptv2_fast.ops.reference import reference_attention
+from tests.inputs import Inputs
+
+
+class Results(NamedTuple):
+    out: Tensor
+    grad_query: Tensor
+    grad_key: Tensor
+    grad_value: Tensor
+    grad_prefix_key: Tensor
+    grad_prefix_value: Tensor
+
+
+def _with_gradients(function, inputs: Inputs, dtype: torch.dtype) -> Results:
+    leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs.tensors]
+    out = function(*leaves)
+    gradients = torch.autograd.grad(
+        out, leaves, inputs.grad_out.to(out.dtype), materialize_grads=True
+    )
+    return Results(out.detach(), *gradients)
+
+
+def _column_multipliers(inputs: Inputs, p: float, dtype: torch.dtype) -> Tensor | float:
+    """Dropout factors of the probabilities, [B, H, T, P + S]."""
+    if p == 0:
+        return 1.0
+    batch, heads, queries, _ = inputs.query.shape
+    return torch.cat(
+        [
+            dropout.dropout_multiplier((batch, heads, queries, n), p, inputs.seed, stream, dtype)
+            for n, stream in (
+                (inputs.prefix_key.shape[1], dropout.PREFIX_STREAM),
+                (inputs.key.shape[2], dropout.TOKEN_STREAM),
+            )
+        ],
+        dim=-1,
+    )
+
+
+def _expanded_prefix(inputs: Inputs, prefix: Tensor, stream: int, p: float) -> Tensor:
+    expanded = prefix.expand(inputs.query.shape[0], *prefix.shape)
+    if p == 0:
+        return expanded
+    return expanded * dropout.dropout_multiplier(
+        tuple(expanded.shape), p, inputs.seed, stream, prefix.dtype
+    )
+
+
+def _all_columns(inputs: Inputs, tensors, prefix_p: float) -> tuple[Tensor, Tensor]:
+    """Keys and values with the prefix expanded and concatenated, [B, H, P + S, D]."""
+    _, key, value, prefix_key, prefix_value = tensors
+    prefix_key = _expanded_prefix(inputs, prefix_key, dropout.PREFIX_KEY_STREAM, prefix_p)
+    prefix_value = _expanded_prefix(inputs, prefix_value, dropout.PREFIX_VALUE_STREAM, prefix_p)
+    return torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
+
+
+def _scores(inputs: Inputs, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores with hidden columns at the least finite value, and which columns are visible."""
+    scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+    visible = torch.ones_like(scores, dtype=torch.bool)
+    if inputs.key_mask is not None:
+        visible[..., inputs.prefix_key.shape[1] :] = inputs.key_mask[:, None, None, :]
+    return scores.masked_fill(~visible, torch.finfo(scores.dtype).min), visible
+
+
+def _probabilities(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
+    scores, visible = _scores(inputs, query, keys)
+    return scores.softmax(dim=-1) * visible
+
+
+def _lse_rounding(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
+    """|lse| in rounding units of fp32, expressed in those of the inputs' dtype, [B, H, T, 1]."""
+    scores, visible = _scores(inputs, query, keys)
+    lse = scores.logsumexp(dim=-1, keepdim=True) * visible.any(dim=-1, keepdim=True)
+    return lse.abs() * torch.finfo(torch.float32).eps / torch.finfo(inputs.query.dtype).eps
+
+
+def concatenate_and_expand(inputs: Inputs, p: float, prefix_p: float) -> Results:
+    """What PEFT and the original compute, in the dtype of the inputs (eager attention)."""
+
+    def attention(*tensors: Tensor) -> Tensor:
+        keys, values = _all_columns(inputs, tensors, prefix_p)
+        probabilities = _probabilities(inputs, tensors[0], keys)
+        return probabilities * _column_multipliers(inputs, p, probabilities.dtype) @ values
+
+    return _with_gradients(attention, inputs, inputs.query.dtype)
+
+
+def concatenate_and_sdpa(inputs: Inputs, p: float, prefix_p: float) -> Results:
+    """Torch's own fused attention over concatenated columns: the yardstick of what is built on it.
+
+    On CPU its exponential is good to 20 bits only, and so are results that are merged by its lse.
+    """
+    assert p == prefix_p == 0
+    batch, prefix_length = inputs.query.shape[0], inputs.prefix_key.shape[1]
+    visible = None
+    if inputs.key_mask is not None:
+        ones = inputs.key_mask.new_ones(batch, prefix_length)
+        visible = torch.cat((ones, inputs.key_mask), dim=1)[:, None, None]
+
+    def attention(*tensors: Tensor) -> Tensor:
+        keys, values = _all_columns(inputs, tensors, 0.0)
+        return F.scaled_dot_product_attention(tensors[0], keys, values, visible)
+
+    return _with_gradients(attention, inputs, inputs.query.dtype)
+
+
+def oracle(inputs: Inputs, p: float, prefix_p: float) -> Results:
+    """The reference in float64 on the same quantised inputs."""
+
+    def attention(*tensors: Tensor) -> Tensor:
+        scale = tensors[0].shape[-1] ** -0.5
+        return reference_attention(*tensors, inputs.key_mask, inputs.seed, scale, p, prefix_p)[0]
+
+    return _with_gradients(attention, inputs, torch.float64)
+
+
+def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
+    """The oracle's expressions on absolute values, with plus signs: the size of their rounding.
+
+    A backward pass recomputes probabilities as exp(scores - lse) from an fp32 lse, whose rounding
+    grows with |lse|; plain torch divides by the sum instead and has no such term.
+    """
+    tensors = [tensor.double() for tensor in inputs.tensors]
+    keys, values = _all_columns(inputs, tensors, prefix_p)
+    probabilities = _probabilities(inputs, tensors[0], keys)
+    multipliers = _column_multipliers(inputs, p, torch.float64)
+    lse_rounding = _lse_rounding(inputs, tensors[0], keys)
+    query, keys, values, grad_out = (
+        x.abs() for x in (tensors[0], keys, values, inputs.grad_out.double())
+    )
+    out = (probabilities * multipliers) @ values
+    probabilities = probabilities * (1 + lse_rounding)
+    delta = (out * grad_out).sum(dim=-1, keepdim=True)
+    scale = query.shape[-1] ** -0.5
+    grad_scores = probabilities * (multipliers * (grad_out @ values.transpose(-1, -2)) + delta)
+    grad_query = scale * grad_scores @ keys
+    grad_keys = scale * grad_scores.transpose(-1, -2) @ query
+    grad_values = (probabilities * multipliers).transpose(-1, -2) @ grad_out
+    prefix_length = inputs.prefix_key.shape[1]
+
+    def prefix_gradient(gradient: Tensor, prefix: Tensor, stream: int) -> Tensor:
+        per_sequence = gradient[:, :, :prefix_length]
+        ones = torch.ones_like(prefix, dtype=torch.float64)
+        return (per_sequence * _expanded_prefix(inputs, ones, stream, prefix_p)).sum(dim=0)
+
+    return Results(
+        out,
+        grad_query,
+        grad_keys[:, :, prefix_length:],
+        grad_values[:, :, prefix_length:],
+        prefix_gradient(grad_keys, inputs.prefix_key, dropout.PREFIX_KEY_STREAM),
+        prefix_gradient(grad_values, inputs.prefix_value, dropout.PREFIX_VALUE_STREAM),
+    )
+
+
+def run_backend(inputs: Inputs, backend: str, p: float, prefix_p: float) -> Results:
+    """Forward and the five gradients through the public operator."""
+
+    def attention(*tensors: Tensor) -> Tensor:
+        return prefix_attention(
+            *tensors,
+            key_mask=inputs.key_mask,
+            dropout_p=p,
+            prefix_dropout_p=prefix_p,
+            seed=inputs.seed,
+            backend=backend,
+        )
+
+    return _with_gradients(attention, inputs, inputs.query.dtype)

@@ -1,0 +1,244 @@
+"""Every backend against the float64 oracle by the one numerics rule, forward and five gradients."""
+
+import random
+
+import pytest
+import torch
+
+from ptv2_fast.ops.attention import prefix_attention
+from ptv2_fast.ops.registration import CPP_IMPORT_ERROR
+from tests.closeness import assert_close_to_oracle
+from tests.inputs import MASKS, Shape, make_inputs
+from tests.oracle import (
+    concatenate_and_expand,
+    concatenate_and_sdpa,
+    magnitudes,
+    oracle,
+    run_backend,
+)
+
+# batch, heads, queries, tokens, prefix, head_dim: chosen for their edges.
+SHAPES = [
+    Shape(2, 3, 17, 17, 5, 64),
+    Shape(1, 1, 1, 1, 1, 8),
+    Shape(2, 2, 40, 40, 0, 32),  # no prefix: plain attention
+    Shape(2, 2, 9, 0, 7, 16),  # no tokens: the prefix alone
+    Shape(3, 2, 5, 33, 100, 80),  # prefix longer than a block, head_dim no power of two
+    Shape(1, 2, 70, 70, 20, 128),
+]
+CPU_ONLY_SHAPES = [
+    Shape(2, 12, 128, 128, 20, 64),  # BERT-base
+    Shape(2, 2, 129, 257, 33, 256),
+    Shape(9, 1, 3, 3, 2, 24),  # more sequences than chunks of the batch
+    Shape(2, 2, 0, 4, 3, 8),
+    Shape(0, 2, 4, 4, 3, 8),
+]
+
+
+# On a machine with a GPU the Triton kernels run compiled, elsewhere interpreted.
+DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
+
+
+def check(backends, shape, dtype, mask, p, prefix_p, seed=0, strides="hf") -> None:
+    device = DEVICES.get(backends[0], "cpu")
+    inputs = make_inputs(shape, dtype, mask, seed, strides, device)
+    exact = oracle(inputs, p, prefix_p)
+    sizes = magnitudes(inputs, p, prefix_p)
+    for backend in backends:
+        actual = run_backend(inputs, backend, p, prefix_p)
+        yardstick = concatenate_and_sdpa if backend == "split" else concatenate_and_expand
+        plain = yardstick(inputs, p, prefix_p)
+        for name in actual._fields:
+            results = (getattr(results, name) for results in (actual, exact, plain, sizes))
+            assert_close_to_oracle(*results, name=f"{backend} {name}")
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_backend_matches_oracle(shape, dtype, backend):
+    mask = MASKS[SHAPES.index(shape) % len(MASKS)]
+    check([backend], shape, dtype, mask, 0.0, 0.0)
+    if backend != "split":
+        check([backend], shape, dtype, mask, 0.1, 0.2)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("shape", CPU_ONLY_SHAPES, ids=str)
+def test_cpu_backends_match_oracle_on_larger_shapes(shape):
+    check(["reference", "cpp", "split"], shape, torch.float32, "random", 0.0, 0.0)
+    check(["reference", "cpp"], shape, torch.bfloat16, "right padding", 0.3, 0.0, strides="sliced")
+
+
+def random_case(generator: random.Random, largest: int) -> dict:
+    sizes = [0, 1, 2, 7, 16, 31, 33, 64, 65, 100]
+    sizes = [size for size in sizes if size <= largest]
+    shape = Shape(
+        generator.randint(1, 3),
+        generator.randint(1, 3),
+        *(generator.choice(sizes) for _ in range(3)),
+        8 * generator.choice([1, 2, 3, 4, 5, 8, 10, 12, 16]),
+    )
+    return {
+        "shape": shape,
+        "dtype": generator.choice([torch.float32, torch.bfloat16]),
+        "mask": generator.choice(MASKS),
+        "p": generator.choice([0.0, 0.1, 0.5]),
+        "prefix_p": generator.choice([0.0, 0.0, 0.25]),
+        "seed": generator.randint(0, 2**20),
+        "strides": generator.choice(["hf", "sliced"]),
+    }
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_random_shapes_match_oracle():
+    generator = random.Random("reference and cpp")
+    for _ in range(200):
+        check(["reference", "cpp"], **random_case(generator, largest=100))
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+def test_random_shapes_match_oracle_on_interpreted_triton():
+    generator = random.Random("triton")
+    for _ in range(40):
+        check(["triton"], **random_case(generator, largest=33))
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_prefix_gradient_is_no_worse_than_concatenation_in_bf16(backend):
+    inputs = make_inputs(
+        Shape(8, 2, 33, 33, 9, 64),
+        torch.bfloat16,
+        "right padding",
+        device=DEVICES.get(backend, "cpu"),
+    )
+    actual, exact = run_backend(inputs, backend, 0.0, 0.0), oracle(inputs, 0.0, 0.0)
+    plain = concatenate_and_expand(inputs, 0.0, 0.0)
+    for name in ("grad_prefix_key", "grad_prefix_value"):
+
+        def rmse(results, name=name):
+            return (getattr(results, name).double() - getattr(exact, name)).square().mean().sqrt()
+
+        assert rmse(actual) <= rmse(plain)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_two_runs_are_bit_equal(backend):
+    device = DEVICES.get(backend, "cpu")
+    inputs = make_inputs(Shape(3, 2, 33, 33, 20, 32), torch.float32, "random", device=device)
+    for first, second in zip(
+        run_backend(inputs, backend, 0.1, 0.1),
+        run_backend(inputs, backend, 0.1, 0.1),
+        strict=True,
+    ):
+        assert torch.equal(first, second)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
+def test_rows_without_a_visible_column_are_zero(backend):
+    device = DEVICES.get(backend, "cpu")
+    inputs = make_inputs(Shape(2, 2, 6, 11, 0, 16), torch.float32, "empty rows", device=device)
+    results = run_backend(inputs, backend, 0.0, 0.0)
+    for name in ("out", "grad_query", "grad_key", "grad_value"):
+        assert torch.equal(getattr(results, name)[0], torch.zeros_like(getattr(results, name)[0]))
+        assert torch.isfinite(getattr(results, name)).all()
+        assert getattr(results, name)[1].abs().max() > 0
+    lse_op = getattr(torch.ops.ptv2, f"prefix_attention_forward_{backend}")
+    _, lse = lse_op(*inputs.tensors, inputs.key_mask, None, 0.25, 0.0, 0.0)
+    assert (lse[0] == float("-inf")).all() and torch.isfinite(lse[1]).all()
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
+def test_only_needed_gradients_are_computed_and_equal_the_full_ones(backend):
+    device = DEVICES.get(backend, "cpu")
+    inputs = make_inputs(Shape(2, 2, 12, 12, 6, 32), torch.float32, "right padding", device=device)
+    full = run_backend(inputs, backend, 0.0, 0.0)[1:]
+    for wanted in ([3, 4], [0], [1, 2], [2], [0, 3], [4]):
+        leaves = [tensor.detach().clone() for tensor in inputs.tensors]
+        for index in wanted:
+            leaves[index].requires_grad_()
+        out = prefix_attention(*leaves, key_mask=inputs.key_mask, backend=backend)
+        gradients = torch.autograd.grad(out, [leaves[index] for index in wanted], inputs.grad_out)
+        for index, gradient in zip(wanted, gradients, strict=True):
+            assert torch.equal(gradient, full[index])
+
+
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_prefix_only_backward_never_reads_the_tokens(backend):
+    """Layer 0 of a frozen encoder: key and value may be gone when its backward runs."""
+    inputs = make_inputs(
+        Shape(2, 2, 12, 12, 6, 32), torch.float32, device=DEVICES.get(backend, "cpu")
+    )
+    pair = [getattr(torch.ops.ptv2, f"prefix_attention_{way}_{backend}")
+            for way in ("forward", "backward")]  # fmt: skip
+    options = (None, None, 0.25, 0.0, 0.0)
+    out, lse = pair[0](*inputs.tensors, *options)
+    needs = (False, False, True)
+    whole = pair[1](inputs.grad_out, *inputs.tensors, out, lse, *options, *needs)
+    poisoned = [*inputs.tensors]
+    poisoned[1], poisoned[2] = (torch.full_like(tensor, float("nan")) for tensor in poisoned[1:3])
+    again = pair[1](inputs.grad_out, *poisoned, out, lse, *options, *needs)
+    assert [gradient.numel() for gradient in again[:3]] == [0, 0, 0]
+    assert torch.equal(whole[3], again[3]) and torch.equal(whole[4], again[4])
+
+
+def test_zero_prefix_is_not_a_no_op():
+    inputs = make_inputs(Shape(1, 1, 4, 4, 3, 8), torch.float32)
+    zeros = torch.zeros_like(inputs.prefix_key)
+    with_zeros = prefix_attention(*inputs.tensors[:3], zeros, zeros)
+    without = prefix_attention(*inputs.tensors[:3], zeros[:, :0], zeros[:, :0])
+    assert (with_zeros - without).abs().max() > 1e-2
+
+
+def test_seed_is_drawn_from_torch_generator():
+    inputs = make_inputs(Shape(1, 2, 8, 8, 3, 8), torch.float32)
+    draws = []
+    for manual_seed in (1, 1, 2):
+        torch.manual_seed(manual_seed)
+        draws.append(prefix_attention(*inputs.tensors, dropout_p=0.5))
+    assert torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    state = torch.get_rng_state()
+    prefix_attention(*inputs.tensors)
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_fp32_prefix_gets_an_fp32_gradient_from_a_bf16_call():
+    inputs = make_inputs(Shape(2, 2, 8, 8, 3, 16), torch.bfloat16)
+    prefix = [tensor.float().requires_grad_() for tensor in inputs.tensors[3:]]
+    prefix_attention(*inputs.tensors[:3], *prefix).backward(inputs.grad_out)
+    assert prefix[0].grad.dtype == torch.float32 and prefix[0].grad.abs().max() > 0
+
+
+def test_bad_arguments_name_argument_expected_and_actual():
+    inputs = make_inputs(Shape(2, 2, 4, 4, 3, 16), torch.float32)
+    query, key, value, prefix_key, prefix_value = inputs.tensors
+    cases = [
+        ("query", (query[0], key, value, prefix_key, prefix_value), {}),
+        ("query", [tensor[..., :12] for tensor in inputs.tensors], {}),
+        ("key", (query, key[:, :1], value, prefix_key, prefix_value), {}),
+        ("key", (query, key.double(), value, prefix_key, prefix_value), {}),
+        ("key", (query, key.mT.contiguous().mT, value, prefix_key, prefix_value), {}),
+        ("value", (query, key, value[:, :, :2], prefix_key, prefix_value), {}),
+        ("prefix_key", (query, key, value, prefix_key[None], prefix_value), {}),
+        ("prefix_value", (query, key, value, prefix_key, prefix_value[:, :2]), {}),
+        ("prefix_value", (query, key, value, prefix_key, prefix_value.long()), {}),
+        ("value", (query, key, value.to("meta"), prefix_key, prefix_value), {}),
+        ("key_mask", inputs.tensors, {"key_mask": torch.ones(2, 1, 4, 4, dtype=torch.bool)}),
+        ("key_mask", inputs.tensors, {"key_mask": torch.ones(2, 4)}),
+        ("dropout_p", inputs.tensors, {"dropout_p": 1.0}),
+        ("prefix_dropout_p", inputs.tensors, {"prefix_dropout_p": -0.1}),
+        ("dropout_p", inputs.tensors, {"dropout_p": 0.1, "backend": "split"}),
+        ("seed", inputs.tensors, {"seed": torch.zeros(2, dtype=torch.int64)}),
+        ("backend", inputs.tensors, {"backend": "fastest"}),
+        ("query", [tensor.double() for tensor in inputs.tensors], {"backend": "cpp"}),
+    ]
+    for argument, tensors, options in cases:
+        with pytest.raises(ValueError, match=rf"^{argument}: .*expected .*, got"):
+            prefix_attention(*tensors, **options)
+
+
+def test_cpp_extension_is_there():
+    """The suite must not pass by leaving the C++ backend out."""
+    assert CPP_IMPORT_ERROR is None
