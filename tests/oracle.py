@@ -96,12 +96,11 @@ def concatenate_and_expand(inputs: Inputs, p: float, prefix_p: float) -> Results
     return _with_gradients(attention, inputs, inputs.query.dtype)
 
 
-def concatenate_and_sdpa(inputs: Inputs, p: float, prefix_p: float) -> Results:
+def concatenate_and_sdpa(inputs: Inputs) -> Results:
     """Torch's own fused attention over concatenated columns: the yardstick of what is built on it.
 
     On CPU its exponential is good to 20 bits only, and so are results that are merged by its lse.
     """
-    assert p == prefix_p == 0
     batch, prefix_length = inputs.query.shape[0], inputs.prefix_key.shape[1]
     visible = None
     if inputs.key_mask is not None:

@@ -44,10 +44,10 @@ def check(backends, shape, dtype, mask, p, prefix_p, seed=0, strides="hf") -> No
     inputs = make_inputs(shape, dtype, mask, seed, strides, device)
     exact = oracle(inputs, p, prefix_p)
     sizes = magnitudes(inputs, p, prefix_p)
+    eager = concatenate_and_expand(inputs, p, prefix_p)
     for backend in backends:
         actual = run_backend(inputs, backend, p, prefix_p)
-        yardstick = concatenate_and_sdpa if backend == "split" else concatenate_and_expand
-        plain = yardstick(inputs, p, prefix_p)
+        plain = concatenate_and_sdpa(inputs) if backend == "split" else eager
         for name in actual._fields:
             results = (getattr(results, name) for results in (actual, exact, plain, sizes))
             assert_close_to_oracle(*results, name=f"{backend} {name}")
@@ -72,7 +72,7 @@ def test_cpu_backends_match_oracle_on_larger_shapes(shape):
 
 
 def random_case(generator: random.Random, largest: int) -> dict:
-    sizes = [0, 1, 2, 7, 16, 31, 33, 64, 65, 100]
+    sizes = [0, 1, 2, 7, 16, 31, 33, 64, 65]
     sizes = [size for size in sizes if size <= largest]
     shape = Shape(
         generator.randint(1, 3),
@@ -95,7 +95,7 @@ def random_case(generator: random.Random, largest: int) -> dict:
 def test_random_shapes_match_oracle():
     generator = random.Random("reference and cpp")
     for _ in range(200):
-        check(["reference", "cpp"], **random_case(generator, largest=100))
+        check(["reference", "cpp"], **random_case(generator, largest=65))
 
 
 @pytest.mark.usefixtures("nan_filled_empty")

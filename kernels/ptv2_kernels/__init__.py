@@ -1,0 +1,1 @@
+"""Triton kernels of ptv2-fast; imports torch and triton only."""

@@ -1,0 +1,114 @@
+"""Launch configurations: one per (kernel, head_dim class, element size, architecture class).
+
+PTV2_AUTOTUNE=1 tunes over a list instead, by triton.autotune with results cached on disk. Tiles do
+not depend on the number of tokens: equal sequences give equal bits whatever they are batched with.
+Chosen by compiling ahead of time (registers, spills, shared memory); not yet timed on a GPU.
+"""
+
+import os
+from dataclasses import dataclass
+
+import torch
+import triton
+
+AUTOTUNE = os.environ.get("PTV2_AUTOTUNE") == "1"
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+# Sizes that change from batch to batch must not recompile a kernel.
+RUNTIME_SIZES = ["queries", "tokens", "prefix_length", "threshold", "prefix_threshold"]
+DROPOUT_FLAGS = {
+    "HAS_DROPOUT": lambda args: args["multiplier"] != 1.0,
+    "HAS_PREFIX_DROPOUT": lambda args: args["prefix_multiplier"] != 1.0,
+}
+KERNELS = ("forward", "query", "key_value", "prefix")
+
+
+@dataclass(frozen=True)
+class Config:
+    block_queries: int
+    block_keys: int
+    num_warps: int
+    num_stages: int
+
+    def options(self) -> dict[str, int]:
+        return {
+            "BLOCK_QUERIES": self.block_queries,
+            "BLOCK_KEYS": self.block_keys,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+def head_dim_class(head_dim: int) -> int:
+    """The padded head_dim of the tiles: a power of two from 16 to 256."""
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def architecture_class(device: torch.device) -> str:
+    """ "large" shared memory (sm_80, 90, 100), "small" (sm_86, 89, 120), or "amd"."""
+    if torch.version.hip:
+        return "amd"
+    if device.type != "cuda":
+        return "small"
+    return (
+        "small"
+        if torch.cuda.get_device_capability(device) in ((8, 6), (8, 9), (12, 0))
+        else "large"
+    )
+
+
+def shipped_config(kernel: str, head_dim: int, element_size: int, architecture: str) -> Config:
+    """The configuration of one kernel; `kernel` is one of KERNELS."""
+    block_dim = head_dim_class(head_dim)
+    if element_size == 4:  # tf32 in three passes keeps twice the operands
+        return Config(32, 32, 4, 1) if block_dim <= 128 else Config(16, 16, 4, 1)
+    stages = 1 if architecture == "amd" else 2
+    if block_dim <= 64:
+        return Config(64, 64, 4, stages) if kernel == "forward" else Config(64, 64, 8, stages)
+    if block_dim == 128:
+        return Config(64, 64, 8, stages) if kernel == "forward" else Config(32, 64, 8, 1)
+    return Config(32, 32, 8, 1)
+
+
+def candidate_configs() -> list[triton.Config]:
+    """What PTV2_AUTOTUNE=1 chooses from."""
+    return [
+        triton.Config(
+            {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys}, num_warps=warps, num_stages=stages
+        )
+        for queries, keys in ((32, 32), (64, 32), (64, 64), (128, 64))
+        for warps in (4, 8)
+        for stages in (1, 2, 3)
+    ]
+
+
+def tunable(kernel):
+    """Wraps a jit function for autotuning when it is asked for."""
+    if not AUTOTUNE:
+        return kernel
+    key = ["HEAD_DIM", "HAS_DROPOUT", "HAS_PREFIX_DROPOUT"]
+    return triton.autotune(configs=candidate_configs(), key=key, cache_results=True)(kernel)
+
+
+def launch_options(kernel: str, query: torch.Tensor) -> dict[str, object]:
+    """Keyword arguments of a launch: blocks, warps, stages, precision of float32 products."""
+    head_dim = query.shape[-1]
+    options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIM": head_dim_class(head_dim)}
+    options["INPUT_PRECISION"] = input_precision()
+    if not AUTOTUNE:
+        architecture = architecture_class(query.device)
+        config = shipped_config(kernel, head_dim, query.element_size(), architecture)
+        options |= config.options()
+    if not INTERPRETED:
+        options["enable_fp_fusion"] = True  # the default turns to False in triton 3.10
+    return options
+
+
+def input_precision() -> str:
+    """How float32 products are computed: as torch.set_float32_matmul_precision asks.
+
+    "ieee" has no tensor cores on NVIDIA and spills; three tf32 products come close to float32. AMD
+    has float32 matrix instructions, and no tf32x3.
+    """
+    if torch.version.hip:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
