@@ -8,7 +8,10 @@ import torch
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Before anything imports triton: kernels become interpreted on a machine without a GPU.
 if not torch.cuda.is_available():
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    os.environ["TRITON_INTERPRET"] = "1"
+    from tests.triton_interpreter import repair_interpreter
+
+    repair_interpreter()
 
 
 @pytest.fixture(autouse=True)

@@ -14,7 +14,14 @@ import triton.language as tl
 from torch import Tensor
 
 from ptv2_kernels.backward_prefix import launch_backward_prefix
-from ptv2_kernels.configs import DROPOUT_FLAGS, RUNTIME_SIZES, launch_options, tunable
+from ptv2_kernels.configs import (
+    COMPILER_OPTIONS,
+    DROPOUT_FLAGS,
+    RUNTIME_SIZES,
+    head_dim_class,
+    launch_options,
+    tunable,
+)
 from ptv2_kernels.forward import LOG2_E, dropout_arguments, mask_strides
 from ptv2_kernels.tiles import (
     PREFIX_KEY_STREAM,
@@ -264,9 +271,8 @@ def _grad_key_value_kernel(
 
 
 def _launch_delta(out: Tensor, grad_out: Tensor) -> Tensor:
-    batch, heads, queries, _ = out.shape
+    batch, heads, queries, head_dim = out.shape
     delta = out.new_empty(batch, heads, queries, dtype=torch.float32)
-    options = launch_options("forward", out)
     if delta.numel():
         _delta_kernel[(triton.cdiv(queries, 64), heads, batch)](
             out,
@@ -276,9 +282,10 @@ def _launch_delta(out: Tensor, grad_out: Tensor) -> Tensor:
             grad_out.stride(),
             heads,
             queries,
-            HEAD_DIM=options["HEAD_DIM"],
-            BLOCK_DIM=options["BLOCK_DIM"],
+            HEAD_DIM=head_dim,
+            BLOCK_DIM=head_dim_class(head_dim),
             BLOCK_QUERIES=64,
+            **COMPILER_OPTIONS,
         )
     return delta
 

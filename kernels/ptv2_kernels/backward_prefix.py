@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ptv2_kernels.configs import (
+    COMPILER_OPTIONS,
     DROPOUT_FLAGS,
     INTERPRETED,
     RUNTIME_SIZES,
@@ -235,6 +236,12 @@ def launch_backward_prefix(
     )
     size = grad_prefix_key.numel()
     _sum_partials_kernel[(triton.cdiv(size, REDUCE_BLOCK), 2)](
-        partial, grad_prefix_key, grad_prefix_value, size, splits, BLOCK=REDUCE_BLOCK
+        partial,
+        grad_prefix_key,
+        grad_prefix_value,
+        size,
+        splits,
+        BLOCK=REDUCE_BLOCK,
+        **COMPILER_OPTIONS,
     )
     return grad_prefix_key, grad_prefix_value

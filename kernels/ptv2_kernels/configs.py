@@ -19,6 +19,8 @@ DROPOUT_FLAGS = {
     "HAS_DROPOUT": lambda args: args["multiplier"] != 1.0,
     "HAS_PREFIX_DROPOUT": lambda args: args["prefix_multiplier"] != 1.0,
 }
+# The default of triton turns to False in 3.10; the interpreter takes no compiler options.
+COMPILER_OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
 KERNELS = ("forward", "query", "key_value", "prefix")
 
 
@@ -98,9 +100,7 @@ def launch_options(kernel: str, query: torch.Tensor) -> dict[str, object]:
         architecture = architecture_class(query.device)
         config = shipped_config(kernel, head_dim, query.element_size(), architecture)
         options |= config.options()
-    if not INTERPRETED:
-        options["enable_fp_fusion"] = True  # the default turns to False in triton 3.10
-    return options
+    return options | COMPILER_OPTIONS
 
 
 def input_precision() -> str:

@@ -108,7 +108,7 @@ def keep_mask(
         zeros + STREAM,
         n_rounds=PHILOX_ROUNDS,
     )
-    # join makes a new last dimension: [.., 2, 2] in the order word 0, 1, 2, 3.
+    # join makes a new last dimension; this order gives word 0, 1, 2, 3, the low half first.
     words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
     halves = tl.join(words & 0xFFFF, words >> 16)
     decisions = tl.reshape(halves, (BLOCK_ROWS, BLOCK_COLUMNS))

@@ -1,0 +1,181 @@
+"""Compiles the shipped kernels ahead of time, without a GPU, and reads the machine code.
+
+    python -m tests.triton_builds --targets sm_80 gfx942 --head-dims 64 --dtypes bf16
+
+Run without TRITON_INTERPRET; prints one JSON object per kernel.
+"""
+
+import argparse
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from ptv2_kernels import backward, backward_prefix, forward
+from ptv2_kernels.configs import head_dim_class, shipped_config
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+from triton.runtime.jit import create_function_from_signature
+
+NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+# Shared memory a block may use, bytes.
+SHARED_LIMIT = {
+    "sm_80": 166912,
+    "sm_86": 101376,
+    "sm_89": 101376,
+    "sm_90": 232448,
+    "sm_100": 232448,
+    "sm_120": 101376,
+    "gfx942": 65536,
+}
+MATRIX_INSTRUCTION = {"cuda": r"\b(HMMA|HGMMA|UTC\w*MMA)", "hip": r"\bv_mfma"}
+
+
+def target_of(name: str) -> GPUTarget:
+    if name.startswith("gfx"):
+        return GPUTarget("hip", name, 64)
+    return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
+
+
+def architecture_of(name: str) -> str:
+    if name.startswith("gfx"):
+        return "amd"
+    return "small" if name in ("sm_86", "sm_89", "sm_120") else "large"
+
+
+def record_launches(dtype: torch.dtype, head_dim: int, dropout_p: float, prefix_dropout_p: float):
+    """The arguments of every kernel of a forward and backward pass, caught before the launch."""
+    shape = (2, 3, 200, head_dim)
+    query = torch.empty(2, 200, 3, head_dim, dtype=dtype).transpose(1, 2)
+    prefix = torch.empty(3, 100, head_dim, dtype=dtype)
+    mask, seed = torch.ones(2, 200, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
+    launches = []
+    modules = {
+        (forward, "_prefix_attention_forward_kernel"): "forward",
+        (backward, "_delta_kernel"): None,
+        (backward, "_grad_query_kernel"): "query",
+        (backward, "_grad_key_value_kernel"): "key_value",
+        (backward_prefix, "_grad_prefix_kernel"): "prefix",
+        (backward_prefix, "_sum_partials_kernel"): None,
+    }
+
+    class Recorder:
+        def __init__(self, kernel, config_name):
+            self.kernel, self.config_name = kernel, config_name
+
+        def __getitem__(self, grid):
+            return lambda *args, **kwargs: launches.append(
+                (self.kernel, self.config_name, args, kwargs)
+            )
+
+    saved = {key: getattr(*key) for key in modules}
+    try:
+        for (module, name), config_name in modules.items():
+            setattr(module, name, Recorder(saved[module, name], config_name))
+        options = (mask, seed, head_dim**-0.5, dropout_p, prefix_dropout_p)
+        out, lse = forward.launch_forward(query, query, query, prefix, prefix, *options)
+        backward.launch_backward(
+            torch.empty(shape, dtype=dtype), query, query, query, prefix, prefix, out, lse,
+            *options, True, True, True,
+        )  # fmt: skip
+    finally:
+        for (module, name), kernel in saved.items():
+            setattr(module, name, kernel)
+    return launches
+
+
+def compile_launch(kernel, target: GPUTarget, args: tuple, kwargs: dict):
+    """Compiles for `target` exactly what kernel[grid](*args, **kwargs) would compile."""
+    if hasattr(kernel, "values"):  # triton.heuristics
+        named = {**dict(zip(kernel.arg_names, args, strict=False)), **kwargs}
+        flags = {name: heuristic(named) for name, heuristic in kernel.values.items()}
+        kernel, kwargs = kernel.fn, {**kwargs, **flags}
+    backend = make_backend(target)
+    binder = create_function_from_signature(kernel.signature, kernel.params, backend)
+    kwargs = {"debug": False, **kwargs}
+    bound, specialization, options = binder(*args, **kwargs)
+    options, signature, constants, attributes = kernel._pack_args(
+        backend, kwargs, bound, specialization, options
+    )
+    source = ASTSource(kernel, signature, constants, attributes)
+    return triton.compile(source, target=target, options=options.__dict__)
+
+
+def machine_code(compiled, target: GPUTarget) -> str:
+    if target.backend == "hip":
+        return compiled.asm["amdgcn"]
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [NVIDIA_TOOLS / "nvdisasm", "-c", file.name]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
+def registers(compiled, target: GPUTarget) -> int:
+    if target.backend == "hip":
+        return int(re.search(r"\.vgpr_count:\s+(\d+)", compiled.asm["amdgcn"]).group(1))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        command = [NVIDIA_TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
+        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return int(re.search(r"REG:(\d+)", usage).group(1))
+
+
+def build(
+    target_name: str, dtype_name: str, head_dim: int, dropout_p: float, prefix_dropout_p: float
+) -> Iterator[dict[str, object]]:
+    """Compiles all kernels of one case; yields what is known about each."""
+    target = target_of(target_name)
+    dtype = DTYPES[dtype_name]
+    for kernel, config_name, args, kwargs in record_launches(
+        dtype, head_dim, dropout_p, prefix_dropout_p
+    ):
+        if config_name is not None:
+            architecture = architecture_of(target_name)
+            config = shipped_config(config_name, head_dim, dtype.itemsize, architecture)
+            kwargs = {**kwargs, **config.options(), "BLOCK_DIM": head_dim_class(head_dim)}
+            if architecture == "amd":
+                kwargs["INPUT_PRECISION"] = "ieee"
+        compiled = compile_launch(kernel, target, args, kwargs)
+        code = machine_code(compiled, target)
+        yield {
+            "target": target_name,
+            "dtype": dtype_name,
+            "head_dim": head_dim,
+            "dropout": dropout_p,
+            "prefix_dropout": prefix_dropout_p,
+            "kernel": config_name or kernel.fn.__name__,
+            "registers": registers(compiled, target),
+            "shared_bytes": compiled.metadata.shared,
+            "shared_limit": SHARED_LIMIT[target_name],
+            "local_accesses": len(re.findall(r"\b(LDL|STL|scratch_(?:load|store))", code)),
+            "matrix_instructions": len(re.findall(MATRIX_INSTRUCTION[target.backend], code)),
+            "wide_loads": len(re.findall(r"LDG\.E\.128|LDGSTS\.E\.\S*128|buffer_load_dwordx4|"
+                                         r"global_load_dwordx4", code)),
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=SHARED_LIMIT, default=list(SHARED_LIMIT))
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["bf16"])
+    parser.add_argument("--head-dims", nargs="+", type=int, default=[64])
+    parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--prefix-dropout", type=float, default=0.0)
+    arguments = parser.parse_args()
+    for target in arguments.targets:
+        for dtype in arguments.dtypes:
+            for head_dim in arguments.head_dims:
+                for dropout_p in arguments.dropout:
+                    for row in build(target, dtype, head_dim, dropout_p, arguments.prefix_dropout):
+                        print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main()
