@@ -15,11 +15,12 @@ from pathlib import Path
 
 import torch
 import triton
-from ptv2_kernels import backward, backward_prefix, forward
-from ptv2_kernels.configs import head_dim_class, shipped_config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, make_backend
 from triton.runtime.jit import create_function_from_signature
+
+from ptv2_kernels import backward, backward_prefix, forward
+from ptv2_kernels.configs import shipped_config
 
 NVIDIA_TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -40,12 +41,6 @@ def target_of(name: str) -> GPUTarget:
     if name.startswith("gfx"):
         return GPUTarget("hip", name, 64)
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
-
-
-def architecture_of(name: str) -> str:
-    if name.startswith("gfx"):
-        return "amd"
-    return "small" if name in ("sm_86", "sm_89", "sm_120") else "large"
 
 
 def record_launches(dtype: torch.dtype, head_dim: int, dropout_p: float, prefix_dropout_p: float):
@@ -137,10 +132,9 @@ def build(
         dtype, head_dim, dropout_p, prefix_dropout_p
     ):
         if config_name is not None:
-            architecture = architecture_of(target_name)
-            config = shipped_config(config_name, head_dim, dtype.itemsize, architecture)
-            kwargs = {**kwargs, **config.options(), "BLOCK_DIM": head_dim_class(head_dim)}
-            if architecture == "amd":
+            amd = target.backend == "hip"
+            kwargs |= shipped_config(config_name, head_dim, dtype.itemsize, amd).options()
+            if amd:
                 kwargs["INPUT_PRECISION"] = "ieee"
         compiled = compile_launch(kernel, target, args, kwargs)
         code = machine_code(compiled, target)

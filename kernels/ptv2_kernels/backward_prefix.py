@@ -204,7 +204,7 @@ def launch_backward_prefix(
     grad_prefix_key, grad_prefix_value = (prefix_key.new_empty(prefix_key.shape) for _ in range(2))
     if grad_prefix_key.numel() == 0:
         return grad_prefix_key, grad_prefix_value
-    prefix_tiles = triton.cdiv(prefix_length, 64)
+    prefix_tiles = triton.cdiv(prefix_length, 32)
     splits = count_splits(batch, heads, prefix_tiles, _multiprocessors(query.device))
     partial = query.new_empty(splits, 2, *prefix_key.shape, dtype=torch.float32)
 

@@ -1,4 +1,4 @@
-"""Launch configurations: one per (kernel, head_dim class, element size, architecture class).
+"""Launch configurations: one per (kernel, head_dim class, element size, vendor).
 
 PTV2_AUTOTUNE=1 tunes over a list instead, by triton.autotune with results cached on disk. Tiles do
 not depend on the number of tokens: equal sequences give equal bits whatever they are batched with.
@@ -45,30 +45,23 @@ def head_dim_class(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def architecture_class(device: torch.device) -> str:
-    """ "large" shared memory (sm_80, 90, 100), "small" (sm_86, 89, 120), or "amd"."""
-    if torch.version.hip:
-        return "amd"
-    if device.type != "cuda":
-        return "small"
-    return (
-        "small"
-        if torch.cuda.get_device_capability(device) in ((8, 6), (8, 9), (12, 0))
-        else "large"
-    )
+def shipped_config(kernel: str, head_dim: int, element_size: int, amd: bool) -> Config:
+    """The configuration of one kernel; `kernel` is one of KERNELS.
 
-
-def shipped_config(kernel: str, head_dim: int, element_size: int, architecture: str) -> Config:
-    """The configuration of one kernel; `kernel` is one of KERNELS."""
+    Backward tiles are narrower in keys: dropout decisions and four operands live beside two
+    accumulators, and 64 x 64 spills on sm_80 and sm_86.
+    """
     block_dim = head_dim_class(head_dim)
     if element_size == 4:  # tf32 in three passes keeps twice the operands
         return Config(32, 32, 4, 1) if block_dim <= 128 else Config(16, 16, 4, 1)
-    stages = 1 if architecture == "amd" else 2
+    stages = 1 if amd else 2
     if block_dim <= 64:
-        return Config(64, 64, 4, stages) if kernel == "forward" else Config(64, 64, 8, stages)
+        return Config(64, 64 if kernel == "forward" else 32, 4, stages)
+    if block_dim == 128 and amd:
+        return Config(64, 32, 4, 1) if kernel == "forward" else Config(32, 32, 4, 1)
     if block_dim == 128:
-        return Config(64, 64, 8, stages) if kernel == "forward" else Config(32, 64, 8, 1)
-    return Config(32, 32, 8, 1)
+        return Config(64, 64, 8, 2) if kernel == "forward" else Config(32, 64, 8, 1)
+    return Config(32, 32, 4 if amd else 8, 1)
 
 
 def candidate_configs() -> list[triton.Config]:
@@ -97,9 +90,8 @@ def launch_options(kernel: str, query: torch.Tensor) -> dict[str, object]:
     options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIM": head_dim_class(head_dim)}
     options["INPUT_PRECISION"] = input_precision()
     if not AUTOTUNE:
-        architecture = architecture_class(query.device)
-        config = shipped_config(kernel, head_dim, query.element_size(), architecture)
-        options |= config.options()
+        amd = torch.version.hip is not None
+        options |= shipped_config(kernel, head_dim, query.element_size(), amd).options()
     return options | COMPILER_OPTIONS
 
 

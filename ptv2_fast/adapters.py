@@ -1,0 +1,156 @@
+"""Save and load adapters: the prefix, the head and whatever else was trained."""
+
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_adapter, write_adapter
+from ptv2_fast.encoders.attachment import Attachment, find_attachment
+from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
+from ptv2_fast.prefix import PTuningV2Config
+
+# Fields that an adapter and an attached model must share: they decide what the tensors mean.
+_MATCHED_FIELDS = (
+    "num_virtual_tokens",
+    "prefix_projection",
+    "encoder_hidden_size",
+    "layers",
+    "position_offset",
+    "modules_to_save",
+)
+_MATCHED_SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
+
+
+def save_adapter(
+    model: PreTrainedModel,
+    directory: str | os.PathLike,
+    state_dict: dict[str, Tensor] | None = None,
+) -> None:
+    """Write adapter_config.json and adapter_model.safetensors; old files are replaced whole.
+
+    The tensors are the prefix (with its MLP, so that training can go on), everything outside the
+    embeddings and encoder layers, and `modules_to_save`.
+
+    Args:
+        model: an attached model.
+        directory: created when missing.
+        state_dict: take the tensors from here, as gathered by a distributed trainer.
+
+    Raises:
+        ValueError: when the model is not attached, `directory` is a file or a tensor is missing.
+    """
+    attachment = require_attachment(model)
+    write_adapter(directory, attachment.describe(), attachment.select_tensors(state_dict))
+
+
+def load_adapter(
+    model: PreTrainedModel, directory: str | os.PathLike, is_trainable: bool = False
+) -> PreTrainedModel:
+    """Load an adapter, or a checkpoint of an attached model, into a model of the same kind.
+
+    A model without a prefix is attached as the adapter's configuration says, with nothing
+    trainable and in eval mode unless `is_trainable`. On an attached model the configurations must
+    match; what is trainable there, and the mode, stay. The model's configuration takes over
+    id2label, label2id and problem_type. When anything is wrong the model stays as it was.
+
+    Args:
+        model: plain or attached; its backbone must hold the weights the adapter was trained on.
+        directory: the folder `save_adapter` or Trainer wrote.
+        is_trainable: continue training a model attached here.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: for missing, corrupt or truncated files, an unknown format, an adapter of
+            another model (naming each difference), and missing, unexpected or misshapen tensors.
+    """
+    description, tensors = read_adapter(directory)
+    config = _read_config(description, directory)
+    _check_same_model(description, model)
+    attachment = find_attachment(model)
+    if attachment is not None:
+        _check_same_config(config, attachment.config)
+        _load_tensors(attachment, tensors, description)
+    else:
+        attachment = attach_uninitialised(model, config)
+        try:
+            _load_tensors(attachment, tensors, description)
+        except ValueError:
+            attachment.undo()
+            raise
+        attachment.set_trainable(is_trainable)
+        if not is_trainable:
+            model.eval()
+    labels = {int(index): label for index, label in description["id2label"].items()}
+    model.config.id2label = labels
+    model.config.label2id = {label: index for index, label in labels.items()}
+    model.config.problem_type = description["problem_type"]
+    return model
+
+
+def _read_config(description: dict[str, Any], directory: str | os.PathLike) -> PTuningV2Config:
+    needed = ("prefix_config", "model_class", "num_labels", "id2label", "problem_type")
+    missing = [name for name in (*needed, *_MATCHED_SIZES) if name not in description]
+    path = os.path.join(directory, CONFIG_NAME)
+    if missing:
+        raise ValueError(f"{path}: expected the keys {missing}")
+    for name in ("prefix_config", "id2label"):
+        if not isinstance(description[name], dict):
+            raise ValueError(f"{path}: {name}: expected an object, got {description[name]!r}")
+    return PTuningV2Config.from_dict(description["prefix_config"])
+
+
+def _check_same_model(description: dict[str, Any], model: PreTrainedModel) -> None:
+    fields: tuple[str, ...] = _MATCHED_SIZES
+    if model.base_model is not model:  # a bare model has no labels, whatever its config says
+        fields = (*fields, "num_labels")
+    differences = [
+        f"{name} {description[name]!r} against {getattr(model.config, name)!r}"
+        for name in fields
+        if description[name] != getattr(model.config, name)
+    ]
+    if differences:
+        raise ValueError(
+            "model: expected the model the adapter was trained on; adapter against model: "
+            + ", ".join(differences)
+        )
+
+
+def _check_same_config(adapter: PTuningV2Config, attached: PTuningV2Config) -> None:
+    differences = [
+        f"{name} {getattr(adapter, name)!r} against {getattr(attached, name)!r}"
+        for name in _MATCHED_FIELDS
+        if getattr(adapter, name) != getattr(attached, name)
+    ]
+    if differences:
+        raise ValueError(
+            "model: expected the prefix configuration of the adapter; adapter against model: "
+            + ", ".join(differences)
+        )
+
+
+def _load_tensors(
+    attachment: Attachment, tensors: dict[str, Tensor], description: dict[str, Any]
+) -> None:
+    """Copy all tensors, or raise before the first."""
+    targets = attachment.select_tensors()
+    attachment.drop_guard(tensors)
+    missing, unexpected = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
+    if missing or unexpected:
+        raise ValueError(
+            f"adapter: expected the tensors of {type(attachment.model).__name__}, got those of "
+            f"{description['model_class']}: missing {missing}, unexpected {unexpected}"
+        )
+    for name, target in targets.items():
+        if tensors[name].shape != target.shape:
+            raise ValueError(
+                f"adapter: expected {name} of shape {list(target.shape)}, got "
+                f"{list(tensors[name].shape)}"
+            )
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(tensors[name])

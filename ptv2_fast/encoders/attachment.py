@@ -1,0 +1,263 @@
+"""What `attach` leaves on a model: the hooks of its forward, and how to undo and save it."""
+
+import copy
+import dataclasses
+import inspect
+import os
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+import ptv2_fast
+from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
+from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.input_checks import check_arguments, refuse_reentrant_checkpointing
+from ptv2_fast.encoders.selection import find_saved_names, trains_embeddings
+from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
+
+ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
+ENCODER_NAME = "prefix_encoder"
+
+
+def find_attachment(model: nn.Module) -> "Attachment | None":
+    """The attachment of a model, or None."""
+    return getattr(model, ATTACHMENT_ATTRIBUTE, None)
+
+
+class Attachment:
+    """The state of one attached model.
+
+    Its methods are the forward hooks of the backbone (hooks rather than a replaced forward: the
+    signature Trainer reads stays as it is, and copies and pickles of the model keep working).
+    Creating one patches the model in place; `undo` restores it.
+
+    Args:
+        model: the model, already checked.
+        family: its row in the table of families.
+        encoder: the prefix, already on the model's device.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family, encoder: PrefixEncoder) -> None:
+        self.model, self.family = model, family
+        self.config: PTuningV2Config = encoder.config
+        self.backbone: nn.Module = model.base_model
+        self.layers = family.layer_modules(self.backbone)
+        self.enabled = True
+        # The signature is read here because torch.compile cannot trace inspect.
+        self.argument_names = tuple(inspect.signature(self.backbone.forward).parameters)
+
+        # Nothing is changed before this line, the last that may raise.
+        self.saved_names = find_saved_names(model, family, self.config.modules_to_save)
+        self._old_requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
+        self._old_ignored_keys = model._keys_to_ignore_on_save
+        self._old_configs = _give_own_configs(model)
+        model.set_attn_implementation(ATTENTION_NAME)
+        frozen_names = [name for name in model.state_dict() if name not in set(self.saved_names)]
+        # Trainer compares the keys a checkpoint lacks with this set and is content when equal.
+        model._keys_to_ignore_on_save = set(frozen_names)
+        self.guard_name = frozen_names[0]
+        self._trains_embeddings = trains_embeddings(model, family, self.saved_names)
+        model.add_module(ENCODER_NAME, encoder)
+        self.saved_names += [f"{ENCODER_NAME}.{name}" for name in encoder.state_dict()]
+        self.set_trainable(not self.config.inference_mode)
+        self._handles = self._register_hooks()
+        model.save_pretrained = self.save_pretrained  # type: ignore[assignment, method-assign]
+        setattr(model, ATTACHMENT_ATTRIBUTE, self)
+
+    def _register_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
+        handles = [
+            self.backbone.register_forward_pre_hook(self.before_backbone, with_kwargs=True),
+            self.backbone.register_forward_hook(self.after_backbone, with_kwargs=True),
+            self.layers[0].register_forward_pre_hook(self.before_first_layer, with_kwargs=True),
+            self.model.register_load_state_dict_pre_hook(self.before_load),
+        ]
+        if self.config.position_offset == "prefix":
+            embeddings = self.backbone.get_submodule(self.family.embeddings)
+            handles.append(
+                embeddings.register_forward_pre_hook(self.before_embeddings, with_kwargs=True)
+            )
+        return handles
+
+    @property
+    def encoder(self) -> PrefixEncoder:
+        """The prefix encoder registered on the model."""
+        return self.model.get_submodule(ENCODER_NAME)  # type: ignore[return-value]
+
+    @property
+    def positions_taken(self) -> int:
+        """Positions in front of the first token: P with `position_offset="prefix"`, else 0."""
+        shifted = self.enabled and self.config.position_offset == "prefix"
+        return self.config.num_virtual_tokens if shifted else 0
+
+    def set_trainable(self, trainable: bool) -> None:
+        """Freeze the backbone; train, or freeze as well, everything that an adapter holds."""
+        names = set(self.saved_names)
+        self.config = dataclasses.replace(self.config, inference_mode=not trainable)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(trainable and name in names)
+
+    def undo(self) -> None:
+        """Restore the model as it was before `attach` (trained weights outside stay trained)."""
+        for handle in self._handles:
+            handle.remove()
+        model = self.model
+        delattr(model, ENCODER_NAME)
+        delattr(model, ATTACHMENT_ATTRIBUTE)
+        del model.save_pretrained
+        model._keys_to_ignore_on_save = self._old_ignored_keys
+        for module, config in self._old_configs:
+            module.config = config
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(self._old_requires_grad.get(name, parameter.requires_grad))
+
+    def before_backbone(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Check the inputs, compute the prefix once and send it along."""
+        if getattr(module, "_is_replica", False):
+            raise RuntimeError(
+                "nn.DataParallel cannot train a prefix: its replicas are thrown away after each "
+                "step; use DistributedDataParallel (torchrun) or show the process one GPU"
+            )
+        # zip is not strict: positional arguments are the first of the names.
+        arguments = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
+        check_arguments(arguments, self.model, self.family, self.positions_taken)
+        if module.training:
+            refuse_reentrant_checkpointing(self.layers)
+        embeds = arguments.get("inputs_embeds")
+        state = PrefixState(
+            layers=self.encoder.layer_prefixes() if self.enabled else {},
+            prefix_dropout=self.config.prefix_dropout,
+            keep_input_gradient=self._trains_embeddings
+            or (embeds is not None and embeds.requires_grad),
+        )
+        return args, {**kwargs, STATE_ARGUMENT: state}
+
+    def after_backbone(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object
+    ) -> None:
+        """Prove that every prefixed layer called the attention function."""
+        state = kwargs[STATE_ARGUMENT]
+        silent = [layer for layer in state.layers if layer not in state.called]
+        if silent:
+            raise RuntimeError(
+                f"layers {silent} of {type(module).__name__} did not call the attention function "
+                f"{ATTENTION_NAME!r}: their prefix had no effect (was the model's attention "
+                "implementation changed after attach?)"
+            )
+
+    def before_embeddings(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Shift the positions of real tokens by P, unless the caller gave position_ids."""
+        if self.positions_taken == 0 or kwargs.get("position_ids") is not None:
+            return None
+        embeds = kwargs.get("inputs_embeds")
+        if embeds is not None and self.family.pads_keep_position:
+            # transformers ignores the shift for embedded input of this family.
+            first = self.model.config.pad_token_id + 1 + self.positions_taken
+            positions = torch.arange(first, first + embeds.shape[1], device=embeds.device)
+            return args, {**kwargs, "position_ids": positions.expand(embeds.shape[:2])}
+        return args, {**kwargs, "past_key_values_length": self.positions_taken}
+
+    def before_first_layer(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Cut the graph below the encoder layers.
+
+        Checkpointing makes the embeddings require grad; without the cut the layers up to the
+        lowest prefixed one would record a backward pass that nobody needs.
+        """
+        state = kwargs.get(STATE_ARGUMENT)
+        if state is None or state.keep_input_gradient:
+            return None
+        return (args[0].detach(), *args[1:]), kwargs
+
+    def before_load(
+        self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: object
+    ) -> None:
+        """Drop the guard of a checkpoint from a state dict that is about to be loaded."""
+        self.drop_guard(state_dict, prefix)
+
+    def drop_guard(self, tensors: dict[str, Tensor], prefix: str = "") -> None:
+        """Remove the empty tensor that `save_pretrained` adds, if it is there."""
+        name = prefix + self.guard_name
+        if name in tensors and tensors[name].numel() == 0:
+            del tensors[name]
+
+    def describe(self) -> dict[str, Any]:
+        """What adapter_config.json says about this model, JSON-ready."""
+        config = self.model.config
+        return {
+            "prefix_config": self.config.to_dict(),
+            "base_model": config.name_or_path,
+            "model_class": type(self.model).__name__,
+            "model_type": config.model_type,
+            "num_hidden_layers": config.num_hidden_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_attention_heads,
+            "num_labels": config.num_labels,
+            "id2label": dict(config.id2label or {}),
+            "problem_type": config.problem_type,
+            "max_length": self.family.max_positions(config) - self.positions_taken,
+            "torch_version": torch.__version__,
+            "ptv2_version": ptv2_fast.__version__,
+        }
+
+    def select_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """The tensors of the adapter, from `state_dict` or from the model.
+
+        Raises:
+            ValueError: when `state_dict` lacks one of them.
+        """
+        tensors = self.model.state_dict() if state_dict is None else state_dict
+        missing = [name for name in self.saved_names if name not in tensors]
+        if missing:
+            raise ValueError(f"state_dict: expected the adapter's tensors, got none for {missing}")
+        return {name: tensors[name] for name in self.saved_names}
+
+    def save_pretrained(
+        self,
+        save_directory: str | os.PathLike,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        push_to_hub: bool = False,
+        **unused: object,
+    ) -> None:
+        """Stands in for the model's `save_pretrained`: writes the adapter as a checkpoint.
+
+        The tensors lie in model.safetensors, the one name Trainer loads again, without a
+        config.json; `load_adapter` reads it. An empty tensor in the name of a frozen weight makes
+        `from_pretrained` fail on the folder: it would fill the backbone at random and only warn.
+        Other arguments of transformers' method (shard size, format, variant) have no meaning for
+        one small file.
+
+        Raises:
+            ValueError: for push_to_hub=True, or a `state_dict` without the adapter's tensors.
+        """
+        if push_to_hub:
+            raise ValueError("push_to_hub: expected False, got True; upload the folder itself")
+        if is_main_process:
+            tensors = {**self.select_tensors(state_dict), self.guard_name: torch.empty(0)}
+            write_adapter(save_directory, self.describe(), tensors, CHECKPOINT_WEIGHTS_NAME)
+
+
+def _give_own_configs(model: PreTrainedModel) -> list[tuple[nn.Module, Any]]:
+    """Replace every configuration by a copy and return (module, old configuration).
+
+    Changing the attention implementation writes into the configuration, an object that other
+    models may share; modules that shared one go on sharing its copy.
+    """
+    old: list[tuple[nn.Module, Any]] = []
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if hasattr(config, "_attn_implementation"):
+            if id(config) not in copies:
+                copies[id(config)] = copy.deepcopy(config)
+            old.append((module, config))
+            module.config = copies[id(config)]
+    return old

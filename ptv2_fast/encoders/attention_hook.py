@@ -1,0 +1,101 @@
+"""The attention and mask functions that transformers calls in an attached model.
+
+The prefixes of one forward travel as a keyword argument from the backbone to every attention
+call, so that checkpointing recomputes with the prefix of the forward it belongs to.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
+
+from ptv2_fast.ops import prefix_attention
+
+ATTENTION_NAME = "ptv2_prefix"
+STATE_ARGUMENT = "ptv2_prefix_state"
+
+
+@dataclass
+class PrefixState:
+    """What one forward of the backbone hands to its attention modules.
+
+    `layers` maps a layer index to (prefix_key, prefix_value), each [H, P, D]; a layer that is not
+    in it runs without a prefix. The attention function notes each layer it served in `called`.
+    """
+
+    layers: dict[int, tuple[Tensor, Tensor]]
+    prefix_dropout: float
+    keep_input_gradient: bool
+    called: list[int] = field(default_factory=list)
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,  # [B, H, T, D]
+    key: Tensor,  # [B, H, T, D]
+    value: Tensor,  # [B, H, T, D]
+    attention_mask: Tensor | None,  # bool [B, T]
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    state = kwargs.get(STATE_ARGUMENT)
+    if not isinstance(state, PrefixState):
+        raise RuntimeError(
+            "the attention of an attached model was called from outside its backbone; call the "
+            "model itself (model(...), not model.forward(...) or one of its layers), or detach it"
+        )
+    if kwargs.get("is_causal") or getattr(module, "is_causal", False):
+        raise ValueError("is_causal: expected False (an encoder), got True")
+    layer: int = module.layer_idx  # type: ignore[assignment]
+    prefix = state.layers.get(layer)
+    if prefix is None:
+        heads, head_dim = query.shape[1], query.shape[3]
+        prefix_key = prefix_value = query.new_empty(heads, 0, head_dim)
+    else:
+        prefix_key, prefix_value = prefix
+    state.called.append(layer)
+    out = prefix_attention(
+        query,
+        key,
+        value,
+        prefix_key,
+        prefix_value,
+        key_mask=attention_mask,
+        scale=scaling,
+        dropout_p=dropout,
+        prefix_dropout_p=state.prefix_dropout if prefix is not None and module.training else 0.0,
+    )
+    return out.transpose(1, 2), None
+
+
+def _mask(
+    *,
+    mask_function: Callable[..., bool] = bidirectional_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: object,
+) -> Tensor | None:
+    """The padding mask as it came, bool [B, T] or None; its values are never looked at.
+
+    Lengths and offsets, which versions of transformers name differently, are left in `kwargs`: the
+    backbone's inputs were checked to have one mask column per token and no cache.
+
+    Raises:
+        ValueError: for anything but padding of a bidirectional encoder (causal, packed or
+            block-wise masks, masks of other ranks).
+    """
+    if mask_function is not bidirectional_mask_function:
+        raise ValueError(
+            "attention_mask: expected a plain bidirectional padding mask, got a causal, packed or "
+            f"otherwise structured one ({mask_function!r})"
+        )
+    if attention_mask is not None and attention_mask.dim() != 2:
+        raise ValueError(f"attention_mask: expected shape [B, T], got {list(attention_mask.shape)}")
+    return attention_mask
+
+
+AttentionInterface.register(ATTENTION_NAME, _attention)
+# Without a mask function of the same name transformers drops every mask, without a word.
+ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)

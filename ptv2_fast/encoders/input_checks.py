@@ -1,0 +1,79 @@
+"""What an attached model refuses at the start of a forward, each with one clear error."""
+
+import functools
+import warnings
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.encoders.families import Family
+
+_UNSERVED_ARGUMENTS = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask")
+
+
+def check_arguments(
+    arguments: dict[str, Any], model: PreTrainedModel, family: Family, positions_taken: int
+) -> None:
+    """Check the arguments of the backbone's forward, by name.
+
+    Raises:
+        ValueError: for a cache, cross attention, output_attentions, a mask that is not [B, T], or
+            more tokens than positions remain.
+    """
+    for name in _UNSERVED_ARGUMENTS:
+        if arguments.get(name) is not None:
+            raise ValueError(f"{name}: expected None on a model with a prefix, got a value")
+    wants_attentions = arguments.get("output_attentions")
+    if wants_attentions or (wants_attentions is None and model.config.output_attentions):
+        raise ValueError(
+            "output_attentions: expected False, got True (the fused attention never forms the "
+            "probabilities)"
+        )
+    input_ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+    tokens = embeds if input_ids is None else input_ids
+    if tokens is None:
+        return  # transformers' own error names the two arguments
+    mask = arguments.get("attention_mask")
+    if mask is not None and mask.shape != tokens.shape[:2]:
+        raise ValueError(
+            f"attention_mask: expected shape [B, T] = {list(tokens.shape[:2])}, got "
+            f"{list(mask.shape)}"
+        )
+    if arguments.get("position_ids") is None:
+        _check_length(input_ids, tokens.shape[1], model, family, positions_taken)
+
+
+def _check_length(
+    input_ids: Tensor | None, length: int, model: PreTrainedModel, family: Family, taken: int
+) -> None:
+    limit = family.max_positions(model.config)
+    if length <= limit - taken:
+        return
+    if family.pads_keep_position and input_ids is not None:
+        # Pads take no position here, so a padded batch may be wider than the position table.
+        length = int(input_ids.ne(model.config.pad_token_id).sum(dim=1).max())
+    if length > limit - taken:
+        reason = f", because position_offset='prefix' takes {taken} of them" if taken else ""
+        raise ValueError(
+            f"input_ids: expected at most {limit - taken} tokens, got {length}; "
+            f"{type(model).__name__} has {limit} positions and {limit - taken} remain{reason}"
+        )
+
+
+def refuse_reentrant_checkpointing(layers: list[nn.Module]) -> None:
+    """Turn reentrant checkpointing off with a warning.
+
+    It gives no gradient to what a layer gets by keyword, and that is the prefix.
+    """
+    for layer in layers:
+        if not getattr(layer, "gradient_checkpointing", False):
+            continue
+        function = getattr(layer, "_gradient_checkpointing_func", None)
+        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
+            warnings.warn(
+                "reentrant gradient checkpointing would not train the prefix: switched to "
+                "use_reentrant=False",
+                stacklevel=2,
+            )
+            function.keywords["use_reentrant"] = False

@@ -1,0 +1,76 @@
+"""`init="tokens"`: start the prefix at the keys and values of real tokens."""
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.encoders.families import Family
+from ptv2_fast.prefix import PrefixEncoder
+
+
+@torch.no_grad()
+def token_prefix(
+    model: PreTrainedModel, family: Family, encoder: PrefixEncoder, input_ids: Tensor | None
+) -> Tensor:
+    """Keys and values of P tokens in the prefixed layers of the plain, not yet attached backbone.
+
+    The tokens run without dropout as one text, or as several when P exceeds the positions.
+
+    Args:
+        model: the model that is about to be attached.
+        family: its row in the table of families.
+        encoder: gives P, the layers and the head sizes.
+        input_ids: at least P token ids of any shape; None = random ids other than the pad.
+
+    Returns:
+        [L', 2, H, P, D] in float32.
+
+    Raises:
+        ValueError: for fewer than P ids, or ids outside the vocabulary.
+    """
+    backbone, length = model.base_model, encoder.config.num_virtual_tokens
+    device = encoder.embedding.weight.device
+    if input_ids is None:
+        vocabulary, pad = model.config.vocab_size, model.config.pad_token_id or 0
+        input_ids = (pad + 1 + torch.randint(vocabulary - 1, (length,))) % vocabulary
+    elif input_ids.numel() < length:
+        raise ValueError(
+            f"init_input_ids: expected at least {length} token ids, got {input_ids.numel()}"
+        )
+    ids = input_ids.flatten()[:length].to(device)
+    if ids.min() < 0 or ids.max() >= model.config.vocab_size:
+        raise ValueError(
+            f"init_input_ids: expected ids in 0..{model.config.vocab_size - 1}, got "
+            f"{ids.min().item()}..{ids.max().item()}"
+        )
+
+    layers = family.layer_modules(backbone)
+    projections: list[nn.Module] = []
+    for index in encoder.layers:
+        attention = layers[index].get_submodule(family.attention)
+        projections += [attention.get_submodule(family.key), attention.get_submodule(family.value)]
+    outputs: list[list[Tensor]] = [[] for _ in projections]
+    handles = [
+        projection.register_forward_hook(_recorder(record))
+        for projection, record in zip(projections, outputs, strict=True)
+    ]
+    modes = [(module, module.training) for module in backbone.modules()]
+    try:
+        backbone.eval()
+        for chunk in ids.split(family.max_positions(model.config)):
+            backbone(input_ids=chunk[None])
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module, mode in modes:
+            module.training = mode
+    flat = torch.stack([torch.cat(record) for record in outputs])  # [2 L', P, H * D]
+    heads = flat.view(len(encoder.layers), 2, length, encoder.num_heads, encoder.head_dim)
+    return heads.transpose(2, 3).float()
+
+
+def _recorder(record: list[Tensor]):
+    def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
+        record.append(output[0])
+
+    return hook

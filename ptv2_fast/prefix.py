@@ -1,0 +1,222 @@
+"""The configuration of P-Tuning v2 and the module that holds its trainable prefix (torch only)."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_INIT_STD = 0.02
+_POSITION_OFFSETS = ("none", "prefix")
+_INITS = ("normal", "tokens")
+
+
+def _expect(condition: bool, name: str, expected: str, actual: object) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {actual!r}")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_str_list(value: object) -> bool:
+    return isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)
+
+
+@dataclasses.dataclass(frozen=True)
+class PTuningV2Config:
+    """What to attach to an encoder; fields that PEFT has too keep PEFT's name and meaning.
+
+    Args:
+        num_virtual_tokens: length P of the prefix, at least 1.
+        prefix_projection: compute the prefix by Embedding -> Linear -> Tanh -> Linear instead of
+            storing it as a table.
+        encoder_hidden_size: width of that MLP; None = the encoder's hidden size.
+        task_type: PEFT's name of the task ("SEQ_CLS", "TOKEN_CLS", ...); recorded, not interpreted.
+        modules_to_save: names of backbone modules that are trained and saved too. What lies outside
+            the embeddings and the encoder layers (head, pooler) always is.
+        inference_mode: nothing is trainable.
+        prefix_dropout: element-wise dropout on the prefix in training, one mask per sequence.
+        layers: indices of the layers that get a prefix; None = all of them.
+        position_offset: "none", or "prefix" = the first token stands at position P, as in the
+            authors' code and in PEFT.
+        init: "normal" = N(0, 0.02), or "tokens" = keys and values of real tokens.
+
+    Raises:
+        ValueError: naming the field, what was expected and what was given.
+    """
+
+    num_virtual_tokens: int = 20
+    prefix_projection: bool = False
+    encoder_hidden_size: int | None = None
+    task_type: str | None = None
+    modules_to_save: tuple[str, ...] | None = None
+    inference_mode: bool = False
+    prefix_dropout: float = 0.0
+    layers: tuple[int, ...] | None = None
+    position_offset: str = "none"
+    init: str = "normal"
+
+    def __post_init__(self) -> None:
+        length, width, dropout = (
+            self.num_virtual_tokens,
+            self.encoder_hidden_size,
+            self.prefix_dropout,
+        )
+        _expect(_is_int(length) and length >= 1, "num_virtual_tokens", "an integer >= 1", length)
+        for name in ("prefix_projection", "inference_mode"):
+            value = getattr(self, name)
+            _expect(isinstance(value, bool), name, "True or False", value)
+        _expect(width is None or (_is_int(width) and width >= 1), "encoder_hidden_size",
+                "None or an integer >= 1", width)  # fmt: skip
+        _expect(self.task_type is None or isinstance(self.task_type, str), "task_type",
+                "None or a string", self.task_type)  # fmt: skip
+        _expect(isinstance(dropout, int | float) and 0 <= dropout < 1, "prefix_dropout",
+                "a probability in [0, 1)", dropout)  # fmt: skip
+        _expect(self.position_offset in _POSITION_OFFSETS, "position_offset",
+                f"one of {_POSITION_OFFSETS}", self.position_offset)  # fmt: skip
+        _expect(self.init in _INITS, "init", f"one of {_INITS}", self.init)
+        _expect(self.init != "tokens" or not self.prefix_projection, "init",
+                "'normal' with prefix_projection=True (an MLP cannot start at given values)",
+                self.init)  # fmt: skip
+        names, layers = self.modules_to_save, self.layers
+        _expect(names is None or _is_str_list(names), "modules_to_save",
+                "None or a list of module names", names)  # fmt: skip
+        _expect(layers is None or (isinstance(layers, list | tuple) and len(layers) > 0
+                and all(_is_int(layer) and layer >= 0 for layer in layers)
+                and len(set(layers)) == len(layers)), "layers",
+                "None or a non-empty list of distinct layer indices >= 0", layers)  # fmt: skip
+        object.__setattr__(self, "modules_to_save", None if names is None else tuple(names))
+        object.__setattr__(self, "layers", None if layers is None else tuple(sorted(layers)))
+
+    def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
+        """Ascending indices of the prefixed layers of an encoder with `num_layers` layers.
+
+        Raises:
+            ValueError: when an index is out of range; the message names the range.
+        """
+        layers = tuple(range(num_layers)) if self.layers is None else self.layers
+        served = f"indices in the range 0..{num_layers - 1} of this encoder"
+        _expect(layers[-1] < num_layers, "layers", served, list(layers))
+        return layers
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values."""
+        return {
+            name: list(value) if isinstance(value, tuple) else value
+            for name, value in dataclasses.asdict(self).items()
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "PTuningV2Config":
+        """The inverse of `to_dict`; missing fields take their defaults.
+
+        Raises:
+            ValueError: naming the keys that are no fields, or the field with a bad value.
+        """
+        known = [field.name for field in dataclasses.fields(cls)]
+        unknown = sorted(set(values) - set(known))
+        if unknown:
+            raise ValueError(f"PTuningV2Config: unknown keys {unknown}; the known ones are {known}")
+        return cls(**values)
+
+
+class PrefixEncoder(nn.Module):
+    """The trainable prefix of L' layers: a table, or an embedding and an MLP that compute it.
+
+    Row p of the table [P, 2 * L' * H * D] reshapes to (L', 2, H, D), key then value: the layout of
+    the authors' code and of PEFT. Only the prefixed layers are stored. Weights are drawn from
+    N(0, 0.02), biases are 0, all in float32; conversions to a narrower dtype move the module but
+    leave it in its dtype, so that a float32 master survives `model.to(torch.bfloat16)`.
+
+    Args:
+        config: see `PTuningV2Config`.
+        num_layers: layers of the encoder, prefixed or not.
+        num_heads, head_dim: H and D of its attention.
+
+    Raises:
+        ValueError: when `config.layers` is out of range.
+    """
+
+    def __init__(
+        self, config: PTuningV2Config, *, num_layers: int, num_heads: int, head_dim: int
+    ) -> None:
+        super().__init__()
+        self.config = config
+        self.num_layers, self.num_heads, self.head_dim = num_layers, num_heads, head_dim
+        self.layers = config.resolve_layers(num_layers)
+        hidden = num_heads * head_dim
+        table_width = 2 * len(self.layers) * hidden
+        self.projection: nn.Sequential | None = None
+        embedding_width = table_width
+        if config.prefix_projection:
+            embedding_width, width = hidden, config.encoder_hidden_size or hidden
+            self.projection = nn.Sequential(
+                nn.Linear(hidden, width), nn.Tanh(), nn.Linear(width, table_width)
+            )
+        self.embedding = nn.Embedding(config.num_virtual_tokens, embedding_width)
+        self.to(torch.float32)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw every weight from N(0, 0.02) and zero the biases."""
+        for name, parameter in self.named_parameters():
+            if name.endswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                nn.init.normal_(parameter, std=_INIT_STD)
+
+    def table(self) -> Tensor:
+        """The prefix as a table [P, 2 * L' * H * D]."""
+        rows = self.embedding.weight
+        return rows if self.projection is None else self.projection(rows)
+
+    def forward(self) -> Tensor:
+        """The prefix [L', 2, H, P, D]; the key or value of one layer is a contiguous view."""
+        length = self.config.num_virtual_tokens
+        rows = self.table().view(length, len(self.layers), 2, self.num_heads, self.head_dim)
+        return rows.permute(1, 2, 3, 0, 4).contiguous()
+
+    def layer_prefixes(self) -> dict[int, tuple[Tensor, Tensor]]:
+        """Layer index -> (prefix_key, prefix_value), each [H, P, D]; computed once for all."""
+        # One unbind has one stack as its backward; indexing would add up 2 L' zero-filled tensors.
+        parts = self().flatten(0, 1).unbind(0)
+        return {layer: (parts[2 * i], parts[2 * i + 1]) for i, layer in enumerate(self.layers)}
+
+    @torch.no_grad()
+    def set_layers(self, prefix: Tensor) -> None:
+        """Overwrite the table by `prefix` [L', 2, H, P, D], the layout `forward` returns.
+
+        Raises:
+            ValueError: with `prefix_projection`, or when the shape differs.
+        """
+        _expect(self.projection is None, "prefix_projection", "False to set the table",
+                True)  # fmt: skip
+        expected = (len(self.layers), 2, self.num_heads, self.config.num_virtual_tokens,
+                    self.head_dim)  # fmt: skip
+        _expect(tuple(prefix.shape) == expected, "prefix", f"shape {list(expected)}",
+                list(prefix.shape))  # fmt: skip
+        rows = prefix.permute(3, 0, 1, 2, 4)
+        self.embedding.weight.copy_(rows.reshape(self.embedding.weight.shape))
+
+    def fold(self) -> "PrefixEncoder":
+        """A new encoder that stores the same prefix as a plain table, without an MLP."""
+        config = dataclasses.replace(self.config, prefix_projection=False)
+        folded = PrefixEncoder(config, num_layers=self.num_layers, num_heads=self.num_heads,
+                               head_dim=self.head_dim)  # fmt: skip
+        table = self.table().detach()
+        folded.to(device=table.device)
+        with torch.no_grad():
+            folded.embedding.weight.copy_(table)
+        folded.requires_grad_(self.embedding.weight.requires_grad)
+        return folded
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "PrefixEncoder":
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            narrower = moved.is_floating_point() and moved.element_size() < tensor.element_size()
+            return tensor.to(moved.device) if narrower else moved
+
+        return super()._apply(keep_dtype, recurse)

@@ -1,0 +1,140 @@
+"""Tiny random encoders of transformers, their batches, and prefix attention by concatenation."""
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+from transformers import AutoConfig, DynamicCache, PreTrainedModel
+
+from tests.closeness import assert_close_to_oracle
+
+MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "electra")
+HEADS = {
+    "bare": transformers.AutoModel,
+    "sequence": transformers.AutoModelForSequenceClassification,
+    "token": transformers.AutoModelForTokenClassification,
+    "question": transformers.AutoModelForQuestionAnswering,
+    "choice": transformers.AutoModelForMultipleChoice,
+}
+MAX_POSITIONS = 40  # rows of the position table
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Tiny tensors only wait for a second thread; import this into the test files it is for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def tiny_config(model_type: str = "bert", **overrides):
+    """Three layers of two heads of width 8, without dropout, with weights that attend unevenly."""
+    values = {
+        "vocab_size": 60,
+        "hidden_size": 16,
+        "embedding_size": 16 if model_type != "electra" else 24,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "intermediate_size": 24,
+        "max_position_embeddings": MAX_POSITIONS,
+        "num_labels": 3,
+        "initializer_range": 0.3,
+        "pad_token_id": 1,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "summary_last_dropout": 0.0,
+        "classifier_dropout": 0.0,
+        "attn_implementation": "eager",
+    }
+    return AutoConfig.for_model(model_type, **{**values, **overrides})
+
+
+def tiny_model(model_type: str = "bert", head: str = "sequence", **overrides) -> PreTrainedModel:
+    labels = {"num_labels": 2} if head == "question" else {}
+    return HEADS[head].from_config(tiny_config(model_type, **labels, **overrides)).eval()
+
+
+def make_batch(head: str = "sequence", lengths=(11, 7, 4), width: int = 11) -> dict[str, Tensor]:
+    """Right-padded ids and mask, [B, T], or [B, 2, T] for multiple choice."""
+    input_ids = torch.randint(2, 60, (len(lengths), width))
+    mask = torch.arange(width) < torch.tensor(lengths)[:, None]
+    input_ids = input_ids.masked_fill(~mask, 1)
+    if head == "choice":
+        input_ids, mask = (torch.stack((x, x.flip(0)), dim=1) for x in (input_ids, mask))
+    return {"input_ids": input_ids, "attention_mask": mask.long()}
+
+
+def outputs_of(head: str, output) -> Tensor:
+    """The result of a head as one tensor."""
+    if head == "question":
+        return torch.stack((output.start_logits, output.end_logits))
+    return output.last_hidden_state if head == "bare" else output.logits
+
+
+def unshifted_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
+    """Position ids without an offset, by the rule of the model's family, [B, T]."""
+    if model.config.model_type in ("bert", "electra"):
+        return torch.arange(input_ids.shape[-1]).expand(input_ids.shape)
+    pad = model.config.pad_token_id
+    real = input_ids.ne(pad).long()
+    return real.cumsum(-1) * real + pad
+
+
+def concatenated_forward(
+    model: PreTrainedModel, prefix: Tensor, batch: dict[str, Tensor], shifted: bool
+):
+    """Prefix tuning as PEFT runs it, by transformers' cache: expand, concatenate, widen the mask.
+
+    Args:
+        model: a plain model.
+        prefix: [L, 2, H, P, D].
+        batch: input_ids and attention_mask.
+        shifted: leave the positions to transformers, which counts from the cache's length.
+    """
+    input_ids, mask = batch["input_ids"], batch["attention_mask"]
+    cache = DynamicCache()
+    rows = input_ids.numel() // input_ids.shape[-1]
+    for layer, (key, value) in enumerate(prefix):
+        cache.update(key.expand(rows, *key.shape), value.expand(rows, *value.shape), layer)
+    ones = mask.new_ones(*mask.shape[:-1], prefix.shape[3])
+    positions = {} if shifted else {"position_ids": unshifted_positions(model, input_ids)}
+    return model(
+        input_ids=input_ids,
+        attention_mask=torch.cat((ones, mask), dim=-1),
+        past_key_values=cache,
+        **positions,
+    )
+
+
+def assert_close_to_model(
+    actual: tuple[Tensor, ...],
+    run: Callable[..., tuple[Tensor, ...]],
+    *models_and_tensors: PreTrainedModel | Tensor,
+) -> None:
+    """Hold `actual` against plain torch: `run(*copies)` in float64 is the oracle.
+
+    The natural size of rounding is how far one rounding of every weight moves the oracle.
+
+    Args:
+        actual: float32 results.
+        run: takes copies of the models and tensors, all of one dtype, and returns as many results.
+    """
+
+    def results_in(dtype: torch.dtype, relative_noise: float = 0.0) -> tuple[Tensor, ...]:
+        copies = [copy.deepcopy(item).to(dtype) for item in models_and_tensors]
+        for item in copies:
+            for weight in item.parameters() if isinstance(item, torch.nn.Module) else [item]:
+                noise = torch.randn_like(weight).sign()
+                weight.data.mul_(1 + relative_noise * noise)
+        return run(*copies)
+
+    epsilon = torch.finfo(torch.float32).eps
+    oracle, same_dtype = results_in(torch.float64), results_in(torch.float32)
+    rounded = results_in(torch.float64, epsilon)
+    for i, tensor in enumerate(actual):
+        magnitude = (rounded[i] - oracle[i]).abs() / epsilon
+        assert_close_to_oracle(tensor, oracle[i], same_dtype[i], magnitude, f"result {i}")

@@ -1,0 +1,281 @@
+"""Adapters: what is written, the bit-exact round trip, and one clear error for each bad input."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModel
+
+import ptv2_fast
+from ptv2_fast import PTuningV2Config
+from tests.models import (
+    HEADS,
+    MODEL_TYPES,
+    make_batch,
+    one_thread,  # noqa: F401
+    outputs_of,
+    tiny_config,
+    tiny_model,
+)
+
+FILES = ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def attached(model_type: str = "bert", head: str = "token", overrides=None, **fields):
+    model = tiny_model(model_type, head, **(overrides or {}))
+    ptv2_fast.attach(model, PTuningV2Config(**{"num_virtual_tokens": 5, **fields}))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.normal_()
+    return model
+
+
+def plain_twin(model, **overrides):
+    """A model of the same class and backbone, with another head."""
+    twin = type(model)(type(model.config)(**{**model.config.to_dict(), **overrides})).eval()
+    backbone = {n: t for n, t in model.state_dict().items() if n in model._keys_to_ignore_on_save}
+    twin.load_state_dict(backbone, strict=False)
+    return twin
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A saved adapter and the model it came from."""
+    model = attached(overrides={"id2label": {0: "O", 1: "PER", 2: "LOC"}})
+    ptv2_fast.save_adapter(model, tmp_path)
+    return tmp_path, model
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_round_trip_is_bit_exact(model_type, head, tmp_path):
+    model, batch = attached(model_type, head), make_batch(head)
+    ptv2_fast.save_adapter(model, tmp_path)
+    twin = ptv2_fast.load_adapter(plain_twin(model), tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(twin.state_dict()[name], tensor), name
+    assert torch.equal(outputs_of(head, twin(**batch)), outputs_of(head, model(**batch)))
+
+
+def test_only_the_trained_tensors_are_written(saved):
+    directory, _ = saved
+    assert sorted(path.name for path in directory.iterdir()) == FILES
+    assert sorted(load_file(directory / FILES[1])) == [
+        "classifier.bias",
+        "classifier.weight",
+        "prefix_encoder.embedding.weight",
+    ]
+    assert (directory / FILES[1]).stat().st_size < 4 * (5 * 2 * 3 * 16 + 4 * 16) + 1000
+    description = json.loads((directory / FILES[0]).read_text())
+    assert description["ptv2_format"] == 1 and "peft_type" not in description
+    assert description["id2label"] == {"0": "O", "1": "PER", "2": "LOC"}
+    assert description["max_length"] == 40 and description["model_type"] == "bert"
+    assert description["torch_version"] == torch.__version__
+    assert description["prefix_config"]["num_virtual_tokens"] == 5
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"prefix_projection": True, "encoder_hidden_size": 12},
+        {"layers": [0, 2], "position_offset": "prefix", "prefix_dropout": 0.1},
+        {"modules_to_save": ["LayerNorm"], "init": "tokens"},
+    ],
+)
+def test_configuration_mlp_and_chosen_modules_survive(fields, tmp_path):
+    model = attached(**fields)
+    ptv2_fast.save_adapter(model, tmp_path)
+    twin = ptv2_fast.load_adapter(plain_twin(model), tmp_path, is_trainable=True)
+    batch = make_batch()
+    assert torch.equal(twin(**batch).logits, model(**batch).logits)
+    trainable = [[n for n, p in m.named_parameters() if p.requires_grad] for m in (model, twin)]
+    assert trainable[0] == trainable[1]
+    ptv2_fast.save_adapter(twin, tmp_path / "again")
+    for name in FILES:
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / name).read_bytes()
+
+
+def test_labels_come_along_and_inference_is_the_default(saved):
+    directory, model = saved
+    twin = plain_twin(model, id2label={0: "a", 1: "b", 2: "c"}).train()
+    ptv2_fast.load_adapter(twin, directory)
+    assert twin.config.id2label == {0: "O", 1: "PER", 2: "LOC"}
+    assert twin.config.label2id == {"O": 0, "PER": 1, "LOC": 2}
+    assert not twin.training and ptv2_fast.get_nb_trainable_parameters(twin)[0] == 0
+
+
+def test_loading_into_an_attached_model_keeps_it_trainable(saved):
+    directory, model = saved
+    twin = attached().train()
+    ptv2_fast.load_adapter(twin, directory)
+    assert torch.equal(twin.classifier.weight, model.classifier.weight)
+    assert twin.training and twin.prefix_encoder.embedding.weight.requires_grad
+
+
+def test_a_bfloat16_model_round_trips(tmp_path):
+    model = attached().to(torch.bfloat16)
+    ptv2_fast.save_adapter(model, tmp_path)
+    tensors = load_file(tmp_path / FILES[1])
+    assert tensors["prefix_encoder.embedding.weight"].dtype == torch.float32
+    twin = ptv2_fast.load_adapter(plain_twin(model).to(torch.bfloat16), tmp_path)
+    batch = make_batch()
+    assert torch.equal(twin(**batch).logits, model(**batch).logits)
+
+
+def test_a_given_state_dict_is_honoured(tmp_path):
+    model = attached()
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in model.state_dict().items()}
+    ptv2_fast.save_adapter(model, tmp_path / "a", state_dict=zeros)
+    model.save_pretrained(tmp_path / "b", state_dict=zeros)
+    for path in (tmp_path / "a" / FILES[1], tmp_path / "b" / "model.safetensors"):
+        assert not any(tensor.any() for tensor in load_file(path).values())
+    del zeros["classifier.bias"]
+    with pytest.raises(ValueError, match=r"state_dict: .* none for \['classifier.bias'\]"):
+        ptv2_fast.save_adapter(model, tmp_path, state_dict=zeros)
+
+
+def test_overwriting_leaves_no_temporary_file_and_a_failure_keeps_the_old_adapter(
+    saved, monkeypatch
+):
+    directory, model = saved
+    ptv2_fast.save_adapter(model, directory)
+    before = [(directory / name).read_bytes() for name in FILES]
+
+    def fail(*unused, **also_unused):
+        raise OSError("disk full")
+
+    monkeypatch.setattr("ptv2_fast.encoders.adapter_files.os.replace", fail)
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+    with pytest.raises(OSError, match="disk full"):
+        ptv2_fast.save_adapter(model, directory)
+    assert sorted(path.name for path in directory.iterdir()) == FILES
+    assert [(directory / name).read_bytes() for name in FILES] == before
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"num_labels": 4}, "num_labels 3 against 4"),
+        ({"hidden_size": 32}, "hidden_size 16 against 32"),
+        ({"num_hidden_layers": 2}, "num_hidden_layers 3 against 2"),
+        ({"num_attention_heads": 1}, "num_attention_heads 2 against 1"),
+        (
+            {"num_hidden_layers": 2, "hidden_size": 32},
+            "num_hidden_layers 3 against 2, hidden_size 16 against 32",
+        ),
+    ],
+)
+def test_an_adapter_of_another_size_names_every_difference(saved, overrides, message):
+    assert_refused(tiny_model("bert", "token", **overrides), saved[0], message)
+
+
+def test_an_adapter_of_another_family_or_head_is_named(saved):
+    directory, _ = saved
+    assert_refused(tiny_model("roberta", "token"), directory, "model_type 'bert' against 'roberta'")
+    message = (
+        "the tensors of BertForSequenceClassification, got those of BertForTokenClassification: "
+        r"missing \['bert.pooler.dense.bias', 'bert.pooler.dense.weight'\], unexpected \[\]"
+    )
+    assert_refused(tiny_model("bert", "sequence"), directory, message)
+
+
+def test_an_attached_model_of_another_prefix_is_named(saved):
+    directory, _ = saved
+    other = attached(num_virtual_tokens=6, prefix_projection=True)
+    before = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    message = "num_virtual_tokens 5 against 6, prefix_projection False against True"
+    with pytest.raises(ValueError, match=message):
+        ptv2_fast.load_adapter(other, directory)
+    assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
+
+
+def assert_refused(model, directory, message: str) -> None:
+    """The error, and that the model is as plain as it was."""
+    with pytest.raises(ValueError, match=message):
+        ptv2_fast.load_adapter(model, directory)
+    assert not hasattr(model, "prefix_encoder") and "save_pretrained" not in vars(model)
+
+
+def edit_config(directory, removed: str = "", **changes) -> None:
+    path = directory / FILES[0]
+    content = {**json.loads(path.read_text()), **changes}
+    content.pop(removed, None)
+    path.write_text(json.dumps(content))
+
+
+def edit_tensors(directory, **changes) -> None:
+    tensors = {**load_file(directory / FILES[1]), **changes}
+    save_file({n: t for n, t in tensors.items() if t is not None}, directory / FILES[1])
+
+
+PREFIX_NAME = "prefix_encoder.embedding.weight"
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda d: (d / FILES[0]).unlink(), "expected an adapter with adapter_config.json"),
+        (lambda d: (d / FILES[1]).unlink(), "got no such file"),
+        (lambda d: (d / FILES[0]).write_text('{"ptv2_'), "not valid JSON"),
+        (lambda d: edit_config(d, "ptv2_format"), r"adapter of ptv2-fast \(key 'ptv2_format'\)"),
+        (lambda d: edit_config(d, ptv2_format=2), "expected ptv2_format 1, got 2"),
+        (lambda d: edit_config(d, "num_labels"), r"expected the keys \['num_labels'\]"),
+        (lambda d: edit_config(d, prefix_config={"P": 1}), r"unknown keys \['P'\]"),
+        (lambda d: edit_config(d, id2label=None), "id2label: expected an object, got None"),
+        (lambda d: edit_tensors(d, **{PREFIX_NAME: None}), rf"missing \['{PREFIX_NAME}'\]"),
+        (lambda d: edit_tensors(d, surplus=torch.ones(1)), r"unexpected \['surplus'\]"),
+        (
+            lambda d: edit_tensors(d, **{PREFIX_NAME: torch.ones(5, 90)}),
+            rf"expected {PREFIX_NAME} of shape \[5, 96\], got \[5, 90\]",
+        ),
+        (
+            lambda d: (d / FILES[1]).write_bytes((d / FILES[1]).read_bytes()[:-100]),
+            "corrupt or truncated safetensors",
+        ),
+        (lambda d: (d / FILES[1]).write_bytes(b""), "corrupt or truncated safetensors"),
+        (lambda d: (d / FILES[1]).write_bytes(b"\xff" * 99), "corrupt or truncated safetensors"),
+    ],
+)
+def test_a_damaged_adapter_is_refused_and_the_model_stays_plain(saved, damage, message):
+    directory, model = saved
+    damage(directory)
+    assert_refused(plain_twin(model), directory, message)
+
+
+def test_saving_a_plain_model_or_over_a_file_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="expected an attached model, got a plain Bert"):
+        ptv2_fast.save_adapter(tiny_model(), tmp_path)
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(ValueError, match="expected a folder, got the file"):
+        ptv2_fast.save_adapter(attached(), tmp_path / "taken")
+
+
+@pytest.mark.parametrize("with_peft", [True, False])
+def test_from_pretrained_refuses_an_adapter(saved, with_peft, monkeypatch):
+    if not with_peft:
+        for module in ("integrations.peft", "models.auto.auto_factory"):
+            monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: False)
+    directory, model = saved
+    model.save_pretrained(directory / "checkpoint")
+    for path in (directory, directory / "checkpoint"):
+        for loader in (AutoModel, type(model)):
+            for config in ({}, {"config": tiny_config(num_labels=3)}):
+                with pytest.raises((OSError, KeyError, ValueError, RuntimeError)):
+                    loader.from_pretrained(path, **config)
+
+
+def test_a_checkpoint_loads_as_an_adapter_and_as_a_state_dict(tmp_path):
+    model, batch = attached(), make_batch()
+    model.save_pretrained(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [FILES[0], "model.safetensors"]
+    twin = ptv2_fast.load_adapter(plain_twin(model), tmp_path)
+    assert torch.equal(twin(**batch).logits, model(**batch).logits)
+    with torch.no_grad():
+        twin.prefix_encoder.embedding.weight.zero_()
+    result = twin.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
+    assert set(result.missing_keys) == twin._keys_to_ignore_on_save
+    assert not result.unexpected_keys
+    assert torch.equal(twin(**batch).logits, model(**batch).logits)
