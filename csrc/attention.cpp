@@ -54,8 +54,8 @@ Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
   dropout.factor = static_cast<float>(1.0 / (1.0 - p));
   dropout.drops = threshold > 0;
   if (!dropout.drops) return dropout;
-  STD_TORCH_CHECK(seed.has_value() && seed->is_cpu() &&
-                      seed->scalar_type() == ScalarType::Long && seed->numel() == 1,
+  STD_TORCH_CHECK(seed.has_value() && seed->is_cpu() && seed->scalar_type() == ScalarType::Long &&
+                      seed->numel() == 1,
                   "seed: expected an int64 tensor [1] on the CPU when dropout is on");
   const auto bits = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
   dropout.last_dropped = static_cast<uint16_t>(threshold - 1);
@@ -119,8 +119,8 @@ Tensor empty_bytes(const Tensor& like, int64_t bytes) {
 
 // [B, H, rows, D] whose [B, rows, H, D] view is contiguous.
 Tensor empty_token_major(const Tensor& like) {
-  const Tensor buffer = torch::stable::new_empty(
-      like, {like.size(0), like.size(2), like.size(1), like.size(3)});
+  const Tensor buffer =
+      torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)});
   return torch::stable::transpose(buffer, 1, 2);
 }
 
@@ -154,16 +154,16 @@ Tensor pack_prefix(const Kernels& kernels, Problem& problem, const Tensor& like,
   const int64_t bytes = kernels.prefix_bytes(problem, backward);
   const Tensor packed = empty_bytes(like, problem.heads * bytes + 64);
   problem.packed_prefix = aligned(packed);
-  run_tasks(like, bytes > 0 ? problem.heads : 0, 0, [&](int64_t head, char*) {
-    kernels.pack_prefix(problem, backward, head);
-  });
+  run_tasks(like, bytes > 0 ? problem.heads : 0, 0,
+            [&](int64_t head, char*) { kernels.pack_prefix(problem, backward, head); });
   return packed;
 }
 
 int64_t query_chunk(const Problem& problem) {
   const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
   const int64_t heads = problem.batch * problem.heads;
-  const int64_t parts = threads == 1 || heads == 0 ? 1 : (kTasksPerThread * threads - 1) / heads + 1;
+  const int64_t parts =
+      threads == 1 || heads == 0 ? 1 : (kTasksPerThread * threads - 1) / heads + 1;
   const int64_t chunk = (problem.queries + parts - 1) / parts;
   return chunk < kMinQueryChunk ? kMinQueryChunk : chunk > kMaxQueryChunk ? kMaxQueryChunk : chunk;
 }
@@ -180,8 +180,8 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor query, Tensor key, Te
                dropout_p, prefix_dropout_p);
   const Kernels& kernels = kernels_for(query);
   Tensor out = empty_token_major(query);
-  Tensor lse = torch::stable::new_empty(
-      query, {problem.batch, problem.heads, problem.queries}, ScalarType::Float);
+  Tensor lse = torch::stable::new_empty(query, {problem.batch, problem.heads, problem.queries},
+                                        ScalarType::Float);
   problem.out = tokens_of(out);
   problem.lse = static_cast<float*>(lse.mutable_data_ptr());
   problem.query_chunk = query_chunk(problem);
@@ -193,10 +193,10 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor query, Tensor key, Te
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
-    Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key,
-    Tensor prefix_value, Tensor out, Tensor lse, std::optional<Tensor> key_mask,
-    std::optional<Tensor> seed, double scale, double dropout_p, double prefix_dropout_p,
-    bool needs_query, bool needs_key_value, bool needs_prefix) {
+    Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
+    Tensor out, Tensor lse, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
+    double scale, double dropout_p, double prefix_dropout_p, bool needs_query, bool needs_key_value,
+    bool needs_prefix) {
   BackwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, key_mask, seed, scale,
                dropout_p, prefix_dropout_p);

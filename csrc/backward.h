@@ -4,7 +4,7 @@
 
 #include <cstddef>
 
-#include "columns.h"
+#include "gradients.h"
 
 namespace ptv2::PTV2_LEVEL {
 
@@ -13,41 +13,6 @@ constexpr int64_t kBackwardRows = 64;  // query rows of a tile; even
 
 PTV2_INLINE int64_t backward_columns(int64_t head_dim) {
   return larger(64, smaller(192, 12288 / head_dim / 64 * 64));
-}
-
-struct GradientRow {
-  float pivot;  // lse; +inf for a row without a visible column
-  float delta;  // sum of out * grad_out
-};
-
-struct Gradients {
-  Floats dropped_probability, score_gradient;
-};
-
-// One vector of a row: probability P recomputed from lse, dS = P * (dropout(dP) - delta).
-PTV2_INLINE Gradients gradients_at(const float* scores, const float* probability_gradients,
-                                   const int32_t* visible, const int16_t* keep,
-                                   const GradientRow& row) {
-  Floats probability = exp(load<Floats>(scores) - row.pivot);
-  probability = (Floats)((Ints)probability & load<Ints>(visible));
-  Floats gradient = load<Floats>(probability_gradients);
-  Floats dropped = probability;
-  if (keep != nullptr) {
-    const Ints kept = load_keep(keep);
-    gradient = (Floats)((Ints)gradient & kept);
-    dropped = (Floats)((Ints)probability & kept);
-  }
-  return {dropped, probability * (gradient - row.delta)};
-}
-
-template <class Element>
-float dot(const Element* a, const Element* b, int64_t count) {
-  Floats sums{};
-  int64_t i = 0;
-  for (; i + kLanes <= count; i += kLanes) sums += load_floats(a + i) * load_floats(b + i);
-  float sum = sum_of(sums);
-  for (; i < count; ++i) sum += to_float(a[i]) * to_float(b[i]);
-  return sum;
 }
 
 PTV2_INLINE void clear_rows(float* rows, int64_t count) {
@@ -119,8 +84,9 @@ class Backward {
   }
 
   void run_task(int64_t task) {
-    const int64_t chunk = task % problem_.batch_chunks;
-    head_ = task / problem_.batch_chunks;
+    // Heads lie side by side in memory: neighbouring tasks share pages.
+    const int64_t chunk = task / problem_.heads;
+    head_ = task % problem_.heads;
     const int64_t prefix_floats = problem_.prefix * width_;
     if (problem_.needs_prefix) {
       float* partial = problem_.partial + (chunk * problem_.heads + head_) * 2 * prefix_floats;
@@ -129,8 +95,7 @@ class Backward {
       partial_value_ = partial + prefix_floats;
     }
     const int64_t end = problem_.batch * (chunk + 1) / problem_.batch_chunks;
-    for (sequence_ = problem_.batch * chunk / problem_.batch_chunks; sequence_ < end;
-         ++sequence_) {
+    for (sequence_ = problem_.batch * chunk / problem_.batch_chunks; sequence_ < end; ++sequence_) {
       run_sequence();
     }
   }
@@ -145,8 +110,7 @@ class Backward {
     const bool uses_prefix = problem_.needs_query || problem_.needs_prefix;
     const bool uses_tokens = problem_.needs_query || problem_.needs_key_value;
     if (uses_prefix) prefix_.prepare(geometry_, problem_, sequence_, head_, keep_, true);
-    const TokenRange range =
-        uses_tokens ? visible_tokens(problem_, sequence_) : TokenRange{0, 0};
+    const TokenRange range = uses_tokens ? visible_tokens(problem_, sequence_) : TokenRange{0, 0};
     if (problem_.needs_key_value) {
       write_zeros(0, range.begin);
       write_zeros(range.end, problem_.tokens);
@@ -176,12 +140,11 @@ class Backward {
   void add_block(const Block& block) {
     fill_visible(visible_, problem_, sequence_, block);
     if (block.token_count > 0) {
-      tokens_.pack(geometry_,
-                   rows_of<Element>(problem_.key, sequence_, head_, block.token_first,
-                                    block.token_count),
-                   rows_of<Element>(problem_.value, sequence_, head_, block.token_first,
-                                    block.token_count),
-                   true);
+      tokens_.pack(
+          geometry_,
+          rows_of<Element>(problem_.key, sequence_, head_, block.token_first, block.token_count),
+          rows_of<Element>(problem_.value, sequence_, head_, block.token_first, block.token_count),
+          true);
     }
     if (problem_.needs_key_value && problem_.queries == 0) {
       clear_rows(grad_key_, block.token_count * width_);
@@ -213,8 +176,8 @@ class Backward {
     if (block.prefix_count > 0) {
       const int64_t sums = block.prefix_first * width_;
       if (problem_.needs_prefix) {
-        add_columns(0, block.prefix_count, rows, prefix_key_sums_ + sums,
-                    prefix_value_sums_ + sums, true);
+        add_columns(0, block.prefix_count, rows, prefix_key_sums_ + sums, prefix_value_sums_ + sums,
+                    true);
       }
       if (problem_.needs_query) {
         add_query(prefix, 0, block.prefix_count, first, rows, prefix_factor, accumulate);
@@ -237,8 +200,7 @@ class Backward {
                       int64_t rows, float factor) {
     multiply<Operand>(rows, count, geometry_.steps, query_.as_left(geometry_),
                       geometry_.transposed(columns.keys_transposed),
-                      {probabilities_ + offset, tile_stride_, problem_.scale * factor,
-                       false});
+                      {probabilities_ + offset, tile_stride_, problem_.scale * factor, false});
     multiply<Operand>(rows, count, geometry_.steps, grad_out_.as_left(geometry_),
                       geometry_.transposed(columns.values_transposed),
                       {score_gradients_ + offset, tile_stride_,
@@ -255,56 +217,25 @@ class Backward {
         fill_block_keep(keep_ + i * keep_stride, problem_, block,
                         static_cast<uint32_t>(first + row + i), sequence_head);
       }
-      const int16_t* keep = drops ? keep_ : nullptr;
+      const int64_t at = row * tile_stride_;
+      const ScoreRow scores{probabilities_ + at, score_gradients_ + at, visible_,
+                            drops ? keep_ : nullptr, rows_[first + row]};
       if constexpr (kPairs) {
-        differentiate_pair(row, row + 1 < rows, block.width(), rows_ + first + row, keep,
-                           drops ? keep_ + keep_stride : nullptr);
+        const bool has_second = row + 1 < rows;
+        const ScoreRow second{scores.scores + tile_stride_, scores.gradients + tile_stride_,
+                              visible_, drops ? keep_ + keep_stride : nullptr,
+                              rows_[first + row + has_second]};
+        Bfloat16* pairs = score_gradient_pairs_ + at;
+        differentiate_pair(scores, second, has_second, block.width(), pairs, pairs + tile_stride_);
       } else {
-        differentiate_row(row, block.width(), rows_[first + row], keep);
+        differentiate_row(scores, block.width());
       }
-    }
-  }
-
-  void differentiate_row(int64_t row, int64_t width, const GradientRow& state,
-                         const int16_t* keep) {
-    float* scores = probabilities_ + row * tile_stride_;
-    float* gradients = score_gradients_ + row * tile_stride_;
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const Gradients result = gradients_at(scores + i, gradients + i, visible_ + i,
-                                            keep == nullptr ? nullptr : keep + i, state);
-      store(scores + i, result.dropped_probability);
-      store(gradients + i, result.score_gradient);
-    }
-  }
-
-  // Two rows at once: sums over rows want a word of both, sums over columns want each row's pairs.
-  void differentiate_pair(int64_t row, bool has_second, int64_t width, const GradientRow* state,
-                          const int16_t* keep, const int16_t* second_keep) {
-    float* scores = probabilities_ + row * tile_stride_;
-    float* gradients = score_gradients_ + row * tile_stride_;
-    Bfloat16* pairs = score_gradient_pairs_ + row * tile_stride_;
-    for (int64_t i = 0; i < width; i += kLanes) {
-      const Gradients result = gradients_at(scores + i, gradients + i, visible_ + i,
-                                            keep == nullptr ? nullptr : keep + i, state[0]);
-      Words probability = round_to_bfloat16(result.dropped_probability);
-      Words gradient = round_to_bfloat16(result.score_gradient);
-      store_floats(pairs + i, result.score_gradient);
-      if (has_second) {
-        const Gradients second = gradients_at(
-            scores + tile_stride_ + i, gradients + tile_stride_ + i, visible_ + i,
-            second_keep == nullptr ? nullptr : second_keep + i, state[1]);
-        probability |= round_to_bfloat16(second.dropped_probability) << 16;
-        gradient |= round_to_bfloat16(second.score_gradient) << 16;
-        store_floats(pairs + tile_stride_ + i, second.score_gradient);
-      }
-      store(scores + i, probability);
-      store(gradients + i, gradient);
     }
   }
 
   // grad_key += scale * dS^T query, grad_value += P^T grad_out for columns that lie at offset.
-  void add_columns(int64_t offset, int64_t count, int64_t rows, float* grad_key,
-                   float* grad_value, bool accumulate) {
+  void add_columns(int64_t offset, int64_t count, int64_t rows, float* grad_key, float* grad_value,
+                   bool accumulate) {
     const int64_t steps = geometry_.row_steps(rows);
     const int64_t step_stride = Operand::depth * tile_stride_;
     multiply<Operand>(count, problem_.head_dim, steps, {probabilities_ + offset, 1, step_stride},
@@ -385,19 +316,19 @@ class Backward {
 
   const BackwardProblem& problem_;
   const Geometry<Operand> geometry_;
-  const int64_t width_;        // row stride of the fp32 sums
-  const int64_t columns_;      // of a block
+  const int64_t width_;    // row stride of the fp32 sums
+  const int64_t columns_;  // of a block
   const int64_t tile_stride_;
   Arena arena_;
-  float* probabilities_;       // [kBackwardRows, tile_stride]: scores, then dropped probabilities
-  float* score_gradients_;     // [kBackwardRows, tile_stride]: dP, then dS
+  float* probabilities_;    // [kBackwardRows, tile_stride]: scores, then dropped probabilities
+  float* score_gradients_;  // [kBackwardRows, tile_stride]: dP, then dS
   Bfloat16* score_gradient_pairs_;  // [kBackwardRows, tile_stride], pairs only: dS
   RowOperands query_, grad_out_;
-  GradientRow* rows_;          // [T]
-  float* grad_query_;          // [T, width]
-  float* grad_key_;            // [columns, width], likewise grad_value_
+  GradientRow* rows_;  // [T]
+  float* grad_query_;  // [T, width]
+  float* grad_key_;    // [columns, width], likewise grad_value_
   float* grad_value_;
-  float* prefix_sums_;         // [2, P, width], prefix dropout only
+  float* prefix_sums_;  // [2, P, width], prefix dropout only
   int32_t* visible_;
   int16_t* keep_;
   PackedColumns<Operand> tokens_;

@@ -41,9 +41,7 @@ struct Geometry {
   int64_t row_steps(int64_t rows) const { return (rows + Operand::depth - 1) / Operand::depth; }
   LeftOperand left(const uint32_t* packed) const { return {packed, left_words, 1}; }
   RightOperand right(const uint32_t* packed) const { return {packed, kPanel, right_words}; }
-  RightOperand transposed(const uint32_t* packed) const {
-    return {packed, steps * kPanel, kPanel};
-  }
+  RightOperand transposed(const uint32_t* packed) const { return {packed, steps * kPanel, kPanel}; }
 };
 
 // K and V of a run of columns, packed for the products of a direction.
@@ -114,8 +112,7 @@ inline TokenRange visible_tokens(const Problem& problem, int64_t sequence) {
 // Cuts [prefix ; tokens] into blocks of at most `columns` columns, about equal in length.
 class BlockWalk {
  public:
-  BlockWalk(int64_t prefix, TokenRange tokens, int64_t columns)
-      : prefix_(prefix), tokens_(tokens) {
+  BlockWalk(int64_t prefix, TokenRange tokens, int64_t columns) : prefix_(prefix), tokens_(tokens) {
     const int64_t total = prefix + tokens.end - tokens.begin;
     const int64_t blocks = larger(1, (total + columns - 1) / columns);
     columns_ = round_up((total + blocks - 1) / blocks, larger(kPanel, kColumnsPerCall));
@@ -155,8 +152,8 @@ inline void fill_visible(int32_t* visible, const Problem& problem, int64_t seque
 }
 
 // Decisions for one row of a tile; the token part overwrites what the prefix part wrote too far.
-inline void fill_block_keep(int16_t* keep, const Problem& problem, const Block& block,
-                            uint32_t row, uint32_t sequence_head) {
+inline void fill_block_keep(int16_t* keep, const Problem& problem, const Block& block, uint32_t row,
+                            uint32_t sequence_head) {
   const Dropout& dropout = problem.attention_dropout;
   fill_keep(keep, block.prefix_first, block.prefix_count, dropout, {row, sequence_head, kPrefix});
   fill_keep(keep + block.token_offset(), block.token_first, block.token_count, dropout,
@@ -167,9 +164,9 @@ template <class Element>
 Rows<Element> rows_of(const Tokens& tokens, int64_t sequence, int64_t head, int64_t first,
                       int64_t count) {
   const auto* data = static_cast<const Element*>(tokens.data);
-  return {data + sequence * tokens.batch_stride + head * tokens.head_stride +
-              first * tokens.row_stride,
-          tokens.row_stride, count};
+  return {
+      data + sequence * tokens.batch_stride + head * tokens.head_stride + first * tokens.row_stride,
+      tokens.row_stride, count};
 }
 
 template <class Element>
@@ -215,8 +212,8 @@ struct PrefixSource {
     PrefixSource source;
     source.key = arena.take<Element>(elements);
     source.value = arena.take<Element>(elements);
-    source.packed = PackedColumns<Operand>::take(arena, geometry, drops ? problem.prefix : 0,
-                                                 backward);
+    source.packed =
+        PackedColumns<Operand>::take(arena, geometry, drops ? problem.prefix : 0, backward);
     return source;
   }
 
@@ -231,8 +228,8 @@ struct PrefixSource {
         key, rows_of<Element>(problem.prefix_key, head, problem.prefix), problem.head_dim, keep,
         problem.prefix_dropout, {0, sequence_head, kPrefixKey});
     const auto kept_value = drop_elements(
-        value, rows_of<Element>(problem.prefix_value, head, problem.prefix), problem.head_dim,
-        keep, problem.prefix_dropout, {0, sequence_head, kPrefixValue});
+        value, rows_of<Element>(problem.prefix_value, head, problem.prefix), problem.head_dim, keep,
+        problem.prefix_dropout, {0, sequence_head, kPrefixValue});
     packed.pack(geometry, kept_key, kept_value, backward);
   }
 };

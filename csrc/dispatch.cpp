@@ -21,11 +21,12 @@ const Level& choose() {
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") &&
                       __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vl");
-  const Candidate candidates[] = {{&avx512_bf16_level, avx512 && __builtin_cpu_supports("avx512bf16")},
-                          {&avx512_level, avx512},
-                          {&avx2_level, avx2},
-                          {&generic_level, true},
-                          {&emulated_level, avx2}};
+  const Candidate candidates[] = {
+      {&avx512_bf16_level, avx512 && __builtin_cpu_supports("avx512bf16")},
+      {&avx512_level, avx512},
+      {&avx2_level, avx2},
+      {&generic_level, true},
+      {&emulated_level, avx2}};
 #else
   const Candidate candidates[] = {{&generic_level, true}};
 #endif
@@ -36,8 +37,9 @@ const Level& choose() {
   if (wanted == nullptr || *wanted == '\0') return *best->level;
   for (const Candidate& candidate : candidates) {
     if (std::strcmp(candidate.level->name, wanted) != 0) continue;
-    STD_TORCH_CHECK(candidate.supported, "PTV2_CPU_LEVEL: this CPU lacks the instructions of level ",
-                    wanted, ", its best level is ", best->level->name);
+    STD_TORCH_CHECK(candidate.supported,
+                    "PTV2_CPU_LEVEL: this CPU lacks the instructions of level ", wanted,
+                    ", its best level is ", best->level->name);
     return *candidate.level;
   }
   STD_TORCH_CHECK(false, "PTV2_CPU_LEVEL: expected generic, avx2, avx512 or avx512_bf16, got ",

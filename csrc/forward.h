@@ -44,7 +44,8 @@ float softmax_row(float* row, int64_t width, const int32_t* visible, const int16
       store_floats(reinterpret_cast<Bfloat16*>(row) + i, probability);
     }
   }
-  const float correction = exp(splat(state.max - pivot))[0];
+  float correction = 0.0f;
+  if (state.max != -kInfinity) correction = exp(splat(state.max - pivot))[0];
   state.sum = state.sum * correction + sum_of(sums);
   state.max = new_max;
   return correction;
@@ -72,8 +73,8 @@ class Forward {
     states_ = arena_.take<RowState>(problem.query_chunk);
     visible_ = arena_.take<int32_t>(tile_stride_);
     keep_ = arena_.take<int16_t>(tile_stride_ + 2 * kColumnsPerStep + problem.head_dim);
-    tokens_ = PackedColumns<Operand>::take(arena_, geometry_, smaller(columns, problem.tokens),
-                                           false);
+    tokens_ =
+        PackedColumns<Operand>::take(arena_, geometry_, smaller(columns, problem.tokens), false);
     prefix_ = PrefixSource<Operand, Element>::take(arena_, geometry_, problem, false);
   }
 
@@ -95,12 +96,11 @@ class Forward {
 
   void add_block(const Block& block) {
     fill_visible(visible_, problem_, sequence_, block);
-    tokens_.pack(geometry_,
-                 rows_of<Element>(problem_.key, sequence_, head_, block.token_first,
-                                  block.token_count),
-                 rows_of<Element>(problem_.value, sequence_, head_, block.token_first,
-                                  block.token_count),
-                 false);
+    tokens_.pack(
+        geometry_,
+        rows_of<Element>(problem_.key, sequence_, head_, block.token_first, block.token_count),
+        rows_of<Element>(problem_.value, sequence_, head_, block.token_first, block.token_count),
+        false);
     for (int64_t row = 0; row < rows_; row += kForwardRows) {
       add_tile(block, row, smaller(kForwardRows, rows_ - row));
     }
@@ -170,8 +170,7 @@ class Forward {
       const float factor = empty ? 0.0f : problem_.attention_dropout.factor / state.sum;
       store_row(row_pointer<Element>(problem_.out, sequence_, head_, first_row_ + row), sums,
                 problem_.head_dim, factor);
-      lse[first_row_ + row] =
-          empty ? -kInfinity : state.max + __builtin_logf(state.sum);
+      lse[first_row_ + row] = empty ? -kInfinity : state.max + __builtin_logf(state.sum);
     }
   }
 
@@ -179,11 +178,11 @@ class Forward {
   const Geometry<Operand> geometry_;
   Arena arena_;
   int64_t tile_stride_;
-  float* tile_;        // [kForwardRows, tile_stride]: scores, then probabilities
-  uint32_t* query_;    // [kForwardRows, left_words]
-  float* sums_;        // [query_chunk, right_words]: unnormalised out
-  RowState* states_;   // [query_chunk]
-  int32_t* visible_;   // [tile_stride]
+  float* tile_;       // [kForwardRows, tile_stride]: scores, then probabilities
+  uint32_t* query_;   // [kForwardRows, left_words]
+  float* sums_;       // [query_chunk, right_words]: unnormalised out
+  RowState* states_;  // [query_chunk]
+  int32_t* visible_;  // [tile_stride]
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;

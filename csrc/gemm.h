@@ -1,4 +1,5 @@
-// C [m, n] (+)= alpha * A B for every product of the kernels, out of one register-blocked micro-kernel.
+// C [m, n] (+)= alpha * A B for every product of the kernels, out of one register-blocked
+// micro-kernel.
 #pragma once
 
 #include "vector.h"
@@ -102,12 +103,18 @@ template <class Operand>
 TileFunction tile_function(int64_t rows, int vectors) {
   static_assert(kTileRows == 6);
   switch (rows) {
-    case 6: return tile_function<Operand, 6>(vectors);
-    case 5: return tile_function<Operand, 5>(vectors);
-    case 4: return tile_function<Operand, 4>(vectors);
-    case 3: return tile_function<Operand, 3>(vectors);
-    case 2: return tile_function<Operand, 2>(vectors);
-    default: return tile_function<Operand, 1>(vectors);
+    case 6:
+      return tile_function<Operand, 6>(vectors);
+    case 5:
+      return tile_function<Operand, 5>(vectors);
+    case 4:
+      return tile_function<Operand, 4>(vectors);
+    case 3:
+      return tile_function<Operand, 3>(vectors);
+    case 2:
+      return tile_function<Operand, 2>(vectors);
+    default:
+      return tile_function<Operand, 1>(vectors);
   }
 }
 
@@ -122,18 +129,16 @@ void multiply(int64_t m, int64_t n, int64_t steps, LeftOperand a, RightOperand b
   const int64_t row_tiles = (m + kTileRows - 1) / kTileRows;
   const int64_t small = m / row_tiles, large_tiles = m % row_tiles;
   for (int64_t column = 0; column < n; column += kPanel) {
-    const int vectors =
-        static_cast<int>((smaller(n - column, kPanel) + kLanes - 1) / kLanes);
+    const int vectors = static_cast<int>((smaller(n - column, kPanel) + kLanes - 1) / kLanes);
     const TileFunction small_tile = tile_function<Operand>(small, vectors);
     const TileFunction large_tile = tile_function<Operand>(small + 1, vectors);
     const uint32_t* panel = right + column / kPanel * b.panel_stride;
     int64_t row = 0;
     for (int64_t tile = 0; tile < row_tiles; ++tile) {
       const bool large = tile < large_tiles;
-      (large ? large_tile : small_tile)(steps, left + row * a.row_stride, a.row_stride,
-                                        a.step_stride, panel, b.step_stride,
-                                        c.data + row * c.row_stride + column, c.row_stride,
-                                        c.alpha, c.accumulate);
+      (large ? large_tile : small_tile)(
+          steps, left + row * a.row_stride, a.row_stride, a.step_stride, panel, b.step_stride,
+          c.data + row * c.row_stride + column, c.row_stride, c.alpha, c.accumulate);
       row += small + large;
     }
   }

@@ -39,14 +39,9 @@ struct Entries {
   static constexpr Kernels table() {
     using ForwardTask = Forward<Operand, Element>;
     using BackwardTask = Backward<Operand, Element>;
-    return {prefix_bytes,
-            pack_prefix,
-            ForwardTask::bytes,
-            ForwardTask::run,
-            BackwardTask::bytes,
-            BackwardTask::run,
-            BackwardTask::partial_bytes,
-            BackwardTask::reduce};
+    return {
+        prefix_bytes,        pack_prefix,       ForwardTask::bytes,          ForwardTask::run,
+        BackwardTask::bytes, BackwardTask::run, BackwardTask::partial_bytes, BackwardTask::reduce};
   }
 };
 

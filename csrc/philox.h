@@ -1,4 +1,5 @@
-// Dropout decisions by Philox-4x32-7 (Salmon et al., SC 2011), a pure function of their coordinates.
+// Dropout decisions by Philox-4x32-7 (Salmon et al., SC 2011), a pure function of their
+// coordinates.
 #pragma once
 
 #include "problem.h"

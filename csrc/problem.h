@@ -1,5 +1,5 @@
-// What one call of the operator is, in plain data: filled by attention.cpp, read by every CPU level.
-// Strides count elements; the last stride of every tensor is 1.
+// What one call of the operator is, in plain data: filled by attention.cpp, read by every CPU
+// level. Strides count elements; the last stride of every tensor is 1.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,8 @@ struct Prefix {
   int64_t head_stride, row_stride;
 };
 
-// Counter-based dropout (Philox-4x32-7): an element is dropped when its 16 bits are <= last_dropped.
+// Counter-based dropout (Philox-4x32-7): an element is dropped when its 16 bits are <=
+// last_dropped.
 struct Dropout {
   bool drops;
   uint16_t last_dropped;
@@ -35,7 +36,7 @@ struct Problem {
   float scale;
   Dropout attention_dropout, prefix_dropout;
   Tokens out;
-  float* lse;          // [B, H, T], natural logarithm
+  float* lse;           // [B, H, T], natural logarithm
   char* packed_prefix;  // [H] areas filled by pack_prefix, unused with prefix dropout
 };
 

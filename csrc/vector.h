@@ -49,16 +49,30 @@ PTV2_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 // An odd number of cache lines: rows that lie apart by it spread over all sets of a cache.
 PTV2_INLINE int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
 
+typedef float FourFloats __attribute__((vector_size(16)));
+
+// Folds the quarters of a vector into one by operation(a, b).
+template <class Operation>
+PTV2_INLINE float fold(Floats vector, const Operation& operation) {
+  FourFloats parts[kLanes / 4];
+  __builtin_memcpy(parts, &vector, sizeof(vector));
+#pragma GCC unroll 4
+  for (int count = kLanes / 8; count > 0; count /= 2) {
+#pragma GCC unroll 4
+    for (int i = 0; i < count; ++i) parts[i] = operation(parts[i], parts[i + count]);
+  }
+  FourFloats four = parts[0];
+  four = operation(four, (FourFloats)__builtin_shufflevector(four, four, 2, 3, 0, 1));
+  four = operation(four, (FourFloats)__builtin_shufflevector(four, four, 1, 0, 3, 2));
+  return four[0];
+}
+
 PTV2_INLINE float sum_of(Floats vector) {
-  float sum = 0;
-  for (int lane = 0; lane < kLanes; ++lane) sum += vector[lane];
-  return sum;
+  return fold(vector, [](FourFloats a, FourFloats b) { return a + b; });
 }
 
 PTV2_INLINE float max_of(Floats vector) {
-  float result = vector[0];
-  for (int lane = 1; lane < kLanes; ++lane) result = result < vector[lane] ? vector[lane] : result;
-  return result;
+  return fold(vector, [](FourFloats a, FourFloats b) { return a > b ? a : b; });
 }
 
 // e^x for x < 88; below -88 exactly 0 (-inf too), NaN stays NaN. e^x = 2^n 2^f with |f| <= 1/2 and
@@ -138,22 +152,22 @@ struct MakeLanes<0, lane...> {
 template <class Vector, int lanes, int... lane>
 PTV2_INLINE void transpose_blocks(Vector (&rows)[4], LaneList<lane...>) {
   // Pairs of lanes (0, 0'), (1, 1') of every quarter, then pairs (2, 2'), (3, 3').
-  const Vector low01 = __builtin_shufflevector(
-      rows[0], rows[1], (lane / 4 * 4 + lane % 4 / 2 + lane % 2 * lanes)...);
-  const Vector low23 = __builtin_shufflevector(
-      rows[2], rows[3], (lane / 4 * 4 + lane % 4 / 2 + lane % 2 * lanes)...);
+  const Vector low01 = __builtin_shufflevector(rows[0], rows[1],
+                                               (lane / 4 * 4 + lane % 4 / 2 + lane % 2 * lanes)...);
+  const Vector low23 = __builtin_shufflevector(rows[2], rows[3],
+                                               (lane / 4 * 4 + lane % 4 / 2 + lane % 2 * lanes)...);
   const Vector high01 = __builtin_shufflevector(
       rows[0], rows[1], (lane / 4 * 4 + 2 + lane % 4 / 2 + lane % 2 * lanes)...);
   const Vector high23 = __builtin_shufflevector(
       rows[2], rows[3], (lane / 4 * 4 + 2 + lane % 4 / 2 + lane % 2 * lanes)...);
-  rows[0] = __builtin_shufflevector(
-      low01, low23, (lane / 4 * 4 + lane % 2 + lane % 4 / 2 * lanes)...);
-  rows[1] = __builtin_shufflevector(
-      low01, low23, (lane / 4 * 4 + 2 + lane % 2 + lane % 4 / 2 * lanes)...);
-  rows[2] = __builtin_shufflevector(
-      high01, high23, (lane / 4 * 4 + lane % 2 + lane % 4 / 2 * lanes)...);
-  rows[3] = __builtin_shufflevector(
-      high01, high23, (lane / 4 * 4 + 2 + lane % 2 + lane % 4 / 2 * lanes)...);
+  rows[0] =
+      __builtin_shufflevector(low01, low23, (lane / 4 * 4 + lane % 2 + lane % 4 / 2 * lanes)...);
+  rows[1] = __builtin_shufflevector(low01, low23,
+                                    (lane / 4 * 4 + 2 + lane % 2 + lane % 4 / 2 * lanes)...);
+  rows[2] =
+      __builtin_shufflevector(high01, high23, (lane / 4 * 4 + lane % 2 + lane % 4 / 2 * lanes)...);
+  rows[3] = __builtin_shufflevector(high01, high23,
+                                    (lane / 4 * 4 + 2 + lane % 2 + lane % 4 / 2 * lanes)...);
 }
 
 template <class Vector>
