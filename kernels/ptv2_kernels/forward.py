@@ -139,7 +139,7 @@ def dropout_arguments(dropout_p: float, prefix_dropout_p: float) -> dict[str, fl
     }
 
 
-def mask_strides(key_mask: Tensor | None) -> tuple[int, int]:
+def mask_strides(key_mask: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if key_mask is None else key_mask.stride()
 
 

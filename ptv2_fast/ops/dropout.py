@@ -5,6 +5,8 @@ yields four 32-bit words, used as eight 16-bit decisions for eight neighbouring 
 backend draws the same bits, whatever its tiling, so that each is tested with dropout on.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -45,7 +47,7 @@ def philox_4x32(counters: tuple[Tensor, Tensor, Tensor, Tensor], seed: Tensor) -
 
 
 def dropout_multiplier(
-    shape: tuple[int, int, int, int],
+    shape: Sequence[int],
     dropout_p: float,
     seed: Tensor,
     stream: int,

@@ -103,7 +103,10 @@ def _upcast(tensor: Tensor) -> Tensor:
 
 
 def _multiplier(like: Tensor, p: float, seed: Tensor | None, stream: int) -> Tensor | float:
-    return dropout_multiplier(tuple(like.shape), p, seed, stream, like.dtype) if p > 0 else 1.0
+    if p == 0:
+        return 1.0
+    assert seed is not None
+    return dropout_multiplier(like.shape, p, seed, stream, like.dtype)
 
 
 def _columns(
@@ -126,15 +129,13 @@ def _scores(query: Tensor, keys: Tensor, key_mask: Tensor | None, scale: float) 
 
 def _probability_multiplier(
     scores: Tensor, prefix_length: int, dropout_p: float, seed: Tensor | None
-) -> Tensor | float:
+) -> Tensor:
     """Dropout factors of the probabilities; prefix and token columns are numbered separately."""
-    if dropout_p == 0:
-        return 1.0
-    prefix, tokens = scores[..., :prefix_length], scores[..., prefix_length:]
-    return torch.cat(
-        (
-            _multiplier(prefix, dropout_p, seed, PREFIX_STREAM),
-            _multiplier(tokens, dropout_p, seed, TOKEN_STREAM),
-        ),
-        dim=-1,
+    multiplier = torch.ones_like(scores)
+    multiplier[..., :prefix_length] *= _multiplier(
+        scores[..., :prefix_length], dropout_p, seed, PREFIX_STREAM
     )
+    multiplier[..., prefix_length:] *= _multiplier(
+        scores[..., prefix_length:], dropout_p, seed, TOKEN_STREAM
+    )
+    return multiplier

@@ -84,11 +84,10 @@ def _default_backward(grad_out, query, *arguments):
 
 
 def triton_serves(device: torch.device) -> bool:
-    return (
-        device.type != "cuda"
-        or torch.version.hip
-        or torch.cuda.get_device_capability(device) >= (8, 0)
-    )
+    """Triton compiles tensor-core code for compute capability 8.0 and later only."""
+    if device.type != "cuda" or torch.version.hip is not None:
+        return True
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _triton_forward(*arguments):

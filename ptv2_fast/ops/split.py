@@ -161,5 +161,5 @@ def split_backward(
             grad_key.copy_(token_key)
             grad_value.copy_(token_value)
     if needs_query and query_parts:
-        grad_query.copy_(sum(part.to(lse.dtype) for part in query_parts))
+        grad_query.copy_(torch.stack(query_parts).sum(dim=0, dtype=lse.dtype))
     return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value
