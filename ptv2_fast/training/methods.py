@@ -1,0 +1,100 @@
+"""The methods by name: each prepares a model of transformers in place for training."""
+
+from collections.abc import Callable
+
+import torch
+from datasets import Dataset
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from ptv2_fast.encoders import FAMILIES, attach, max_input_tokens
+from ptv2_fast.prefix import PTuningV2Config
+from ptv2_fast.training.baselines import fine_tuning, linear_probe, prompt_tuning
+from ptv2_fast.training.options import ModelOptions
+
+# Takes the model, the options and token ids to start from (None with init="normal").
+Method = Callable[[PreTrainedModel, ModelOptions, Tensor | None], None]
+
+
+def prefix_config(options: ModelOptions, task_type: str | None = None) -> PTuningV2Config:
+    """The prefix that the options describe.
+
+    Raises:
+        ValueError: naming the field that is out of range.
+    """
+    return PTuningV2Config(
+        num_virtual_tokens=options.num_virtual_tokens,
+        prefix_projection=options.prefix_projection,
+        encoder_hidden_size=options.encoder_hidden_size,
+        task_type=task_type,
+        prefix_dropout=options.prefix_dropout,
+        layers=options.layers,
+        position_offset=options.position_offset,
+        init=options.init,
+    )
+
+
+def p_tuning_v2(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
+    """Deep prompt tuning (Liu et al. 2022): a prefix in front of every layer's attention."""
+    attach(model, prefix_config(options), init_input_ids=init_ids)
+
+
+METHODS: dict[str, Method] = {
+    "p-tuning-v2": p_tuning_v2,
+    "fine-tuning": fine_tuning,
+    "linear-probe": linear_probe,
+    "prompt-tuning": prompt_tuning,
+}
+
+
+def prepare_model(
+    model: PreTrainedModel, options: ModelOptions, train_table: Dataset | None = None
+) -> None:
+    """Make the model trainable by the method the options name, in place.
+
+    Args:
+        model: with the head of its task.
+        options: method and prefix.
+        train_table: features of the training examples, for init="tokens"; None starts from
+            N(0, 0.02), for a caller who loads trained values next.
+
+    Raises:
+        ValueError: when the model cannot carry what the method adds.
+    """
+    init_ids = None
+    if options.init == "tokens" and train_table is not None:
+        init_ids = sample_token_ids(train_table, options.num_virtual_tokens)
+    METHODS[options.method](model, options, init_ids)
+
+
+def longest_input(model: PreTrainedModel, options: ModelOptions) -> tuple[int, str]:
+    """How many tokens an input may have beside prefix or prompt, and why, for messages.
+
+    Asked before the model is prepared.
+    """
+    if model.config.model_type in FAMILIES:
+        limit = max_input_tokens(model)
+    else:
+        limit = model.config.max_position_embeddings
+    why = f"{type(model).__name__} has {limit} positions"
+    shifted = options.method == "p-tuning-v2" and options.position_offset == "prefix"
+    if shifted or options.method == "prompt-tuning":
+        limit -= options.num_virtual_tokens
+        reason = "position_offset='prefix'" if shifted else "the prompt"
+        why += f" and {limit} remain, because {reason} takes {options.num_virtual_tokens}"
+    return limit, why
+
+
+def sample_token_ids(train_table: Dataset, count: int) -> Tensor:
+    """Token ids of randomly drawn training examples, without their first and last token, [count].
+
+    Examples repeat when they have fewer tokens.
+    """
+    ids: list[int] = []
+    order = torch.randperm(len(train_table)).tolist()
+    inner = [row[1:-1] for row in train_table.select(order[:count])["input_ids"]]
+    if not any(inner):
+        raise ValueError("init: expected training examples with tokens for init='tokens'")
+    while len(ids) < count:
+        ids += [token for row in inner for token in row]
+    return torch.tensor(ids[:count])

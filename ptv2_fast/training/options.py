@@ -1,0 +1,228 @@
+"""What a run is: model, method and training options, and how they are read from files."""
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+from ptv2_fast.tasks.options import DataOptions, Options, option
+
+METHODS = ("p-tuning-v2", "fine-tuning", "linear-probe", "prompt-tuning")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+
+# Where a search has not said better. The authors' scripts use 5e-3 to 6e-2 for P-Tuning v2.
+DEFAULT_LEARNING_RATES = {
+    "p-tuning-v2": 1e-2,
+    "fine-tuning": 5e-5,
+    "linear-probe": 1e-3,
+    "prompt-tuning": 1e-1,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelOptions(Options):
+    """The encoder and the method; the fields of the prefix keep PEFT's names."""
+
+    model: str | None = option(
+        None, "pretrained encoder: a folder or a name on the hub", aliases=("model_name_or_path",)
+    )
+    method: str = option("p-tuning-v2", "what is trained", choices=METHODS)
+    num_virtual_tokens: int = option(20, "length of the prefix or prompt", aliases=("pre_seq_len",))
+    prefix_projection: bool = option(False, "compute the prefix by an MLP")
+    encoder_hidden_size: int | None = option(
+        None, "width of that MLP (default: the model's)", aliases=("prefix_hidden_size",)
+    )
+    prefix_dropout: float = option(0.0, "dropout on the prefix")
+    layers: tuple[int, ...] | None = option(
+        None, "layers that get a prefix, as 6,7,8 (default: all)"
+    )
+    position_offset: str = option(
+        "none", "'prefix': the first token stands at position P", choices=("none", "prefix")
+    )
+    init: str = option(
+        "normal",
+        "start the prefix or prompt from N(0, 0.02) or from tokens of the training examples",
+        choices=("normal", "tokens"),
+    )
+    dropout: float | None = option(
+        None, "dropout inside the encoder (default: the model's)", aliases=("hidden_dropout_prob",)
+    )
+    head_dropout: float | None = option(None, "dropout before the classifier (default: the same)")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.require(self.model is not None, "model", "a folder or a name on the hub")
+        self.require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "an integer >= 1")
+        for name in ("dropout", "head_dropout", "prefix_dropout"):
+            value = getattr(self, name)
+            self.require(value is None or 0 <= value < 1, name, "a probability in [0, 1)")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingOptions(Options):
+    """How long, how fast and with which seed."""
+
+    num_train_epochs: float | None = option(
+        None, "passes over the data (default: 3, or no limit with --max-seconds)"
+    )
+    max_steps: int | None = option(None, "stop after this many optimizer steps")
+    max_seconds: float | None = option(
+        None,
+        "stop after this many seconds of training steps, scoring and saving not counted; the "
+        "learning rate decays over them, so two such runs are not bit-equal",
+    )
+    batch_size: int = option(
+        16, "examples in a step on one device", aliases=("per_device_train_batch_size",)
+    )
+    eval_batch_size: int = option(32, "examples in a batch when scoring")
+    gradient_accumulation_steps: int = option(1, "batches in an optimizer step")
+    learning_rate: float | None = option(
+        None,
+        "peak learning rate (default: by method, "
+        + ", ".join(f"{name} {rate:g}" for name, rate in DEFAULT_LEARNING_RATES.items())
+        + ")",
+    )
+    head_learning_rate: float | None = option(
+        None, "peak learning rate of the new head (default: the same)"
+    )
+    weight_decay: float = option(0.0, "of AdamW, not on biases and norms")
+    warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises")
+    schedule: str = option("linear", "the learning rate after that", choices=SCHEDULES)
+    max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 = no clipping")
+    seed: int = option(42, "of initialisation, order and dropout")
+    bf16: bool = option(False, "automatic mixed precision in bfloat16")
+    gradient_checkpointing: bool = option(False, "recompute activations to save memory")
+    logging_steps: int = option(10, "steps between two lines of metrics.jsonl")
+    eval_steps: int | None = option(
+        None, "steps between two scorings of the validation set (default: an epoch)"
+    )
+    eval_seconds: float | None = option(
+        None, "score after this many seconds of training steps instead"
+    )
+    save_steps: int | None = option(
+        None, "steps between two checkpoints (default: as eval_steps); 0 = no checkpoints"
+    )
+    load_best: bool = option(
+        True, "end with the checkpoint that scores best on the validation set, not the last"
+    )
+    progress: bool = option(True, "show a progress bar")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps",
+                     "logging_steps"):  # fmt: skip
+            self.require(getattr(self, name) >= 1, name, "an integer >= 1")
+        for name in ("num_train_epochs", "max_steps", "max_seconds", "learning_rate",
+                     "head_learning_rate", "eval_steps", "eval_seconds"):  # fmt: skip
+            value = getattr(self, name)
+            self.require(value is None or value > 0, name, "None or a number > 0")
+        for name in ("weight_decay", "max_grad_norm"):
+            self.require(getattr(self, name) >= 0, name, "a number >= 0")
+        self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number in [0, 1)")
+        self.require(self.save_steps is None or self.save_steps >= 0, "save_steps",
+                     "None or an integer >= 0")  # fmt: skip
+        self.require(0 <= self.seed < 2**32, "seed", "an integer in 0..2**32-1")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    """All options of a run: what config.json in its folder says."""
+
+    data: DataOptions
+    model: ModelOptions
+    training: TrainingOptions
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
+        """From option values, flat or in the three tables data, model and training.
+
+        Raises:
+            ValueError: for an unknown option or a bad value.
+        """
+        flat = flatten(values)
+        parts: dict[str, Any] = {
+            name: part(**{key: flat[key] for key in part.names() if key in flat})
+            for name, part in SECTIONS.items()
+        }
+        return cls(**parts)
+
+    def to_dict(self) -> dict[str, dict[str, Any]]:
+        """The three tables, JSON-ready."""
+        tables = dataclasses.asdict(self)
+        layers = tables["model"]["layers"]
+        tables["model"]["layers"] = None if layers is None else list(layers)
+        return tables
+
+    @property
+    def learning_rate(self) -> float:
+        """The peak learning rate, by method when none was given."""
+        return self.training.learning_rate or DEFAULT_LEARNING_RATES[self.model.method]
+
+
+SECTIONS: dict[str, type[Options]] = {
+    "data": DataOptions,
+    "model": ModelOptions,
+    "training": TrainingOptions,
+}
+
+
+def flatten(values: dict[str, Any]) -> dict[str, Any]:
+    """Options in one table; those in the tables data, model and training move up.
+
+    Raises:
+        ValueError: for a name that is no option.
+    """
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        # "model" is both a table and an option.
+        if name in SECTIONS and isinstance(value, dict):
+            flat.update(value)
+        else:
+            flat[name] = value
+    flat = {name.replace("-", "_"): value for name, value in flat.items()}
+    known = [name for part in SECTIONS.values() for name in part.names()]
+    unknown = sorted(set(flat) - set(known))
+    if unknown:
+        raise ValueError(f"config: unknown options {unknown}; the known ones are {sorted(known)}")
+    return flat
+
+
+def read_config_file(path: str | Path) -> dict[str, Any]:
+    """Options from a .json, .toml, .yaml or .yml file, flat.
+
+    Raises:
+        ValueError: for a missing or malformed file, or unknown options.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"config: expected an existing file, got {str(path)!r}")
+    try:
+        values = _parsers(path.suffix.lower())(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # of json, toml and unicode
+        raise ValueError(f"config: {path} cannot be read: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"config: expected a table of options in {path}, got {values!r}")
+    return flatten(values)
+
+
+def _parsers(suffix: str) -> Any:
+    if suffix == ".json":
+        return json.loads
+    if suffix == ".toml":
+        try:
+            import tomllib
+        except ImportError:
+            raise ValueError("TOML needs Python >= 3.11; use JSON or YAML") from None
+        return tomllib.loads
+    if suffix in (".yaml", ".yml"):
+        return _parse_yaml
+    raise ValueError(f"expected .json, .toml, .yaml or .yml, got {suffix!r}")
+
+
+def _parse_yaml(text: str) -> Any:
+    import yaml
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error

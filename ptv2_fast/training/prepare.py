@@ -1,0 +1,181 @@
+"""Everything of a run that can fail on bad input, done before anything is written."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import torch
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainingArguments,
+    set_seed,
+)
+
+from ptv2_fast.tasks import DataOptions, make_task
+from ptv2_fast.tasks.sources import find_sources
+from ptv2_fast.tasks.task import Features, Task
+from ptv2_fast.training import run_folder
+from ptv2_fast.training.methods import longest_input, prefix_config, prepare_model
+from ptv2_fast.training.models import load_pretrained
+from ptv2_fast.training.options import ModelOptions, RunConfig
+
+# Without a limit in epochs: more than any time limit allows.
+_ENDLESS_EPOCHS = 10_000
+# With --eval-seconds: no interval in steps.
+_NEVER = 10**9
+
+
+@dataclasses.dataclass
+class Prepared:
+    """A run that is ready to train; nothing has been written yet."""
+
+    config: RunConfig
+    task: Task
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: list[str]
+    max_length: int
+    features: dict[str, Features]  # "train", "validation", "test"
+    arguments: TrainingArguments
+    folder: Path
+    resume: bool
+    overwrite: bool
+
+    @property
+    def found(self) -> dict:
+        """What config.json keeps beside the options."""
+        return {"labels": self.labels, "max_length": self.max_length}
+
+    @property
+    def watched(self) -> Features | None:
+        """The validation features that are scored during training."""
+        whole = self.features.get("validation")
+        count = self.config.data.max_eval_examples
+        if whole is None or count is None or count >= len(whole):
+            return whole
+        drawn = _draw(len(whole), count, self.config.training.seed)
+        return Features(whole.table.select(drawn), whole.truncated)
+
+
+def prepare(
+    config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False
+) -> Prepared:
+    """Check the folder, read the data, load the model and attach what the method trains.
+
+    Args:
+        config: the run.
+        folder: where `train` will write.
+        resume: go on with the run in the folder.
+        overwrite: delete the run in the folder when training starts.
+
+    Raises:
+        ValueError, OSError: for any bad input.
+    """
+    run_folder.check_output(folder, resume, overwrite)
+    if config.model.method == "p-tuning-v2":
+        prefix_config(config.model)  # a bad prefix is known before the data is read
+    task, seed = make_task(config.data), config.training.seed
+    examples = {name: task.read(source) for name, source in find_sources(config.data).items()}
+    count, total = config.data.max_train_examples, len(examples["train"].table)
+    if count is not None and count < total:
+        examples["train"] = examples["train"].select(_draw(total, count, seed))
+    labels = task.find_labels(examples["train"])
+    for part in examples.values():
+        task.check_labels(part, labels)
+
+    set_seed(seed)
+    model, tokenizer = load_pretrained(config.model, task, labels)
+    max_length = choose_max_length(config.data, model, config.model)
+    features = {
+        name: task.featurize(part, tokenizer, labels, max_length) for name, part in examples.items()
+    }
+    prepare_model(model, config.model, features["train"].table)
+    if config.training.gradient_checkpointing:
+        _checkpoint_activations(model)
+    arguments = training_arguments(config, task, features, folder)
+    prepared = Prepared(
+        config, task, model, tokenizer, labels, max_length, features, arguments, folder,
+        resume, overwrite,
+    )  # fmt: skip
+    if resume:
+        run_folder.check_same_run(folder, config, prepared.found)
+    return prepared
+
+
+def _checkpoint_activations(model: PreTrainedModel) -> None:
+    # The name changed in transformers 5.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+
+
+def choose_max_length(data: DataOptions, model: PreTrainedModel, options: ModelOptions) -> int:
+    """The longest input in tokens: what the data options ask for, or what the model allows.
+
+    Raises:
+        ValueError: when that is more than the positions allow, saying how many remain.
+    """
+    limit, why = longest_input(model, options)
+    if limit < 3:  # two special tokens and one of the text
+        raise ValueError(f"num_virtual_tokens: expected room for an input, got none: {why}")
+    if data.max_length is not None and data.max_length > limit:
+        raise ValueError(f"max_length: expected at most {limit}, got {data.max_length}; {why}")
+    return data.max_length or limit
+
+
+def training_arguments(
+    config: RunConfig, task: Task, features: dict[str, Features], folder: Path
+) -> TrainingArguments:
+    """Trainer's arguments for our options.
+
+    Raises:
+        ValueError: for options that do not go together, or that this machine cannot serve.
+    """
+    options = config.training
+    batches = math.ceil(len(features["train"]) / options.batch_size)
+    epoch = math.ceil(batches / options.gradient_accumulation_steps)
+    eval_steps = options.eval_steps or (_NEVER if options.eval_seconds else epoch)
+    save_steps = eval_steps if options.save_steps is None else options.save_steps
+    has_validation = "validation" in features
+    load_best = options.load_best and has_validation and save_steps > 0
+    if load_best and save_steps % eval_steps != 0:
+        raise ValueError(
+            f"save_steps: expected a multiple of eval_steps {eval_steps} with load_best, got "
+            f"{save_steps}"
+        )
+    epochs = options.num_train_epochs
+    if epochs is None:
+        epochs = 3 if options.max_seconds is None else _ENDLESS_EPOCHS
+    return TrainingArguments(
+        output_dir=str(folder / run_folder.CHECKPOINTS),
+        num_train_epochs=epochs,
+        max_steps=options.max_steps or -1,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.eval_batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        learning_rate=config.learning_rate,
+        weight_decay=options.weight_decay,
+        warmup_steps=options.warmup_ratio,
+        lr_scheduler_type=options.schedule,
+        max_grad_norm=options.max_grad_norm,
+        seed=options.seed,
+        bf16=options.bf16,
+        use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU without it
+        logging_steps=options.logging_steps,
+        eval_strategy="steps" if has_validation else "no",
+        eval_steps=eval_steps,
+        save_strategy="steps" if save_steps else "no",
+        save_steps=save_steps or eval_steps,
+        save_total_limit=2,
+        load_best_model_at_end=load_best,
+        metric_for_best_model=task.metric if has_validation else None,
+        greater_is_better=True if has_validation else None,
+        disable_tqdm=not options.progress,
+        report_to="none",
+        dataloader_pin_memory=torch.cuda.is_available(),
+    )
+
+
+def _draw(total: int, count: int, seed: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randperm(total, generator=generator)[:count].tolist()

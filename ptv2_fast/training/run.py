@@ -1,0 +1,109 @@
+"""Training of a prepared run, and its report."""
+
+import json
+import statistics
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import TrainerCallback
+
+import ptv2_fast
+from ptv2_fast.encoders import get_nb_trainable_parameters
+from ptv2_fast.training import run_folder
+from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes
+from ptv2_fast.training.models import save_trained
+from ptv2_fast.training.prepare import Prepared
+from ptv2_fast.training.scoring import score
+from ptv2_fast.training.trainer import TaskTrainer
+
+
+def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) -> dict[str, Any]:
+    """Train, save what was trained, score it and write the report.
+
+    Args:
+        prepared: the run; its model is the trained one afterwards.
+        callbacks: further callbacks of Trainer.
+
+    Returns:
+        The report, as in report.json.
+    """
+    config, folder = prepared.config, prepared.folder
+    checkpoint = run_folder.last_checkpoint(folder) if prepared.resume else None
+    run_folder.start(folder, config, prepared.found, prepared.overwrite)
+    prepared.tokenizer.save_pretrained(folder / run_folder.TOKENIZER)
+    clock = StepClock(config.training.max_seconds, config.training.eval_seconds)
+    trainer = TaskTrainer(
+        prepared.model,
+        prepared.arguments,
+        task=prepared.task,
+        tokenizer=prepared.tokenizer,
+        labels=prepared.labels,
+        train=prepared.features["train"],
+        validation=prepared.watched,
+        clock=clock,
+        head_learning_rate=config.training.head_learning_rate,
+        callbacks=[_MetricsFile(folder / run_folder.METRICS), *(callbacks or [])],
+    )
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    save_trained(prepared.model, config.model.method, folder)
+    report = _report(prepared, clock, trainer.state.global_step)
+    run_folder.write_json(folder / run_folder.REPORT, report)
+    return report
+
+
+class _MetricsFile(TrainerCallback):
+    """Keeps metrics.jsonl equal to Trainer's log, also after a resume."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_log(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        lines = [json.dumps(entry) + "\n" for entry in state.log_history]
+        run_folder.write_text(self.path, "".join(lines))
+
+
+def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
+    options, model = prepared.config.training, prepared.model
+    trainable, total = get_nb_trainable_parameters(model)
+    scores = {
+        name: score(
+            model, prepared.task, features, prepared.tokenizer, prepared.labels,
+            options.eval_batch_size, options.bf16,
+        )
+        for name, features in prepared.features.items()
+        if name != "train"
+    }  # fmt: skip
+    return {
+        "method": prepared.config.model.method,
+        "model": prepared.config.model.model,
+        "metrics": scores,
+        "trainable_parameters": trainable,
+        "total_parameters": total,
+        "saved_bytes": run_folder.saved_bytes(prepared.folder),
+        "steps": steps,
+        "train_seconds": clock.seconds,
+        "step_seconds": statistics.median(clock.step_seconds) if clock.step_seconds else None,
+        "kept_bytes": measure_kept_bytes(prepared, options.batch_size),
+        "peak_memory_bytes": peak_memory_bytes(model.device),
+        "truncated_examples": {name: f.truncated for name, f in prepared.features.items()},
+        "versions": {
+            "ptv2_fast": ptv2_fast.__version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+        },
+    }
+
+
+def measure_kept_bytes(prepared: Prepared, batch_size: int) -> int:
+    """Bytes kept for backward in a step on the first `batch_size` training examples."""
+    table = prepared.features["train"].model_inputs(prepared.tokenizer)
+    rows = [table[index] for index in range(min(batch_size, len(table)))]
+    batch = prepared.task.collator(prepared.tokenizer)(rows).to(prepared.model.device)
+    model = prepared.model.train()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=prepared.config.training.bf16):
+        result = kept_bytes(lambda: model(**batch).loss, model)
+    model.eval()
+    return result

@@ -1,0 +1,150 @@
+"""The folder of a run: what is where, and writing that a crash cannot leave half done.
+
+config.json, metrics.jsonl and report.json; adapter/ (p-tuning-v2), model/ (fine-tuning) or
+trained.safetensors (the other methods); tokenizer/; checkpoints/.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from ptv2_fast.training.options import RunConfig
+
+CONFIG = "config.json"
+METRICS = "metrics.jsonl"
+REPORT = "report.json"
+ADAPTER = "adapter"
+MODEL = "model"
+TRAINED = "trained.safetensors"
+TOKENIZER = "tokenizer"
+CHECKPOINTS = "checkpoints"
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file under a temporary name that then replaces the old one."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write JSON the same way."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object of a run.
+
+    Raises:
+        ValueError: when there is no such file or it holds something else.
+    """
+    if not path.is_file():
+        raise ValueError(f"run: expected a run folder with {path.name}, got {str(path.parent)!r}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
+
+
+def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
+    """Check that a run may use this folder; nothing is changed.
+
+    Raises:
+        ValueError: for a file, or a folder with content, unless `resume` or `overwrite`, and for
+            `overwrite` of a folder that is no run.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"output: expected a folder, got the file {str(folder)!r}")
+    if resume and overwrite:
+        raise ValueError("resume: expected one of resume and overwrite, got both")
+    if not folder.exists() or not any(folder.iterdir()):
+        return
+    if not resume and not overwrite:
+        raise ValueError(
+            f"output: expected a new or empty folder, got {str(folder)!r}; --resume goes on with "
+            "the run in it, --overwrite deletes it"
+        )
+    if not (folder / CONFIG).is_file():
+        raise ValueError(f"output: expected a run folder with {CONFIG}, got {str(folder)!r}")
+
+
+def check_same_run(folder: Path, config: RunConfig, found: dict[str, Any] | None = None) -> None:
+    """Check that the run in the folder was started with these options, and found the same.
+
+    Args:
+        folder: without a config.json there is nothing to compare with.
+        found: labels and max_length; None = not known yet.
+
+    Raises:
+        ValueError: naming what differs.
+    """
+    if not (folder / CONFIG).is_file():
+        return
+    old_config, old_found = read_run_config(folder)
+    before: dict[str, Any] = dict(old_found)
+    now: dict[str, Any] = dict(found or old_found)
+    for old_table, table in zip(
+        old_config.to_dict().values(), config.to_dict().values(), strict=True
+    ):
+        before |= old_table
+        now |= table
+    differences = [
+        f"{name} {before[name]!r} against {value!r}"
+        for name, value in now.items()
+        if value != before[name] and name != "progress"
+    ]
+    if differences:
+        raise ValueError(
+            "resume: expected the run that was started here; that run against now: "
+            + ", ".join(differences)
+        )
+
+
+def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+    """The options of a run, and the facts found at its start (labels, max_length).
+
+    Raises:
+        ValueError: when the folder holds no run, or one that cannot be read.
+    """
+    content = read_json(folder / CONFIG)
+    facts = content.get("found")
+    if not isinstance(facts, dict) or not {"labels", "max_length"} <= set(facts):
+        raise ValueError(f"{folder / CONFIG}: expected the key 'found' with labels and max_length")
+    options = {name: value for name, value in content.items() if name != "found"}
+    return RunConfig.from_dict(options), facts
+
+
+def start(folder: Path, config: RunConfig, found: dict[str, Any], overwrite: bool) -> None:
+    """Create the folder, or empty an old run's, and write config.json."""
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / CONFIG, {**config.to_dict(), "found": found})
+
+
+def last_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; one that a crash cut short is passed over.
+
+    Trainer writes trainer_state.json last, so a checkpoint where it can be read is whole.
+    """
+    checkpoints = (folder / CHECKPOINTS).glob("checkpoint-*")
+    for checkpoint in sorted(checkpoints, key=lambda p: int(p.name.split("-")[1]), reverse=True):
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            continue
+        return checkpoint
+    return None
+
+
+def saved_bytes(folder: Path) -> int:
+    """Size of what was trained: the adapter, the model or the tensors of a run."""
+    files = [folder / TRAINED]
+    for name in (ADAPTER, MODEL):
+        files += (folder / name).rglob("*")
+    return sum(file.stat().st_size for file in files if file.is_file())

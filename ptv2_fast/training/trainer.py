@@ -1,0 +1,195 @@
+"""Hugging Face's Trainer with our order of batches, learning rates, time limit and scoring."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Sampler
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    get_scheduler,
+)
+
+from ptv2_fast.tasks.task import Features, Task
+from ptv2_fast.training.baselines import PROMPT
+from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.scoring import score
+
+# Batches of similar length are drawn from groups of this many batches.
+_GROUP = 50
+
+
+class LengthGroupedOrder(Sampler):
+    """A random order of the examples in which the examples of a batch have similar lengths.
+
+    Unlike transformers' sampler of this purpose it shuffles the batches, so that lengths do not
+    follow each other from long to short, and depends on the seed and the epoch alone: a run that
+    resumes in a later epoch gets the order of the run that was not interrupted.
+    """
+
+    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
+        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        width = self.batch_size * _GROUP
+        groups = [order[i : i + width] for i in range(0, len(order), width)]
+        order = [i for group in groups for i in sorted(group, key=self.lengths.__getitem__)]
+        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        # A short batch stays last, or the loader would cut all batches after it elsewhere.
+        whole = len(order) // self.batch_size
+        for number in torch.randperm(whole, generator=generator).tolist():
+            yield from batches[number]
+        yield from order[whole * self.batch_size :]
+
+
+class TaskTrainer(Trainer):
+    """A Trainer for one task.
+
+    Args:
+        model: prepared by a method.
+        args: Trainer's own arguments.
+        task, tokenizer, labels: what the features were made with.
+        train, validation: features.
+        clock: counts the steps' seconds.
+        head_learning_rate: of what lies outside backbone, prefix and prompt; None = the same.
+        callbacks: further callbacks.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: list[str],
+        train: Features,
+        validation: Features | None,
+        clock: StepClock,
+        head_learning_rate: float | None = None,
+        callbacks: list[TrainerCallback] | None = None,
+    ) -> None:
+        self.task, self.labels, self.validation, self.clock = task, labels, validation, clock
+        self.tokenizer = tokenizer
+        self.train_lengths = [len(ids) for ids in train.table["input_ids"]]
+        self.head_learning_rate = head_learning_rate
+        super().__init__(
+            model,
+            args,
+            data_collator=task.collator(tokenizer),
+            train_dataset=train.table,
+            eval_dataset=None if validation is None else validation.table,
+            callbacks=[clock, *(callbacks or [])],
+        )
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return LengthGroupedOrder(self.train_lengths, step_size, self.args.seed)
+
+    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
+        optimizer = super().create_optimizer(model)
+        if self.head_learning_rate is not None:
+            head = {id(p) for p in head_parameters(cast(PreTrainedModel, self.model))}
+            optimizer.param_groups[:] = [
+                part for group in optimizer.param_groups for part in self._split(group, head)
+            ]
+        return optimizer
+
+    def _split(self, group: dict[str, Any], head: set[int]) -> list[dict[str, Any]]:
+        inside = [p for p in group["params"] if id(p) in head]
+        outside = [p for p in group["params"] if id(p) not in head]
+        return [
+            {**group, "params": outside},
+            {**group, "params": inside, "lr": self.head_learning_rate},
+        ]
+
+    def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
+        if self.clock.max_seconds is None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        self.lr_scheduler = timed_schedule(
+            self.args, optimizer or self.optimizer, num_training_steps, self.clock
+        )
+        self._created_lr_scheduler = True
+        return self.lr_scheduler
+
+    def evaluate(
+        self,
+        eval_dataset: Any = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> dict[str, float]:
+        """Score the validation features; torch's generator is left alone."""
+        assert self.validation is not None
+        started = time.perf_counter()
+        scores = score(
+            cast(PreTrainedModel, self.model), self.task, self.validation, self.tokenizer,
+            self.labels, self.args.eval_batch_size, self.args.bf16,
+        )  # fmt: skip
+        scores["runtime"] = time.perf_counter() - started
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the seconds of training steps to every line."""
+        super().log({**logs, "train_seconds": round(self.clock.elapsed(), 3)}, start_time)
+
+
+def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """What trains beside prefix, prompt and pretrained weights.
+
+    That is what lies outside the backbone, and a pooler whose backbone is frozen.
+    """
+    pretrained: set[int] = set()
+    if model.get_input_embeddings().weight.requires_grad:
+        pretrained = {id(p) for p in model.base_model.parameters()}
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+        and id(parameter) not in pretrained
+        and name.split(".")[0] not in ("prefix_encoder", PROMPT)
+    ]
+
+
+def timed_schedule(
+    args: TrainingArguments, optimizer: Any, num_training_steps: int, clock: StepClock
+) -> LambdaLR:
+    """The schedule of `args` over the clock's time limit, or the steps if they end sooner."""
+    assert clock.max_seconds is not None
+    limit = clock.max_seconds
+    steps = get_scheduler(
+        args.lr_scheduler_type,
+        optimizer,
+        args.get_warmup_steps(num_training_steps),
+        num_training_steps,
+    )
+    assert isinstance(steps, LambdaLR)
+
+    def by_time(factor: Callable[[int], float]) -> Callable[[int], float]:
+        def factor_now(step: int) -> float:
+            part = min(1.0, max(clock.elapsed() / limit, step / num_training_steps))
+            return factor(int(part * num_training_steps))
+
+        return factor_now
+
+    return LambdaLR(optimizer, [by_time(factor) for factor in steps.lr_lambdas])

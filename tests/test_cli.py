@@ -1,0 +1,251 @@
+"""The command line end to end on tiny data, interrupted runs, and bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ptv2_fast import cli
+from tests.models import one_thread  # noqa: F401
+from tests.tiny_run import save_tiny_model, write_conll, write_reviews
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        "model": save_tiny_model(folder / "model"),
+        "train": write_conll(folder / "train.txt", 24),
+        "dev": write_conll(folder / "dev.txt", 8),
+        "train_csv": write_reviews(folder / "train.csv", 24),
+        "dev_csv": write_reviews(folder / "dev.csv", 8),
+    }
+
+
+def train_arguments(tiny, output, *more: str) -> list[str]:
+    return [
+        "train", "--task", "token-classification", "--model", tiny["model"],
+        "--train-file", tiny["train"], "--validation-file", tiny["dev"],
+        "--num_virtual_tokens", "4", "--init", "tokens", "--learning-rate", "0.1",
+        "--head-learning-rate", "0.03", "--batch-size", "4", "--dropout", "0",
+        "--no-progress", "--output", str(output), *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "ner"
+    assert cli.main(train_arguments(tiny, output, "--num-train-epochs", "8")) == 0
+    return output
+
+
+def test_a_run_folder_holds_config_metrics_adapter_and_report(trained):
+    report = json.loads((trained / "report.json").read_text())
+    assert report["metrics"]["validation"]["f1"] > 0.9
+    # Two layers of keys and values of 4 positions, and a head for three labels.
+    assert report["trainable_parameters"] == 2 * 2 * 4 * 16 + 16 * 3 + 3
+    files = [trained / "adapter" / name for name in ("adapter_config.json",
+                                                     "adapter_model.safetensors")]  # fmt: skip
+    assert report["saved_bytes"] == sum(file.stat().st_size for file in files)
+    assert report["kept_bytes"] > 0
+    assert report["steps"] == 48
+    config = json.loads((trained / "config.json").read_text())
+    assert config["found"] == {"labels": ["B-LOC", "B-PER", "O"], "max_length": 24}
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "eval_f1" in line] == [6, 12, 18, 24, 30, 36, 42, 48]
+    assert not list(trained.rglob("*.tmp"))
+
+
+def test_eval_gives_the_score_of_the_report(trained, tiny, capsys):
+    assert cli.main(["eval", "--run", str(trained), "--data", tiny["dev"]]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    report = json.loads((trained / "report.json").read_text())
+    assert scores == report["metrics"]["validation"] | {"examples": 8, "truncated_examples": 0}
+
+
+def test_predict_tags_typed_sentences_and_files_without_labels(trained, tmp_path, capsys):
+    command = ["predict", "--run", str(trained)]
+    assert cli.main([*command, "--text", "Anna lives in Oslo."]) == 0
+    typed = json.loads(capsys.readouterr().out)
+    assert [(e["type"], e["text"]) for e in typed["entities"]] == [("PER", "Anna"), ("LOC", "Oslo")]
+    file = tmp_path / "plain.txt"
+    file.write_text("Anna\nlives\nin\nOslo\n.\n")
+    assert cli.main([*command, "--data", str(file)]) == 0
+    assert json.loads(capsys.readouterr().out) == typed
+
+
+@pytest.mark.parametrize(
+    ("method", "learning_rate"),
+    [("fine-tuning", 0.01), ("linear-probe", 0.05), ("prompt-tuning", 0.01)],
+)
+def test_baselines_score_the_same_after_loading(method, learning_rate, tiny, tmp_path, capsys):
+    output = tmp_path / "run"
+    values = {
+        "task": "text-classification", "model": tiny["model"], "method": method, "init": "tokens",
+        "train_file": tiny["train_csv"], "validation_file": tiny["dev_csv"], "max_steps": 30,
+        "learning_rate": learning_rate, "eval_steps": 15, "num_virtual_tokens": 3, "dropout": 0,
+        "progress": False,
+    }  # fmt: skip
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps(values))
+    assert cli.main(["train", "--config", str(config), "--output", str(output)]) == 0
+    capsys.readouterr()
+    assert cli.main(["eval", "--run", str(output), "--data", tiny["dev_csv"]]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    report = json.loads((output / "report.json").read_text())
+    assert scores["accuracy"] == report["metrics"]["validation"]["accuracy"] > 0.9
+    assert cli.main(["predict", "--run", str(output), "--text", "the film was good"]) == 0
+    assert json.loads(capsys.readouterr().out)["label"] == "good"
+
+
+def test_a_killed_run_resumes_to_the_adapter_of_an_uninterrupted_one(tiny, tmp_path):
+    """The kill comes in the middle of the second epoch, at no boundary of anything."""
+    options = ("--save-steps", "4", "--eval-steps", "4", "--dropout", "0.1", "--max-steps", "40")
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptv2_fast.cli", *train_arguments(tiny, killed, *options)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    while not any(
+        int(state.parent.name.split("-")[1]) >= 8
+        for state in killed.glob("checkpoints/checkpoint-*/trainer_state.json")
+    ):
+        assert process.poll() is None, "the run ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "report.json").exists()
+    # A checkpoint that a crash cut short.
+    (killed / "checkpoints" / "checkpoint-39").mkdir()
+    assert cli.main(train_arguments(tiny, whole, *options)) == 0
+    assert cli.main(["train", "--output", str(killed), "--resume"]) == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    steps = [
+        json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert steps == sorted(steps) and steps.count(4) == 1
+
+
+def test_a_complete_run_is_not_trained_again(trained, capsys):
+    before = (trained / "report.json").stat().st_mtime_ns
+    assert cli.main(["train", "--output", str(trained), "--resume"]) == 0
+    assert "is complete" in capsys.readouterr().err
+    assert (trained / "report.json").stat().st_mtime_ns == before
+
+
+def fails_with_one_line(arguments: list[str], capsys) -> str:
+    """The line on stderr of a command that must end with exit code 2."""
+    try:
+        code = cli.main(arguments)
+    except SystemExit as error:  # argparse
+        code = error.code
+    captured = capsys.readouterr()
+    assert code == 2
+    assert captured.out == ""
+    assert captured.err.count("\n") == 1, captured.err
+    return captured.err
+
+
+BAD_TRAINING = {
+    "missing file": (["--train-file", "/nowhere.txt"], "expected an existing file"),
+    "missing model": (["--model", "/nowhere"], "/nowhere"),
+    "missing column": (["--train-file", "{train_csv}"], "words_column: expected a column of"),
+    "P": (["--num-virtual-tokens", "0"], "num_virtual_tokens: expected an integer >= 1, got 0"),
+    "P takes all": (["--position-offset", "prefix", "--pre_seq_len", "24"], "num_virtual_tokens"),
+    "layers": (["--layers", "0,2"], "layers: expected indices in the range 0..1"),
+    "max length": (["--max-length", "25"], "max_length: expected at most 24, got 25"),
+    "max length beside P": (
+        ["--max-length", "24", "--position-offset", "prefix"],
+        "24 positions and 20 remain, because position_offset='prefix' takes 4",
+    ),
+    "long input": (["--max-length", "8", "--long-input", "error"], "train.txt sentence 2"),
+    "task": (["--task", "chess"], "invalid choice: 'chess'"),
+    "number": (["--learning-rate", "fast"], "--learning-rate: invalid float value: 'fast'"),
+    "sign": (["--learning-rate=-1"], "learning_rate: expected None or a number > 0"),
+    "unknown option": (["--lerning-rate", "1"], "--lerning-rate"),
+    "save steps": (["--eval-steps", "4", "--save-steps", "6"], "save_steps: expected a multiple"),
+    "resume": (["--resume", "--overwrite"], "expected one of resume and overwrite"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_TRAINING)
+def test_bad_training_input_ends_with_one_line_and_writes_nothing(case, tiny, tmp_path, capsys):
+    more, message = BAD_TRAINING[case]
+    output = tmp_path / "run"
+    arguments = train_arguments(tiny, output, *(word.format(**tiny) for word in more))
+    assert message in fails_with_one_line(arguments, capsys)
+    assert not output.exists()
+
+
+def test_an_unknown_label_in_the_validation_file_names_it(tiny, tmp_path, capsys):
+    file = tmp_path / "dev.txt"
+    file.write_text("Anna B-PER\n\nMars B-PLANET\n")
+    arguments = train_arguments(tiny, tmp_path / "run", "--validation-file", str(file))
+    line = fails_with_one_line(arguments, capsys)
+    assert f"{file} sentence 2: unknown label 'B-PLANET'" in line
+
+
+def test_an_existing_folder_is_left_alone(trained, tiny, tmp_path, capsys):
+    before = {file: file.stat().st_mtime_ns for file in trained.rglob("*")}
+    line = fails_with_one_line(train_arguments(tiny, trained), capsys)
+    assert "--resume goes on" in line
+    line = fails_with_one_line(train_arguments(tiny, trained, "--resume", "--seed", "1"), capsys)
+    assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
+    (tmp_path / "precious.txt").write_text("mine")
+    line = fails_with_one_line(train_arguments(tiny, tmp_path, "--overwrite"), capsys)
+    assert "expected a run folder" in line
+    assert (tmp_path / "precious.txt").read_text() == "mine"
+
+
+def test_bad_config_files_name_the_file_and_the_option(tiny, tmp_path, capsys):
+    for name, content, message in (
+        ("a.json", '{"num_virtual_tokens": "many"}', "num_virtual_tokens: expected a number"),
+        ("b.json", '{"prefix_length": 3}', "unknown options ['prefix_length']"),
+        ("c.json", '{"seed": ', "c.json cannot be read"),
+        ("d.ini", "seed = 1", "expected .json, .toml, .yaml or .yml, got '.ini'"),
+    ):
+        (tmp_path / name).write_text(content)
+        options = ["train", "--output", str(tmp_path / "run"), "--config", str(tmp_path / name),
+                   "--task", "token-classification", "--model", tiny["model"]]  # fmt: skip
+        assert message in fails_with_one_line(options, capsys)
+
+
+def test_corrupt_and_foreign_adapters_end_with_one_line(trained, tiny, tmp_path, capsys):
+    import shutil
+
+    command = ["predict", "--run", str(tmp_path / "run"), "--text", "Anna"]
+    assert "expected a run folder" in fails_with_one_line(command, capsys)
+    shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
+    tensors = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    content = tensors.read_bytes()
+    tensors.write_bytes(content[:-7])
+    assert "corrupt or truncated" in fails_with_one_line(command, capsys)
+    tensors.write_bytes(content)
+    description = tmp_path / "run" / "adapter" / "adapter_config.json"
+    description.write_text(description.read_text().replace('"hidden_size": 16', '"hidden_size": 8'))
+    assert "hidden_size 8 against 16" in fails_with_one_line(command, capsys)
+    command = ["eval", "--run", str(trained), "--data", tiny["train_csv"]]
+    assert "words_column: expected a column of" in fails_with_one_line(command, capsys)
+
+
+def test_env_runs_without_transformers():
+    code = (
+        "import sys; sys.modules['transformers'] = None\n"
+        "from ptv2_fast import cli; sys.exit(cli.main(['env']))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 0, done.stderr
+    assert "backend       cpu: " in done.stdout

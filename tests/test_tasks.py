@@ -1,0 +1,213 @@
+"""Reading of every format, label handling, word alignment, metrics and their errors."""
+
+import json
+
+import datasets
+import pytest
+import torch
+
+from ptv2_fast.tasks import DataOptions, make_task
+from ptv2_fast.tasks.sources import file_source, find_sources
+from ptv2_fast.training.models import load_tokenizer
+from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(save_tiny_model(tmp_path_factory.mktemp("model")))
+
+
+def token_task(**options):
+    return make_task(DataOptions(task="token-classification", **options))
+
+
+def text_task(**options):
+    return make_task(DataOptions(task="text-classification", **options))
+
+
+def write_tagged(path, suffix: str) -> str:
+    """The tagged sentences in another format."""
+    file = path / f"data{suffix}"
+    rows = [
+        {"tokens": [word for word, _ in row], "ner_tags": [tag for _, tag in row]}
+        for row in tagged_sentences(4)
+    ]
+    if suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(file)
+    elif suffix == ".jsonl":
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    else:
+        separator = "\t" if suffix == ".tsv" else ","
+        lines = [separator.join(("tokens", "ner_tags"))]
+        lines += [separator.join(" ".join(cell) for cell in row.values()) for row in rows]
+        file.write_text("\n".join(lines) + "\n")
+    return str(file)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv", ".tsv"])
+def test_every_format_gives_the_examples_of_the_conll_file(tmp_path, suffix):
+    task = token_task()
+    conll = task.read(file_source(write_conll(tmp_path / "data.txt", 4)))
+    other = task.read(file_source(write_tagged(tmp_path, suffix)))
+    assert other.table.to_dict() == conll.table.to_dict()
+
+
+def test_a_data_set_of_the_hub_form_gives_names_for_class_numbers(tmp_path):
+    features = datasets.Features(
+        {
+            "text": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["neg", "pos"]),
+        }
+    )
+    rows = {"text": ["a", "b", "c"], "label": [1, 0, 1]}
+    table = datasets.Dataset.from_dict(rows, features=features)
+    table.to_parquet(tmp_path / "train-00000.parquet")
+    options = DataOptions(task="text-classification", dataset=str(tmp_path), validation_split=None)
+    (source,) = find_sources(options).values()
+    examples = make_task(options).read(source)
+    assert examples.table["label"][:] == ["pos", "neg", "pos"]
+
+
+def test_numbers_and_words_that_look_missing_are_labels(tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\nNA,10\nnull,9\nNone,-1\n")
+    task = text_task()
+    examples = task.read(file_source(file))
+    assert examples.table["text"][:] == ["NA", "null", "None"]
+    assert task.find_labels(examples) == ["-1", "9", "10"]
+
+
+def test_only_the_first_sub_word_carries_the_label(tmp_path, tokenizer):
+    file = tmp_path / "data.txt"
+    file.write_text("Annas B-PER\nsleeps O\nberlin B-LOC\n")
+    task = token_task()
+    features = task.featurize(
+        task.read(file_source(file)), tokenizer, ["B-LOC", "B-PER", "O"], max_length=24
+    )
+    row = features.table[0]
+    tokens = tokenizer.convert_ids_to_tokens(row["input_ids"])
+    assert tokens == ["[CLS]", "anna", "##s", "sleeps", "berlin", "[SEP]"]
+    assert row["labels"] == [-100, 1, -100, 2, 0, -100]
+    assert row["word_indices"] == [0, 1, 2]
+
+
+def test_collators_pad_to_the_longest_example_of_the_batch(tmp_path, tokenizer):
+    task = token_task()
+    examples = task.read(file_source(write_conll(tmp_path / "data.txt", 3)))
+    features = task.featurize(examples, tokenizer, task.find_labels(examples), max_length=24)
+    batch = task.collator(tokenizer)(list(features.model_inputs(tokenizer)))
+    assert batch["input_ids"].shape == batch["labels"].shape == (3, 11)
+    assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
+
+
+def test_truncation_is_counted_or_refused(tmp_path, tokenizer):
+    file = write_conll(tmp_path / "data.txt", 3)
+    task = token_task()
+    labels = ["B-LOC", "B-PER", "O"]
+    features = task.featurize(task.read(file_source(file)), tokenizer, labels, max_length=9)
+    assert features.truncated == 1
+    assert max(map(len, features.table["input_ids"])) == 9
+    strict = token_task(long_input="error")
+    with pytest.raises(ValueError, match=r"data.txt sentence 3: expected at most 9 tokens"):
+        strict.featurize(strict.read(file_source(file)), tokenizer, labels, max_length=9)
+
+
+def test_a_pair_of_texts_becomes_one_input_with_types(tmp_path, tokenizer):
+    file = tmp_path / "data.jsonl"
+    file.write_text('{"premise": "anna sleeps", "claim": "it was bad", "gold": "no"}\n')
+    task = text_task(text_column="premise", text_pair_column="claim", label_column="gold")
+    features = task.featurize(task.read(file_source(file)), tokenizer, ["no", "yes"], 24)
+    row = features.table[0]
+    assert row["token_type_ids"] == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert row["labels"] == 0
+
+
+def test_metrics_against_hand_counts():
+    labels = ["B-LOC", "B-PER", "I-PER", "O"]
+    expected = [[-100, 1, 2, 3, 0, -100]]
+    # One chunk of two is right; the other chunk is cut short.
+    scores = token_task().metrics([[1, 3, 3, 0]], expected, labels)
+    assert scores == {"accuracy": 0.75, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+    scores = token_task().metrics([[0, 1, 1]], [[0, 1, 0]], ["NOUN", "VERB"])
+    assert scores["f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
+    scores = text_task().metrics([0, 0, 1], [0, 1, 1], ["no", "yes"])
+    assert scores["accuracy"] == pytest.approx(2 / 3)
+    assert scores["f1"] == pytest.approx(2 / 3)
+
+
+def test_described_words_that_were_cut_off_belong_to_no_entity():
+    task = token_task()
+    example = {"words": ["Anna", "Li", "saw", "Oslo"], "word_indices": [0, 1, 2]}
+    described = task.describe(example, [1, 2, 3], ["B-LOC", "B-PER", "I-PER", "O"])
+    assert described["tags"] == ["B-PER", "I-PER", "O", "O"]
+    assert described["entities"] == [{"type": "PER", "text": "Anna Li", "first": 0, "last": 1}]
+
+
+def test_typed_text_is_cut_into_words_and_punctuation():
+    examples = token_task().from_texts(["Anna's U.N. visit (to Oslo) ended."])
+    assert examples.table[0]["words"] == [
+        "Anna's", "U.N", ".", "visit", "(", "to", "Oslo", ")", "ended", ".",
+    ]  # fmt: skip
+
+
+def test_predictions_pick_the_labelled_positions():
+    logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]])
+    assert token_task().predictions(logits, torch.tensor([[-100, 0, 0]])) == [[0, 1]]
+
+
+BAD_FILES = {
+    "empty": ("data.csv", "", "empty data set"),
+    "header only": ("data.csv", "text,label\n", "empty data set"),
+    "no column": ("data.csv", "sentence,label\na,b\n", "text_column: expected a column of"),
+    "no label": ("data.csv", "text,label\na,x\nb,\n", "row 2: expected a label"),
+    "broken": ("data.jsonl", '{"text": "a"', "cannot be read as json"),
+    "not text": ("data.jsonl", '{"text": 3, "label": "x"}\n', "row 1: expected text in text"),
+    "suffix": ("data.xml", "<a/>", "expected .csv, .tsv, .json, .jsonl or .parquet"),
+    "one label": ("data.csv", "text,label\na,x\nb,x\n", r"at least two labels, got \['x'\]"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_bad_text_files_are_one_clear_error(tmp_path, case):
+    name, content, message = BAD_FILES[case]
+    file = tmp_path / name
+    file.write_text(content)
+    task = text_task()
+    with pytest.raises(ValueError, match=message) as raised:
+        task.find_labels(task.read(file_source(file)))
+    assert name in str(raised.value)
+
+
+def test_bad_conll_files_name_the_line(tmp_path):
+    file = tmp_path / "data.txt"
+    file.write_text("Anna B-PER\nsleeps\n")
+    with pytest.raises(ValueError, match=r"data.txt line 2: expected .*conll_tag_column 1"):
+        token_task(conll_tag_column=1).read(file_source(file))
+    file.write_text("\n\n-DOCSTART- O\n")
+    with pytest.raises(ValueError, match="empty data set"):
+        token_task().read(file_source(file))
+
+
+def test_unknown_labels_name_the_label_the_file_and_the_row(tmp_path):
+    file = write_reviews(tmp_path / "dev.csv", 4)
+    task = text_task()
+    with pytest.raises(ValueError, match=r"dev.csv row 2: unknown label 'bad'"):
+        task.check_labels(task.read(file_source(file)), ["good", "fair"])
+
+
+def test_words_and_tags_of_unequal_number_name_the_row(tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text("tokens,ner_tags\nAnna sleeps,B-PER O\nOslo,B-LOC O\n")
+    with pytest.raises(ValueError, match=r"data.csv row 2: expected one label for each of 1 words"):
+        token_task().read(file_source(file))
+
+
+def test_missing_files_and_contradictory_options_are_errors(tmp_path):
+    with pytest.raises(ValueError, match=r"expected an existing file, got '/nowhere\.csv'"):
+        file_source("/nowhere.csv")
+    with pytest.raises(ValueError, match="train_file: expected a file"):
+        find_sources(DataOptions(task="text-classification"))
+    with pytest.raises(ValueError, match="dataset: expected None beside train_file"):
+        DataOptions(task="text-classification", dataset="rte", train_file="a.csv")
+    with pytest.raises(ValueError, match="max_length: expected a number"):
+        DataOptions(task="text-classification", max_length="long")

@@ -1,0 +1,245 @@
+"""Methods, order of batches, learning rates, the time limit, scoring and measuring."""
+
+import json
+import time
+
+import pytest
+import torch
+from torch import nn
+
+from ptv2_fast.training import trainer
+from ptv2_fast.training.baselines import trained_tensors
+from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.measure import kept_bytes
+from ptv2_fast.training.methods import prepare_model, sample_token_ids
+from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig, read_config_file
+from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.run import train
+from ptv2_fast.training.trainer import LengthGroupedOrder, head_parameters
+from tests.models import make_batch, one_thread, tiny_model  # noqa: F401
+from tests.tiny_run import save_tiny_model, write_conll
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict[str, str]:
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        "task": "token-classification",
+        "model": save_tiny_model(folder / "model"),
+        "train_file": write_conll(folder / "train.txt", 24),
+        "validation_file": write_conll(folder / "dev.txt", 8),
+        "num_virtual_tokens": 4,
+        "init": "tokens",
+        "learning_rate": 0.1,
+        "head_learning_rate": 0.03,
+        "batch_size": 4,
+        "dropout": 0.0,
+        "progress": False,
+        "save_steps": 0,
+    }
+
+
+def run_config(tiny, **changes) -> RunConfig:
+    return RunConfig.from_dict({**tiny, **changes})
+
+
+def options(method: str, **more) -> ModelOptions:
+    return ModelOptions(model="tiny", method=method, num_virtual_tokens=5, **more)
+
+
+def test_prompt_tuning_is_the_model_on_prompt_and_word_embeddings():
+    """In the four families, padded, logits and the prompt's gradient; the length is unchanged."""
+    for model_type in ("bert", "roberta", "xlm-roberta", "electra"):
+        model = tiny_model(model_type, "token")
+        batch = make_batch()
+        prepare_model(model, options("prompt-tuning"))
+        logits = model(**batch).logits
+        assert logits.shape == (3, 11, 3)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), model.prompt)
+
+        plain = tiny_model(model_type, "token")
+        plain.load_state_dict(model.state_dict(), strict=False)
+        prompt = model.prompt.detach().clone().requires_grad_()
+        words = plain.get_input_embeddings()(batch["input_ids"])
+        mask = torch.cat((torch.ones(3, 5), batch["attention_mask"]), dim=1)
+        embeds = torch.cat((prompt.expand(3, -1, -1), words), dim=1)
+        expected = plain(inputs_embeds=embeds, attention_mask=mask).logits[:, 5:]
+        torch.testing.assert_close(logits, expected)
+        (wanted,) = torch.autograd.grad(expected.square().sum(), prompt)
+        torch.testing.assert_close(gradient, wanted)
+
+
+def test_prompt_tuning_pools_the_first_token_of_the_text():
+    model = tiny_model("bert", "sequence")
+    prepare_model(model, options("prompt-tuning"))
+    batch = make_batch()
+    hidden = model.base_model(**batch).last_hidden_state
+    expected = model.classifier(model.base_model.pooler(hidden))
+    torch.testing.assert_close(model(**batch).logits, expected)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_step_moves_what_trains_and_nothing_else(method):
+    model = tiny_model("bert", "sequence")
+    prepare_model(model, options(method))
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    trained = set(trained_tensors(model))
+    new = {"p-tuning-v2": {"prefix_encoder.embedding.weight"}, "prompt-tuning": {"prompt"}}
+    head = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight",
+            "bert.pooler.dense.bias"}  # fmt: skip
+    if method == "fine-tuning":
+        assert trained == set(before)
+    else:
+        assert trained == head | new.get(method, set())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+    model(**make_batch(), labels=torch.tensor([0, 1, 2])).loss.backward()
+    optimizer.step()
+    moved = {name for name, p in model.named_parameters() if not p.equal(before[name])}
+    # Rows of pads and keys' biases may have no gradient; whole tensors of a frozen part never move.
+    assert moved <= trained and new.get(method, set()) | head <= moved
+
+
+def test_head_parameters_are_the_head_and_a_pooler_of_a_frozen_backbone():
+    counts = {}
+    for method in METHODS:
+        model = tiny_model("bert", "sequence")
+        prepare_model(model, options(method))
+        counts[method] = sum(p.numel() for p in head_parameters(model))
+    classifier, pooler = 16 * 3 + 3, 16 * 16 + 16
+    assert counts == {name: classifier + pooler for name in METHODS} | {"fine-tuning": classifier}
+
+
+def test_token_ids_to_start_from_repeat_when_there_are_few(tiny, tmp_path):
+    prepared = prepare(run_config(tiny), tmp_path / "run")
+    table = prepared.features["train"].table
+    ids = sample_token_ids(table.select(range(2)), 30)
+    assert ids.shape == (30,)
+    assert not set(ids.tolist()) & {0, 2, 3}, "special tokens are left out"
+
+
+def test_the_order_groups_lengths_and_depends_on_seed_and_epoch_alone():
+    lengths = torch.randint(1, 100, (1003,)).tolist()
+    order = LengthGroupedOrder(lengths, batch_size=4, seed=3)
+    first = list(order)
+    assert sorted(first) == list(range(1003))
+    assert list(order) == first
+    spread = [
+        max(lengths[i] for i in first[k : k + 4]) - min(lengths[i] for i in first[k : k + 4])
+        for k in range(0, 1000, 4)
+    ]
+    assert sum(spread) / len(spread) < 5
+    order.set_epoch(1)
+    second = list(order)
+    assert second != first
+    torch.rand(1)  # another state of the global generator
+    fresh = LengthGroupedOrder(lengths, batch_size=4, seed=3)
+    fresh.set_epoch(1)
+    assert list(fresh) == second
+    means = [sum(lengths[i] for i in first[k : k + 4]) for k in range(0, 200, 4)]
+    assert means != sorted(means), "batches are shuffled"
+
+
+class FakeClock(StepClock):
+    """Every step takes a second, whatever the machine does."""
+
+    def elapsed(self) -> float:
+        return self.seconds + (self._started is not None)
+
+    def on_step_end(self, *args, **unused) -> None:
+        self._started = time.perf_counter() - 1
+        super().on_step_end(*args, **unused)
+
+
+def test_a_time_limit_stops_training_and_the_learning_rate_decays_over_it(
+    tiny, tmp_path, monkeypatch
+):
+    monkeypatch.setattr("ptv2_fast.training.run.StepClock", FakeClock)
+    config = run_config(tiny, max_seconds=20, eval_seconds=8, logging_steps=1, warmup_ratio=0.2,
+                        learning_rate=1.0)  # fmt: skip
+    report = train(prepare(config, tmp_path / "run"))
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rates = [line["learning_rate"] for line in lines if "learning_rate" in line]
+    assert report["steps"] == len(rates) == 20
+    assert rates[:5] == pytest.approx([0, 0.25, 0.5, 0.75, 1], abs=0.01)
+    assert rates[4:] == pytest.approx([1 - k / 16 for k in range(16)], abs=0.01)
+    scored = [line["step"] for line in lines if "eval_f1" in line]
+    assert scored == [8, 16, 20], "every 8 seconds, and at the end"
+
+
+def test_scoring_draws_nothing_from_the_generator_of_training(tiny, tmp_path):
+    """Otherwise how often a run is scored would change what it learns."""
+    results = []
+    for eval_steps in (2, 7):
+        config = run_config(tiny, max_steps=14, eval_steps=eval_steps, dropout=0.1)
+        prepared = prepare(config, tmp_path / f"run{eval_steps}")
+        train(prepared)
+        results.append(trained_tensors(prepared.model))
+    for name, tensor in results[0].items():
+        assert tensor.equal(results[1][name]), name
+
+
+def test_a_run_ends_with_its_best_checkpoint(tiny, tmp_path, monkeypatch):
+    scores = iter([0.1, 0.9, 0.3])
+    states = []
+
+    def score(model, *unused):
+        states.append({k: v.clone() for k, v in trained_tensors(model).items()})
+        return {"f1": next(scores)}
+
+    monkeypatch.setattr(trainer, "score", score)
+    config = run_config(tiny, max_steps=6, eval_steps=2, save_steps=2)
+    prepared = prepare(config, tmp_path / "run")
+    train(prepared)
+    for name, tensor in trained_tensors(prepared.model).items():
+        assert tensor.equal(states[1][name]), name
+    assert not tensor.equal(states[2][name])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"bf16": True}, {"gradient_checkpointing": True}, {"gradient_accumulation_steps": 2}],
+)
+def test_options_that_change_the_step_still_train(changes, tiny, tmp_path):
+    config = run_config(tiny, num_train_epochs=16, eval_steps=48, **changes)
+    report = train(prepare(config, tmp_path / "run"))
+    assert report["metrics"]["validation"]["f1"] > 0.9
+
+
+def test_kept_bytes_count_each_storage_once_and_no_parameters():
+    linear = nn.Linear(8, 4)
+    x = torch.randn(3, 8)
+    assert kept_bytes(lambda: linear(x).sum(), linear) == x.nbytes
+    linear.weight.requires_grad_(False)
+    assert kept_bytes(lambda: linear(x).sum(), linear) == 0
+
+    def twice() -> torch.Tensor:
+        hidden = linear(x).tanh()  # keeps its result
+        return (hidden[0] * hidden[1]).sum()  # keeps two views of the same storage
+
+    assert kept_bytes(twice, linear) == 3 * 4 * 4
+
+
+def test_kept_bytes_of_p_tuning_v2_are_fewer_than_of_fine_tuning():
+    kept = {}
+    for method in ("p-tuning-v2", "fine-tuning"):
+        model = tiny_model("bert", "token")
+        prepare_model(model, options(method))
+        batch = make_batch() | {"labels": torch.zeros(3, 11, dtype=torch.long)}
+        kept[method] = kept_bytes(lambda m=model, b=batch: m(**b).loss, model)
+    assert kept["p-tuning-v2"] < kept["fine-tuning"]
+
+
+def test_config_files_and_dictionaries_hold_the_same_options(tmp_path):
+    config = RunConfig.from_dict(
+        {"task": "text-classification", "model": "m", "layers": [1, 0], "seed": 7}
+    )
+    texts = {
+        "run.json": json.dumps(config.to_dict()),
+        "run.yaml": "task: text-classification\nmodel: m\nlayers: [1, 0]\nseed: 7\n",
+        "run.toml": 'task = "text-classification"\nmodel = "m"\nlayers = [1, 0]\nseed = 7\n',
+    }
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        if name.endswith("toml"):
+            pytest.importorskip("tomllib")
+        assert RunConfig.from_dict(read_config_file(tmp_path / name)) == config
