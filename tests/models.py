@@ -9,6 +9,8 @@ import transformers
 from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
+import ptv2_fast
+from ptv2_fast import PTuningV2Config
 from tests.closeness import assert_close_to_oracle
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "electra")
@@ -20,6 +22,7 @@ HEADS = {
     "choice": transformers.AutoModelForMultipleChoice,
 }
 MAX_POSITIONS = 40  # rows of the position table
+P = 5  # virtual tokens
 
 
 @pytest.fixture(autouse=True)
@@ -56,6 +59,15 @@ def tiny_config(model_type: str = "bert", **overrides):
 def tiny_model(model_type: str = "bert", head: str = "sequence", **overrides) -> PreTrainedModel:
     labels = {"num_labels": 2} if head == "question" else {}
     return HEADS[head].from_config(tiny_config(model_type, **labels, **overrides)).eval()
+
+
+def attached(head: str = "sequence", model_type: str = "bert", model=None, **fields):
+    """An attached model whose prefix is as large as real keys and values."""
+    model = tiny_model(model_type, head) if model is None else model
+    ptv2_fast.attach(model, PTuningV2Config(**{"num_virtual_tokens": P, **fields}))
+    for parameter in model.prefix_encoder.parameters():
+        torch.nn.init.normal_(parameter)
+    return model
 
 
 def make_batch(head: str = "sequence", lengths=(11, 7, 4), width: int = 11) -> dict[str, Tensor]:

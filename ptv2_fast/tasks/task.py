@@ -117,7 +117,7 @@ class Task(ABC):
         """
         found: set[str] = set()
         for index, label in self.labels_of(examples):
-            found.add(_as_text(label, examples.where(index)))
+            found.add(_as_text(label, examples, index))
         if len(found) < 2:
             raise ValueError(
                 f"{examples.source.name}: expected at least two labels, got {sorted(found)}"
@@ -133,9 +133,10 @@ class Task(ABC):
         """
         known = set(labels)
         for index, label in self.labels_of(examples):
-            where = examples.where(index)
-            if _as_text(label, where) not in known:
-                raise ValueError(f"{where}: unknown label {str(label)!r}; known are {labels}")
+            if _as_text(label, examples, index) not in known:
+                raise ValueError(
+                    f"{examples.where(index)}: unknown label {str(label)!r}; known are {labels}"
+                )
 
     def featurize(
         self,
@@ -169,8 +170,10 @@ def was_cut(encoding: Any, count: int) -> list[bool]:
     return [bool(encoding.encodings[index].overflowing) for index in range(count)]
 
 
-def _as_text(label: Any, where: str) -> str:
+def _as_text(label: Any, examples: Examples, index: int) -> str:
     """A label of a data set as the text that names it."""
     if isinstance(label, bool) or (isinstance(label, int | str) and label != ""):
         return str(label)
-    raise ValueError(f"{where}: expected a label (text or an integer), got {label!r}")
+    raise ValueError(
+        f"{examples.where(index)}: expected a label (text or an integer), got {label!r}"
+    )

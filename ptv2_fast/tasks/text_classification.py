@@ -55,7 +55,7 @@ class TextClassification(Task):
         return Examples(TYPED, Dataset.from_dict({"text": first, "text_pair": second}), "text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
-        return enumerate(examples.table["label"])
+        return enumerate(examples.table["label"][:])
 
     def tokenize(
         self,

@@ -62,7 +62,7 @@ class TokenClassification(Task):
         return Examples(TYPED, Dataset.from_dict({"words": words}), unit="text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
-        for index, tags in enumerate(examples.table["tags"]):
+        for index, tags in enumerate(examples.table["tags"][:]):
             for tag in tags:
                 yield index, tag
 

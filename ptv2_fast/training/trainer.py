@@ -10,6 +10,7 @@ from torch.utils.data import Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainerCallback,
     TrainingArguments,
@@ -97,6 +98,7 @@ class TaskTrainer(Trainer):
             eval_dataset=None if validation is None else validation.table,
             callbacks=[clock, *(callbacks or [])],
         )
+        self.remove_callback(PrinterCallback)  # metrics.jsonl holds what it prints
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps

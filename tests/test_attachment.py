@@ -1,0 +1,177 @@
+"""What attach changes, refuses and restores, and copies of attached models."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file
+
+import ptv2_fast
+from ptv2_fast import PTuningV2Config
+from tests.models import (
+    P,
+    attached,
+    make_batch,
+    one_thread,  # noqa: F401
+    tiny_config,
+    tiny_model,
+)
+
+
+@pytest.mark.parametrize(
+    ("fields", "overrides", "message"),
+    [
+        ({"layers": [3]}, {}, r"layers: expected indices in the range 0\.\.2"),
+        ({"modules_to_save": ["poolr"]}, {}, "modules_to_save: .* got 'poolr'"),
+        ({"num_virtual_tokens": 40, "position_offset": "prefix"}, {}, "no position remains"),
+        ({}, {"hidden_size": 20}, "expected a head_dim that is a multiple of 8 up to 256, got 10"),
+        ({}, {"is_decoder": True}, "expected an encoder, got config.is_decoder"),
+    ],
+)
+def test_what_cannot_be_attached_is_refused_and_left_alone(fields, overrides, message):
+    model = tiny_model(**overrides)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=message):
+        ptv2_fast.attach(model, PTuningV2Config(**fields))
+    assert state_of(model) == before
+
+
+def test_an_unsupported_model_names_the_supported_ones():
+    model = tiny_model("distilbert", dim=16, n_heads=2, n_layers=1, hidden_dim=8)
+    with pytest.raises(ValueError, match=r"\['bert', 'electra', 'roberta', 'xlm-roberta'\], got"):
+        ptv2_fast.attach(model, PTuningV2Config())
+    with pytest.raises(ValueError, match="expected a transformers PreTrainedModel"):
+        ptv2_fast.attach(torch.nn.Linear(2, 2), PTuningV2Config())
+
+
+def test_attaching_twice_or_onto_peft_is_refused():
+    peft = pytest.importorskip("peft")
+    model = attached()
+    with pytest.raises(ValueError, match="expected a model without a prefix"):
+        ptv2_fast.attach(model, PTuningV2Config())
+    lora = tiny_model()
+    peft.get_peft_model(lora, peft.LoraConfig(target_modules=["query"]))
+    with pytest.raises(ValueError, match="without PEFT adapters"):
+        ptv2_fast.attach(lora, PTuningV2Config())
+
+
+def state_of(model) -> tuple:
+    """Everything attach may change."""
+    hooks = [
+        (
+            name,
+            len(m._forward_pre_hooks),
+            len(m._forward_hooks),
+            len(m._load_state_dict_pre_hooks),
+            id(getattr(m, "config", None)),
+        )
+        for name, m in model.named_modules()
+    ]
+    flags = [(name, p.requires_grad, p.dtype) for name, p in model.named_parameters()]
+    own = (model.config._attn_implementation, str(model._keys_to_ignore_on_save))
+    return hooks, flags, own, sorted(vars(model))
+
+
+def test_detach_restores_the_model(tmp_path):
+    model = tiny_model()
+    model.bert.embeddings.word_embeddings.weight.requires_grad_(False)
+    batch = make_batch()
+    logits = model(**batch).logits
+    before = state_of(model)
+    attached(model=model)
+    model(**batch).logits.sum().backward()
+    ptv2_fast.detach(model)
+    assert state_of(model) == before
+    assert torch.equal(model(**batch).logits, logits)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "config.json").exists()
+    with pytest.raises(ValueError, match="expected an attached model"):
+        ptv2_fast.detach(model)
+
+
+def test_a_model_that_shares_its_config_is_not_touched():
+    plain = tiny_model()
+    other = type(plain)(plain.config).eval()
+    batch = make_batch()
+    logits = other(**batch).logits
+    model = attached(model=plain)
+    assert other.config._attn_implementation == "eager"
+    assert torch.equal(other(**batch).logits, logits)
+    configs = {id(m.config) for m in model.modules() if hasattr(m, "config")}
+    assert id(other.config) not in configs
+
+
+def test_the_backbone_is_frozen_and_the_head_and_pooler_train(capsys):
+    model = attached()
+    trainable = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert trainable == [
+        "bert.pooler.dense.weight",
+        "bert.pooler.dense.bias",
+        "classifier.weight",
+        "classifier.bias",
+        "prefix_encoder.embedding.weight",
+    ]
+    assert not [n for n, _ in model.named_parameters() if "prefix" in n and n not in trainable]
+    total = sum(p.numel() for p in model.parameters())
+    count = 16 * 16 + 16 + 3 * 16 + 3 + P * 2 * 3 * 16
+    assert ptv2_fast.get_nb_trainable_parameters(model) == (count, total)
+    ptv2_fast.print_trainable_parameters(model)
+    line = f"trainable params: {count:,d} || all params: {total:,d} || "
+    assert capsys.readouterr().out == line + f"trainable%: {100 * count / total:.4f}\n"
+
+
+def test_an_output_layer_tied_to_the_embeddings_stays_frozen(tmp_path):
+    model = transformers.AutoModelForMaskedLM.from_config(tiny_config())
+    attached(model=model)
+    ptv2_fast.save_adapter(model, tmp_path)
+    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "cls.predictions.transform.dense.weight" in names
+    assert "cls.predictions.decoder.weight" not in names
+    assert not model.get_output_embeddings().weight.requires_grad
+
+
+def test_modules_to_save_train_inside_the_backbone():
+    model = attached(modules_to_save=["token_type_embeddings", "layer.0.output.LayerNorm"])
+    model(**make_batch()).logits.sum().backward()
+    for module in (
+        model.bert.embeddings.token_type_embeddings,
+        model.bert.encoder.layer[0].output.LayerNorm,
+    ):
+        assert module.weight.grad.abs().max() > 0
+    assert model.bert.embeddings.word_embeddings.weight.grad is None
+
+
+def test_inference_mode_trains_nothing():
+    assert ptv2_fast.get_nb_trainable_parameters(attached(inference_mode=True))[0] == 0
+
+
+def saved_and_loaded(model):
+    buffer = io.BytesIO()
+    torch.save(model, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate",
+    [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), saved_and_loaded],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+def test_a_copy_is_attached_and_independent(duplicate, tmp_path):
+    model, batch = attached(position_offset="prefix"), make_batch()
+    logits = model(**batch).logits
+    twin = duplicate(model)
+    assert torch.equal(twin(**batch).logits, logits)
+    twin(**batch).logits.sum().backward()
+    assert model.prefix_encoder.embedding.weight.grad is None
+    with torch.no_grad():
+        twin.prefix_encoder.embedding.weight.add_(1)
+    twin.save_pretrained(tmp_path)
+    plain = ptv2_fast.detach(duplicate(model))
+    ptv2_fast.load_adapter(plain, tmp_path)
+    assert torch.equal(plain(**batch).logits, twin(**batch).logits)
+    ptv2_fast.detach(twin)
+    assert torch.equal(model(**batch).logits, logits)
