@@ -27,10 +27,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 OURS = "ptv2-fast"
 
 
-def useful_flops(shape: Shape, backward: bool) -> float:
-    """Two matrix products forward, four more backward (recomputation is not counted as useful)."""
-    one_product = 2 * shape.batch * shape.heads * shape.queries * shape.head_dim
-    return one_product * (shape.tokens + shape.prefix) * (6 if backward else 2)
+def padding_mask(shape: Shape) -> Tensor:
+    """Right padding with lengths from a quarter of the tokens up to all of them, [B, S]."""
+    lengths = torch.linspace(shape.tokens, shape.tokens // 4, shape.batch).long()
+    return torch.arange(shape.tokens) < lengths[:, None]
+
+
+def useful_flops(shape: Shape, key_mask: Tensor, backward: bool) -> float:
+    """Of visible columns: two matrix products forward, four more backward.
+
+    What the backward recomputes is not counted, nor are masked columns.
+    """
+    columns = int(key_mask.sum()) + shape.batch * shape.prefix
+    one_product = 2 * shape.heads * shape.queries * shape.head_dim * columns
+    return one_product * (6 if backward else 2)
 
 
 def compulsory_bytes(shape: Shape, itemsize: int, backward: bool) -> float:
@@ -86,13 +96,15 @@ def timed_calls(inputs: Inputs, dropout_p: float, backward: bool) -> dict[str, C
 
 def measure_row(name, dtype_name, dropout_p, backward, device, seconds) -> dict[str, object]:
     shape, dtype = ATTENTION_SHAPES[name], DTYPES[dtype_name]
-    inputs = make_inputs(shape, dtype, "right padding", device=str(device))
+    key_mask = padding_mask(shape).to(device)
+    inputs = replace(make_inputs(shape, dtype, device=str(device)), key_mask=key_mask)
     timings = time_interleaved(timed_calls(inputs, dropout_p, backward), device, seconds)
     row: dict[str, object] = {
         "shape": name,
         "dtype": dtype_name,
         "dropout": dropout_p,
         "pass": "forward+backward" if backward else "forward",
+        "visible tokens": round(float(key_mask.float().mean()), 2),
     }
     for provider in (OURS, "concat+sdpa", "concat+eager", "split"):
         timing = timings.get(provider)
@@ -105,7 +117,7 @@ def measure_row(name, dtype_name, dropout_p, backward, device, seconds) -> dict[
         row[f"speed-up over {provider}"] = (
             round(timings[provider].median / ours, 2) if known else ""
         )
-    row["GFLOP/s"] = round(useful_flops(shape, backward) / ours / 1e6, 1)
+    row["GFLOP/s"] = round(useful_flops(shape, key_mask, backward) / ours / 1e6, 1)
     row["GB/s"] = round(compulsory_bytes(shape, dtype.itemsize, backward) / ours / 1e6, 2)
     return row
 

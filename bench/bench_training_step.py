@@ -10,7 +10,6 @@ memory is measured in a process of its own per method, above what the idle proce
 import argparse
 import multiprocessing
 import re
-import resource
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -23,7 +22,7 @@ from torch import nn
 
 from bench.measure import RESULTS, machine_columns, time_interleaved, write_csv
 from bench.models import METHODS, ptv2_fast_like_peft
-from ptv2_fast.training.measure import kept_bytes
+from ptv2_fast.training.measure import kept_bytes, process_memory
 
 
 @dataclass(frozen=True)
@@ -109,14 +108,18 @@ def check_gradients(case: Case, device: str) -> None:
 
 def _peak_of_this_process(method: str, case: Case) -> int:
     step = Step(METHODS[method], case, "cpu")
-    idle = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    idle = process_memory("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
     for _ in range(2):
         step()
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - idle) * 1024
+    return process_memory("VmHWM") - idle
 
 
 def peak_bytes(method: str, case: Case, device: str) -> int:
-    """Peak memory of two steps above the weights: activations, gradients, optimizer states."""
+    """Peak memory of two steps above the weights: activations, gradients, optimizer states.
+
+    On a CPU it is the resident memory of a process of its own, which Linux tells.
+    """
     if device == "cuda":
         step = Step(METHODS[method], case, device)
         torch.cuda.reset_peak_memory_stats()

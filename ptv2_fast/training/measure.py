@@ -1,7 +1,7 @@
 """What a training step keeps in memory for its backward pass, counted, and the process's peak."""
 
-import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -40,13 +40,21 @@ def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
 def peak_memory_bytes(device: torch.device) -> int | None:
     """Peak memory since the start: of the allocator on a GPU, of the whole process on a CPU.
 
-    None where the system does not tell.
+    None where the system does not tell (elsewhere than on Linux, for a CPU).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    return process_memory("VmHWM")
+
+
+def process_memory(field: str) -> int | None:
+    """Bytes of this process by Linux's name: "VmRSS" = resident now, "VmHWM" = its peak.
+
+    getrusage is no substitute: its peak outlives exec, so that a child starts with its parent's.
+    """
     try:
-        import resource
-    except ImportError:  # Windows
+        lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    except OSError:
         return None
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    values = dict(line.split(":", 1) for line in lines)
+    return int(values[field].split()[0]) * 1024  # "123 kB"
