@@ -36,8 +36,8 @@ def plot_attention(path: Path) -> Path:
         )
         axis.set_ylabel("speed-up of ptv2-fast")
         axis.set_title(f"{dtype}, dropout {dropout}")
-        axis.legend()
     figure.suptitle(f"prefix attention, forward + backward: {rows[0]['machine']}")
+    axes[0, 0].legend(title="against", loc="lower left", bbox_to_anchor=(0, 1.01))
     return _save(figure, path)
 
 
