@@ -61,6 +61,13 @@ def test_a_run_folder_holds_config_metrics_adapter_and_report(trained):
     assert not list(trained.rglob("*.tmp"))
 
 
+def test_the_config_file_of_a_run_repeats_it(trained, tmp_path):
+    again = ["train", "--config", str(trained / "config.json"), "--output", str(tmp_path / "run")]
+    assert cli.main(again) == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
+
+
 def test_eval_gives_the_score_of_the_report(trained, tiny, capsys):
     assert cli.main(["eval", "--run", str(trained), "--data", tiny["dev"]]) == 0
     scores = json.loads(capsys.readouterr().out)
@@ -88,7 +95,7 @@ def test_baselines_score_the_same_after_loading(method, learning_rate, tiny, tmp
     values = {
         "task": "text-classification", "model": tiny["model"], "method": method, "init": "tokens",
         "train_file": tiny["train_csv"], "validation_file": tiny["dev_csv"], "max_steps": 30,
-        "learning_rate": learning_rate, "eval_steps": 15, "num_virtual_tokens": 3, "dropout": 0,
+        "learning_rate": learning_rate, "eval_steps": 15, "pre_seq_len": 3, "dropout": 0,
         "progress": False,
     }  # fmt: skip
     config = tmp_path / "config.json"
@@ -208,7 +215,11 @@ def test_an_existing_folder_is_left_alone(trained, tiny, tmp_path, capsys):
 def test_bad_config_files_name_the_file_and_the_option(tiny, tmp_path, capsys):
     for name, content, message in (
         ("a.json", '{"num_virtual_tokens": "many"}', "num_virtual_tokens: expected a number"),
-        ("b.json", '{"prefix_length": 3}', "unknown options ['prefix_length']"),
+        (
+            "b.json",
+            '{"max_lenght": 3}',
+            "unknown options ['max_lenght']; close to 'max_lenght' are",
+        ),
         ("c.json", '{"seed": ', "c.json cannot be read"),
         ("d.ini", "seed = 1", "expected .json, .toml, .yaml or .yml, got '.ini'"),
     ):

@@ -50,9 +50,10 @@ class Options:
                 raise ValueError(f"{field.name}: expected one of {choices}, got {value!r}")
 
     @classmethod
-    def names(cls) -> list[str]:
-        """The options' names."""
-        return list(cls.__dataclass_fields__)  # type: ignore[attr-defined]
+    def names(cls) -> dict[str, str]:
+        """The option that each name and alias stands for."""
+        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
+        return {name: f.name for f in fields for name in (f.name, *f.metadata["aliases"])}
 
     def require(self, condition: bool, name: str, expected: str) -> None:
         """Raise a ValueError that names the field unless the condition holds."""

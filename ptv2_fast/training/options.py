@@ -1,6 +1,7 @@
 """What a run is: model, method and training options, and how they are read from files."""
 
 import dataclasses
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -167,10 +168,10 @@ SECTIONS: dict[str, type[Options]] = {
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:
-    """Options in one table; those in the tables data, model and training move up.
+    """Options in one table under their own names; those in data, model and training move up.
 
     Raises:
-        ValueError: for a name that is no option.
+        ValueError: for a name that is no option or alias of one.
     """
     flat: dict[str, Any] = {}
     for name, value in values.items():
@@ -179,16 +180,18 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
             flat.update(value)
         else:
             flat[name] = value
+    known = {alias: name for part in SECTIONS.values() for alias, name in part.names().items()}
     flat = {name.replace("-", "_"): value for name, value in flat.items()}
-    known = [name for part in SECTIONS.values() for name in part.names()]
     unknown = sorted(set(flat) - set(known))
     if unknown:
-        raise ValueError(f"config: unknown options {unknown}; the known ones are {sorted(known)}")
-    return flat
+        close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.5)
+        hint = f"; close to {unknown[0]!r} are {close}" if close else ""
+        raise ValueError(f"config: unknown options {unknown}{hint}")
+    return {known[name]: value for name, value in flat.items()}
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:
-    """Options from a .json, .toml, .yaml or .yml file, flat.
+    """Options from a .json, .toml, .yaml or .yml file, flat; a run's config.json is such a file.
 
     Raises:
         ValueError: for a missing or malformed file, or unknown options.
@@ -202,6 +205,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config: {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config: expected a table of options in {path}, got {values!r}")
+    values.pop("found", None)  # what a run's config.json keeps beside the options
     return flatten(values)
 
 
