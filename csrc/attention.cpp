@@ -68,7 +68,8 @@ Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
 void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, const Tensor& value,
                   const Tensor& prefix_key, const Tensor& prefix_value,
                   const std::optional<Tensor>& key_mask, const std::optional<Tensor>& seed,
-                  double scale, double dropout_p, double prefix_dropout_p) {
+                  double scale, double dropout_p, double prefix_dropout_p,
+                  const std::optional<Tensor>& context_lengths, int64_t window) {
   STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && prefix_key.dim() == 3,
                   "expected query and key with 4 dimensions and prefix_key with 3, got ",
                   query.dim(), ", ", key.dim(), " and ", prefix_key.dim());
@@ -103,6 +104,15 @@ void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, cons
     problem.mask_batch_stride = key_mask->stride(0);
     problem.mask_column_stride = key_mask->stride(1);
   }
+  problem.context_lengths = nullptr;
+  if (context_lengths.has_value()) {
+    check_shape("context_lengths", *context_lengths, {batch});
+    STD_TORCH_CHECK(context_lengths->is_cpu() && context_lengths->is_contiguous() &&
+                        context_lengths->scalar_type() == ScalarType::Int,
+                    "context_lengths: expected a contiguous int32 tensor on the CPU");
+    problem.context_lengths = static_cast<const int32_t*>(context_lengths->const_data_ptr());
+  }
+  problem.window = window;
   problem.scale = static_cast<float>(scale);
   problem.attention_dropout = dropout_of(dropout_p, seed);
   problem.prefix_dropout = dropout_of(prefix_dropout_p, seed);
@@ -174,10 +184,12 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor query, Tensor key, Te
                                                     Tensor prefix_key, Tensor prefix_value,
                                                     std::optional<Tensor> key_mask,
                                                     std::optional<Tensor> seed, double scale,
-                                                    double dropout_p, double prefix_dropout_p) {
+                                                    double dropout_p, double prefix_dropout_p,
+                                                    std::optional<Tensor> context_lengths,
+                                                    int64_t window) {
   ForwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, key_mask, seed, scale,
-               dropout_p, prefix_dropout_p);
+               dropout_p, prefix_dropout_p, context_lengths, window);
   const Kernels& kernels = kernels_for(query);
   Tensor out = empty_token_major(query);
   Tensor lse = torch::stable::new_empty(query, {problem.batch, problem.heads, problem.queries},
@@ -196,10 +208,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
     Tensor out, Tensor lse, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
     double scale, double dropout_p, double prefix_dropout_p, bool needs_query, bool needs_key_value,
-    bool needs_prefix) {
+    bool needs_prefix, std::optional<Tensor> context_lengths, int64_t window,
+    std::optional<Tensor> grad_lse) {
   BackwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, key_mask, seed, scale,
-               dropout_p, prefix_dropout_p);
+               dropout_p, prefix_dropout_p, context_lengths, window);
   const Kernels& kernels = kernels_for(query);
   const int64_t batch = problem.batch, heads = problem.heads, head_dim = problem.head_dim;
   if (grad_out.numel() > 0 && grad_out.stride(grad_out.dim() - 1) != 1) {
@@ -211,6 +224,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
   check_shape("lse", lse, {batch, heads, problem.queries});
   STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(),
                   "lse: expected a contiguous float32 tensor");
+
+  problem.grad_lse = nullptr;
+  if (grad_lse.has_value()) {
+    check_shape("grad_lse", *grad_lse, {batch, heads, problem.queries});
+    STD_TORCH_CHECK(grad_lse->scalar_type() == ScalarType::Float,
+                    "grad_lse: expected a float32 tensor");
+    grad_lse = torch::stable::contiguous(*grad_lse);
+    problem.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
+  }
 
   const auto token_gradient = [&](const Tensor& like, bool needed) {
     return needed ? empty_token_major(like) : torch::stable::new_empty(like, {0});

@@ -78,6 +78,7 @@ class Backward {
     const bool drops_prefix = problem.needs_prefix && problem.prefix_dropout.drops;
     prefix_sums_ = arena_.take<float>(drops_prefix ? 2 * problem.prefix * width_ : 0);
     visible_ = arena_.take<int32_t>(tile_stride_);
+    row_visible_ = arena_.take<int32_t>(has_row_limits(problem) ? 2 * tile_stride_ : 0);
     keep_ = arena_.take<int16_t>(2 * (tile_stride_ + 2 * kColumnsPerStep) + problem.head_dim);
     tokens_ = PackedColumns<Operand>::take(arena_, geometry_, token_columns, true);
     prefix_ = PrefixSource<Operand, Element>::take(arena_, geometry_, problem, true);
@@ -131,9 +132,12 @@ class Backward {
     const auto out = rows_of<Element>(problem_.out, sequence_, head_, 0, queries);
     const auto grad_out = rows_of<Element>(problem_.grad_out, sequence_, head_, 0, queries);
     const float* lse = problem_.lse + (sequence_ * problem_.heads + head_) * queries;
+    const float* grad_lse = problem_.grad_lse;
+    if (grad_lse != nullptr) grad_lse += (sequence_ * problem_.heads + head_) * queries;
     for (int64_t row = 0; row < queries; ++row) {
       rows_[row].pivot = lse[row] == -kInfinity ? kInfinity : lse[row];
       rows_[row].delta = dot(out.row(row), grad_out.row(row), problem_.head_dim);
+      if (grad_lse != nullptr) rows_[row].delta -= grad_lse[row];
     }
   }
 
@@ -146,12 +150,15 @@ class Backward {
           rows_of<Element>(problem_.value, sequence_, head_, block.token_first, block.token_count),
           true);
     }
-    if (problem_.needs_key_value && problem_.queries == 0) {
+    // Otherwise the first tile of rows writes what the others add to.
+    sums_cleared_ = problem_.queries == 0 || has_row_limits(problem_);
+    if (problem_.needs_key_value && sums_cleared_) {
       clear_rows(grad_key_, block.token_count * width_);
       clear_rows(grad_value_, block.token_count * width_);
     }
     for (int64_t first = 0; first < problem_.queries; first += kBackwardRows) {
-      add_tile(block, first, smaller(kBackwardRows, problem_.queries - first));
+      const int64_t rows = smaller(kBackwardRows, problem_.queries - first);
+      add_tile(seen_block(block, problem_, sequence_, first, rows), first, rows);
     }
     if (problem_.needs_key_value) {
       write(problem_.grad_key, block.token_first, block.token_count, grad_key_);
@@ -160,11 +167,16 @@ class Backward {
   }
 
   void add_tile(const Block& block, int64_t first, int64_t rows) {
+    if (block.width() == 0) {
+      const bool clears = problem_.needs_query && is_first_block_;
+      if (clears) clear_rows(grad_query_ + first * width_, rows * width_);
+      return;
+    }
     query_.pack(geometry_, rows_of<Element>(problem_.query, sequence_, head_, first, rows));
     grad_out_.pack(geometry_, rows_of<Element>(problem_.grad_out, sequence_, head_, first, rows));
     const PackedColumns<Operand> prefix = prefix_.packed.from(geometry_, block.prefix_first);
     const float prefix_factor = problem_.prefix_dropout.factor;
-    const bool first_tile = first == 0;
+    const bool adds = sums_cleared_ || first > 0;
     if (block.prefix_count > 0) {
       compute_scores(prefix, 0, block.prefix_count, rows, prefix_factor);
     }
@@ -187,7 +199,7 @@ class Backward {
     if (block.token_count > 0) {
       const int64_t offset = block.token_offset();
       if (problem_.needs_key_value) {
-        add_columns(offset, block.token_count, rows, grad_key_, grad_value_, !first_tile);
+        add_columns(offset, block.token_count, rows, grad_key_, grad_value_, adds);
       }
       if (problem_.needs_query) {
         add_query(tokens_, offset, block.token_count, first, rows, 1.0f, accumulate);
@@ -218,12 +230,14 @@ class Backward {
                         static_cast<uint32_t>(first + row + i), sequence_head);
       }
       const int64_t at = row * tile_stride_;
-      const ScoreRow scores{probabilities_ + at, score_gradients_ + at, visible_,
-                            drops ? keep_ : nullptr, rows_[first + row]};
+      const ScoreRow scores{probabilities_ + at, score_gradients_ + at,
+                            row_visible(block, first + row, 0), drops ? keep_ : nullptr,
+                            rows_[first + row]};
       if constexpr (kPairs) {
         const bool has_second = row + 1 < rows;
         const ScoreRow second{scores.scores + tile_stride_, scores.gradients + tile_stride_,
-                              visible_, drops ? keep_ + keep_stride : nullptr,
+                              row_visible(block, first + row + 1, 1),
+                              drops ? keep_ + keep_stride : nullptr,
                               rows_[first + row + has_second]};
         Bfloat16* pairs = score_gradient_pairs_ + at;
         differentiate_pair(scores, second, has_second, block.width(), pairs, pairs + tile_stride_);
@@ -231,6 +245,13 @@ class Backward {
         differentiate_row(scores, block.width());
       }
     }
+  }
+
+  const int32_t* row_visible(const Block& block, int64_t row, int64_t slot) {
+    if (!has_row_limits(problem_)) return visible_;
+    int32_t* filled = row_visible_ + slot * tile_stride_;
+    fill_row_visible(filled, visible_, problem_, sequence_, block, row);
+    return filled;
   }
 
   // grad_key += scale * dS^T query, grad_value += P^T grad_out for columns that lie at offset.
@@ -330,13 +351,14 @@ class Backward {
   float* grad_value_;
   float* prefix_sums_;  // [2, P, width], prefix dropout only
   int32_t* visible_;
+  int32_t* row_visible_;  // of two rows
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;
   int64_t sequence_, head_;
   float *partial_key_ = nullptr, *partial_value_ = nullptr;
   float *prefix_key_sums_ = nullptr, *prefix_value_sums_ = nullptr;
-  bool is_first_block_;
+  bool is_first_block_, sums_cleared_;
 };
 
 }  // namespace ptv2::PTV2_LEVEL

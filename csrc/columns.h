@@ -151,6 +151,48 @@ inline void fill_visible(int32_t* visible, const Problem& problem, int64_t seque
   }
 }
 
+// Whether rows differ in the tokens that they see.
+inline bool has_row_limits(const Problem& problem) {
+  return problem.context_lengths != nullptr || problem.window >= 0;
+}
+
+// The tokens that context_lengths and window show to a row: one run, whose ends grow with the row.
+inline TokenRange row_tokens(const Problem& problem, int64_t sequence, int64_t row) {
+  TokenRange range{0, problem.tokens};
+  if (problem.context_lengths != nullptr) {
+    range.end = smaller(range.end, larger(problem.context_lengths[sequence], row + 1));
+  }
+  if (problem.window >= 0) {
+    range.begin = larger(0, row - problem.window);
+    range.end = smaller(range.end, row + problem.window + 1);
+  }
+  return range;
+}
+
+// The block without the tokens at its end that no row of [first, first + rows) sees; without any
+// token when none of them is seen.
+inline Block seen_block(Block block, const Problem& problem, int64_t sequence, int64_t first,
+                        int64_t rows) {
+  if (!has_row_limits(problem)) return block;
+  const int64_t end = row_tokens(problem, sequence, first + rows - 1).end - block.token_first;
+  const int64_t begin = row_tokens(problem, sequence, first).begin - block.token_first;
+  block.token_count = begin >= block.token_count ? 0 : larger(0, smaller(block.token_count, end));
+  return block;
+}
+
+// What one row sees of a block, out of what the padding mask shows.
+inline void fill_row_visible(int32_t* row_visible, const int32_t* visible, const Problem& problem,
+                             int64_t sequence, const Block& block, int64_t row) {
+  const TokenRange range = row_tokens(problem, sequence, row);
+  const int64_t offset = block.token_offset(), width = block.width();
+  const int64_t begin = larger(0, smaller(range.begin - block.token_first, width - offset));
+  const int64_t end = larger(begin, smaller(range.end - block.token_first, width - offset));
+  for (int64_t i = 0; i < offset; ++i) row_visible[i] = visible[i];
+  for (int64_t i = offset; i < offset + begin; ++i) row_visible[i] = 0;
+  for (int64_t i = offset + begin; i < offset + end; ++i) row_visible[i] = visible[i];
+  for (int64_t i = offset + end; i < width; ++i) row_visible[i] = 0;
+}
+
 // Decisions for one row of a tile; the token part overwrites what the prefix part wrote too far.
 inline void fill_block_keep(int16_t* keep, const Problem& problem, const Block& block, uint32_t row,
                             uint32_t sequence_head) {

@@ -72,6 +72,7 @@ class Forward {
     sums_ = arena_.take<float>(problem.query_chunk * geometry_.right_words);
     states_ = arena_.take<RowState>(problem.query_chunk);
     visible_ = arena_.take<int32_t>(tile_stride_);
+    row_visible_ = arena_.take<int32_t>(has_row_limits(problem) ? tile_stride_ : 0);
     keep_ = arena_.take<int16_t>(tile_stride_ + 2 * kColumnsPerStep + problem.head_dim);
     tokens_ =
         PackedColumns<Operand>::take(arena_, geometry_, smaller(columns, problem.tokens), false);
@@ -102,11 +103,17 @@ class Forward {
         rows_of<Element>(problem_.value, sequence_, head_, block.token_first, block.token_count),
         false);
     for (int64_t row = 0; row < rows_; row += kForwardRows) {
-      add_tile(block, row, smaller(kForwardRows, rows_ - row));
+      const int64_t rows = smaller(kForwardRows, rows_ - row);
+      add_tile(seen_block(block, problem_, sequence_, first_row_ + row, rows), row, rows);
     }
   }
 
   void add_tile(const Block& block, int64_t first, int64_t rows) {
+    if (block.width() == 0) {
+      const int64_t width = geometry_.right_words;
+      if (is_first_block_) __builtin_memset(sums_ + first * width, 0, rows * width * sizeof(float));
+      return;
+    }
     pack_left<Operand>(query_, geometry_.left_words,
                        rows_of<Element>(problem_.query, sequence_, head_, first_row_ + first, rows),
                        problem_.head_dim);
@@ -147,8 +154,14 @@ class Forward {
         const auto logical_row = static_cast<uint32_t>(first_row_ + first + row);
         fill_block_keep(keep_, problem_, block, logical_row, sequence_head);
       }
+      const int32_t* visible = visible_;
+      if (has_row_limits(problem_)) {
+        fill_row_visible(row_visible_, visible_, problem_, sequence_, block,
+                         first_row_ + first + row);
+        visible = row_visible_;
+      }
       const float correction =
-          softmax_row<Operand>(tile_ + row * tile_stride_, block.width(), visible_,
+          softmax_row<Operand>(tile_ + row * tile_stride_, block.width(), visible,
                                drops ? keep_ : nullptr, states_[first + row]);
       if (is_first_block_) continue;
       float* sums = sums_ + (first + row) * geometry_.right_words;
@@ -182,7 +195,8 @@ class Forward {
   uint32_t* query_;   // [kForwardRows, left_words]
   float* sums_;       // [query_chunk, right_words]: unnormalised out
   RowState* states_;  // [query_chunk]
-  int32_t* visible_;  // [tile_stride]
+  int32_t* visible_;  // [tile_stride], likewise row_visible_
+  int32_t* row_visible_;
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;

@@ -33,6 +33,8 @@ struct Problem {
   Prefix prefix_key, prefix_value;
   const bool* key_mask;  // [B, S], true = attend, or null
   int64_t mask_batch_stride, mask_column_stride;
+  const int32_t* context_lengths;  // [B], or null: bidirectional
+  int64_t window;                  // half-width over tokens, negative = none
   float scale;
   Dropout attention_dropout, prefix_dropout;
   Tokens out;
@@ -48,6 +50,7 @@ struct BackwardProblem : Problem {
   bool needs_query, needs_key_value, needs_prefix;
   int64_t batch_chunks;
   Tokens grad_out, grad_query, grad_key, grad_value;
+  const float* grad_lse;  // [B, H, T], or null
   float* partial;  // fp32 sums of the prefix gradient by chunk of the batch
 };
 

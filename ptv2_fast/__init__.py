@@ -3,7 +3,7 @@
 import importlib
 from typing import TYPE_CHECKING
 
-from ptv2_fast.ops import backends, prefix_attention
+from ptv2_fast.ops import backends, prefix_attention, prefix_attention_with_lse
 
 if TYPE_CHECKING:
     from ptv2_fast.adapters import load_adapter, save_adapter
@@ -41,6 +41,7 @@ __all__ = [
     "get_nb_trainable_parameters",
     "load_adapter",
     "prefix_attention",
+    "prefix_attention_with_lse",
     "print_trainable_parameters",
     "save_adapter",
 ]

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+ROWS = ("causal", "context", "window", "both")  # what rows see, beside the mask
 MASKS = ("none", "right padding", "random", "single token", "empty rows")
 
 
@@ -34,6 +35,9 @@ class Inputs:
     key_mask: Tensor | None
     seed: Tensor
     grad_out: Tensor
+    context_lengths: Tensor | None = None  # int32 [B]
+    window: int | None = None
+    grad_lse: Tensor | None = None  # [B, H, T]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -72,8 +76,13 @@ def make_inputs(
     seed: int = 0,
     strides: str = "hf",
     device: str = "cpu",
+    rows: str = "all",
+    lse: bool = False,
 ) -> Inputs:
-    """Inputs with HF's transposed strides, or "sliced" ones that are views into a larger buffer."""
+    """Inputs with HF's transposed strides, or "sliced" ones that are views into a larger buffer.
+
+    `rows`: "all" tokens are seen by every row, or one of ROWS. `lse`: with a gradient of lse.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def token_major(tokens: int) -> Tensor:
@@ -92,5 +101,16 @@ def make_inputs(
         grad_out = grad_out[:, :, :, :1].expand(query.shape)  # stride 0, as .sum().backward() gives
     key_mask = _mask(mask, shape.batch, shape.tokens, generator)
     dropout_seed = torch.tensor([seed * 2654435761 + (seed << 34) + 12345])
-    made = (query, key, value, *prefix, key_mask, dropout_seed, grad_out)
-    return Inputs(*(None if tensor is None else tensor.to(device) for tensor in made))
+    context_lengths = grad_lse = None
+    if rows == "causal":
+        context_lengths = torch.zeros(shape.batch, dtype=torch.int32)
+    elif rows in ("context", "both"):
+        context_lengths = torch.randint(
+            shape.tokens + 1, (shape.batch,), generator=generator, dtype=torch.int32
+        )
+    window = shape.tokens // 4 if rows in ("window", "both") else None
+    if lse:
+        grad_lse = torch.randn(query.shape[:3], generator=generator)
+    made = (query, key, value, *prefix, key_mask, dropout_seed, grad_out, context_lengths)
+    placed = [None if tensor is None else tensor.to(device) for tensor in made]
+    return Inputs(*placed, window, None if grad_lse is None else grad_lse.to(device))

@@ -7,13 +7,14 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptv2_fast.ops import dropout
-from ptv2_fast.ops.attention import prefix_attention
+from ptv2_fast.ops.attention import prefix_attention_with_lse
 from ptv2_fast.ops.reference import reference_attention
 from tests.inputs import Inputs
 
 
 class Results(NamedTuple):
     out: Tensor
+    lse: Tensor  # 0 instead of -inf
     grad_query: Tensor
     grad_key: Tensor
     grad_value: Tensor
@@ -23,11 +24,14 @@ class Results(NamedTuple):
 
 def _with_gradients(function, inputs: Inputs, dtype: torch.dtype) -> Results:
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs.tensors]
-    out = function(*leaves)
-    gradients = torch.autograd.grad(
-        out, leaves, inputs.grad_out.to(out.dtype), materialize_grads=True
-    )
-    return Results(out.detach(), *gradients)
+    out, lse = function(*leaves)
+    outputs, gradients = [out], [inputs.grad_out.to(out.dtype)]
+    if inputs.grad_lse is not None:
+        outputs, gradients = [out, lse], [*gradients, inputs.grad_lse.to(lse.dtype)]
+    gradients = torch.autograd.grad(outputs, leaves, gradients, materialize_grads=True)
+    lse = lse.detach().masked_fill(lse.isinf(), 0.0)
+    lse = lse.to(torch.promote_types(lse.dtype, torch.float32))  # as every backend returns it
+    return Results(out.detach(), lse, *gradients)
 
 
 def _column_multipliers(inputs: Inputs, p: float, dtype: torch.dtype) -> Tensor | float:
@@ -69,20 +73,34 @@ def _scores(inputs: Inputs, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor
     scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
     visible = torch.ones_like(scores, dtype=torch.bool)
     if inputs.key_mask is not None:
-        visible[..., inputs.prefix_key.shape[1] :] = inputs.key_mask[:, None, None, :]
+        visible[..., inputs.prefix_key.shape[1] :] &= inputs.key_mask[:, None, None, :]
+    for sequence, context in enumerate(_lists(inputs.context_lengths)):
+        for row in range(query.shape[2]):
+            first_hidden = inputs.prefix_key.shape[1] + max(context, row + 1)
+            visible[sequence, :, row, first_hidden:] = False
+    if inputs.window is not None:
+        for row in range(query.shape[2]):
+            tokens = visible[:, :, row, inputs.prefix_key.shape[1] :]
+            tokens[..., : max(0, row - inputs.window)] = False
+            tokens[..., row + inputs.window + 1 :] = False
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min), visible
+
+
+def _lists(tensor: Tensor | None) -> list:
+    return [] if tensor is None else tensor.tolist()
+
+
+def _lse(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
+    """[B, H, T]; 0 for a row without a visible column."""
+    scores, visible = _scores(inputs, query, keys)
+    if not scores.shape[-1]:
+        return scores.sum(dim=-1)
+    return scores.logsumexp(dim=-1).masked_fill(~visible.any(dim=-1), 0.0)
 
 
 def _probabilities(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
     scores, visible = _scores(inputs, query, keys)
     return scores.softmax(dim=-1) * visible
-
-
-def _lse_rounding(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
-    """|lse| in rounding units of fp32, expressed in those of the inputs' dtype, [B, H, T, 1]."""
-    scores, visible = _scores(inputs, query, keys)
-    lse = scores.logsumexp(dim=-1, keepdim=True) * visible.any(dim=-1, keepdim=True)
-    return lse.abs() * torch.finfo(torch.float32).eps / torch.finfo(inputs.query.dtype).eps
 
 
 def concatenate_and_expand(inputs: Inputs, p: float, prefix_p: float) -> Results:
@@ -91,7 +109,8 @@ def concatenate_and_expand(inputs: Inputs, p: float, prefix_p: float) -> Results
     def attention(*tensors: Tensor) -> Tensor:
         keys, values = _all_columns(inputs, tensors, prefix_p)
         probabilities = _probabilities(inputs, tensors[0], keys)
-        return probabilities * _column_multipliers(inputs, p, probabilities.dtype) @ values
+        out = probabilities * _column_multipliers(inputs, p, probabilities.dtype) @ values
+        return out, _lse(inputs, tensors[0], keys)
 
     return _with_gradients(attention, inputs, inputs.query.dtype)
 
@@ -109,7 +128,8 @@ def concatenate_and_sdpa(inputs: Inputs) -> Results:
 
     def attention(*tensors: Tensor) -> Tensor:
         keys, values = _all_columns(inputs, tensors, 0.0)
-        return F.scaled_dot_product_attention(tensors[0], keys, values, visible)
+        out = F.scaled_dot_product_attention(tensors[0], keys, values, visible)
+        return out, _lse(inputs, tensors[0], keys)
 
     return _with_gradients(attention, inputs, inputs.query.dtype)
 
@@ -119,7 +139,11 @@ def oracle(inputs: Inputs, p: float, prefix_p: float) -> Results:
 
     def attention(*tensors: Tensor) -> Tensor:
         scale = tensors[0].shape[-1] ** -0.5
-        return reference_attention(*tensors, inputs.key_mask, inputs.seed, scale, p, prefix_p)[0]
+        window = -1 if inputs.window is None else inputs.window
+        return reference_attention(
+            *tensors, inputs.key_mask, inputs.seed, scale, p, prefix_p,
+            inputs.context_lengths, window,
+        )  # fmt: skip
 
     return _with_gradients(attention, inputs, torch.float64)
 
@@ -134,14 +158,21 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
     keys, values = _all_columns(inputs, tensors, prefix_p)
     probabilities = _probabilities(inputs, tensors[0], keys)
     multipliers = _column_multipliers(inputs, p, torch.float64)
-    lse_rounding = _lse_rounding(inputs, tensors[0], keys)
+    signed_lse = _lse(inputs, tensors[0], keys)
+    # In rounding units of fp32, expressed in those of the inputs' dtype.
+    lse_rounding = signed_lse.abs()[..., None] * torch.finfo(torch.float32).eps
+    lse_rounding = lse_rounding / torch.finfo(inputs.query.dtype).eps
     query, keys, values, grad_out = (
         x.abs() for x in (tensors[0], keys, values, inputs.grad_out.double())
     )
+    scale = query.shape[-1] ** -0.5
     out = (probabilities * multipliers) @ values
+    scores = scale * (query @ keys.transpose(-1, -2))
+    lse = (probabilities * scores).sum(dim=-1) + signed_lse.abs()
     probabilities = probabilities * (1 + lse_rounding)
     delta = (out * grad_out).sum(dim=-1, keepdim=True)
-    scale = query.shape[-1] ** -0.5
+    if inputs.grad_lse is not None:
+        delta = delta + inputs.grad_lse.double().abs()[..., None]
     grad_scores = probabilities * (multipliers * (grad_out @ values.transpose(-1, -2)) + delta)
     grad_query = scale * grad_scores @ keys
     grad_keys = scale * grad_scores.transpose(-1, -2) @ query
@@ -155,6 +186,7 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
 
     return Results(
         out,
+        lse,
         grad_query,
         grad_keys[:, :, prefix_length:],
         grad_values[:, :, prefix_length:],
@@ -167,9 +199,11 @@ def run_backend(inputs: Inputs, backend: str, p: float, prefix_p: float) -> Resu
     """Forward and the five gradients through the public operator."""
 
     def attention(*tensors: Tensor) -> Tensor:
-        return prefix_attention(
+        return prefix_attention_with_lse(
             *tensors,
             key_mask=inputs.key_mask,
+            context_lengths=inputs.context_lengths,
+            window=inputs.window,
             dropout_p=p,
             prefix_dropout_p=prefix_p,
             seed=inputs.seed,

@@ -1,14 +1,15 @@
 """Every backend against the float64 oracle by the one numerics rule, forward and five gradients."""
 
+import dataclasses
 import random
 
 import pytest
 import torch
 
-from ptv2_fast.ops.attention import prefix_attention
+from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 from ptv2_fast.ops.registration import CPP_IMPORT_ERROR
 from tests.closeness import assert_close_to_oracle
-from tests.inputs import MASKS, Shape, make_inputs
+from tests.inputs import MASKS, ROWS, Shape, make_inputs
 from tests.oracle import (
     concatenate_and_expand,
     concatenate_and_sdpa,
@@ -39,9 +40,11 @@ CPU_ONLY_SHAPES = [
 DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
-def check(backends, shape, dtype, mask, p, prefix_p, seed=0, strides="hf") -> None:
+def check(
+    backends, shape, dtype, mask, p, prefix_p, seed=0, strides="hf", rows="all", lse=False
+) -> None:
     device = DEVICES.get(backends[0], "cpu")
-    inputs = make_inputs(shape, dtype, mask, seed, strides, device)
+    inputs = make_inputs(shape, dtype, mask, seed, strides, device, rows, lse)
     exact = oracle(inputs, p, prefix_p)
     sizes = magnitudes(inputs, p, prefix_p)
     eager = concatenate_and_expand(inputs, p, prefix_p)
@@ -65,6 +68,37 @@ def test_backend_matches_oracle(shape, dtype, backend):
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("rows", ROWS)
+def test_rows_that_see_different_tokens_match_oracle(rows, backend):
+    """And the gradient of lse."""
+    shape = Shape(3, 2, 75, 75, 7, 32)
+    check([backend], shape, torch.float32, "right padding", 0.1, 0.2, rows=rows, lse=True)
+    shape = Shape(2, 1, 37, 37, 0, 16)  # without a prefix some rows see nothing
+    check([backend], shape, torch.bfloat16, "random", 0.0, 0.0, rows=rows, lse=True)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
+def test_two_results_over_disjoint_columns_merge_by_lse(backend):
+    inputs = make_inputs(
+        Shape(2, 2, 9, 9, 5, 16), torch.float32, device=DEVICES.get(backend, "cpu")
+    )
+    query, key, value, prefix_key, prefix_value = inputs.tensors
+    whole, whole_lse = prefix_attention_with_lse(*inputs.tensors, backend=backend)
+    nothing = prefix_key[:, :0]
+    parts = [
+        prefix_attention_with_lse(query, key, value, nothing, nothing, backend=backend),
+        prefix_attention_with_lse(
+            query, key[:, :, :0], value[:, :, :0], prefix_key, prefix_value, backend=backend
+        ),
+    ]
+    weights = torch.stack([lse for _, lse in parts]).softmax(dim=0)
+    merged = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True))
+    torch.testing.assert_close(merged, whole)
+    torch.testing.assert_close(torch.logaddexp(parts[0][1], parts[1][1]), whole_lse)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("shape", CPU_ONLY_SHAPES, ids=str)
 def test_cpu_backends_match_oracle_on_larger_shapes(shape):
     check(["reference", "cpp", "split"], shape, torch.float32, "random", 0.0, 0.0)
@@ -80,7 +114,12 @@ def random_case(generator: random.Random, largest: int) -> dict:
         *(generator.choice(sizes) for _ in range(3)),
         8 * generator.choice([1, 2, 3, 4, 5, 8, 10, 12, 16]),
     )
+    rows = generator.choice(["all", *ROWS])
+    if rows != "all":
+        shape = dataclasses.replace(shape, queries=shape.tokens)
     return {
+        "rows": rows,
+        "lse": generator.random() < 0.3,
         "shape": shape,
         "dtype": generator.choice([torch.float32, torch.bfloat16]),
         "mask": generator.choice(MASKS),
@@ -154,7 +193,7 @@ def test_rows_without_a_visible_column_are_zero(backend):
 def test_only_needed_gradients_are_computed_and_equal_the_full_ones(backend):
     device = DEVICES.get(backend, "cpu")
     inputs = make_inputs(Shape(2, 2, 12, 12, 6, 32), torch.float32, "right padding", device=device)
-    full = run_backend(inputs, backend, 0.0, 0.0)[1:]
+    full = run_backend(inputs, backend, 0.0, 0.0)[2:]
     for wanted in ([3, 4], [0], [1, 2], [2], [0, 3], [4]):
         leaves = [tensor.detach().clone() for tensor in inputs.tensors]
         for index in wanted:
@@ -231,6 +270,13 @@ def test_bad_arguments_name_argument_expected_and_actual():
         ("prefix_dropout_p", inputs.tensors, {"prefix_dropout_p": -0.1}),
         ("dropout_p", inputs.tensors, {"dropout_p": 0.1, "backend": "split"}),
         ("seed", inputs.tensors, {"seed": torch.zeros(2, dtype=torch.int64)}),
+        ("window", inputs.tensors, {"window": -1}),
+        ("window", inputs.tensors, {"window": 2.0}),
+        ("window", (query[:, :, :2], *inputs.tensors[1:]), {"window": 2}),
+        ("window", inputs.tensors, {"window": 2, "backend": "split"}),
+        ("context_lengths", inputs.tensors, {"context_lengths": torch.zeros(2)}),
+        ("context_lengths", inputs.tensors, {"context_lengths": torch.tensor([0, 5]).int()}),
+        ("context_lengths", inputs.tensors, {"context_lengths": torch.tensor([-1, 2]).int()}),
         ("backend", inputs.tensors, {"backend": "fastest"}),
         ("query", [tensor.double() for tensor in inputs.tensors], {"backend": "cpp"}),
     ]

@@ -6,7 +6,7 @@ import sys
 import pytest
 import torch
 
-from ptv2_fast.ops.attention import prefix_attention
+from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 from tests.inputs import Shape, make_inputs
 
 BACKENDS = ("", "_reference", "_cpp", "_triton", "_split")
@@ -14,34 +14,47 @@ BACKENDS = ("", "_reference", "_cpp", "_triton", "_split")
 
 @pytest.mark.parametrize("suffix", BACKENDS)
 def test_raw_operators_pass_opcheck(suffix):
-    inputs = make_inputs(Shape(2, 2, 6, 7, 3, 16), torch.float32, "random")
-    p = 0.0 if suffix == "_split" else 0.25
+    inputs = make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random", rows="both", lse=True)
+    split = suffix == "_split"  # serves the plain call only
+    p = 0.0 if split else 0.25
     options = (inputs.key_mask, inputs.seed, 0.25, p, p)
+    rows = () if split else (inputs.context_lengths, inputs.window)
     forward = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix).default
     backward = getattr(torch.ops.ptv2, "prefix_attention_backward" + suffix).default
-    torch.library.opcheck(forward, (*inputs.tensors, *options))
-    out, lse = forward(*inputs.tensors, *options)
+    torch.library.opcheck(forward, (*inputs.tensors, *options, *rows))
+    out, lse = forward(*inputs.tensors, *options, *rows)
     for needs in ((True, True, True), (False, False, True)):
-        arguments = (inputs.grad_out, *inputs.tensors, out, lse, *options, *needs)
+        arguments = (inputs.grad_out, *inputs.tensors, out, lse, *options, *needs, *rows)
+        if not split:
+            arguments = (*arguments, inputs.grad_lse)
         torch.library.opcheck(backward, arguments)
 
 
 @pytest.mark.parametrize("backend", [None, "reference", "cpp", "triton", "split"])
 def test_public_function_compiles_as_one_graph(backend):
-    inputs = make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random")
+    inputs = make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random", rows="both", lse=True)
     p = 0.0 if backend == "split" else 0.2
+    rows = {"context_lengths": inputs.context_lengths, "window": inputs.window}
+    operator = prefix_attention_with_lse
+    if backend == "split":
+        rows, operator = {}, lambda *tensors, **options: (prefix_attention(*tensors, **options), 0)
 
     def attention(*tensors):
-        return prefix_attention(
-            *tensors, key_mask=inputs.key_mask, dropout_p=p, seed=inputs.seed, backend=backend
-        )
+        return operator(
+            *tensors, key_mask=inputs.key_mask, dropout_p=p, seed=inputs.seed, backend=backend,
+            **rows,
+        )  # fmt: skip
+
+    def weighted(out, lse):
+        loss = (out * inputs.grad_out).sum()
+        return loss + (lse * inputs.grad_lse).sum() if rows else loss
 
     # .sum() sends an expanded gradient of stride 0, which Inductor hands over as it is.
-    for grad_of in (lambda out: out.sum(), lambda out: (out * inputs.grad_out).sum()):
+    for grad_of in (lambda out, lse: out.sum(), weighted):
         results = []
         for function in (attention, torch.compile(attention, backend="aot_eager", fullgraph=True)):
             leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.tensors]
-            results.append(torch.autograd.grad(grad_of(function(*leaves)), leaves))
+            results.append(torch.autograd.grad(grad_of(*function(*leaves)), leaves))
         for eager, compiled in zip(*results, strict=True):
             assert torch.equal(eager, compiled)
 

@@ -1,6 +1,6 @@
 """Backward pass from the saved lse: probabilities are recomputed, nothing of size T x S is stored.
 
-    delta = rowsum(out * grad_out)
+    delta = rowsum(out * grad_out) - grad_lse
     dP = keep * (grad_out @ value^T) / (1 - p);  dS = P * (dP - delta)
     grad_query = scale * dS @ key;  grad_key = scale * dS^T @ query;  grad_value = P~^T @ grad_out
 
@@ -22,7 +22,7 @@ from ptv2_kernels.configs import (
     launch_options,
     tunable,
 )
-from ptv2_kernels.forward import LOG2_E, dropout_arguments, mask_strides
+from ptv2_kernels.forward import LOG2_E, dropout_arguments, mask_strides, window_argument
 from ptv2_kernels.tiles import (
     PREFIX_KEY_STREAM,
     PREFIX_STREAM,
@@ -30,10 +30,14 @@ from ptv2_kernels.tiles import (
     TOKEN_STREAM,
     drop_prefix,
     head_pointer,
+    load_context,
     load_statistics,
     load_strided_tile,
     load_tile,
     recompute,
+    row_visibility,
+    seeing_rows,
+    seen_columns,
     store_tile,
     token_visibility,
 )
@@ -43,6 +47,7 @@ from ptv2_kernels.tiles import (
 def _delta_kernel(
     out_ptr,
     grad_out_ptr,
+    grad_lse_ptr,
     delta_ptr,
     out_strides,
     grad_out_strides,
@@ -52,7 +57,7 @@ def _delta_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
 ):
-    """delta[b, h, t] = rowsum(out * grad_out); grid (query tiles, heads, batch)."""
+    """delta[b, h, t] = rowsum(out * grad_out) - grad_lse; grid (query tiles, heads, batch)."""
     head, sequence = tl.program_id(1), tl.program_id(2)
     rows = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     out = load_tile(
@@ -64,8 +69,10 @@ def _delta_kernel(
         rows, queries, grad_out_strides[2], grad_out_strides[3], HEAD_DIM, BLOCK_DIM,
     )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), axis=1)
-    delta_row_ptr = delta_ptr + (sequence * heads + head).to(tl.int64) * queries
-    tl.store(delta_row_ptr + rows, delta, mask=rows < queries)
+    first_row = (sequence * heads + head).to(tl.int64) * queries
+    if grad_lse_ptr is not None:
+        delta -= tl.load(grad_lse_ptr + first_row + rows, mask=rows < queries, other=0.0)
+    tl.store(delta_ptr + first_row + rows, delta, mask=rows < queries)
 
 
 @tunable
@@ -81,6 +88,7 @@ def _grad_query_kernel(
     lse_ptr,
     delta_ptr,
     key_mask_ptr,
+    context_lengths_ptr,
     seed_ptr,
     grad_query_ptr,
     query_strides,
@@ -95,6 +103,7 @@ def _grad_query_kernel(
     queries,
     tokens,
     prefix_length,
+    window,
     scale,
     scale_log2,
     threshold,
@@ -148,8 +157,8 @@ def _grad_query_kernel(
                 PREFIX_VALUE_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
         _, grad_scores = recompute(
-            query, key, value, grad_out, lse_log2, delta, columns < prefix_length, scale_log2,
-            seed, sequence_head, rows, first_column, threshold, multiplier,
+            query, key, value, grad_out, lse_log2, delta, (columns < prefix_length)[None, :],
+            scale_log2, seed, sequence_head, rows, first_column, threshold, multiplier,
             HAS_DROPOUT, PREFIX_STREAM, INPUT_PRECISION, BLOCK_QUERIES, BLOCK_KEYS,
         )  # fmt: skip
         accumulator = tl.dot(
@@ -158,11 +167,17 @@ def _grad_query_kernel(
 
     key_head_ptr = head_pointer(key_ptr, key_strides, sequence, head)
     value_head_ptr = head_pointer(value_ptr, value_strides, sequence, head)
-    for first_column in range(0, tokens, BLOCK_KEYS):
+    context = load_context(context_lengths_ptr, sequence)
+    tile_row = tl.program_id(0) * BLOCK_QUERIES
+    begin, end = seen_columns(
+        context_lengths_ptr, context, window, tile_row, tile_row + BLOCK_QUERIES - 1, tokens
+    )
+    for first_column in range(begin // BLOCK_KEYS * BLOCK_KEYS, end, BLOCK_KEYS):
         columns = first_column + tl.arange(0, BLOCK_KEYS)
         key = load_tile(key_head_ptr, columns, tokens, key_strides[2], HEAD_DIM, BLOCK_DIM)
         value = load_tile(value_head_ptr, columns, tokens, value_strides[2], HEAD_DIM, BLOCK_DIM)
         visible = token_visibility(key_mask_ptr, key_mask_strides, sequence, columns, tokens)
+        visible = row_visibility(visible, context_lengths_ptr, context, window, rows, columns)
         _, grad_scores = recompute(
             query, key, value, grad_out, lse_log2, delta, visible, scale_log2,
             seed, sequence_head, rows, first_column, threshold, multiplier,
@@ -189,6 +204,7 @@ def _grad_key_value_kernel(
     lse_ptr,
     delta_ptr,
     key_mask_ptr,
+    context_lengths_ptr,
     seed_ptr,
     grad_key_ptr,
     grad_value_ptr,
@@ -202,6 +218,7 @@ def _grad_key_value_kernel(
     heads,
     queries,
     tokens,
+    window,
     scale,
     scale_log2,
     threshold,
@@ -239,7 +256,11 @@ def _grad_key_value_kernel(
     query_head_ptr = head_pointer(query_ptr, query_strides, sequence, head)
     grad_out_head_ptr = head_pointer(grad_out_ptr, grad_out_strides, sequence, head)
     first_row = sequence_head.to(tl.int64) * queries
-    for first_query in range(0, queries, BLOCK_QUERIES):
+    context = load_context(context_lengths_ptr, sequence)
+    begin, end = seeing_rows(
+        context_lengths_ptr, context, window, first_column, first_column + BLOCK_KEYS - 1, queries
+    )
+    for first_query in range(begin // BLOCK_QUERIES * BLOCK_QUERIES, end, BLOCK_QUERIES):
         rows = first_query + tl.arange(0, BLOCK_QUERIES)
         query = load_tile(query_head_ptr, rows, queries, query_strides[2], HEAD_DIM, BLOCK_DIM)
         grad_out = load_strided_tile(
@@ -247,8 +268,9 @@ def _grad_key_value_kernel(
             HEAD_DIM, BLOCK_DIM,
         )  # fmt: skip
         lse_log2, delta = load_statistics(lse_ptr, delta_ptr, first_row, rows, queries)
+        shown = row_visibility(visible, context_lengths_ptr, context, window, rows, columns)
         dropped, grad_scores = recompute(
-            query, key, value, grad_out, lse_log2, delta, visible, scale_log2,
+            query, key, value, grad_out, lse_log2, delta, shown, scale_log2,
             seed, sequence_head, rows, first_column, threshold, multiplier,
             HAS_DROPOUT, TOKEN_STREAM, INPUT_PRECISION, BLOCK_QUERIES, BLOCK_KEYS,
         )  # fmt: skip
@@ -270,13 +292,14 @@ def _grad_key_value_kernel(
     )  # fmt: skip
 
 
-def _launch_delta(out: Tensor, grad_out: Tensor) -> Tensor:
+def _launch_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     batch, heads, queries, head_dim = out.shape
     delta = out.new_empty(batch, heads, queries, dtype=torch.float32)
     if delta.numel():
         _delta_kernel[(triton.cdiv(queries, 64), heads, batch)](
             out,
             grad_out,
+            None if grad_lse is None else grad_lse.contiguous(),
             delta,
             out.stride()[:3],
             grad_out.stride(),
@@ -307,6 +330,9 @@ def launch_backward(
     needs_query: bool,
     needs_key_value: bool,
     needs_prefix: bool,
+    context_lengths: Tensor | None = None,  # int32 [B]
+    window: int = -1,
+    grad_lse: Tensor | None = None,  # [B, H, T]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients that are needed; an empty(0) stands for one that is not."""
     batch, heads, queries, head_dim = query.shape
@@ -319,7 +345,7 @@ def launch_backward(
 
     grad_query = token_gradient(queries, needs_query)
     grad_key, grad_value = (token_gradient(tokens, needs_key_value) for _ in range(2))
-    delta = _launch_delta(out, grad_out)
+    delta = _launch_delta(out, grad_out, grad_lse)
     dropout = dropout_arguments(dropout_p, prefix_dropout_p)
     if grad_query.numel():
         _grad_query_kernel[
@@ -334,6 +360,7 @@ def launch_backward(
             lse,
             delta,
             key_mask,
+            context_lengths,
             seed,
             grad_query,
             query.stride()[:3],
@@ -348,6 +375,7 @@ def launch_backward(
             queries,
             tokens,
             prefix_key.shape[1],
+            window_argument(window),
             scale,
             scale * LOG2_E,
             **dropout,
@@ -364,6 +392,7 @@ def launch_backward(
             lse,
             delta,
             key_mask,
+            context_lengths,
             seed,
             grad_key,
             grad_value,
@@ -377,6 +406,7 @@ def launch_backward(
             heads,
             queries,
             tokens,
+            window_argument(window),
             scale,
             scale * LOG2_E,
             **dropout,

@@ -118,8 +118,8 @@ def _grad_prefix_kernel(
             )  # fmt: skip
             lse_log2, delta = load_statistics(lse_ptr, delta_ptr, first_row, rows, queries)
             dropped, grad_scores = recompute(
-                query, key, value, grad_out, lse_log2, delta, columns < prefix_length, scale_log2,
-                seed, sequence_head, rows, first_column, threshold, multiplier,
+                query, key, value, grad_out, lse_log2, delta, (columns < prefix_length)[None, :],
+                scale_log2, seed, sequence_head, rows, first_column, threshold, multiplier,
                 HAS_DROPOUT, PREFIX_STREAM, INPUT_PRECISION, BLOCK_QUERIES, BLOCK_KEYS,
             )  # fmt: skip
             grad_value = tl.dot(

@@ -14,7 +14,9 @@ import triton
 AUTOTUNE = os.environ.get("PTV2_AUTOTUNE") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Sizes that change from batch to batch must not recompile a kernel.
-RUNTIME_SIZES = ["queries", "tokens", "prefix_length", "threshold", "prefix_threshold"]
+RUNTIME_SIZES = [
+    "queries", "tokens", "prefix_length", "threshold", "prefix_threshold", "window",
+]  # fmt: skip
 DROPOUT_FLAGS = {
     "HAS_DROPOUT": lambda args: args["multiplier"] != 1.0,
     "HAS_PREFIX_DROPOUT": lambda args: args["prefix_multiplier"] != 1.0,

@@ -22,7 +22,10 @@ from ptv2_kernels.tiles import (
     attend,
     drop_prefix,
     head_pointer,
+    load_context,
     load_tile,
+    row_visibility,
+    seen_columns,
     store_tile,
     token_visibility,
 )
@@ -40,6 +43,7 @@ def _prefix_attention_forward_kernel(
     prefix_key_ptr,
     prefix_value_ptr,
     key_mask_ptr,
+    context_lengths_ptr,
     seed_ptr,
     out_ptr,
     lse_ptr,
@@ -54,6 +58,7 @@ def _prefix_attention_forward_kernel(
     queries,
     tokens,
     prefix_length,
+    window,
     scale_log2,
     threshold,
     multiplier,
@@ -101,18 +106,24 @@ def _prefix_attention_forward_kernel(
                 PREFIX_VALUE_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
         running_max, running_sum, accumulator = attend(
-            query, key, value, columns < prefix_length, running_max, running_sum, accumulator,
-            scale_log2, seed, sequence_head, rows, first_column, threshold, multiplier,
+            query, key, value, (columns < prefix_length)[None, :], running_max, running_sum,
+            accumulator, scale_log2, seed, sequence_head, rows, first_column, threshold, multiplier,
             HAS_DROPOUT, PREFIX_STREAM, INPUT_PRECISION, BLOCK_QUERIES, BLOCK_KEYS,
         )  # fmt: skip
 
     key_head_ptr = head_pointer(key_ptr, key_strides, sequence, head)
     value_head_ptr = head_pointer(value_ptr, value_strides, sequence, head)
-    for first_column in range(0, tokens, BLOCK_KEYS):
+    context = load_context(context_lengths_ptr, sequence)
+    first_row = tl.program_id(0) * BLOCK_QUERIES
+    begin, end = seen_columns(
+        context_lengths_ptr, context, window, first_row, first_row + BLOCK_QUERIES - 1, tokens
+    )
+    for first_column in range(begin // BLOCK_KEYS * BLOCK_KEYS, end, BLOCK_KEYS):
         columns = first_column + tl.arange(0, BLOCK_KEYS)
         key = load_tile(key_head_ptr, columns, tokens, key_strides[2], HEAD_DIM, BLOCK_DIM)
         value = load_tile(value_head_ptr, columns, tokens, value_strides[2], HEAD_DIM, BLOCK_DIM)
         visible = token_visibility(key_mask_ptr, key_mask_strides, sequence, columns, tokens)
+        visible = row_visibility(visible, context_lengths_ptr, context, window, rows, columns)
         running_max, running_sum, accumulator = attend(
             query, key, value, visible, running_max, running_sum, accumulator,
             scale_log2, seed, sequence_head, rows, first_column, threshold, multiplier,
@@ -143,6 +154,11 @@ def mask_strides(key_mask: Tensor | None) -> tuple[int, ...]:
     return (0, 0) if key_mask is None else key_mask.stride()
 
 
+def window_argument(window: int) -> int | None:
+    """None compiles the window out."""
+    return None if window < 0 else window
+
+
 def launch_forward(
     query: Tensor,  # [B, H, T, D]
     key: Tensor,  # [B, H, S, D]
@@ -154,6 +170,8 @@ def launch_forward(
     scale: float,
     dropout_p: float,
     prefix_dropout_p: float,
+    context_lengths: Tensor | None = None,  # int32 [B]
+    window: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] with a contiguous [B, T, H, D] view, and lse [B, H, T] (float32)."""
     batch, heads, queries, head_dim = query.shape
@@ -172,6 +190,7 @@ def launch_forward(
         prefix_key,
         prefix_value,
         key_mask,
+        context_lengths,
         seed,
         out,
         lse,
@@ -186,6 +205,7 @@ def launch_forward(
         queries,
         key.shape[2],
         prefix_key.shape[1],
+        window_argument(window),
         scale * LOG2_E,
         **dropout_arguments(dropout_p, prefix_dropout_p),
         **launch_options("forward", query),

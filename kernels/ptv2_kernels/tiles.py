@@ -84,6 +84,55 @@ def token_visibility(key_mask_ptr, key_mask_strides, sequence, columns, tokens):
 
 
 @triton.jit
+def load_context(context_lengths_ptr, sequence):
+    """The context length of a sequence; without the tensor any number serves."""
+    if context_lengths_ptr is None:
+        context = 0
+    else:
+        context = tl.load(context_lengths_ptr + sequence)
+    return context
+
+
+@triton.jit
+def seen_columns(context_lengths_ptr, context, window, first_row, last_row, tokens):
+    """[begin, end) of the token columns that some row from first_row to last_row sees."""
+    begin = 0
+    end = tokens
+    if context_lengths_ptr is not None:
+        end = tl.minimum(end, tl.maximum(context, last_row + 1))
+    if window is not None:
+        begin = tl.maximum(0, first_row - window)
+        end = tl.minimum(end, last_row + window + 1)
+    return begin, end
+
+
+@triton.jit
+def seeing_rows(context_lengths_ptr, context, window, first_column, last_column, queries):
+    """[begin, end) of the rows that see some token column from first_column to last_column."""
+    begin = 0
+    end = queries
+    if context_lengths_ptr is not None:
+        begin = tl.where(first_column < context, 0, first_column)
+    if window is not None:
+        begin = tl.maximum(begin, first_column - window)
+        end = tl.minimum(end, last_column + window + 1)
+    return begin, end
+
+
+@triton.jit
+def row_visibility(visible, context_lengths_ptr, context, window, rows, columns):
+    """[rows, columns]: the padding mask and what context length and window show each row."""
+    visible = visible[None, :]
+    if context_lengths_ptr is not None:
+        shown = (columns < context)[None, :] | (columns[None, :] <= rows[:, None])
+        visible = visible & shown
+    if window is not None:
+        distance = rows[:, None] - columns[None, :]
+        visible = visible & (distance <= window) & (distance >= -window)
+    return visible
+
+
+@triton.jit
 def keep_mask(
     seed,
     sequence_head,
@@ -170,7 +219,7 @@ def attend(
 ):
     """One tile of columns of the forward pass; returns the new softmax state and accumulator."""
     scores_log2 = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION) * scale_log2
-    scores_log2 = tl.where(visible[None, :], scores_log2, float("-inf"))
+    scores_log2 = tl.where(visible, scores_log2, float("-inf"))
     probabilities, rescale, running_max, running_sum = online_softmax_step(
         scores_log2, running_max, running_sum
     )
@@ -215,7 +264,7 @@ def recompute(
     dP = keep * (grad_out @ value^T) / (1 - p);  dS = P * (dP - delta).
     """
     scores_log2 = tl.dot(query, tl.trans(key), input_precision=INPUT_PRECISION) * scale_log2
-    probabilities = tl.where(visible[None, :], tl.exp2(scores_log2 - lse_log2[:, None]), 0.0)
+    probabilities = tl.where(visible, tl.exp2(scores_log2 - lse_log2[:, None]), 0.0)
     grad_probabilities = tl.dot(grad_out, tl.trans(value), input_precision=INPUT_PRECISION)
     dropped = probabilities
     if HAS_DROPOUT:

@@ -1,10 +1,15 @@
 """The definition of prefix attention in plain torch: the oracle of every backend.
 
-    scores = scale * query @ [prefix_key ; key]^T          (masked token columns: -inf)
+    scores = scale * query @ [prefix_key ; key]^T          (hidden token columns: -inf)
     out    = dropout(softmax(scores)) @ [prefix_value ; value]
+
+Row i sees token column j when key_mask shows it, j < context_length or j <= i, and
+|i - j| <= window; each of the three may be absent. It always sees the prefix.
 
 It runs in any floating dtype (float64 included), on any device, and is differentiable.
 """
+
+import functools
 
 import torch
 from torch import Tensor
@@ -29,6 +34,8 @@ def reference_attention(
     scale: float,
     dropout_p: float,
     prefix_dropout_p: float,
+    context_lengths: Tensor | None = None,  # int32 [B]
+    window: int = -1,  # negative = none
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over [prefix ; tokens], by definition.
 
@@ -40,7 +47,8 @@ def reference_attention(
     query = _upcast(query)
     keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM)
     values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM)
-    scores = _scores(query, keys, key_mask, scale)
+    visible = visible_tokens(query, key, key_mask, context_lengths, window)
+    scores = _scores(query, keys, visible, scale)
 
     # A row without a visible column: a finite pivot before the softmax keeps values and gradients
     # free of NaN; repairing NaN afterwards would leave it in the gradients.
@@ -67,17 +75,23 @@ def reference_gradients(
     scale: float,
     dropout_p: float,
     prefix_dropout_p: float,
+    context_lengths: Tensor | None = None,
+    window: int = -1,
+    grad_lse: Tensor | None = None,  # [B, H, T]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The five gradients by the formulas every backend implements, probabilities from lse."""
     query, grad_out = _upcast(query), _upcast(grad_out)
     keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM)
     values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM)
-    scores = _scores(query, keys, key_mask, scale)
+    visible = visible_tokens(query, key, key_mask, context_lengths, window)
+    scores = _scores(query, keys, visible, scale)
     pivot = lse.masked_fill(lse == float("-inf"), 0.0)[..., None]
     probabilities = torch.exp(scores - pivot)
     multiplier = _probability_multiplier(scores, prefix_key.shape[1], dropout_p, seed)
 
     delta = (_upcast(out) * grad_out).sum(dim=-1, keepdim=True)
+    if grad_lse is not None:  # d lse / d scores = probabilities
+        delta = delta - grad_lse[..., None]
     grad_probabilities = multiplier * (grad_out @ values.transpose(-1, -2))
     grad_scores = scale * probabilities * (grad_probabilities - delta)
     grad_query = grad_scores @ keys
@@ -118,13 +132,33 @@ def _columns(
     return torch.cat((expanded, _upcast(tokens)), dim=2)
 
 
-def _scores(query: Tensor, keys: Tensor, key_mask: Tensor | None, scale: float) -> Tensor:
+def visible_tokens(
+    query: Tensor,  # [B, H, T, D]
+    key: Tensor,  # [B, H, S, D]
+    key_mask: Tensor | None,
+    context_lengths: Tensor | None,
+    window: int,
+) -> Tensor | None:
+    """Which token columns each row sees, bool, broadcasts to [B, H, T, S]; None = all."""
+    rows = torch.arange(query.shape[2], device=query.device)[:, None]
+    columns = torch.arange(key.shape[2], device=query.device)
+    conditions = []
+    if key_mask is not None:
+        conditions.append(key_mask[:, None, None, :])
+    if context_lengths is not None:
+        conditions.append((columns < context_lengths[:, None, None, None]) | (columns <= rows))
+    if window >= 0:
+        conditions.append((rows - columns).abs() <= window)
+    return functools.reduce(torch.logical_and, conditions) if conditions else None
+
+
+def _scores(query: Tensor, keys: Tensor, visible: Tensor | None, scale: float) -> Tensor:
     scores = scale * (query @ keys.transpose(-1, -2))  # [B, H, T, P + S]
-    if key_mask is None:
+    if visible is None:
         return scores
-    batch, tokens = key_mask.shape
-    visible = torch.cat((key_mask.new_ones(batch, keys.shape[2] - tokens), key_mask), dim=1)
-    return scores.masked_fill(~visible[:, None, None, :], float("-inf"))
+    prefix_length = keys.shape[2] - visible.shape[-1]
+    visible = torch.nn.functional.pad(visible, (prefix_length, 0), value=True)
+    return scores.masked_fill(~visible, float("-inf"))
 
 
 def _probability_multiplier(

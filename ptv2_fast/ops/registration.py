@@ -31,15 +31,16 @@ KERNEL_DTYPES = {
 
 _FORWARD_SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
-    "Tensor? key_mask, Tensor? seed, float scale, float dropout_p, float prefix_dropout_p) "
-    "-> (Tensor out, Tensor lse)"
+    "Tensor? key_mask, Tensor? seed, float scale, float dropout_p, float prefix_dropout_p, "
+    "Tensor? context_lengths=None, int window=-1) -> (Tensor out, Tensor lse)"
 )
 _BACKWARD_SCHEMA = (
     "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
     "Tensor prefix_value, Tensor out, Tensor lse, Tensor? key_mask, Tensor? seed, float scale, "
     "float dropout_p, float prefix_dropout_p, bool needs_query, bool needs_key_value, "
-    "bool needs_prefix) -> (Tensor grad_query, Tensor grad_key, Tensor grad_value, "
-    "Tensor grad_prefix_key, Tensor grad_prefix_value)"
+    "bool needs_prefix, Tensor? context_lengths=None, int window=-1, Tensor? grad_lse=None) "
+    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, "
+    "Tensor grad_prefix_value)"
 )
 
 
@@ -49,7 +50,12 @@ def _fake_forward(query, key, value, prefix_key, prefix_value, *_):
 
 
 def _fake_backward(grad_out, query, key, value, prefix_key, prefix_value, *rest):
-    return empty_gradients(query, key, prefix_key, *rest[-3:])
+    return empty_gradients(query, key, prefix_key, *_needs(rest))
+
+
+def _needs(rest):
+    """needs_query, needs_key_value, needs_prefix out of the arguments after prefix_value."""
+    return rest[7:10]
 
 
 def _reference_forward(query, *arguments):
@@ -57,10 +63,12 @@ def _reference_forward(query, *arguments):
     return empty_token_major(query).copy_(out), lse
 
 
-def _reference_backward(grad_out, query, key, value, prefix_key, *arguments):
-    *arguments, needs_query, needs_key_value, needs_prefix = arguments
+def _reference_backward(grad_out, query, key, value, prefix_key, prefix_value, *rest):
+    needs_query, needs_key_value, needs_prefix = _needs(rest)
     needed = (needs_query, needs_key_value, needs_key_value, needs_prefix, needs_prefix)
-    exact = reference_gradients(grad_out, query, key, value, prefix_key, *arguments)
+    exact = reference_gradients(
+        grad_out, query, key, value, prefix_key, prefix_value, *rest[:7], *rest[10:]
+    )
     gradients = empty_gradients(query, key, prefix_key, needs_query, needs_key_value, needs_prefix)
     return tuple(
         gradient.copy_(result) if need else gradient
@@ -68,19 +76,22 @@ def _reference_backward(grad_out, query, key, value, prefix_key, *arguments):
     )
 
 
-def _default_forward(query, key, value, prefix_key, prefix_value, key_mask, seed, scale, p, q):
-    """Serves devices without kernels: by installed SDPA kernels, or with dropout by definition."""
-    forward = split_forward if p == q == 0 and query.dtype != torch.float64 else _reference_forward
-    return forward(query, key, value, prefix_key, prefix_value, key_mask, seed, scale, p, q)
+def _split_serves(query, p, prefix_p, context_lengths=None, window=-1, grad_lse=None):
+    plain = context_lengths is None and window < 0 and grad_lse is None
+    return plain and p == prefix_p == 0 and query.dtype != torch.float64
 
 
-def _default_backward(grad_out, query, *arguments):
-    dropout_p, prefix_dropout_p = arguments[-5:-3]
-    no_dropout = dropout_p == prefix_dropout_p == 0
-    backward = (
-        split_backward if no_dropout and query.dtype != torch.float64 else _reference_backward
-    )
-    return backward(grad_out, query, *arguments)
+def _default_forward(query, key, value, prefix_key, prefix_value, key_mask, seed, scale, *options):
+    """Serves devices without kernels: by torch's SDPA kernels where they can, or by definition."""
+    forward = split_forward if _split_serves(query, *options) else _reference_forward
+    return forward(query, key, value, prefix_key, prefix_value, key_mask, seed, scale, *options)
+
+
+def _default_backward(grad_out, query, key, value, prefix_key, prefix_value, *rest):
+    # rest: out, lse, key_mask, seed, scale, dropout_p, prefix_dropout_p, three needs, the optional
+    serves = _split_serves(query, *rest[5:7], *rest[10:])
+    backward = split_backward if serves else _reference_backward
+    return backward(grad_out, query, key, value, prefix_key, prefix_value, *rest)
 
 
 def triton_serves(device: torch.device) -> bool:

@@ -1,7 +1,8 @@
 """The two-call split: prefix attention from the SDPA kernels that torch installs.
 
 Attention over [prefix ; tokens] is the merge of two attentions by their log-sum-exps, and the flash
-backward of each segment is exact when it is given the output and lse of the whole. No dropout.
+backward of each segment is exact when it is given the output and lse of the whole. No
+dropout, no causal or windowed attention, no gradient of lse.
 """
 
 from typing import NamedTuple
@@ -20,10 +21,22 @@ class _Segment(NamedTuple):
     bias: Tensor | None  # additive, 0 or -inf, [B, H, T, S]
 
 
-def _refuse_dropout(dropout_p: float, prefix_dropout_p: float) -> None:
+def _refuse(
+    dropout_p: float,
+    prefix_dropout_p: float,
+    context_lengths: Tensor | None,
+    window: int,
+    grad_lse: Tensor | None = None,
+) -> None:
     for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
         if p > 0:
-            raise ValueError(f"{name}: the split backend serves no dropout, expected 0.0, got {p}")
+            raise ValueError(f"{name}: expected 0.0 with backend='split', got {p}")
+    if context_lengths is not None:
+        raise ValueError("context_lengths: expected None with backend='split', got a tensor")
+    if window >= 0:
+        raise ValueError(f"window: expected None with backend='split', got {window}")
+    if grad_lse is not None:
+        raise ValueError("lse: expected no gradient with backend='split', got one")
 
 
 def _segments(query, key, value, prefix_key, prefix_value, key_mask) -> list[_Segment | None]:
@@ -93,9 +106,11 @@ def split_forward(
     scale: float,
     dropout_p: float,
     prefix_dropout_p: float,
+    context_lengths: Tensor | None = None,
+    window: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] and lse [B, H, T] by one SDPA call per segment and a merge."""
-    _refuse_dropout(dropout_p, prefix_dropout_p)
+    _refuse(dropout_p, prefix_dropout_p, context_lengths, window)
     out = empty_token_major(query)
     lse = query.new_full(
         query.shape[:3], float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32)
@@ -134,9 +149,12 @@ def split_backward(
     needs_query: bool,
     needs_key_value: bool,
     needs_prefix: bool,
+    context_lengths: Tensor | None = None,
+    window: int = -1,
+    grad_lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The five gradients, segment by segment; the batch is summed in fp32 for the prefix."""
-    _refuse_dropout(dropout_p, prefix_dropout_p)
+    _refuse(dropout_p, prefix_dropout_p, context_lengths, window, grad_lse)
     gradients = empty_gradients(query, key, prefix_key, needs_query, needs_key_value, needs_prefix)
     grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value = (
         gradient.zero_() for gradient in gradients

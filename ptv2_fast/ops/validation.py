@@ -89,3 +89,33 @@ def validate(
             f"{seed.dtype} {list(seed.shape)}",
         )
         expect(seed.device == query.device, "seed", f"query's device {query.device}", seed.device)
+
+
+def validate_visibility(
+    query: Tensor, key: Tensor, context_lengths: Tensor | None, window: int | None, check: bool
+) -> None:
+    """Checks context_lengths and window; reads values on a CPU, elsewhere only with `check`."""
+    queries, tokens = query.shape[2], key.shape[2]
+    if window is not None:
+        expect(type(window) is int and window >= 0, "window", "None or an integer >= 0", window)
+        expect(queries == tokens, "window", "None unless S = T", f"S = {tokens} and T = {queries}")
+    if context_lengths is None:
+        return
+    expect(
+        context_lengths.dtype == torch.int32 and tuple(context_lengths.shape) == query.shape[:1],
+        "context_lengths",
+        f"an int32 tensor [B] = [{query.shape[0]}]",
+        f"{context_lengths.dtype} {list(context_lengths.shape)}",
+    )
+    expect(
+        context_lengths.device == query.device,
+        "context_lengths",
+        f"query's device {query.device}",
+        context_lengths.device,
+    )
+    expect(
+        queries == tokens, "context_lengths", "None unless S = T", f"S = {tokens} and T = {queries}"
+    )
+    if (check or context_lengths.device.type == "cpu") and not torch.compiler.is_compiling():
+        outside = [n for n in context_lengths.tolist() if not 0 <= n <= tokens]
+        expect(not outside, "context_lengths", f"values in 0..{tokens}", outside)
