@@ -83,13 +83,17 @@ void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, cons
   problem.tokens = key.size(2);
   problem.prefix = prefix_key.size(1);
   const int64_t batch = problem.batch, heads = problem.heads, head_dim = problem.head_dim;
+  const int64_t kv_heads = key.size(1);
+  STD_TORCH_CHECK(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0),
+                  "key: expected heads that divide query's ", heads, ", got ", kv_heads);
+  problem.group = heads == 0 ? 1 : heads / kv_heads;
   STD_TORCH_CHECK(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0,
                   "query: expected head_dim a multiple of 8 up to 256, got ", head_dim);
   check_operand("query", query, dtype, {batch, heads, problem.queries, head_dim});
-  check_operand("key", key, dtype, {batch, heads, problem.tokens, head_dim});
-  check_operand("value", value, dtype, {batch, heads, problem.tokens, head_dim});
-  check_operand("prefix_key", prefix_key, dtype, {heads, problem.prefix, head_dim});
-  check_operand("prefix_value", prefix_value, dtype, {heads, problem.prefix, head_dim});
+  check_operand("key", key, dtype, {batch, kv_heads, problem.tokens, head_dim});
+  check_operand("value", value, dtype, {batch, kv_heads, problem.tokens, head_dim});
+  check_operand("prefix_key", prefix_key, dtype, {kv_heads, problem.prefix, head_dim});
+  check_operand("prefix_value", prefix_value, dtype, {kv_heads, problem.prefix, head_dim});
   problem.query = tokens_of(query);
   problem.key = tokens_of(key);
   problem.value = tokens_of(value);
@@ -162,9 +166,9 @@ void run_tasks(const Tensor& like, int64_t tasks, int64_t scratch_bytes, const T
 // Packs the prefix of every head; the returned tensor owns the memory.
 Tensor pack_prefix(const Kernels& kernels, Problem& problem, const Tensor& like, bool backward) {
   const int64_t bytes = kernels.prefix_bytes(problem, backward);
-  const Tensor packed = empty_bytes(like, problem.heads * bytes + 64);
+  const Tensor packed = empty_bytes(like, problem.kv_heads() * bytes + 64);
   problem.packed_prefix = aligned(packed);
-  run_tasks(like, bytes > 0 ? problem.heads : 0, 0,
+  run_tasks(like, bytes > 0 ? problem.kv_heads() : 0, 0,
             [&](int64_t head, char*) { kernels.pack_prefix(problem, backward, head); });
   return packed;
 }
@@ -180,13 +184,10 @@ int64_t query_chunk(const Problem& problem) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor query, Tensor key, Tensor value,
-                                                    Tensor prefix_key, Tensor prefix_value,
-                                                    std::optional<Tensor> key_mask,
-                                                    std::optional<Tensor> seed, double scale,
-                                                    double dropout_p, double prefix_dropout_p,
-                                                    std::optional<Tensor> context_lengths,
-                                                    int64_t window) {
+std::tuple<Tensor, Tensor> prefix_attention_forward(
+    Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
+    std::optional<Tensor> key_mask, std::optional<Tensor> seed, double scale, double dropout_p,
+    double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window) {
   ForwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, key_mask, seed, scale,
                dropout_p, prefix_dropout_p, context_lengths, window);
@@ -215,6 +216,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
                dropout_p, prefix_dropout_p, context_lengths, window);
   const Kernels& kernels = kernels_for(query);
   const int64_t batch = problem.batch, heads = problem.heads, head_dim = problem.head_dim;
+  const int64_t kv_heads = problem.kv_heads();
   if (grad_out.numel() > 0 && grad_out.stride(grad_out.dim() - 1) != 1) {
     grad_out = torch::stable::contiguous(grad_out);  // an expanded one has stride 0
   }
@@ -238,7 +240,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     return needed ? empty_token_major(like) : torch::stable::new_empty(like, {0});
   };
   const auto prefix_gradient = [&] {
-    return needs_prefix ? torch::stable::new_empty(query, {heads, problem.prefix, head_dim})
+    return needs_prefix ? torch::stable::new_empty(query, {kv_heads, problem.prefix, head_dim})
                         : torch::stable::new_empty(query, {0});
   };
   Tensor grad_query = token_gradient(query, needs_query);
@@ -263,13 +265,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
 
   const Tensor packed = pack_prefix(kernels, problem, query, true);
   const bool anything = needs_query || needs_key_value || needs_prefix;
-  run_tasks(query, anything ? heads * problem.batch_chunks : 0,
+  run_tasks(query, anything ? kv_heads * problem.batch_chunks : 0,
             kernels.backward_scratch_bytes(problem),
             [&](int64_t task, char* scratch) { kernels.backward(problem, task, scratch); });
   if (needs_prefix) {
     void* key_sum = grad_prefix_key.mutable_data_ptr();
     void* value_sum = grad_prefix_value.mutable_data_ptr();
-    run_tasks(query, heads, 0, [&](int64_t head, char*) {
+    run_tasks(query, kv_heads, 0, [&](int64_t head, char*) {
       kernels.reduce_prefix(problem, head, key_sum, value_sum);
     });
   }

@@ -11,13 +11,10 @@ namespace ptv2 {
 using torch::stable::Tensor;
 
 // See ptv2_fast/ops/registration.py for the schemas and ops/reference.py for the definition.
-std::tuple<Tensor, Tensor> prefix_attention_forward(Tensor query, Tensor key, Tensor value,
-                                                    Tensor prefix_key, Tensor prefix_value,
-                                                    std::optional<Tensor> key_mask,
-                                                    std::optional<Tensor> seed, double scale,
-                                                    double dropout_p, double prefix_dropout_p,
-                                                    std::optional<Tensor> context_lengths,
-                                                    int64_t window);
+std::tuple<Tensor, Tensor> prefix_attention_forward(
+    Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
+    std::optional<Tensor> key_mask, std::optional<Tensor> seed, double scale, double dropout_p,
+    double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,

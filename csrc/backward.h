@@ -1,5 +1,5 @@
-// Backward: a task walks the sequences of one (batch chunk, head) in order, so that the sum of the
-// prefix gradient over the batch has a fixed order whatever the number of threads.
+// Backward: a task walks the sequences of one (batch chunk, key/value head) in order, and the query
+// heads of each, so that every sum has a fixed order whatever the number of threads.
 #pragma once
 
 #include <cstddef>
@@ -32,7 +32,7 @@ class Backward {
 
   static int64_t partial_bytes(const BackwardProblem& problem) {
     const Geometry<Operand> geometry(problem.head_dim);
-    const int64_t rows = problem.batch_chunks * problem.heads * 2 * problem.prefix;
+    const int64_t rows = problem.batch_chunks * problem.kv_heads() * 2 * problem.prefix;
     return problem.needs_prefix ? rows * geometry.right_words * sizeof(float) : 0;
   }
 
@@ -45,7 +45,7 @@ class Backward {
       float sums[kMaxHeadDim + kLanes] = {};
       for (int64_t chunk = 0; chunk < problem.batch_chunks; ++chunk) {
         const float* part =
-            problem.partial + ((chunk * problem.heads + head) * head_rows + row) * width;
+            problem.partial + ((chunk * problem.kv_heads() + head) * head_rows + row) * width;
         for (int64_t i = 0; i < problem.head_dim; ++i) sums[i] += part[i];
       }
       const bool is_key = row < problem.prefix;
@@ -70,8 +70,9 @@ class Backward {
     score_gradient_pairs_ = arena_.take<Bfloat16>(kPairs ? kBackwardRows * tile_stride_ : 0);
     query_ = RowOperands::take(arena_, geometry_);
     grad_out_ = RowOperands::take(arena_, geometry_);
-    rows_ = arena_.take<GradientRow>(problem.queries);
-    grad_query_ = arena_.take<float>(problem.needs_query ? problem.queries * width_ : 0);
+    rows_ = arena_.take<GradientRow>(problem.group * problem.queries);
+    const int64_t query_rows = problem.needs_query ? problem.group * problem.queries : 0;
+    grad_query_ = arena_.take<float>(query_rows * width_);
     const int64_t token_columns = smaller(columns_, problem.tokens);
     grad_key_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
     grad_value_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
@@ -86,11 +87,12 @@ class Backward {
 
   void run_task(int64_t task) {
     // Heads lie side by side in memory: neighbouring tasks share pages.
-    const int64_t chunk = task / problem_.heads;
-    head_ = task % problem_.heads;
+    const int64_t chunk = task / problem_.kv_heads();
+    kv_head_ = task % problem_.kv_heads();
     const int64_t prefix_floats = problem_.prefix * width_;
     if (problem_.needs_prefix) {
-      float* partial = problem_.partial + (chunk * problem_.heads + head_) * 2 * prefix_floats;
+      float* partial =
+          problem_.partial + (chunk * problem_.kv_heads() + kv_head_) * 2 * prefix_floats;
       clear_rows(partial, 2 * prefix_floats);
       partial_key_ = partial;
       partial_value_ = partial + prefix_floats;
@@ -110,34 +112,41 @@ class Backward {
 
     const bool uses_prefix = problem_.needs_query || problem_.needs_prefix;
     const bool uses_tokens = problem_.needs_query || problem_.needs_key_value;
-    if (uses_prefix) prefix_.prepare(geometry_, problem_, sequence_, head_, keep_, true);
+    if (uses_prefix) prefix_.prepare(geometry_, problem_, sequence_, kv_head_, keep_, true);
     const TokenRange range = uses_tokens ? visible_tokens(problem_, sequence_) : TokenRange{0, 0};
     if (problem_.needs_key_value) {
       write_zeros(0, range.begin);
       write_zeros(range.end, problem_.tokens);
     }
-    prepare_rows();
+    for (int64_t member = 0; member < problem_.group; ++member) prepare_rows(member);
     BlockWalk walk(uses_prefix ? problem_.prefix : 0, range, columns_);
     is_first_block_ = true;
     for (Block block; walk.next(block); is_first_block_ = false) add_block(block);
     if (problem_.needs_query) {
-      if (is_first_block_) clear_rows(grad_query_, problem_.queries * width_);
-      write(problem_.grad_query, 0, problem_.queries, grad_query_);
+      const int64_t head_floats = problem_.queries * width_;
+      if (is_first_block_) clear_rows(grad_query_, problem_.group * head_floats);
+      for (int64_t member = 0; member < problem_.group; ++member) {
+        write(problem_.grad_query, query_head(member), 0, problem_.queries,
+              grad_query_ + member * head_floats);
+      }
     }
     if (drops_prefix) add_dropped_prefix();
   }
 
-  void prepare_rows() {
-    const int64_t queries = problem_.queries;
-    const auto out = rows_of<Element>(problem_.out, sequence_, head_, 0, queries);
-    const auto grad_out = rows_of<Element>(problem_.grad_out, sequence_, head_, 0, queries);
-    const float* lse = problem_.lse + (sequence_ * problem_.heads + head_) * queries;
+  int64_t query_head(int64_t member) const { return kv_head_ * problem_.group + member; }
+
+  void prepare_rows(int64_t member) {
+    const int64_t queries = problem_.queries, head = query_head(member);
+    const auto out = rows_of<Element>(problem_.out, sequence_, head, 0, queries);
+    const auto grad_out = rows_of<Element>(problem_.grad_out, sequence_, head, 0, queries);
+    const float* lse = problem_.lse + (sequence_ * problem_.heads + head) * queries;
+    GradientRow* states = rows_ + member * queries;
     const float* grad_lse = problem_.grad_lse;
-    if (grad_lse != nullptr) grad_lse += (sequence_ * problem_.heads + head_) * queries;
+    if (grad_lse != nullptr) grad_lse += (sequence_ * problem_.heads + head) * queries;
     for (int64_t row = 0; row < queries; ++row) {
-      rows_[row].pivot = lse[row] == -kInfinity ? kInfinity : lse[row];
-      rows_[row].delta = dot(out.row(row), grad_out.row(row), problem_.head_dim);
-      if (grad_lse != nullptr) rows_[row].delta -= grad_lse[row];
+      states[row].pivot = lse[row] == -kInfinity ? kInfinity : lse[row];
+      states[row].delta = dot(out.row(row), grad_out.row(row), problem_.head_dim);
+      if (grad_lse != nullptr) states[row].delta -= grad_lse[row];
     }
   }
 
@@ -146,37 +155,45 @@ class Backward {
     if (block.token_count > 0) {
       tokens_.pack(
           geometry_,
-          rows_of<Element>(problem_.key, sequence_, head_, block.token_first, block.token_count),
-          rows_of<Element>(problem_.value, sequence_, head_, block.token_first, block.token_count),
+          rows_of<Element>(problem_.key, sequence_, kv_head_, block.token_first, block.token_count),
+          rows_of<Element>(problem_.value, sequence_, kv_head_, block.token_first,
+                           block.token_count),
           true);
     }
-    // Otherwise the first tile of rows writes what the others add to.
+    // Otherwise the first tile of the first query head writes what the others add to.
     sums_cleared_ = problem_.queries == 0 || has_row_limits(problem_);
     if (problem_.needs_key_value && sums_cleared_) {
       clear_rows(grad_key_, block.token_count * width_);
       clear_rows(grad_value_, block.token_count * width_);
     }
-    for (int64_t first = 0; first < problem_.queries; first += kBackwardRows) {
-      const int64_t rows = smaller(kBackwardRows, problem_.queries - first);
-      add_tile(seen_block(block, problem_, sequence_, first, rows), first, rows);
+    for (int64_t member = 0; member < problem_.group; ++member) {
+      head_ = query_head(member);
+      states_ = rows_ + member * problem_.queries;
+      head_grad_query_ =
+          grad_query_ + (problem_.needs_query ? member * problem_.queries * width_ : 0);
+      for (int64_t first = 0; first < problem_.queries; first += kBackwardRows) {
+        const int64_t rows = smaller(kBackwardRows, problem_.queries - first);
+        add_tile(seen_block(block, problem_, sequence_, first, rows), first, rows);
+        sums_cleared_ = true;
+      }
     }
     if (problem_.needs_key_value) {
-      write(problem_.grad_key, block.token_first, block.token_count, grad_key_);
-      write(problem_.grad_value, block.token_first, block.token_count, grad_value_);
+      write(problem_.grad_key, kv_head_, block.token_first, block.token_count, grad_key_);
+      write(problem_.grad_value, kv_head_, block.token_first, block.token_count, grad_value_);
     }
   }
 
   void add_tile(const Block& block, int64_t first, int64_t rows) {
     if (block.width() == 0) {
       const bool clears = problem_.needs_query && is_first_block_;
-      if (clears) clear_rows(grad_query_ + first * width_, rows * width_);
+      if (clears) clear_rows(head_grad_query_ + first * width_, rows * width_);
       return;
     }
     query_.pack(geometry_, rows_of<Element>(problem_.query, sequence_, head_, first, rows));
     grad_out_.pack(geometry_, rows_of<Element>(problem_.grad_out, sequence_, head_, first, rows));
     const PackedColumns<Operand> prefix = prefix_.packed.from(geometry_, block.prefix_first);
     const float prefix_factor = problem_.prefix_dropout.factor;
-    const bool adds = sums_cleared_ || first > 0;
+    const bool adds = sums_cleared_;
     if (block.prefix_count > 0) {
       compute_scores(prefix, 0, block.prefix_count, rows, prefix_factor);
     }
@@ -232,13 +249,13 @@ class Backward {
       const int64_t at = row * tile_stride_;
       const ScoreRow scores{probabilities_ + at, score_gradients_ + at,
                             row_visible(block, first + row, 0), drops ? keep_ : nullptr,
-                            rows_[first + row]};
+                            states_[first + row]};
       if constexpr (kPairs) {
         const bool has_second = row + 1 < rows;
         const ScoreRow second{scores.scores + tile_stride_, scores.gradients + tile_stride_,
                               row_visible(block, first + row + 1, 1),
                               drops ? keep_ + keep_stride : nullptr,
-                              rows_[first + row + has_second]};
+                              states_[first + row + has_second]};
         Bfloat16* pairs = score_gradient_pairs_ + at;
         differentiate_pair(scores, second, has_second, block.width(), pairs, pairs + tile_stride_);
       } else {
@@ -272,14 +289,14 @@ class Backward {
                  int64_t first, int64_t rows, float factor, bool accumulate) {
     LeftOperand left{score_gradients_ + offset, tile_stride_, 1};
     if constexpr (kPairs) left = {score_gradient_pairs_ + offset, tile_stride_ / 2, 1};
-    multiply<Operand>(rows, problem_.head_dim, geometry_.row_steps(count), left,
-                      geometry_.right(columns.keys),
-                      {grad_query_ + first * width_, width_, problem_.scale * factor, accumulate});
+    multiply<Operand>(
+        rows, problem_.head_dim, geometry_.row_steps(count), left, geometry_.right(columns.keys),
+        {head_grad_query_ + first * width_, width_, problem_.scale * factor, accumulate});
   }
 
   // This sequence's prefix gradient, masked as its prefix was, onto the sum over the batch.
   void add_dropped_prefix() {
-    const auto sequence_head = static_cast<uint32_t>(sequence_ * problem_.heads + head_);
+    const auto sequence_head = static_cast<uint32_t>(sequence_ * problem_.kv_heads() + kv_head_);
     for (int64_t row = 0; row < problem_.prefix; ++row) {
       const auto logical_row = static_cast<uint32_t>(row);
       const int64_t at = row * width_;
@@ -296,9 +313,9 @@ class Backward {
     }
   }
 
-  void write(const Tokens& tokens, int64_t first, int64_t count, const float* rows) {
+  void write(const Tokens& tokens, int64_t head, int64_t first, int64_t count, const float* rows) {
     for (int64_t row = 0; row < count; ++row) {
-      store_row(row_pointer<Element>(tokens, sequence_, head_, first + row), rows + row * width_,
+      store_row(row_pointer<Element>(tokens, sequence_, head, first + row), rows + row * width_,
                 problem_.head_dim, 1.0f);
     }
   }
@@ -306,8 +323,9 @@ class Backward {
   void write_zeros(int64_t first, int64_t end) {
     const size_t bytes = problem_.head_dim * sizeof(Element);
     for (int64_t row = first; row < end; ++row) {
-      __builtin_memset(row_pointer<Element>(problem_.grad_key, sequence_, head_, row), 0, bytes);
-      __builtin_memset(row_pointer<Element>(problem_.grad_value, sequence_, head_, row), 0, bytes);
+      __builtin_memset(row_pointer<Element>(problem_.grad_key, sequence_, kv_head_, row), 0, bytes);
+      __builtin_memset(row_pointer<Element>(problem_.grad_value, sequence_, kv_head_, row), 0,
+                       bytes);
     }
   }
 
@@ -345,8 +363,8 @@ class Backward {
   float* score_gradients_;  // [kBackwardRows, tile_stride]: dP, then dS
   Bfloat16* score_gradient_pairs_;  // [kBackwardRows, tile_stride], pairs only: dS
   RowOperands query_, grad_out_;
-  GradientRow* rows_;  // [T]
-  float* grad_query_;  // [T, width]
+  GradientRow* rows_;  // [group, T]
+  float* grad_query_;  // [group, T, width]
   float* grad_key_;    // [columns, width], likewise grad_value_
   float* grad_value_;
   float* prefix_sums_;  // [2, P, width], prefix dropout only
@@ -355,7 +373,9 @@ class Backward {
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;
-  int64_t sequence_, head_;
+  int64_t sequence_, kv_head_, head_;
+  GradientRow* states_;  // of head_, likewise head_grad_query_
+  float* head_grad_query_;
   float *partial_key_ = nullptr, *partial_value_ = nullptr;
   float *prefix_key_sums_ = nullptr, *prefix_value_sums_ = nullptr;
   bool is_first_block_, sums_cleared_;

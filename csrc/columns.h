@@ -240,7 +240,8 @@ PackedColumns<Operand> shared_prefix(const Geometry<Operand>& geometry, const Pr
   return PackedColumns<Operand>::take(arena, geometry, problem.prefix, backward);
 }
 
-// The packed prefix of a (sequence, head): shared by the batch, or masked for this sequence.
+// The packed prefix of a (sequence, key/value head): shared by the batch, or masked for this
+// sequence.
 template <class Operand, class Element>
 struct PrefixSource {
   PackedColumns<Operand> packed;
@@ -265,7 +266,7 @@ struct PrefixSource {
       packed = shared_prefix(geometry, problem, backward, head);
       return;
     }
-    const auto sequence_head = static_cast<uint32_t>(sequence * problem.heads + head);
+    const auto sequence_head = static_cast<uint32_t>(sequence * problem.kv_heads() + head);
     const auto kept_key = drop_elements(
         key, rows_of<Element>(problem.prefix_key, head, problem.prefix), problem.head_dim, keep,
         problem.prefix_dropout, {0, sequence_head, kPrefixKey});

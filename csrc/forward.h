@@ -83,11 +83,12 @@ class Forward {
     const int64_t chunk = problem_.query_chunk;
     const int64_t chunks = (problem_.queries + chunk - 1) / chunk;
     head_ = task / chunks % problem_.heads;
+    kv_head_ = head_ / problem_.group;
     sequence_ = task / chunks / problem_.heads;
     first_row_ = task % chunks * chunk;
     rows_ = smaller(chunk, problem_.queries - first_row_);
     for (int64_t row = 0; row < rows_; ++row) states_[row] = {-kInfinity, 0.0f};
-    prefix_.prepare(geometry_, problem_, sequence_, head_, keep_, false);
+    prefix_.prepare(geometry_, problem_, sequence_, kv_head_, keep_, false);
     BlockWalk walk(problem_.prefix, visible_tokens(problem_, sequence_),
                    forward_columns(problem_.head_dim));
     is_first_block_ = true;
@@ -99,8 +100,8 @@ class Forward {
     fill_visible(visible_, problem_, sequence_, block);
     tokens_.pack(
         geometry_,
-        rows_of<Element>(problem_.key, sequence_, head_, block.token_first, block.token_count),
-        rows_of<Element>(problem_.value, sequence_, head_, block.token_first, block.token_count),
+        rows_of<Element>(problem_.key, sequence_, kv_head_, block.token_first, block.token_count),
+        rows_of<Element>(problem_.value, sequence_, kv_head_, block.token_first, block.token_count),
         false);
     for (int64_t row = 0; row < rows_; row += kForwardRows) {
       const int64_t rows = smaller(kForwardRows, rows_ - row);
@@ -200,7 +201,7 @@ class Forward {
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;
-  int64_t sequence_, head_, first_row_, rows_;
+  int64_t sequence_, head_, kv_head_, first_row_, rows_;
   bool is_first_block_;
 };
 

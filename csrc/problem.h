@@ -12,7 +12,7 @@ struct Tokens {
   int64_t batch_stride, head_stride, row_stride;
 };
 
-// [H, P, D]
+// [H_kv, P, D]
 struct Prefix {
   void* data;
   int64_t head_stride, row_stride;
@@ -29,6 +29,7 @@ struct Dropout {
 
 struct Problem {
   int64_t batch, heads, queries, tokens, prefix, head_dim;
+  int64_t group;  // query heads that share a key/value head; heads is a multiple of it
   Tokens query, key, value;
   Prefix prefix_key, prefix_value;
   const bool* key_mask;  // [B, S], true = attend, or null
@@ -39,7 +40,9 @@ struct Problem {
   Dropout attention_dropout, prefix_dropout;
   Tokens out;
   float* lse;           // [B, H, T], natural logarithm
-  char* packed_prefix;  // [H] areas filled by pack_prefix, unused with prefix dropout
+  char* packed_prefix;  // [H_kv] areas filled by pack_prefix, unused with prefix dropout
+
+  int64_t kv_heads() const { return heads / group; }
 };
 
 struct ForwardProblem : Problem {
@@ -51,7 +54,7 @@ struct BackwardProblem : Problem {
   int64_t batch_chunks;
   Tokens grad_out, grad_query, grad_key, grad_value;
   const float* grad_lse;  // [B, H, T], or null
-  float* partial;  // fp32 sums of the prefix gradient by chunk of the batch
+  float* partial;         // fp32 sums of the prefix gradient by chunk of the batch
 };
 
 // The entry points for one dtype. Sizes are in bytes and depend on the problem only.

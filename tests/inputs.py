@@ -12,17 +12,22 @@ MASKS = ("none", "right padding", "random", "single token", "empty rows")
 @dataclass(frozen=True)
 class Shape:
     batch: int
-    heads: int
+    heads: int  # of the query
     queries: int
     tokens: int
     prefix: int
     head_dim: int
+    group: int = 1  # query heads to a key/value head
 
     def __str__(self) -> str:
         return (
             f"b{self.batch}-h{self.heads}-t{self.queries}-s{self.tokens}"
-            f"-p{self.prefix}-d{self.head_dim}"
+            f"-p{self.prefix}-d{self.head_dim}" + f"-g{self.group}" * (self.group > 1)
         )
+
+    @property
+    def kv_heads(self) -> int:
+        return self.heads // self.group
 
 
 @dataclass(frozen=True)
@@ -85,16 +90,17 @@ def make_inputs(
     """
     generator = torch.Generator().manual_seed(seed)
 
-    def token_major(tokens: int) -> Tensor:
-        heads, head_dim = shape.heads, shape.head_dim
+    def token_major(tokens: int, heads: int) -> Tensor:
+        head_dim = shape.head_dim
         if strides == "sliced":
             packed = _values((shape.batch, tokens, heads, 3 * head_dim), dtype, generator)
             return packed[..., head_dim : 2 * head_dim].transpose(1, 2)
         return _values((shape.batch, tokens, heads, head_dim), dtype, generator).transpose(1, 2)
 
-    query, key, value = (token_major(n) for n in (shape.queries, shape.tokens, shape.tokens))
+    query = token_major(shape.queries, shape.heads)
+    key, value = (token_major(shape.tokens, shape.kv_heads) for _ in range(2))
     prefix = [
-        _values((shape.heads, shape.prefix, shape.head_dim), dtype, generator) for _ in range(2)
+        _values((shape.kv_heads, shape.prefix, shape.head_dim), dtype, generator) for _ in range(2)
     ]
     grad_out = _values(query.shape, dtype, generator)
     if strides == "sliced":

@@ -61,11 +61,18 @@ def _expanded_prefix(inputs: Inputs, prefix: Tensor, stream: int, p: float) -> T
 
 
 def _all_columns(inputs: Inputs, tensors, prefix_p: float) -> tuple[Tensor, Tensor]:
-    """Keys and values with the prefix expanded and concatenated, [B, H, P + S, D]."""
+    """Keys and values of every query head, prefix expanded and concatenated, [B, H, P + S, D]."""
     _, key, value, prefix_key, prefix_value = tensors
     prefix_key = _expanded_prefix(inputs, prefix_key, dropout.PREFIX_KEY_STREAM, prefix_p)
     prefix_value = _expanded_prefix(inputs, prefix_value, dropout.PREFIX_VALUE_STREAM, prefix_p)
-    return torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
+    group = _group(inputs)
+    keys, values = torch.cat((prefix_key, key), dim=2), torch.cat((prefix_value, value), dim=2)
+    return keys.repeat_interleave(group, dim=1), values.repeat_interleave(group, dim=1)
+
+
+def _group(inputs: Inputs) -> int:
+    """Query heads to a key/value head."""
+    return inputs.query.shape[1] // inputs.key.shape[1]
 
 
 def _scores(inputs: Inputs, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
@@ -177,6 +184,10 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
     grad_query = scale * grad_scores @ keys
     grad_keys = scale * grad_scores.transpose(-1, -2) @ query
     grad_values = (probabilities * multipliers).transpose(-1, -2) @ grad_out
+    grad_keys, grad_values = (
+        gradient.unflatten(1, (-1, _group(inputs))).sum(dim=2)
+        for gradient in (grad_keys, grad_values)
+    )
     prefix_length = inputs.prefix_key.shape[1]
 
     def prefix_gradient(gradient: Tensor, prefix: Tensor, stream: int) -> Tensor:

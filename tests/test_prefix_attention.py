@@ -26,6 +26,7 @@ SHAPES = [
     Shape(2, 2, 9, 0, 7, 16),  # no tokens: the prefix alone
     Shape(3, 2, 5, 33, 100, 80),  # prefix longer than a block, head_dim no power of two
     Shape(1, 2, 70, 70, 20, 128),
+    Shape(2, 6, 33, 21, 9, 32, group=3),  # three query heads to a key/value head
 ]
 CPU_ONLY_SHAPES = [
     Shape(2, 12, 128, 128, 20, 64),  # BERT-base
@@ -108,11 +109,13 @@ def test_cpu_backends_match_oracle_on_larger_shapes(shape):
 def random_case(generator: random.Random, largest: int) -> dict:
     sizes = [0, 1, 2, 7, 16, 31, 33, 64, 65]
     sizes = [size for size in sizes if size <= largest]
+    group = generator.choice([1, 1, 2, 3])
     shape = Shape(
         generator.randint(1, 3),
-        generator.randint(1, 3),
+        generator.randint(1, 3) * group,
         *(generator.choice(sizes) for _ in range(3)),
         8 * generator.choice([1, 2, 3, 4, 5, 8, 10, 12, 16]),
+        group,
     )
     rows = generator.choice(["all", *ROWS])
     if rows != "all":
@@ -256,10 +259,11 @@ def test_bad_arguments_name_argument_expected_and_actual():
     cases = [
         ("query", (query[0], key, value, prefix_key, prefix_value), {}),
         ("query", [tensor[..., :12] for tensor in inputs.tensors], {}),
-        ("key", (query, key[:, :1], value, prefix_key, prefix_value), {}),
+        ("value", (query, key[:, :1], value, prefix_key, prefix_value), {}),
         ("key", (query, key.double(), value, prefix_key, prefix_value), {}),
         ("key", (query, key.mT.contiguous().mT, value, prefix_key, prefix_value), {}),
         ("value", (query, key, value[:, :, :2], prefix_key, prefix_value), {}),
+        ("key", (query[:, :1], key, value, prefix_key, prefix_value), {}),
         ("prefix_key", (query, key, value, prefix_key[None], prefix_value), {}),
         ("prefix_value", (query, key, value, prefix_key, prefix_value[:, :2]), {}),
         ("prefix_value", (query, key, value, prefix_key, prefix_value.long()), {}),

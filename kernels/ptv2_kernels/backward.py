@@ -100,6 +100,7 @@ def _grad_query_kernel(
     key_mask_strides,
     grad_query_strides,
     heads,
+    group,
     queries,
     tokens,
     prefix_length,
@@ -120,6 +121,7 @@ def _grad_query_kernel(
 ):
     """grad_query of one query tile over prefix and tokens; grid (query tiles, heads, batch)."""
     head, sequence = tl.program_id(1), tl.program_id(2)
+    kv_head = head // group
     sequence_head = sequence * heads + head
     rows = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     query = load_tile(
@@ -137,8 +139,8 @@ def _grad_query_kernel(
         seed = tl.load(seed_ptr)
     accumulator = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
 
-    prefix_key_ptr += head.to(tl.int64) * prefix_key_strides[0]
-    prefix_value_ptr += head.to(tl.int64) * prefix_value_strides[0]
+    prefix_key_ptr += kv_head.to(tl.int64) * prefix_key_strides[0]
+    prefix_value_ptr += kv_head.to(tl.int64) * prefix_value_strides[0]
     for first_column in range(0, prefix_length, BLOCK_KEYS):
         columns = first_column + tl.arange(0, BLOCK_KEYS)
         key = load_tile(
@@ -149,12 +151,12 @@ def _grad_query_kernel(
         )
         if HAS_PREFIX_DROPOUT:
             key = drop_prefix(
-                key, seed, sequence_head, columns, prefix_threshold, prefix_multiplier,
-                PREFIX_KEY_STREAM, BLOCK_KEYS, BLOCK_DIM,
+                key, seed, sequence * (heads // group) + kv_head, columns, prefix_threshold,
+                prefix_multiplier, PREFIX_KEY_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
             value = drop_prefix(
-                value, seed, sequence_head, columns, prefix_threshold, prefix_multiplier,
-                PREFIX_VALUE_STREAM, BLOCK_KEYS, BLOCK_DIM,
+                value, seed, sequence * (heads // group) + kv_head, columns, prefix_threshold,
+                prefix_multiplier, PREFIX_VALUE_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
         _, grad_scores = recompute(
             query, key, value, grad_out, lse_log2, delta, (columns < prefix_length)[None, :],
@@ -165,8 +167,8 @@ def _grad_query_kernel(
             grad_scores.to(key.dtype), key, accumulator, input_precision=INPUT_PRECISION
         )
 
-    key_head_ptr = head_pointer(key_ptr, key_strides, sequence, head)
-    value_head_ptr = head_pointer(value_ptr, value_strides, sequence, head)
+    key_head_ptr = head_pointer(key_ptr, key_strides, sequence, kv_head)
+    value_head_ptr = head_pointer(value_ptr, value_strides, sequence, kv_head)
     context = load_context(context_lengths_ptr, sequence)
     tile_row = tl.program_id(0) * BLOCK_QUERIES
     begin, end = seen_columns(
@@ -216,6 +218,7 @@ def _grad_key_value_kernel(
     grad_key_strides,
     grad_value_strides,
     heads,
+    group,
     queries,
     tokens,
     window,
@@ -233,17 +236,16 @@ def _grad_key_value_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """grad_key and grad_value of one tile of tokens; grid (key tiles, heads, batch)."""
-    head, sequence = tl.program_id(1), tl.program_id(2)
-    sequence_head = sequence * heads + head
+    """grad_key and grad_value of one tile of tokens; grid (key tiles, key/value heads, batch)."""
+    kv_head, sequence = tl.program_id(1), tl.program_id(2)
     first_column = tl.program_id(0) * BLOCK_KEYS
     columns = first_column + tl.arange(0, BLOCK_KEYS)
     key = load_tile(
-        head_pointer(key_ptr, key_strides, sequence, head),
+        head_pointer(key_ptr, key_strides, sequence, kv_head),
         columns, tokens, key_strides[2], HEAD_DIM, BLOCK_DIM,
     )  # fmt: skip
     value = load_tile(
-        head_pointer(value_ptr, value_strides, sequence, head),
+        head_pointer(value_ptr, value_strides, sequence, kv_head),
         columns, tokens, value_strides[2], HEAD_DIM, BLOCK_DIM,
     )  # fmt: skip
     visible = token_visibility(key_mask_ptr, key_mask_strides, sequence, columns, tokens)
@@ -253,14 +255,20 @@ def _grad_key_value_kernel(
     grad_key = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
     grad_value = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
 
-    query_head_ptr = head_pointer(query_ptr, query_strides, sequence, head)
-    grad_out_head_ptr = head_pointer(grad_out_ptr, grad_out_strides, sequence, head)
-    first_row = sequence_head.to(tl.int64) * queries
     context = load_context(context_lengths_ptr, sequence)
     begin, end = seeing_rows(
         context_lengths_ptr, context, window, first_column, first_column + BLOCK_KEYS - 1, queries
     )
-    for first_query in range(begin // BLOCK_QUERIES * BLOCK_QUERIES, end, BLOCK_QUERIES):
+    first_tile = begin // BLOCK_QUERIES
+    tiles = tl.maximum(0, tl.cdiv(end, BLOCK_QUERIES) - first_tile)
+    for step in range(group * tiles):
+        # Query heads in order, the tiles of each in order.
+        head = kv_head * group + step // tiles
+        sequence_head = sequence * heads + head
+        first_row = sequence_head.to(tl.int64) * queries
+        query_head_ptr = head_pointer(query_ptr, query_strides, sequence, head)
+        grad_out_head_ptr = head_pointer(grad_out_ptr, grad_out_strides, sequence, head)
+        first_query = (first_tile + step % tiles) * BLOCK_QUERIES
         rows = first_query + tl.arange(0, BLOCK_QUERIES)
         query = load_tile(query_head_ptr, rows, queries, query_strides[2], HEAD_DIM, BLOCK_DIM)
         grad_out = load_strided_tile(
@@ -283,11 +291,11 @@ def _grad_key_value_kernel(
         )
 
     store_tile(
-        head_pointer(grad_key_ptr, grad_key_strides, sequence, head),
+        head_pointer(grad_key_ptr, grad_key_strides, sequence, kv_head),
         grad_key * scale, columns, tokens, grad_key_strides[2], HEAD_DIM, BLOCK_DIM,
     )  # fmt: skip
     store_tile(
-        head_pointer(grad_value_ptr, grad_value_strides, sequence, head),
+        head_pointer(grad_value_ptr, grad_value_strides, sequence, kv_head),
         grad_value, columns, tokens, grad_value_strides[2], HEAD_DIM, BLOCK_DIM,
     )  # fmt: skip
 
@@ -316,10 +324,10 @@ def _launch_delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Ten
 def launch_backward(
     grad_out: Tensor,  # [B, H, T, D], any strides
     query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, H, S, D]
-    value: Tensor,  # [B, H, S, D]
-    prefix_key: Tensor,  # [H, P, D]
-    prefix_value: Tensor,  # [H, P, D]
+    key: Tensor,  # [B, H_kv, S, D]
+    value: Tensor,  # [B, H_kv, S, D]
+    prefix_key: Tensor,  # [H_kv, P, D]
+    prefix_value: Tensor,  # [H_kv, P, D]
     out: Tensor,  # [B, H, T, D]
     lse: Tensor,  # [B, H, T]
     key_mask: Tensor | None,  # bool [B, S]
@@ -336,15 +344,17 @@ def launch_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients that are needed; an empty(0) stands for one that is not."""
     batch, heads, queries, head_dim = query.shape
-    tokens = key.shape[2]
+    _, kv_heads, tokens, _ = key.shape
+    group = heads // max(1, kv_heads)
 
-    def token_gradient(length: int, needed: bool) -> Tensor:
+    def token_gradient(like: Tensor, needed: bool) -> Tensor:
         if not needed:
             return query.new_empty(0)
-        return query.new_empty(batch, length, heads, head_dim).transpose(1, 2)
+        _, like_heads, length, _ = like.shape
+        return query.new_empty(batch, length, like_heads, head_dim).transpose(1, 2)
 
-    grad_query = token_gradient(queries, needs_query)
-    grad_key, grad_value = (token_gradient(tokens, needs_key_value) for _ in range(2))
+    grad_query = token_gradient(query, needs_query)
+    grad_key, grad_value = (token_gradient(key, needs_key_value) for _ in range(2))
     delta = _launch_delta(out, grad_out, grad_lse)
     dropout = dropout_arguments(dropout_p, prefix_dropout_p)
     if grad_query.numel():
@@ -372,6 +382,7 @@ def launch_backward(
             mask_strides(key_mask),
             grad_query.stride()[:3],
             heads,
+            group,
             queries,
             tokens,
             prefix_key.shape[1],
@@ -383,7 +394,7 @@ def launch_backward(
         )
     if grad_key.numel():
         _grad_key_value_kernel[
-            lambda meta: (triton.cdiv(tokens, meta["BLOCK_KEYS"]), heads, batch)
+            lambda meta: (triton.cdiv(tokens, meta["BLOCK_KEYS"]), kv_heads, batch)
         ](
             query,
             key,
@@ -404,6 +415,7 @@ def launch_backward(
             grad_key.stride()[:3],
             grad_value.stride()[:3],
             heads,
+            group,
             queries,
             tokens,
             window_argument(window),

@@ -54,6 +54,7 @@ def _grad_prefix_kernel(
     grad_out_strides,
     batch,
     heads,
+    group,
     queries,
     prefix_length,
     sequences_per_split,
@@ -71,12 +72,12 @@ def _grad_prefix_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Partial sums [splits, 2, heads, P, HEAD_DIM]; grid (prefix tiles, heads, splits)."""
-    head, split = tl.program_id(1), tl.program_id(2)
+    """Partial sums [splits, 2, H_kv, P, HEAD_DIM]; grid (prefix tiles, H_kv, splits)."""
+    kv_head, split = tl.program_id(1), tl.program_id(2)
     first_column = tl.program_id(0) * BLOCK_KEYS
     columns = first_column + tl.arange(0, BLOCK_KEYS)
-    prefix_key_ptr += head.to(tl.int64) * prefix_key_strides[0]
-    prefix_value_ptr += head.to(tl.int64) * prefix_value_strides[0]
+    prefix_key_ptr += kv_head.to(tl.int64) * prefix_key_strides[0]
+    prefix_value_ptr += kv_head.to(tl.int64) * prefix_value_strides[0]
     shared_key = load_tile(
         prefix_key_ptr, columns, prefix_length, prefix_key_strides[1], HEAD_DIM, BLOCK_DIM
     )
@@ -92,24 +93,29 @@ def _grad_prefix_kernel(
     first_sequence = split * sequences_per_split
     for step in range(tl.minimum(sequences_per_split, batch - first_sequence)):
         sequence = first_sequence + step
-        sequence_head = sequence * heads + head
+        sequence_kv_head = sequence * (heads // group) + kv_head
         key, value = shared_key, shared_value
         grad_key, grad_value = total_key, total_value
         if HAS_PREFIX_DROPOUT:
             key = drop_prefix(
-                key, seed, sequence_head, columns, prefix_threshold, prefix_multiplier,
+                key, seed, sequence_kv_head, columns, prefix_threshold, prefix_multiplier,
                 PREFIX_KEY_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
             value = drop_prefix(
-                value, seed, sequence_head, columns, prefix_threshold, prefix_multiplier,
+                value, seed, sequence_kv_head, columns, prefix_threshold, prefix_multiplier,
                 PREFIX_VALUE_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
             grad_key = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
             grad_value = tl.zeros((BLOCK_KEYS, BLOCK_DIM), tl.float32)
-        query_head_ptr = head_pointer(query_ptr, query_strides, sequence, head)
-        grad_out_head_ptr = head_pointer(grad_out_ptr, grad_out_strides, sequence, head)
-        first_row = sequence_head.to(tl.int64) * queries
-        for first_query in range(0, queries, BLOCK_QUERIES):
+        tiles = tl.cdiv(queries, BLOCK_QUERIES)
+        for tile in range(group * tiles):
+            # Query heads in order, the tiles of each in order.
+            head = kv_head * group + tile // tiles
+            sequence_head = sequence * heads + head
+            first_row = sequence_head.to(tl.int64) * queries
+            query_head_ptr = head_pointer(query_ptr, query_strides, sequence, head)
+            grad_out_head_ptr = head_pointer(grad_out_ptr, grad_out_strides, sequence, head)
+            first_query = tile % tiles * BLOCK_QUERIES
             rows = first_query + tl.arange(0, BLOCK_QUERIES)
             query = load_tile(query_head_ptr, rows, queries, query_strides[2], HEAD_DIM, BLOCK_DIM)
             grad_out = load_strided_tile(
@@ -133,12 +139,12 @@ def _grad_prefix_kernel(
         if HAS_PREFIX_DROPOUT:
             # Each sequence has a mask of its own, applied before the sum over the batch.
             keep = keep_mask(
-                seed, sequence_head, columns, 0, prefix_threshold,
+                seed, sequence_kv_head, columns, 0, prefix_threshold,
                 PREFIX_KEY_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
             total_key += tl.where(keep, grad_key * prefix_multiplier, 0.0)
             keep = keep_mask(
-                seed, sequence_head, columns, 0, prefix_threshold,
+                seed, sequence_kv_head, columns, 0, prefix_threshold,
                 PREFIX_VALUE_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
             total_value += tl.where(keep, grad_value * prefix_multiplier, 0.0)
@@ -146,8 +152,8 @@ def _grad_prefix_kernel(
             total_key, total_value = grad_key, grad_value
 
     head_size = prefix_length.to(tl.int64) * HEAD_DIM
-    key_partial_ptr = partial_ptr + ((split * 2) * heads + head) * head_size
-    value_partial_ptr = partial_ptr + ((split * 2 + 1) * heads + head) * head_size
+    key_partial_ptr = partial_ptr + ((split * 2) * (heads // group) + kv_head) * head_size
+    value_partial_ptr = partial_ptr + ((split * 2 + 1) * (heads // group) + kv_head) * head_size
     store_tile(
         key_partial_ptr, total_key * scale, columns, prefix_length, HEAD_DIM, HEAD_DIM, BLOCK_DIM
     )
@@ -190,8 +196,8 @@ def count_splits(batch: int, heads: int, prefix_tiles: int, multiprocessors: int
 def launch_backward_prefix(
     grad_out: Tensor,  # [B, H, T, D], any strides
     query: Tensor,  # [B, H, T, D]
-    prefix_key: Tensor,  # [H, P, D]
-    prefix_value: Tensor,  # [H, P, D]
+    prefix_key: Tensor,  # [H_kv, P, D]
+    prefix_value: Tensor,  # [H_kv, P, D]
     lse: Tensor,  # [B, H, T]
     delta: Tensor,  # [B, H, T]
     seed: Tensor | None,
@@ -200,16 +206,16 @@ def launch_backward_prefix(
 ) -> tuple[Tensor, Tensor]:
     """grad_prefix_key and grad_prefix_value [H, P, D] in the dtype of the prefix."""
     batch, heads, queries, _ = query.shape
-    prefix_length = prefix_key.shape[1]
+    kv_heads, prefix_length, _ = prefix_key.shape
     grad_prefix_key, grad_prefix_value = (prefix_key.new_empty(prefix_key.shape) for _ in range(2))
     if grad_prefix_key.numel() == 0:
         return grad_prefix_key, grad_prefix_value
     prefix_tiles = triton.cdiv(prefix_length, 32)
-    splits = count_splits(batch, heads, prefix_tiles, _multiprocessors(query.device))
+    splits = count_splits(batch, kv_heads, prefix_tiles, _multiprocessors(query.device))
     partial = query.new_empty(splits, 2, *prefix_key.shape, dtype=torch.float32)
 
     def grid(meta):
-        return triton.cdiv(prefix_length, meta["BLOCK_KEYS"]), heads, splits
+        return triton.cdiv(prefix_length, meta["BLOCK_KEYS"]), kv_heads, splits
 
     _grad_prefix_kernel[grid](
         query,
@@ -226,6 +232,7 @@ def launch_backward_prefix(
         grad_out.stride(),
         batch,
         heads,
+        heads // kv_heads,
         queries,
         prefix_length,
         triton.cdiv(batch, splits),

@@ -55,6 +55,7 @@ def _prefix_attention_forward_kernel(
     key_mask_strides,
     out_strides,
     heads,
+    group,
     queries,
     tokens,
     prefix_length,
@@ -74,6 +75,7 @@ def _prefix_attention_forward_kernel(
 ):
     """Online softmax over two sources of columns; grid (query tiles, heads, batch)."""
     head, sequence = tl.program_id(1), tl.program_id(2)
+    kv_head = head // group
     sequence_head = sequence * heads + head
     rows = tl.program_id(0) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     query_head_ptr = head_pointer(query_ptr, query_strides, sequence, head)
@@ -86,8 +88,8 @@ def _prefix_attention_forward_kernel(
     running_sum = tl.zeros((BLOCK_QUERIES,), tl.float32)
     accumulator = tl.zeros((BLOCK_QUERIES, BLOCK_DIM), tl.float32)
 
-    prefix_key_ptr += head.to(tl.int64) * prefix_key_strides[0]
-    prefix_value_ptr += head.to(tl.int64) * prefix_value_strides[0]
+    prefix_key_ptr += kv_head.to(tl.int64) * prefix_key_strides[0]
+    prefix_value_ptr += kv_head.to(tl.int64) * prefix_value_strides[0]
     for first_column in range(0, prefix_length, BLOCK_KEYS):
         columns = first_column + tl.arange(0, BLOCK_KEYS)
         key = load_tile(
@@ -98,12 +100,12 @@ def _prefix_attention_forward_kernel(
         )
         if HAS_PREFIX_DROPOUT:
             key = drop_prefix(
-                key, seed, sequence_head, columns, prefix_threshold, prefix_multiplier,
-                PREFIX_KEY_STREAM, BLOCK_KEYS, BLOCK_DIM,
+                key, seed, sequence * (heads // group) + kv_head, columns, prefix_threshold,
+                prefix_multiplier, PREFIX_KEY_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
             value = drop_prefix(
-                value, seed, sequence_head, columns, prefix_threshold, prefix_multiplier,
-                PREFIX_VALUE_STREAM, BLOCK_KEYS, BLOCK_DIM,
+                value, seed, sequence * (heads // group) + kv_head, columns, prefix_threshold,
+                prefix_multiplier, PREFIX_VALUE_STREAM, BLOCK_KEYS, BLOCK_DIM,
             )  # fmt: skip
         running_max, running_sum, accumulator = attend(
             query, key, value, (columns < prefix_length)[None, :], running_max, running_sum,
@@ -111,8 +113,8 @@ def _prefix_attention_forward_kernel(
             HAS_DROPOUT, PREFIX_STREAM, INPUT_PRECISION, BLOCK_QUERIES, BLOCK_KEYS,
         )  # fmt: skip
 
-    key_head_ptr = head_pointer(key_ptr, key_strides, sequence, head)
-    value_head_ptr = head_pointer(value_ptr, value_strides, sequence, head)
+    key_head_ptr = head_pointer(key_ptr, key_strides, sequence, kv_head)
+    value_head_ptr = head_pointer(value_ptr, value_strides, sequence, kv_head)
     context = load_context(context_lengths_ptr, sequence)
     first_row = tl.program_id(0) * BLOCK_QUERIES
     begin, end = seen_columns(
@@ -161,10 +163,10 @@ def window_argument(window: int) -> int | None:
 
 def launch_forward(
     query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, H, S, D]
-    value: Tensor,  # [B, H, S, D]
-    prefix_key: Tensor,  # [H, P, D]
-    prefix_value: Tensor,  # [H, P, D]
+    key: Tensor,  # [B, H_kv, S, D]
+    value: Tensor,  # [B, H_kv, S, D]
+    prefix_key: Tensor,  # [H_kv, P, D]
+    prefix_value: Tensor,  # [H_kv, P, D]
     key_mask: Tensor | None,  # bool [B, S]
     seed: Tensor | None,  # int64 [1]
     scale: float,
@@ -202,6 +204,7 @@ def launch_forward(
         mask_strides(key_mask),
         out.stride()[:3],
         heads,
+        heads // max(1, key.shape[1]),
         queries,
         key.shape[2],
         prefix_key.shape[1],

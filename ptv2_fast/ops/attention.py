@@ -94,8 +94,9 @@ def prefix_attention(
 
     Args:
         query: [B, H, T, D], float32, bfloat16 or (on GPUs) float16; D a multiple of 8 up to 256.
-        key, value: [B, H, S, D], dtype of query. T, S and P may be 0.
-        prefix_key, prefix_value: [H, P, D], shared by the batch; cast to query's dtype.
+        key, value: [B, H_kv, S, D], dtype of query; H is a multiple of H_kv (grouped-query
+            attention: query head h reads key/value head h // (H / H_kv)). T, S and P may be 0.
+        prefix_key, prefix_value: [H_kv, P, D], shared by the batch; cast to query's dtype.
         key_mask: bool [B, S], True = attend (padding). Prefix columns are always visible.
         context_lengths: int32 [B]; row i sees token column j when j < context_lengths[b] or j <= i
             (GLM's prefix-LM; 0 = causal). None: bidirectional. Needs S = T.

@@ -5,6 +5,7 @@
 
 Row i sees token column j when key_mask shows it, j < context_length or j <= i, and
 |i - j| <= window; each of the three may be absent. It always sees the prefix.
+Query head h reads key/value head h // (H / H_kv).
 
 It runs in any floating dtype (float64 included), on any device, and is differentiable.
 """
@@ -25,10 +26,10 @@ from ptv2_fast.ops.dropout import (
 
 def reference_attention(
     query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, H, S, D]
-    value: Tensor,  # [B, H, S, D]
-    prefix_key: Tensor,  # [H, P, D]
-    prefix_value: Tensor,  # [H, P, D]
+    key: Tensor,  # [B, H_kv, S, D]
+    value: Tensor,  # [B, H_kv, S, D]
+    prefix_key: Tensor,  # [H_kv, P, D]
+    prefix_value: Tensor,  # [H_kv, P, D]
     key_mask: Tensor | None,  # bool [B, S], True = attend
     seed: Tensor | None,  # int64 [1]
     scale: float,
@@ -45,8 +46,9 @@ def reference_attention(
         -inf.
     """
     query = _upcast(query)
-    keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM)
-    values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM)
+    group = _group(query, key)
+    keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM, group)
+    values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM, group)
     visible = visible_tokens(query, key, key_mask, context_lengths, window)
     scores = _scores(query, keys, visible, scale)
 
@@ -55,7 +57,7 @@ def reference_attention(
     any_visible = (scores > float("-inf")).any(dim=-1, keepdim=True)
     safe_scores = torch.where(any_visible, scores, torch.zeros_like(scores))
     lse = torch.logsumexp(safe_scores, dim=-1) if scores.shape[-1] else scores.sum(dim=-1)
-    probabilities = torch.where(any_visible, torch.exp(safe_scores - lse[..., None]), 0.0)
+    probabilities = torch.where(any_visible, torch.softmax(safe_scores, dim=-1), 0.0)
     lse = lse.masked_fill(~any_visible[..., 0], float("-inf"))
     multiplier = _probability_multiplier(scores, prefix_key.shape[1], dropout_p, seed)
     return (probabilities * multiplier) @ values, lse
@@ -81,8 +83,9 @@ def reference_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The five gradients by the formulas every backend implements, probabilities from lse."""
     query, grad_out = _upcast(query), _upcast(grad_out)
-    keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM)
-    values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM)
+    group = _group(query, key)
+    keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM, group)
+    values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM, group)
     visible = visible_tokens(query, key, key_mask, context_lengths, window)
     scores = _scores(query, keys, visible, scale)
     pivot = lse.masked_fill(lse == float("-inf"), 0.0)[..., None]
@@ -95,8 +98,10 @@ def reference_gradients(
     grad_probabilities = multiplier * (grad_out @ values.transpose(-1, -2))
     grad_scores = scale * probabilities * (grad_probabilities - delta)
     grad_query = grad_scores @ keys
-    grad_keys = grad_scores.transpose(-1, -2) @ query  # [B, H, P + S, D]
+    # Summed over the query heads that share a key/value head, [B, H_kv, P + S, D].
+    grad_keys = (grad_scores.transpose(-1, -2) @ query).unflatten(1, (-1, group)).sum(dim=2)
     grad_values = (probabilities * multiplier).transpose(-1, -2) @ grad_out
+    grad_values = grad_values.unflatten(1, (-1, group)).sum(dim=2)
 
     def prefix_gradient(gradient: Tensor, stream: int) -> Tensor:
         per_sequence = gradient[:, :, : prefix_key.shape[1]]
@@ -123,13 +128,23 @@ def _multiplier(like: Tensor, p: float, seed: Tensor | None, stream: int) -> Ten
     return dropout_multiplier(like.shape, p, seed, stream, like.dtype)
 
 
+def _group(query: Tensor, key: Tensor) -> int:
+    """How many query heads share a key/value head."""
+    return query.shape[1] // key.shape[1] if key.shape[1] else 1
+
+
 def _columns(
-    prefix: Tensor, tokens: Tensor, prefix_dropout_p: float, seed: Tensor | None, stream: int
+    prefix: Tensor,
+    tokens: Tensor,
+    prefix_dropout_p: float,
+    seed: Tensor | None,
+    stream: int,
+    group: int,
 ) -> Tensor:
-    """Keys or values of all columns, the prefix expanded to the batch, [B, H, P + S, D]."""
+    """Keys or values of all columns for every query head, [B, H, P + S, D]."""
     expanded = _upcast(prefix).expand(tokens.shape[0], *prefix.shape)
     expanded = expanded * _multiplier(expanded, prefix_dropout_p, seed, stream)
-    return torch.cat((expanded, _upcast(tokens)), dim=2)
+    return torch.cat((expanded, _upcast(tokens)), dim=2).repeat_interleave(group, dim=1)
 
 
 def visible_tokens(

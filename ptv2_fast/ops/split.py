@@ -42,6 +42,10 @@ def _refuse(
 def _segments(query, key, value, prefix_key, prefix_value, key_mask) -> list[_Segment | None]:
     """The prefix segment and the token segment; None for one without columns."""
     batch, heads, queries, head_dim = query.shape
+    key, value = (_for_every_head(tensor, heads, 1) for tensor in (key, value))
+    prefix_key, prefix_value = (
+        _for_every_head(tensor, heads, 0) for tensor in (prefix_key, prefix_value)
+    )
     prefix = tokens = None
     if prefix_key.shape[1]:
         shape = (batch, heads, prefix_key.shape[1], head_dim)
@@ -56,6 +60,20 @@ def _segments(query, key, value, prefix_key, prefix_value, key_mask) -> list[_Se
             bias = bias.expand(batch, heads, queries, key.shape[2])
         tokens = _Segment(key, value, bias)
     return [prefix, tokens]
+
+
+def _for_every_head(tensor: Tensor, heads: int, dim: int) -> Tensor:
+    """Key/value heads repeated for the query heads that share them."""
+    kv_heads = tensor.shape[dim]
+    return tensor if kv_heads == heads else tensor.repeat_interleave(heads // kv_heads, dim)
+
+
+def _sum_over_group(gradient: Tensor, kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """[..., H, S, D] -> [..., H_kv, S, D]."""
+    heads = gradient.shape[-3]
+    if heads == kv_heads:
+        return gradient
+    return gradient.unflatten(-3, (kv_heads, heads // kv_heads)).sum(dim=-3, dtype=dtype)
 
 
 def _segment_forward(query: Tensor, segment: _Segment, scale: float) -> tuple[Tensor, Tensor]:
@@ -170,14 +188,18 @@ def split_backward(
         )
         query_parts.append(part)
         if needs_prefix:
-            grad_prefix_key.copy_(per_sequence_key.sum(dim=0, dtype=lse.dtype))
-            grad_prefix_value.copy_(per_sequence_value.sum(dim=0, dtype=lse.dtype))
+            for total, per_sequence in (
+                (grad_prefix_key, per_sequence_key),
+                (grad_prefix_value, per_sequence_value),
+            ):
+                summed = per_sequence.sum(dim=0, dtype=lse.dtype)
+                total.copy_(_sum_over_group(summed, key.shape[1], lse.dtype))
     if query.numel() and tokens is not None and (needs_query or needs_key_value):
         part, token_key, token_value = _segment_backward(grad_out, query, tokens, out, lse, scale)
         query_parts.append(part)
         if needs_key_value:
-            grad_key.copy_(token_key)
-            grad_value.copy_(token_value)
+            grad_key.copy_(_sum_over_group(token_key, key.shape[1], lse.dtype))
+            grad_value.copy_(_sum_over_group(token_value, key.shape[1], lse.dtype))
     if needs_query and query_parts:
         grad_query.copy_(torch.stack(query_parts).sum(dim=0, dtype=lse.dtype))
     return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value

@@ -43,7 +43,7 @@ def validate(
     }
     for name, tensor in tensors.items():
         rank = 3 if name.startswith("prefix") else 4
-        layout = "[H, P, D]" if rank == 3 else "[B, H, T, D]"
+        layout = "[H_kv, P, D]" if rank == 3 else "[B, H, T, D]"
         expect(tensor.dim() == rank, name, f"{rank} dimensions {layout}", list(tensor.shape))
         expect(tensor.device == query.device, name, f"query's device {query.device}", tensor.device)
         expect(tensor.is_floating_point(), name, "a floating dtype", tensor.dtype)
@@ -56,11 +56,14 @@ def validate(
         f"head_dim a multiple of 8 up to {_MAX_HEAD_DIM}",
         head_dim,
     )
-    tokens, prefix_length = key.shape[2], prefix_key.shape[1]
-    _expect_shape("key", key, "[B, H, S, D]", (batch, heads, tokens, head_dim))
-    _expect_shape("value", value, "[B, H, S, D]", (batch, heads, tokens, head_dim))
-    _expect_shape("prefix_key", prefix_key, "[H, P, D]", (heads, prefix_length, head_dim))
-    _expect_shape("prefix_value", prefix_value, "[H, P, D]", (heads, prefix_length, head_dim))
+    _, kv_heads, tokens, _ = key.shape
+    prefix_length = prefix_key.shape[1]
+    divides = heads == kv_heads or (kv_heads > 0 and heads % kv_heads == 0)
+    expect(divides, "key", f"a number of heads that divides query's {heads}", kv_heads)
+    _expect_shape("key", key, "[B, H_kv, S, D]", (batch, kv_heads, tokens, head_dim))
+    _expect_shape("value", value, "[B, H_kv, S, D]", (batch, kv_heads, tokens, head_dim))
+    for name in ("prefix_key", "prefix_value"):
+        _expect_shape(name, tensors[name], "[H_kv, P, D]", (kv_heads, prefix_length, head_dim))
     for name, tensor in tensors.items():
         expect(
             tensor.stride(-1) == 1 or tensor.numel() == 0, name, "last stride 1", tensor.stride()
