@@ -31,7 +31,8 @@ def assert_sound(row: dict) -> None:
     assert row["matrix_instructions"] > 0, row
     assert row["wide_loads"] > 0, row
     if row["head_dim"] <= 128 and row["dtype"] != "fp32":
-        assert row["local_accesses"] == 0, row
+        allowed = 64 if row["head_dim"] <= 64 else 128
+        assert row["spill_bytes"] <= (0 if row["kernel"] == "forward" else allowed), row
 
 
 @pytest.mark.parametrize("target", SHARED_LIMIT)
@@ -39,6 +40,13 @@ def test_kernels_compile_without_spills(target):
     rows = build([target], "--dropout", "0.1")
     assert {row["kernel"] for row in rows} == {"forward", "query", "key_value", "prefix", *HELPERS}
     for row in rows:
+        assert_sound(row)
+        assert row["local_accesses"] == 0, row
+
+
+@pytest.mark.parametrize("target", ["sm_80", "gfx942"])
+def test_grouped_causal_windowed_kernels_compile(target):
+    for row in build([target], "--rows"):
         assert_sound(row)
 
 

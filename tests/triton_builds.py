@@ -11,6 +11,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -35,6 +36,8 @@ SHARED_LIMIT = {
     "gfx942": 65536,
 }
 MATRIX_INSTRUCTION = {"cuda": r"\b(HMMA|HGMMA|UTC\w*MMA)", "hip": r"\bv_mfma"}
+LOCAL_ACCESS = r"\b(?:LDL|STL|scratch_(?:load|store))"
+WIDE_LOAD = r"LDG\.E\.128|LDGSTS\.E\.\S*128|buffer_load_dwordx4|global_load_dwordx4"
 
 
 def target_of(name: str) -> GPUTarget:
@@ -43,11 +46,18 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("cuda", int(name.removeprefix("sm_")), 32)
 
 
-def record_launches(dtype: torch.dtype, head_dim: int, dropout_p: float, prefix_dropout_p: float):
-    """The arguments of every kernel of a forward and backward pass, caught before the launch."""
-    shape = (2, 3, 200, head_dim)
-    query = torch.empty(2, 200, 3, head_dim, dtype=dtype).transpose(1, 2)
+def record_launches(
+    dtype: torch.dtype, head_dim: int, dropout_p: float, prefix_dropout_p: float, rows: bool
+):
+    """The arguments of every kernel of a forward and backward pass, caught before the launch.
+
+    `rows`: grouped heads, context lengths, a window and a gradient of lse too.
+    """
+    heads = 6 if rows else 3
+    query = torch.empty(2, 200, heads, head_dim, dtype=dtype).transpose(1, 2)
+    key = torch.empty(2, 200, 3, head_dim, dtype=dtype).transpose(1, 2)
     prefix = torch.empty(3, 100, head_dim, dtype=dtype)
+    visibility = (torch.zeros(2, dtype=torch.int32), 50) if rows else (None, -1)
     mask, seed = torch.ones(2, 200, dtype=torch.bool), torch.zeros(1, dtype=torch.int64)
     launches = []
     modules = {
@@ -73,10 +83,10 @@ def record_launches(dtype: torch.dtype, head_dim: int, dropout_p: float, prefix_
         for (module, name), config_name in modules.items():
             setattr(module, name, Recorder(saved[module, name], config_name))
         options = (mask, seed, head_dim**-0.5, dropout_p, prefix_dropout_p)
-        out, lse = forward.launch_forward(query, query, query, prefix, prefix, *options)
+        out, lse = forward.launch_forward(query, key, key, prefix, prefix, *options, *visibility)
         backward.launch_backward(
-            torch.empty(shape, dtype=dtype), query, query, query, prefix, prefix, out, lse,
-            *options, True, True, True,
+            torch.empty(query.shape, dtype=dtype), query, key, key, prefix, prefix, out, lse,
+            *options, True, True, True, *visibility, lse if rows else None,
         )  # fmt: skip
     finally:
         for (module, name), kernel in saved.items():
@@ -101,35 +111,51 @@ def compile_launch(kernel, target: GPUTarget, args: tuple, kwargs: dict):
     return triton.compile(source, target=target, options=options.__dict__)
 
 
-def machine_code(compiled, target: GPUTarget) -> str:
-    if target.backend == "hip":
-        return compiled.asm["amdgcn"]
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        command = [NVIDIA_TOOLS / "nvdisasm", "-c", file.name]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+@dataclass(frozen=True)
+class MachineCode:
+    text: str
+    registers: int
+    spill_bytes: int  # stack of one thread
+
+    def count(self, pattern: str) -> int:
+        return len(re.findall(pattern, self.text))
 
 
-def registers(compiled, target: GPUTarget) -> int:
-    if target.backend == "hip":
-        return int(re.search(r"\.vgpr_count:\s+(\d+)", compiled.asm["amdgcn"]).group(1))
+def _nvidia_tool(cubin: bytes, *command: str) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
+        file.write(cubin)
         file.flush()
-        command = [NVIDIA_TOOLS / "cuobjdump", "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return int(re.search(r"REG:(\d+)", usage).group(1))
+        tool, *options = command
+        command_line = [NVIDIA_TOOLS / tool, *options, file.name]
+        return subprocess.run(command_line, capture_output=True, text=True, check=True).stdout
+
+
+def machine_code(compiled, target: GPUTarget) -> MachineCode:
+    if target.backend == "cuda":
+        cubin = compiled.asm["cubin"]
+        text = _nvidia_tool(cubin, "nvdisasm", "-c")
+        usage = _nvidia_tool(cubin, "cuobjdump", "--dump-resource-usage")
+        registers, spill_bytes = re.search(r"REG:(\d+) STACK:(\d+)", usage).groups()
+    else:
+        text = compiled.asm["amdgcn"]
+        registers = re.search(r"\.vgpr_count:\s+(\d+)", text).group(1)
+        spill_bytes = re.search(r"\.private_segment_fixed_size:\s+(\d+)", text).group(1)
+    return MachineCode(text, int(registers), int(spill_bytes))
 
 
 def build(
-    target_name: str, dtype_name: str, head_dim: int, dropout_p: float, prefix_dropout_p: float
+    target_name: str,
+    dtype_name: str,
+    head_dim: int,
+    dropout_p: float,
+    prefix_dropout_p: float,
+    rows: bool,
 ) -> Iterator[dict[str, object]]:
     """Compiles all kernels of one case; yields what is known about each."""
     target = target_of(target_name)
     dtype = DTYPES[dtype_name]
     for kernel, config_name, args, kwargs in record_launches(
-        dtype, head_dim, dropout_p, prefix_dropout_p
+        dtype, head_dim, dropout_p, prefix_dropout_p, rows
     ):
         if config_name is not None:
             amd = target.backend == "hip"
@@ -145,15 +171,16 @@ def build(
             "head_dim": head_dim,
             "dropout": dropout_p,
             "prefix_dropout": prefix_dropout_p,
+            "rows": rows,
             "kernel": config_name or kernel.fn.__name__,
-            "registers": registers(compiled, target),
+            "registers": code.registers,
+            "spill_bytes": code.spill_bytes,
             "shared_bytes": compiled.metadata.shared,
             "shared_limit": SHARED_LIMIT[target_name],
-            "local_accesses": len(re.findall(r"\b(LDL|STL|scratch_(?:load|store))", code)),
-            "matrix_instructions": len(re.findall(MATRIX_INSTRUCTION[target.backend], code)),
-            "wide_loads": len(re.findall(r"LDG\.E\.128|LDGSTS\.E\.\S*128|buffer_load_dwordx4|"
-                                         r"global_load_dwordx4", code)),
-        }  # fmt: skip
+            "local_accesses": code.count(LOCAL_ACCESS),
+            "matrix_instructions": code.count(MATRIX_INSTRUCTION[target.backend]),
+            "wide_loads": code.count(WIDE_LOAD),
+        }
 
 
 def main() -> None:
@@ -163,12 +190,14 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=[64])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
     parser.add_argument("--prefix-dropout", type=float, default=0.0)
+    parser.add_argument("--rows", action="store_true", help="grouped, causal, windowed")
     arguments = parser.parse_args()
     for target in arguments.targets:
         for dtype in arguments.dtypes:
             for head_dim in arguments.head_dims:
                 for dropout_p in arguments.dropout:
-                    for row in build(target, dtype, head_dim, dropout_p, arguments.prefix_dropout):
+                    options = (dropout_p, arguments.prefix_dropout, arguments.rows)
+                    for row in build(target, dtype, head_dim, *options):
                         print(json.dumps(row), flush=True)
 
 
