@@ -4,174 +4,185 @@
     python -m bench.bench_attention --device cpu --only base-b8-t128-p20 --dtype fp32
 
 The numerics rule of the tests is checked on every shape first; no figure is printed where it fails.
+Every row is timed in one process, all ways and a matrix product of torch (GEMM) by turns. Columns:
+
+    density            share of token columns that are no padding; 1.0 is measured without a mask
+    best torch path    the fastest of those that concatenate; the split and Flex stand on their own
+    speed-up over ...  their median time divided by ours
+    useful             flop rate of ours over visible columns: 2 products forward, 4 more backward
+    executed           the same with the recomputed scores: 5 products backward (Triton: 7)
+    GEMM               flop rate of the matrix product, same dtype
+    share of GEMM      executed / GEMM
+    GB/s               inputs read once and outputs written once, in 10^9 bytes a second
+    copy GB/s          read and written by a copy from memory to memory
+
+On a CPU a run takes about ten minutes; on a GPU most of it is the compilation of FlexAttention.
 """
 
 import argparse
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
-from bench.measure import RESULTS, machine_columns, time_interleaved, write_csv
+from bench import roofline
+from bench.attention_providers import CONCATENATING, OTHERS, OURS, running_calls, timed_calls
+from bench.attention_report import WIDTH, one_line, print_report
+from bench.measure import RESULTS, Timing, machine_columns, time_interleaved, write_csv
 from bench.shapes import ATTENTION_SHAPES
-from ptv2_fast import prefix_attention
 from tests.inputs import Inputs, Shape, make_inputs
 from tests.test_prefix_attention import check
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-OURS = "ptv2-fast"
+DENSITIES = (0.5, 1.0)
+DROPOUTS = (0.0, 0.1)
+GEMM = "GEMM"
 
 
-def padding_mask(shape: Shape) -> Tensor:
-    """Right padding with lengths from a quarter of the tokens up to all of them, [B, S]."""
-    lengths = torch.linspace(shape.tokens, shape.tokens // 4, shape.batch).long()
+@dataclass(frozen=True)
+class Case:
+    """What one row of the table measures."""
+
+    name: str
+    shape: Shape
+    dtype_name: str
+    density: float
+    dropout_p: float
+    backward: bool
+    device: torch.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype_name]
+
+
+def padding_mask(shape: Shape, density: float) -> Tensor | None:
+    """Right padding with evenly spread lengths whose mean is density * tokens, bool [B, S]."""
+    if density == 1.0:
+        return None
+    spread = 2 * min(density, 1 - density)
+    places = (torch.arange(shape.batch) + 0.5) / shape.batch - 0.5
+    lengths = (shape.tokens * (density + spread * places)).round()
     return torch.arange(shape.tokens) < lengths[:, None]
 
 
-def useful_flops(shape: Shape, key_mask: Tensor, backward: bool) -> float:
-    """Of visible columns: two matrix products forward, four more backward.
-
-    What the backward recomputes is not counted, nor are masked columns.
-    """
-    columns = int(key_mask.sum()) + shape.batch * shape.prefix
-    one_product = 2 * shape.heads * shape.queries * shape.head_dim * columns
-    return one_product * (6 if backward else 2)
+def inputs_of(case: Case) -> Inputs:
+    mask = padding_mask(case.shape, case.density)
+    inputs = make_inputs(case.shape, case.dtype, device=str(case.device))
+    return replace(inputs, key_mask=None if mask is None else mask.to(case.device))
 
 
-def compulsory_bytes(shape: Shape, itemsize: int, backward: bool) -> float:
-    """Every input read once and every output written once; the prefix once for the whole batch."""
-    rows = shape.batch * shape.heads * shape.head_dim * itemsize
-    prefix = 2 * shape.heads * shape.prefix * shape.head_dim * itemsize
-    forward = rows * (2 * shape.queries + 2 * shape.tokens) + prefix
-    return forward + (rows * (4 * shape.queries + 4 * shape.tokens) + 2 * prefix) * backward
+def check_numerics(case: Case) -> None:
+    """The rule of the tests, on two heads of two sequences."""
+    small = replace(case.shape, batch=2, heads=2)
+    backend = "cpp" if case.device.type == "cpu" else "triton"
+    mask = "none" if case.density == 1.0 else "right padding"
+    check([backend], small, case.dtype, mask, case.dropout_p, 0.0)
 
 
-def providers(inputs: Inputs, dropout_p: float) -> dict[str, Callable[..., Tensor]]:
-    batch = inputs.query.shape[0]
-    scale = inputs.query.shape[-1] ** -0.5
-    prefix_length = inputs.prefix_key.shape[1]
-    visible = torch.cat((inputs.key_mask.new_ones(batch, prefix_length), inputs.key_mask), dim=1)
-    visible = visible[:, None, None]
-    additive = torch.zeros_like(visible, dtype=inputs.query.dtype)
-    additive = additive.masked_fill(~visible, torch.finfo(additive.dtype).min)
-
-    def concatenate(prefix: Tensor, tokens: Tensor) -> Tensor:
-        return torch.cat((prefix.expand(batch, *prefix.shape), tokens), dim=2)
-
-    def ours(*tensors: Tensor) -> Tensor:
-        return prefix_attention(*tensors, key_mask=inputs.key_mask, dropout_p=dropout_p)
-
-    def concat_sdpa(query, key, value, prefix_key, prefix_value):
-        keys, values = concatenate(prefix_key, key), concatenate(prefix_value, value)
-        return F.scaled_dot_product_attention(query, keys, values, visible, dropout_p)
-
-    def concat_eager(query, key, value, prefix_key, prefix_value):
-        keys, values = concatenate(prefix_key, key), concatenate(prefix_value, value)
-        scores = torch.matmul(query, keys.transpose(2, 3)) * scale + additive
-        probabilities = F.dropout(scores.softmax(dim=-1), dropout_p)
-        return torch.matmul(probabilities, values).transpose(1, 2).contiguous().transpose(1, 2)
-
-    def split(*tensors: Tensor) -> Tensor:
-        return prefix_attention(*tensors, key_mask=inputs.key_mask, backend="split")
-
-    found = {OURS: ours, "concat+sdpa": concat_sdpa, "concat+eager": concat_eager}
-    return found if dropout_p else {**found, "split": split}
+def measure(case: Case, seconds: float) -> tuple[dict[str, Timing], dict[str, str]]:
+    """Timings of every way that runs and of the matrix product; why each other way does not run."""
+    calls = timed_calls(inputs_of(case), case.dropout_p, case.backward)
+    running, refusals = running_calls(calls, case.dropout_p)
+    running[GEMM] = roofline.gemm_call(case.dtype, case.device)
+    return time_interleaved(running, case.device, seconds), refusals
 
 
-def timed_calls(inputs: Inputs, dropout_p: float, backward: bool) -> dict[str, Callable]:
-    leaves = [tensor.requires_grad_(backward) for tensor in inputs.tensors]
-
-    def call(function: Callable[..., Tensor]) -> Callable[[], object]:
-        if not backward:
-            return lambda: function(*leaves)
-        return lambda: torch.autograd.grad(function(*leaves), leaves, inputs.grad_out)
-
-    return {name: call(function) for name, function in providers(inputs, dropout_p).items()}
-
-
-def measure_row(name, dtype_name, dropout_p, backward, device, seconds) -> dict[str, object]:
-    shape, dtype = ATTENTION_SHAPES[name], DTYPES[dtype_name]
-    key_mask = padding_mask(shape).to(device)
-    inputs = replace(make_inputs(shape, dtype, device=str(device)), key_mask=key_mask)
-    timings = time_interleaved(timed_calls(inputs, dropout_p, backward), device, seconds)
+def row_of(case: Case, timings: dict[str, Timing], copy_bytes_per_ms: float) -> dict[str, object]:
     row: dict[str, object] = {
-        "shape": name,
-        "dtype": dtype_name,
-        "dropout": dropout_p,
-        "pass": "forward+backward" if backward else "forward",
-        "visible tokens": round(float(key_mask.float().mean()), 2),
+        "shape": case.name,
+        "dtype": case.dtype_name,
+        "dropout": case.dropout_p,
+        "pass": "forward+backward" if case.backward else "forward",
+        "density": case.density,
     }
-    for provider in (OURS, "concat+sdpa", "concat+eager", "split"):
-        timing = timings.get(provider)
+    ours, kind = timings[OURS].median, case.device.type
+    for way in (OURS, *OTHERS[kind]):
         for column in ("median", "p20", "p80"):
-            value = "" if timing is None else round(getattr(timing, column), 3)
-            row[f"{provider} {column} ms"] = value
-    ours = timings.pop(OURS).median
-    for provider in ("concat+sdpa", "concat+eager", "split"):
-        known = provider in timings
-        row[f"speed-up over {provider}"] = (
-            round(timings[provider].median / ours, 2) if known else ""
-        )
-    row["GFLOP/s"] = round(useful_flops(shape, key_mask, backward) / ours / 1e6, 1)
-    row["GB/s"] = round(compulsory_bytes(shape, dtype.itemsize, backward) / ours / 1e6, 2)
-    return row
+            timed = way in timings
+            row[f"{way} {column} ms"] = round(getattr(timings[way], column), 4) if timed else ""
+    for way in OTHERS[kind]:
+        row[f"speed-up over {way}"] = round(timings[way].median / ours, 2) if way in timings else ""
+    best = min(
+        (way for way in CONCATENATING[kind] if way in timings),
+        key=lambda way: timings[way].median,
+    )
+    row["best torch path"] = best
+    row["speed-up over best"] = round(timings[best].median / ours, 2)
+    return row | _rates(case, timings, copy_bytes_per_ms)
 
 
-def print_table(rows: list[dict[str, object]], console: Console) -> None:
-    speed_ups = [column for column in rows[0] if column.startswith("speed-up")]
-    columns = [
-        "shape",
-        "dtype",
-        "dropout",
-        "pass",
-        f"{OURS} median ms",
-        *speed_ups,
-        "GFLOP/s",
-        "GB/s",
-    ]
-    table = Table(*columns)
-    for row in rows:
-        table.add_row(*(str(row[column]) for column in columns))
-    console.print(table)
+def _rates(case: Case, timings: dict[str, Timing], copy_bytes_per_ms: float) -> dict[str, object]:
+    shape, ours = case.shape, timings[OURS].median
+    mask = padding_mask(shape, case.density)
+    visible = shape.batch * shape.tokens if mask is None else int(mask.sum())
+    unit, flops_per_ms = roofline.rate_unit(case.device)
+    product = roofline.one_product(shape, visible) / ours / flops_per_ms
+    executed = product * roofline.executed_products(case.backward, case.device)
+    gemm = roofline.gemm_flops(case.device) / timings[GEMM].median / flops_per_ms
+    moved = roofline.compulsory_bytes(shape, visible, case.dtype.itemsize, case.backward)
+    return {
+        f"useful {unit}": round(product * roofline.useful_products(case.backward), 2),
+        f"executed {unit}": round(executed, 2),
+        f"{GEMM} {unit}": round(gemm, 2),
+        f"share of {GEMM}": round(executed / gemm, 3),
+        "GB/s": round(moved / ours / 1e6, 2),
+        "copy GB/s": round(copy_bytes_per_ms / 1e6, 1),
+    }
+
+
+def cases_of(names: list[str], dtype_names: list[str], device: torch.device) -> list[Case]:
+    """In the order of the table; a case with the backward follows the one without."""
+    return [
+        Case(name, ATTENTION_SHAPES[device.type][name], dtype_name, density, dropout_p,
+             backward, device)
+        for name in names
+        for dtype_name in dtype_names
+        for density in DENSITIES
+        for dropout_p in DROPOUTS
+        for backward in (False, True)
+    ]  # fmt: skip
+
+
+def measure_all(cases: list[Case], seconds: float, console: Console) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    told: set[tuple[str, str]] = set()
+    for case in cases:
+        if not rows or case.name != rows[-1]["shape"]:
+            copy_bytes_per_ms = roofline.copy_bytes_per_ms(case.device)
+        if not case.backward:
+            check_numerics(case)
+        timings, refusals = measure(case, seconds)
+        for way, reason in sorted(refusals.items() - told):
+            console.print(f"{way} left out: {reason}")
+        told |= refusals.items()
+        rows.append(row_of(case, timings, copy_bytes_per_ms))
+        console.print(one_line(rows[-1]))
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--only", choices=ATTENTION_SHAPES, action="append", help="shapes to run")
+    parser.add_argument("--device", default="cpu", choices=tuple(ATTENTION_SHAPES))
+    parser.add_argument("--only", action="append", metavar="SHAPE", help="shapes to run")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
-    parser.add_argument("--seconds", type=float, default=1.5, help="measuring time per row")
+    parser.add_argument("--seconds", type=float, default=0.8, help="measuring time per row")
     parser.add_argument("--output", type=Path, help="CSV file (default: bench/results/...)")
     arguments = parser.parse_args()
+    known = ATTENTION_SHAPES[arguments.device]
+    names = arguments.only or list(known)
+    if not set(names) <= set(known):
+        parser.error(f"--only: expected some of {list(known)}, got {names}")
     device = torch.device(arguments.device)
-    console = Console(width=200)
-    rows = []
-    for name in arguments.only or ATTENTION_SHAPES:
-        small = replace(ATTENTION_SHAPES[name], batch=2, heads=2)
-        for dtype_name in arguments.dtype or DTYPES:
-            for dropout_p in (0.0, 0.1):
-                check(["cpp" if device.type == "cpu" else "triton"], small, DTYPES[dtype_name],
-                      "right padding", dropout_p, 0.0)  # fmt: skip
-                for backward in (False, True):
-                    rows.append(
-                        measure_row(
-                            name, dtype_name, dropout_p, backward, device, arguments.seconds
-                        )
-                    )
-                    console.print(
-                        *(f"{rows[-1][key]}" for key in list(rows[-1])[:5]),
-                        *(rows[-1][f"speed-up over {other}"]
-                          for other in ("concat+sdpa", "concat+eager", "split")),
-                    )  # fmt: skip
-    print_table(rows, console)
+    console = Console(width=WIDTH)
+    cases = cases_of(names, arguments.dtype or list(DTYPES), device)
+    rows = measure_all(cases, arguments.seconds, console)
     columns = machine_columns(device)
     output = arguments.output or RESULTS / f"attention-{device.type}.csv"
     write_csv(output, [{**row, **columns} for row in rows])
+    print_report(rows, console)
     console.print(f"{columns}\nwritten to {output}")
 
 

@@ -1,8 +1,10 @@
 """Interleaved timing, the machine header and the CSV writer of the benchmarks."""
 
 import csv
+import functools
 import os
 import platform
+import random
 import statistics
 import subprocess
 import time
@@ -25,8 +27,15 @@ class Timing:
     p80: float
 
 
+@functools.cache
+def _beyond_l2(device: torch.device) -> torch.Tensor:
+    return torch.empty(2**28, dtype=torch.uint8, device=device)
+
+
 def _time_once(function: Callable[[], object], device: torch.device) -> float:
+    """Milliseconds of one call; on a GPU by events, with an L2 cache that holds nothing of it."""
     if device.type == "cuda":
+        _beyond_l2(device).zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         function()
@@ -44,17 +53,21 @@ def time_interleaved(
     seconds: float = 2.0,
     least_rounds: int = 5,
 ) -> dict[str, Timing]:
-    """Times the functions in turn, A B C A B C ..., after one warm-up round.
+    """Times the functions in turn, after one warm-up round.
 
-    Interleaving makes the ratios hold when the speed of a shared machine drifts.
+    Interleaving makes the ratios hold when the speed of a shared machine drifts. Every round has an
+    order of its own, since a function finds the caches as the one before left them.
     """
     once = {name: _time_once(function, device) for name, function in functions.items()}
     once = {name: _time_once(function, device) for name, function in functions.items()}
     rounds = max(least_rounds, min(200, int(seconds * 1e3 / sum(once.values()))))
     samples: dict[str, list[float]] = {name: [] for name in functions}
+    order = list(functions)
+    shuffle = random.Random(0).shuffle
     for _ in range(rounds):
-        for name, function in functions.items():
-            samples[name].append(_time_once(function, device))
+        shuffle(order)
+        for name in order:
+            samples[name].append(_time_once(functions[name], device))
     return {name: _summary(times) for name, times in samples.items()}
 
 
