@@ -5,13 +5,17 @@ python -m bench.plot
 
 import csv
 from pathlib import Path
+from statistics import median
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import LogLocator
 
 from bench.measure import RESULTS
+
+SPEED_UP = "speed-up over "
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -20,25 +24,113 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def plot_attention(path: Path) -> Path:
-    """Speed-up of forward + backward over each baseline, per shape, one panel per dtype."""
+    """Speed-up of forward + backward over each other way, per shape.
+
+    One line of panels per dtype and dropout, one column per density.
+    """
     rows = [row for row in read(path) if row["pass"] == "forward+backward"]
-    groups = sorted({(row["dtype"], row["dropout"]) for row in rows}, reverse=True)
-    figure, axes = plt.subplots(2, -(-len(groups) // 2), figsize=(12, 8), squeeze=False)
-    for axis, (dtype, dropout) in zip(axes.flat, groups, strict=False):
-        chosen = [row for row in rows if (row["dtype"], row["dropout"]) == (dtype, dropout)]
-        for offset, baseline in enumerate(("concat+sdpa", "concat+eager", "split")):
-            values = [float(row[f"speed-up over {baseline}"] or "nan") for row in chosen]
-            positions = [index + 0.27 * (offset - 1) for index in range(len(chosen))]
-            axis.bar(positions, values, width=0.25, label=baseline)
-        axis.axhline(1.0, color="black", linewidth=0.8)
-        axis.set_xticks(
-            range(len(chosen)), [row["shape"] for row in chosen], rotation=30, ha="right"
-        )
-        axis.set_ylabel("speed-up of ptv2-fast")
-        axis.set_title(f"{dtype}, dropout {dropout}")
-    figure.suptitle(f"prefix attention, forward + backward: {rows[0]['machine']}")
-    axes[0, 0].legend(title="against", loc="lower left", bbox_to_anchor=(0, 1.01))
-    return _save(figure, path)
+    ways = [column for column in rows[0] if column.startswith(SPEED_UP)]
+    ways.remove(f"{SPEED_UP}best")  # the lowest of some of the others
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    lines = list(dict.fromkeys((row["dtype"], row["dropout"]) for row in rows))
+    densities = list(dict.fromkeys(row["density"] for row in rows))
+    panel_width = max(5, len(shapes) * (0.25 + 0.1 * len(ways)))
+    figure, axes = plt.subplots(
+        len(lines), len(densities), sharex=True, sharey="row", squeeze=False, layout="constrained",
+        figsize=(panel_width * len(densities), 2.5 * len(lines) + 2),
+    )  # fmt: skip
+    for (dtype, dropout), line in zip(lines, axes, strict=True):
+        for density, axis in zip(densities, line, strict=True):
+            key = (dtype, dropout, density)
+            chosen = {
+                row["shape"]: row
+                for row in rows
+                if (row["dtype"], row["dropout"], row["density"]) == key
+            }
+            _speed_up_bars(axis, [chosen[shape] for shape in shapes], ways)
+            axis.set_title(f"{dtype}, dropout {dropout}, {float(density):.0%} real tokens")
+        line[0].set_ylabel("speed-up")
+    for axis in axes[-1]:
+        axis.set_xticks(range(len(shapes)), shapes, rotation=45, ha="right")
+    figure.suptitle(f"ptv2-fast, forward + backward: speed-up over each way\n{rows[0]['machine']}")
+    handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{place}") for place in range(len(ways))]
+    names = [way.removeprefix(SPEED_UP) for way in ways]
+    figure.legend(handles, names, loc="outside lower center", ncols=len(ways))
+    return _save(figure, path.with_suffix(".png"))
+
+
+def _speed_up_bars(axis: plt.Axes, rows: list[dict[str, str]], ways: list[str]) -> None:
+    """A group of bars for each row; no room for ways that were measured in none of them."""
+    measured = [way for way in ways if any(row[way] for row in rows)]
+    width = 0.85 / len(measured)
+    for place, way in enumerate(measured):
+        offset = width * (place - (len(measured) - 1) / 2)
+        positions = [index + offset for index in range(len(rows))]
+        values = [float(row[way] or "nan") for row in rows]
+        axis.bar(positions, values, width=width, color=f"C{ways.index(way)}")
+    axis.axhline(1.0, color="black", linewidth=0.8)
+    axis.grid(axis="y", linewidth=0.4)
+    axis.set_axisbelow(True)
+    axis.margins(x=0.01)
+
+
+def plot_roofline(path: Path) -> Path:
+    """Executed flop rate of ours against flops per compulsory byte, one point a row.
+
+    The roof is what the same run measured: the rate of a matrix product, and that of a copy.
+    """
+    rows = read(path)
+    unit = next(column for column in rows[0] if column.startswith("executed ")).split()[1]
+    dtypes = list(dict.fromkeys(row["dtype"] for row in rows))
+    figure, axes = plt.subplots(
+        1,
+        len(dtypes),
+        sharex=True,
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
+        figsize=(6 * len(dtypes), 5.5),
+    )
+    for dtype, axis in zip(dtypes, axes[0], strict=True):
+        chosen = [row for row in rows if row["dtype"] == dtype]
+        _roof(axis, chosen, unit)
+        for color, dropout in enumerate(dict.fromkeys(row["dropout"] for row in chosen)):
+            for marker, done in (("o", "forward"), ("^", "forward+backward")):
+                points = [row for row in chosen if (row["dropout"], row["pass"]) == (dropout, done)]
+                axis.scatter(
+                    [_intensity(row, unit) for row in points],
+                    [float(row[f"executed {unit}"]) for row in points],
+                    marker=marker, s=22, alpha=0.7, color=f"C{color}",
+                    label=f"{done}, dropout {dropout}",
+                )  # fmt: skip
+        axis.set_xlabel("flops per byte read or written at least")
+    axes[0, 0].set_ylabel(f"executed {unit}")
+    axes[0, 0].legend(loc="lower right", fontsize="small")
+    figure.suptitle(f"prefix attention under the roof of this run: {rows[0]['machine']}")
+    return _save(figure, path.with_name(f"{path.stem.replace('attention', 'roofline', 1)}.png"))
+
+
+def _intensity(row: dict[str, str], unit: str) -> float:
+    """Executed flops per compulsory byte."""
+    giga = 1000 if unit.startswith("T") else 1
+    return giga * float(row[f"executed {unit}"]) / float(row["GB/s"])
+
+
+def _roof(axis: plt.Axes, rows: list[dict[str, str]], unit: str) -> None:
+    """The lower of the rates of the matrix product and of the copy, medians over the rows."""
+    gemm = median(float(row[f"GEMM {unit}"]) for row in rows)
+    copied = median(float(row["copy GB/s"]) for row in rows)
+    per_byte = copied / (1000 if unit.startswith("T") else 1)
+    intensities = [_intensity(row, unit) for row in rows]
+    left, corner, right = min(intensities) / 3, gemm / per_byte, max(intensities) * 2
+    bends = sorted({left, min(max(left, corner), right), right})
+    axis.loglog(bends, [min(gemm, per_byte * bend) for bend in bends], color="black")
+    axis.set_title(f"{rows[0]['dtype']}: GEMM {gemm:.0f} {unit}, copy {copied:.0f} GB/s")
+    for scale in (axis.xaxis, axis.yaxis):
+        scale.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        scale.set_major_formatter("{x:g}")
+        scale.set_minor_formatter("")
+    axis.grid(linewidth=0.3)
 
 
 def plot_training_step(path: Path) -> Path:
@@ -59,22 +151,26 @@ def plot_training_step(path: Path) -> Path:
             if column:
                 axis.set_yticklabels([])
     figure.suptitle(f"one training step, dropout 0.1: {rows[0]['machine']}")
-    return _save(figure, path)
-
-
-def _save(figure: plt.Figure, path: Path) -> Path:
     figure.tight_layout()
-    output = path.with_suffix(".png")
+    return _save(figure, path.with_suffix(".png"))
+
+
+def _save(figure: plt.Figure, output: Path) -> Path:
     figure.savefig(output, dpi=110)
     plt.close(figure)
     return output
 
 
+PLOTS = {
+    "attention-*.csv": (plot_attention, plot_roofline),
+    "training-step-*.csv": (plot_training_step,),
+}
+
+
 def main() -> None:
-    plots = {"attention": plot_attention, "training-step": plot_training_step}
-    for path in sorted(RESULTS.glob("*.csv")):
-        for prefix, plot in plots.items():
-            if path.name.startswith(prefix):
+    for pattern, plots in PLOTS.items():
+        for path in sorted(RESULTS.glob(pattern)):
+            for plot in plots:
                 print(plot(path))
 
 
