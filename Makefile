@@ -32,11 +32,13 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/python -m bench.bench_attention --device cpu
+	$(BIN)/python -m bench.bench_micro
 	$(BIN)/python -m bench.bench_training_step --device cpu
 	$(BIN)/python -m bench.plot
 
 bench-gpu: .venv/installed
 	$(BIN)/python -m bench.bench_attention --device cuda
+	$(BIN)/python -m bench.bench_micro
 	$(BIN)/python -m bench.bench_training_step --device cuda
 	$(BIN)/python -m bench.plot
 
