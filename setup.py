@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 SOURCES = [
     "csrc/register.cpp",
     "csrc/attention.cpp",
+    "csrc/run.cpp",
     "csrc/dispatch.cpp",
     "csrc/level_generic.cpp",
     "csrc/level_avx2.cpp",

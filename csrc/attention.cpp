@@ -2,34 +2,39 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <atomic>
 #include <cmath>
+#include <vector>
 
 #include "dispatch.h"
+#include "run.h"
 
 namespace ptv2 {
 namespace {
 
 using torch::headeronly::ScalarType;
 
-constexpr int64_t kMaxBatchChunks = 8;
-constexpr int64_t kMaxQueryChunk = 512;
-constexpr int64_t kMinQueryChunk = 48;
-constexpr int64_t kTasksPerThread = 4;
+// The options of both operators, in the order of the schema.
+struct Options {
+  std::optional<Tensor> key_mask, seed;
+  double scale, dropout_p, prefix_dropout_p;
+  std::optional<Tensor> context_lengths;
+  int64_t window;
+  std::optional<Tensor> prefix_index, prefix_lengths, cu_seqlens;
+  int64_t max_seqlen;
+  std::optional<Tensor> bias;
+};
 
-void check_shape(const char* name, const Tensor& tensor, std::initializer_list<int64_t> shape) {
+void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
   STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": expected ",
                   shape.size(), " dimensions, got ", tensor.dim());
-  int64_t dimension = 0;
-  for (const int64_t size : shape) {
-    STD_TORCH_CHECK(tensor.size(dimension) == size, name, ": expected size ", size,
-                    " in dimension ", dimension, ", got ", tensor.size(dimension));
-    ++dimension;
+  for (size_t i = 0; i < shape.size(); ++i) {
+    STD_TORCH_CHECK(tensor.size(i) == shape[i], name, ": expected size ", shape[i],
+                    " in dimension ", i, ", got ", tensor.size(i));
   }
 }
 
 void check_operand(const char* name, const Tensor& tensor, ScalarType dtype,
-                   std::initializer_list<int64_t> shape) {
+                   const std::vector<int64_t>& shape) {
   check_shape(name, tensor, shape);
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype, name,
                   ": expected a CPU tensor of query's dtype");
@@ -37,13 +42,40 @@ void check_operand(const char* name, const Tensor& tensor, ScalarType dtype,
                   ": expected last stride 1, got ", tensor.stride(tensor.dim() - 1));
 }
 
+// [B, H, rows, D], or packed [N, H, D].
 Tokens tokens_of(const Tensor& tensor) {
+  void* data = const_cast<void*>(tensor.const_data_ptr());
+  const bool packed = tensor.dim() == 3;
+  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(packed ? 0 : 2)};
+}
+
+// [B, H, rows], or packed [N, H].
+Statistics statistics_of(const Tensor& tensor) {
+  auto* data = static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
+  const bool packed = tensor.dim() == 2;
+  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(packed ? 0 : 2)};
+}
+
+Prefix prefix_of(const Tensor& tensor) {
   return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
 }
 
-Prefix prefix_of(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1)};
+// The entries of an optional int32 vector, each from least to most; null without one. Checked here
+// too: compiled graphs leave out the checks in Python.
+const int32_t* integers(const char* name, const std::optional<Tensor>& tensor, int64_t count,
+                        int64_t least, int64_t most) {
+  if (!tensor.has_value()) return nullptr;
+  check_shape(name, *tensor, {count});
+  STD_TORCH_CHECK(tensor->is_cpu() && tensor->is_contiguous() &&
+                      tensor->scalar_type() == ScalarType::Int,
+                  name, ": expected a contiguous int32 tensor on the CPU");
+  const auto* values = static_cast<const int32_t*>(tensor->const_data_ptr());
+  for (int64_t i = 0; i < count; ++i) {
+    STD_TORCH_CHECK(values[i] >= least && values[i] <= most, name, ": expected values in ", least,
+                    "..", most, ", got ", values[i]);
+  }
+  return values;
 }
 
 Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
@@ -64,62 +96,107 @@ Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
   return dropout;
 }
 
+// Batch, queries and tokens of a padded or a packed call.
+void fill_layout(Problem& problem, const Tensor& query, const Tensor& key, const Options& options) {
+  const int64_t rank = options.cu_seqlens.has_value() ? 3 : 4;
+  STD_TORCH_CHECK(query.dim() == rank && key.dim() == rank, "query and key: expected ", rank,
+                  " dimensions, got ", query.dim(), " and ", key.dim());
+  problem.heads = query.size(1);
+  problem.head_dim = query.size(rank - 1);
+  problem.starts = nullptr;
+  if (!options.cu_seqlens.has_value()) {
+    problem.batch = query.size(0);
+    problem.queries = query.size(2);
+    problem.tokens = key.size(2);
+    return;
+  }
+  const int64_t total = query.size(0), entries = options.cu_seqlens->numel();
+  problem.starts = integers("cu_seqlens", options.cu_seqlens, entries, 0, total);
+  problem.batch = entries - 1;
+  problem.queries = problem.tokens = options.max_seqlen;
+  STD_TORCH_CHECK(entries > 0 && problem.starts[0] == 0 && problem.starts[entries - 1] == total,
+                  "cu_seqlens: expected values from 0 to ", total);
+  for (int64_t i = 0; i < problem.batch; ++i) {
+    const int64_t length = problem.starts[i + 1] - problem.starts[i];
+    STD_TORCH_CHECK(length >= 0 && length <= options.max_seqlen,
+                    "cu_seqlens: expected lengths in 0..", options.max_seqlen, ", got ", length);
+  }
+}
+
+void fill_bias(Problem& problem, const Options& options) {
+  problem.bias.data = nullptr;
+  if (!options.bias.has_value()) return;
+  const Tensor& bias = *options.bias;
+  const bool shared = bias.dim() == 4 && bias.size(0) == 1;
+  check_shape("bias", bias,
+              {shared ? 1 : problem.batch, problem.heads, problem.queries, problem.tokens});
+  const bool is_float = bias.scalar_type() == ScalarType::Float;
+  STD_TORCH_CHECK(bias.is_cpu() && (is_float || bias.scalar_type() == ScalarType::BFloat16),
+                  "bias: expected float32 or bfloat16 on the CPU");
+  STD_TORCH_CHECK(bias.numel() == 0 || bias.stride(3) == 1, "bias: expected last stride 1, got ",
+                  bias.stride(3));
+  problem.bias = {bias.const_data_ptr(), is_float, shared ? 0 : bias.stride(0), bias.stride(1),
+                  bias.stride(2)};
+}
+
+// Shape of [B, heads, rows, D] or [N, heads, D].
+std::vector<int64_t> token_shape(const Tensor& like, int64_t heads, int64_t rows) {
+  if (like.dim() == 3) return {like.size(0), heads, like.size(2)};
+  return {like.size(0), heads, rows, like.size(3)};
+}
+
 // Whatever the forward and the backward call share.
 void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, const Tensor& value,
-                  const Tensor& prefix_key, const Tensor& prefix_value,
-                  const std::optional<Tensor>& key_mask, const std::optional<Tensor>& seed,
-                  double scale, double dropout_p, double prefix_dropout_p,
-                  const std::optional<Tensor>& context_lengths, int64_t window) {
-  STD_TORCH_CHECK(query.dim() == 4 && key.dim() == 4 && prefix_key.dim() == 3,
-                  "expected query and key with 4 dimensions and prefix_key with 3, got ",
-                  query.dim(), ", ", key.dim(), " and ", prefix_key.dim());
+                  const Tensor& prefix_key, const Tensor& prefix_value, const Options& options) {
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                   "query: expected dtype float32 or bfloat16 on the CPU");
-  problem.batch = query.size(0);
-  problem.heads = query.size(1);
-  problem.queries = query.size(2);
-  problem.head_dim = query.size(3);
-  problem.tokens = key.size(2);
-  problem.prefix = prefix_key.size(1);
-  const int64_t batch = problem.batch, heads = problem.heads, head_dim = problem.head_dim;
-  const int64_t kv_heads = key.size(1);
+  fill_layout(problem, query, key, options);
+  STD_TORCH_CHECK(prefix_key.dim() == 4, "prefix_key: expected 4 dimensions [R, H_kv, P, D], got ",
+                  prefix_key.dim());
+  problem.bank_rows = prefix_key.size(0);
+  problem.prefix = prefix_key.size(2);
+  const int64_t heads = problem.heads, head_dim = problem.head_dim, kv_heads = key.size(1);
   STD_TORCH_CHECK(heads == kv_heads || (kv_heads > 0 && heads % kv_heads == 0),
                   "key: expected heads that divide query's ", heads, ", got ", kv_heads);
   problem.group = heads == 0 ? 1 : heads / kv_heads;
   STD_TORCH_CHECK(head_dim >= 8 && head_dim <= 256 && head_dim % 8 == 0,
                   "query: expected head_dim a multiple of 8 up to 256, got ", head_dim);
-  check_operand("query", query, dtype, {batch, heads, problem.queries, head_dim});
-  check_operand("key", key, dtype, {batch, kv_heads, problem.tokens, head_dim});
-  check_operand("value", value, dtype, {batch, kv_heads, problem.tokens, head_dim});
-  check_operand("prefix_key", prefix_key, dtype, {kv_heads, problem.prefix, head_dim});
-  check_operand("prefix_value", prefix_value, dtype, {kv_heads, problem.prefix, head_dim});
+  check_operand("query", query, dtype, token_shape(query, heads, problem.queries));
+  check_operand("key", key, dtype, token_shape(query, kv_heads, problem.tokens));
+  check_operand("value", value, dtype, token_shape(query, kv_heads, problem.tokens));
+  const std::vector<int64_t> bank{problem.bank_rows, kv_heads, problem.prefix, head_dim};
+  check_operand("prefix_key", prefix_key, dtype, bank);
+  check_operand("prefix_value", prefix_value, dtype, bank);
   problem.query = tokens_of(query);
   problem.key = tokens_of(key);
   problem.value = tokens_of(value);
   problem.prefix_key = prefix_of(prefix_key);
   problem.prefix_value = prefix_of(prefix_value);
   problem.key_mask = nullptr;
-  if (key_mask.has_value()) {
-    check_shape("key_mask", *key_mask, {batch, problem.tokens});
-    STD_TORCH_CHECK(key_mask->is_cpu() && key_mask->scalar_type() == ScalarType::Bool,
+  if (options.key_mask.has_value()) {
+    const Tensor& key_mask = *options.key_mask;
+    check_shape("key_mask", key_mask, {problem.batch, problem.tokens});
+    STD_TORCH_CHECK(key_mask.is_cpu() && key_mask.scalar_type() == ScalarType::Bool,
                     "key_mask: expected a bool tensor on the CPU");
-    problem.key_mask = static_cast<const bool*>(key_mask->const_data_ptr());
-    problem.mask_batch_stride = key_mask->stride(0);
-    problem.mask_column_stride = key_mask->stride(1);
+    STD_TORCH_CHECK(problem.starts == nullptr, "key_mask: expected None with cu_seqlens");
+    problem.key_mask = static_cast<const bool*>(key_mask.const_data_ptr());
+    problem.mask_batch_stride = key_mask.stride(0);
+    problem.mask_column_stride = key_mask.stride(1);
   }
-  problem.context_lengths = nullptr;
-  if (context_lengths.has_value()) {
-    check_shape("context_lengths", *context_lengths, {batch});
-    STD_TORCH_CHECK(context_lengths->is_cpu() && context_lengths->is_contiguous() &&
-                        context_lengths->scalar_type() == ScalarType::Int,
-                    "context_lengths: expected a contiguous int32 tensor on the CPU");
-    problem.context_lengths = static_cast<const int32_t*>(context_lengths->const_data_ptr());
-  }
-  problem.window = window;
-  problem.scale = static_cast<float>(scale);
-  problem.attention_dropout = dropout_of(dropout_p, seed);
-  problem.prefix_dropout = dropout_of(prefix_dropout_p, seed);
+  STD_TORCH_CHECK(options.prefix_index.has_value() || problem.bank_rows == 1,
+                  "prefix_index: expected one with a bank of ", problem.bank_rows, " rows");
+  problem.prefix_index =
+      integers("prefix_index", options.prefix_index, problem.batch, 0, problem.bank_rows - 1);
+  problem.prefix_lengths =
+      integers("prefix_lengths", options.prefix_lengths, problem.bank_rows, 0, problem.prefix);
+  problem.context_lengths =
+      integers("context_lengths", options.context_lengths, problem.batch, 0, problem.tokens);
+  problem.window = options.window;
+  fill_bias(problem, options);
+  problem.scale = static_cast<float>(options.scale);
+  problem.attention_dropout = dropout_of(options.dropout_p, options.seed);
+  problem.prefix_dropout = dropout_of(options.prefix_dropout_p, options.seed);
 }
 
 const Kernels& kernels_for(const Tensor& query) {
@@ -127,154 +204,129 @@ const Kernels& kernels_for(const Tensor& query) {
   return query.scalar_type() == ScalarType::Float ? level.float_kernels : level.bfloat16_kernels;
 }
 
-Tensor empty_bytes(const Tensor& like, int64_t bytes) {
-  return torch::stable::new_empty(like, {bytes}, ScalarType::Byte);
-}
-
-// [B, H, rows, D] whose [B, rows, H, D] view is contiguous.
-Tensor empty_token_major(const Tensor& like) {
+// [B, heads, rows, D] whose [B, rows, heads, D] view is contiguous, or [N, heads, D].
+Tensor empty_tokens(const Tensor& like, int64_t heads) {
+  if (like.dim() == 3) {
+    return torch::stable::new_empty(like, {like.size(0), heads, like.size(2)});
+  }
   const Tensor buffer =
-      torch::stable::new_empty(like, {like.size(0), like.size(2), like.size(1), like.size(3)});
+      torch::stable::new_empty(like, {like.size(0), like.size(2), heads, like.size(3)});
   return torch::stable::transpose(buffer, 1, 2);
 }
 
-char* aligned(const Tensor& bytes) {
-  const auto address = reinterpret_cast<uintptr_t>(bytes.mutable_data_ptr());
-  return reinterpret_cast<char*>((address + 63) & ~static_cast<uintptr_t>(63));
-}
+// Torch's allocator and threads.
+class TorchMachine : public Machine {
+ public:
+  explicit TorchMachine(const Tensor& like) : like_(like) {}
 
-// Runs the tasks on torch's threads, each with scratch of its own. Tasks are handed out one by one:
-// results do not depend on who runs which.
-template <class Task>
-void run_tasks(const Tensor& like, int64_t tasks, int64_t scratch_bytes, const Task& task) {
-  if (tasks == 0) return;
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t workers = threads < tasks ? threads : tasks;
-  const int64_t stride = (scratch_bytes + 63) / 64 * 64;
-  const Tensor scratch = empty_bytes(like, workers * stride + 64);
-  char* base = aligned(scratch);
-  std::atomic<int64_t> next{0};
-  torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t worker = begin; worker < end; ++worker) {
-      for (int64_t index = next++; index < tasks; index = next++) {
-        task(index, base + worker * stride);
-      }
-    }
-  });
-}
+  int64_t threads() const override { return torch::stable::get_num_threads(); }
 
-// Packs the prefix of every head; the returned tensor owns the memory.
-Tensor pack_prefix(const Kernels& kernels, Problem& problem, const Tensor& like, bool backward) {
-  const int64_t bytes = kernels.prefix_bytes(problem, backward);
-  const Tensor packed = empty_bytes(like, problem.kv_heads() * bytes + 64);
-  problem.packed_prefix = aligned(packed);
-  run_tasks(like, bytes > 0 ? problem.kv_heads() : 0, 0,
-            [&](int64_t head, char*) { kernels.pack_prefix(problem, backward, head); });
-  return packed;
-}
+  char* allocate(int64_t bytes) override {
+    pieces_.push_back(torch::stable::new_empty(like_, {bytes + 64}, ScalarType::Byte));
+    const auto address = reinterpret_cast<uintptr_t>(pieces_.back().mutable_data_ptr());
+    return reinterpret_cast<char*>((address + 63) & ~static_cast<uintptr_t>(63));
+  }
 
-int64_t query_chunk(const Problem& problem) {
-  const auto threads = static_cast<int64_t>(torch::stable::get_num_threads());
-  const int64_t heads = problem.batch * problem.heads;
-  const int64_t parts =
-      threads == 1 || heads == 0 ? 1 : (kTasksPerThread * threads - 1) / heads + 1;
-  const int64_t chunk = (problem.queries + parts - 1) / parts;
-  return chunk < kMinQueryChunk ? kMinQueryChunk : chunk > kMaxQueryChunk ? kMaxQueryChunk : chunk;
-}
+  void parallel(int64_t workers, const std::function<void(int64_t)>& work) override {
+    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
+      for (int64_t worker = begin; worker < end; ++worker) work(worker);
+    });
+  }
+
+ private:
+  const Tensor& like_;
+  std::vector<Tensor> pieces_;
+};
 
 }  // namespace
 
 std::tuple<Tensor, Tensor> prefix_attention_forward(
     Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
     std::optional<Tensor> key_mask, std::optional<Tensor> seed, double scale, double dropout_p,
-    double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window) {
+    double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window,
+    std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
+    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias) {
+  const Options options{key_mask,        seed,   scale,        dropout_p,      prefix_dropout_p,
+                        context_lengths, window, prefix_index, prefix_lengths, cu_seqlens,
+                        max_seqlen,      bias};
   ForwardProblem problem{};
-  fill_problem(problem, query, key, value, prefix_key, prefix_value, key_mask, seed, scale,
-               dropout_p, prefix_dropout_p, context_lengths, window);
-  const Kernels& kernels = kernels_for(query);
-  Tensor out = empty_token_major(query);
-  Tensor lse = torch::stable::new_empty(query, {problem.batch, problem.heads, problem.queries},
-                                        ScalarType::Float);
+  fill_problem(problem, query, key, value, prefix_key, prefix_value, options);
+  Tensor out = empty_tokens(query, problem.heads);
+  std::vector<int64_t> rows{query.size(0), problem.heads};
+  if (query.dim() == 4) rows.push_back(problem.queries);
+  Tensor lse = torch::stable::new_empty(query, rows, ScalarType::Float);
   problem.out = tokens_of(out);
-  problem.lse = static_cast<float*>(lse.mutable_data_ptr());
-  problem.query_chunk = query_chunk(problem);
-  const Tensor packed = pack_prefix(kernels, problem, query, false);
-  const int64_t chunks = (problem.queries + problem.query_chunk - 1) / problem.query_chunk;
-  run_tasks(query, problem.batch * problem.heads * chunks, kernels.forward_scratch_bytes(problem),
-            [&](int64_t task, char* scratch) { kernels.forward(problem, task, scratch); });
+  problem.lse = statistics_of(lse);
+  TorchMachine machine(query);
+  run_forward(problem, kernels_for(query), machine);
   return {out, lse};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
-    Tensor out, Tensor lse, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
-    double scale, double dropout_p, double prefix_dropout_p, bool needs_query, bool needs_key_value,
-    bool needs_prefix, std::optional<Tensor> context_lengths, int64_t window,
-    std::optional<Tensor> grad_lse) {
+    Tensor out, Tensor lse, std::optional<Tensor> grad_lse, bool needs_query, bool needs_key_value,
+    bool needs_prefix, bool joint, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
+    double scale, double dropout_p, double prefix_dropout_p, std::optional<Tensor> context_lengths,
+    int64_t window, std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
+    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias) {
+  const Options options{key_mask,        seed,   scale,        dropout_p,      prefix_dropout_p,
+                        context_lengths, window, prefix_index, prefix_lengths, cu_seqlens,
+                        max_seqlen,      bias};
   BackwardProblem problem{};
-  fill_problem(problem, query, key, value, prefix_key, prefix_value, key_mask, seed, scale,
-               dropout_p, prefix_dropout_p, context_lengths, window);
-  const Kernels& kernels = kernels_for(query);
-  const int64_t batch = problem.batch, heads = problem.heads, head_dim = problem.head_dim;
-  const int64_t kv_heads = problem.kv_heads();
+  fill_problem(problem, query, key, value, prefix_key, prefix_value, options);
+  const int64_t heads = problem.heads, kv_heads = problem.kv_heads();
   if (grad_out.numel() > 0 && grad_out.stride(grad_out.dim() - 1) != 1) {
     grad_out = torch::stable::contiguous(grad_out);  // an expanded one has stride 0
   }
-  const auto dtype = query.scalar_type();
-  check_operand("grad_out", grad_out, dtype, {batch, heads, problem.queries, head_dim});
-  check_operand("out", out, dtype, {batch, heads, problem.queries, head_dim});
-  check_shape("lse", lse, {batch, heads, problem.queries});
-  STD_TORCH_CHECK(lse.scalar_type() == ScalarType::Float && lse.is_contiguous(),
-                  "lse: expected a contiguous float32 tensor");
-
-  problem.grad_lse = nullptr;
+  const std::vector<int64_t> shape = token_shape(query, heads, problem.queries);
+  const std::vector<int64_t> rows(shape.begin(), shape.end() - 1);
+  check_operand("grad_out", grad_out, query.scalar_type(), shape);
+  check_operand("out", out, query.scalar_type(), shape);
+  check_operand("lse", lse, ScalarType::Float, rows);
+  problem.out = tokens_of(out);
+  problem.grad_out = tokens_of(grad_out);
+  problem.lse = statistics_of(lse);
+  problem.grad_lse.data = nullptr;
   if (grad_lse.has_value()) {
-    check_shape("grad_lse", *grad_lse, {batch, heads, problem.queries});
+    check_shape("grad_lse", *grad_lse, rows);
     STD_TORCH_CHECK(grad_lse->scalar_type() == ScalarType::Float,
                     "grad_lse: expected a float32 tensor");
-    grad_lse = torch::stable::contiguous(*grad_lse);
-    problem.grad_lse = static_cast<const float*>(grad_lse->const_data_ptr());
+    problem.grad_lse = statistics_of(*grad_lse);
   }
 
-  const auto token_gradient = [&](const Tensor& like, bool needed) {
-    return needed ? empty_token_major(like) : torch::stable::new_empty(like, {0});
-  };
-  const auto prefix_gradient = [&] {
-    return needs_prefix ? torch::stable::new_empty(query, {kv_heads, problem.prefix, head_dim})
-                        : torch::stable::new_empty(query, {0});
-  };
-  Tensor grad_query = token_gradient(query, needs_query);
-  Tensor grad_key = token_gradient(key, needs_key_value);
-  Tensor grad_value = token_gradient(key, needs_key_value);
-  Tensor grad_prefix_key = prefix_gradient(), grad_prefix_value = prefix_gradient();
-
+  // One each: results of an operator may not share memory.
+  const auto nothing = [&] { return torch::stable::new_empty(query, {0}); };
+  Tensor grad_query = nothing(), grad_key = nothing(), grad_value = nothing();
+  if (joint) {
+    STD_TORCH_CHECK(needs_query && needs_key_value && problem.queries == problem.tokens,
+                    "joint: expected T = S and gradients of query, key and value");
+    grad_query = empty_tokens(query, heads + 2 * kv_heads);
+    // The heads of key and value stand behind those of query.
+    problem.grad_query = problem.grad_key = problem.grad_value = tokens_of(grad_query);
+    const int64_t size = query.element_size() * problem.grad_query.head_stride;
+    auto* first = static_cast<char*>(problem.grad_query.data);
+    problem.grad_key.data = first + heads * size;
+    problem.grad_value.data = first + (heads + kv_heads) * size;
+  } else {
+    if (needs_query) problem.grad_query = tokens_of(grad_query = empty_tokens(query, heads));
+    if (needs_key_value) {
+      problem.grad_key = tokens_of(grad_key = empty_tokens(key, kv_heads));
+      problem.grad_value = tokens_of(grad_value = empty_tokens(key, kv_heads));
+    }
+  }
+  Tensor grad_prefix_key = nothing(), grad_prefix_value = nothing();
+  if (needs_prefix) {
+    const std::vector<int64_t> bank{problem.bank_rows, kv_heads, problem.prefix, problem.head_dim};
+    grad_prefix_key = torch::stable::new_empty(query, bank);
+    grad_prefix_value = torch::stable::new_empty(query, bank);
+    problem.grad_prefix_key = grad_prefix_key.mutable_data_ptr();
+    problem.grad_prefix_value = grad_prefix_value.mutable_data_ptr();
+  }
   problem.needs_query = needs_query;
   problem.needs_key_value = needs_key_value;
   problem.needs_prefix = needs_prefix;
-  problem.out = tokens_of(out);
-  problem.grad_out = tokens_of(grad_out);
-  problem.lse = const_cast<float*>(static_cast<const float*>(lse.const_data_ptr()));
-  if (needs_query) problem.grad_query = tokens_of(grad_query);
-  if (needs_key_value) {
-    problem.grad_key = tokens_of(grad_key);
-    problem.grad_value = tokens_of(grad_value);
-  }
-  problem.batch_chunks = batch < kMaxBatchChunks ? batch : kMaxBatchChunks;
-  const Tensor partial = empty_bytes(query, kernels.partial_bytes(problem) + 64);
-  problem.partial = reinterpret_cast<float*>(aligned(partial));
-
-  const Tensor packed = pack_prefix(kernels, problem, query, true);
-  const bool anything = needs_query || needs_key_value || needs_prefix;
-  run_tasks(query, anything ? kv_heads * problem.batch_chunks : 0,
-            kernels.backward_scratch_bytes(problem),
-            [&](int64_t task, char* scratch) { kernels.backward(problem, task, scratch); });
-  if (needs_prefix) {
-    void* key_sum = grad_prefix_key.mutable_data_ptr();
-    void* value_sum = grad_prefix_value.mutable_data_ptr();
-    run_tasks(query, kv_heads, 0, [&](int64_t head, char*) {
-      kernels.reduce_prefix(problem, head, key_sum, value_sum);
-    });
-  }
+  TorchMachine machine(query);
+  run_backward(problem, kernels_for(query), machine);
   return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
 }
 

@@ -14,13 +14,16 @@ using torch::stable::Tensor;
 std::tuple<Tensor, Tensor> prefix_attention_forward(
     Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
     std::optional<Tensor> key_mask, std::optional<Tensor> seed, double scale, double dropout_p,
-    double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window);
+    double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window,
+    std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
+    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
-    Tensor out, Tensor lse, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
-    double scale, double dropout_p, double prefix_dropout_p, bool needs_query, bool needs_key_value,
-    bool needs_prefix, std::optional<Tensor> context_lengths, int64_t window,
-    std::optional<Tensor> grad_lse);
+    Tensor out, Tensor lse, std::optional<Tensor> grad_lse, bool needs_query, bool needs_key_value,
+    bool needs_prefix, bool joint, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
+    double scale, double dropout_p, double prefix_dropout_p, std::optional<Tensor> context_lengths,
+    int64_t window, std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
+    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias);
 
 }  // namespace ptv2

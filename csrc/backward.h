@@ -32,26 +32,27 @@ class Backward {
 
   static int64_t partial_bytes(const BackwardProblem& problem) {
     const Geometry<Operand> geometry(problem.head_dim);
-    const int64_t rows = problem.batch_chunks * problem.kv_heads() * 2 * problem.prefix;
+    const int64_t rows = problem.chunk_count * problem.kv_heads() * 2 * problem.prefix;
     return problem.needs_prefix ? rows * geometry.right_words * sizeof(float) : 0;
   }
 
-  // The chunks' sums of one head, added in the order of the chunks.
-  static void reduce(const BackwardProblem& problem, int64_t head, void* grad_key,
-                     void* grad_value) {
+  // The chunks' sums of one head of a row of the bank, added in the order of the chunks.
+  static void reduce(const BackwardProblem& problem, int64_t bank_row, int64_t head) {
     const int64_t width = Geometry<Operand>(problem.head_dim).right_words;
-    const int64_t head_rows = 2 * problem.prefix;
+    const int64_t head_rows = 2 * problem.prefix, head_dim = problem.head_dim;
+    const int64_t first = (bank_row * problem.kv_heads() + head) * problem.prefix;
     for (int64_t row = 0; row < head_rows; ++row) {
       float sums[kMaxHeadDim + kLanes] = {};
-      for (int64_t chunk = 0; chunk < problem.batch_chunks; ++chunk) {
+      for (int64_t chunk = 0; chunk < problem.chunk_count; ++chunk) {
+        if (problem.chunks[chunk].slot != problem.slot_of_row[bank_row]) continue;
         const float* part =
             problem.partial + ((chunk * problem.kv_heads() + head) * head_rows + row) * width;
-        for (int64_t i = 0; i < problem.head_dim; ++i) sums[i] += part[i];
+        for (int64_t i = 0; i < head_dim; ++i) sums[i] += part[i];
       }
       const bool is_key = row < problem.prefix;
-      auto* destination = static_cast<Element*>(is_key ? grad_key : grad_value);
-      const int64_t prefix_row = head * problem.prefix + (is_key ? row : row - problem.prefix);
-      store_row(destination + prefix_row * problem.head_dim, sums, problem.head_dim, 1.0f);
+      void* gradient = is_key ? problem.grad_prefix_key : problem.grad_prefix_value;
+      const int64_t prefix_row = first + (is_key ? row : row - problem.prefix);
+      store_row(static_cast<Element*>(gradient) + prefix_row * head_dim, sums, head_dim, 1.0f);
     }
   }
 
@@ -80,6 +81,7 @@ class Backward {
     prefix_sums_ = arena_.take<float>(drops_prefix ? 2 * problem.prefix * width_ : 0);
     visible_ = arena_.take<int32_t>(tile_stride_);
     row_visible_ = arena_.take<int32_t>(has_row_limits(problem) ? 2 * tile_stride_ : 0);
+    bias_ = arena_.take<float>(problem.bias.data != nullptr ? 2 * tile_stride_ : 0);
     keep_ = arena_.take<int16_t>(2 * (tile_stride_ + 2 * kColumnsPerStep) + problem.head_dim);
     tokens_ = PackedColumns<Operand>::take(arena_, geometry_, token_columns, true);
     prefix_ = PrefixSource<Operand, Element>::take(arena_, geometry_, problem, true);
@@ -97,8 +99,9 @@ class Backward {
       partial_key_ = partial;
       partial_value_ = partial + prefix_floats;
     }
-    const int64_t end = problem_.batch * (chunk + 1) / problem_.batch_chunks;
-    for (sequence_ = problem_.batch * chunk / problem_.batch_chunks; sequence_ < end; ++sequence_) {
+    const BatchChunk& sequences = problem_.chunks[chunk];
+    for (int64_t i = sequences.first; i < sequences.last; ++i) {
+      sequence_ = problem_.sequence(problem_.order[i]);
       run_sequence();
     }
   }
@@ -116,17 +119,17 @@ class Backward {
     const TokenRange range = uses_tokens ? visible_tokens(problem_, sequence_) : TokenRange{0, 0};
     if (problem_.needs_key_value) {
       write_zeros(0, range.begin);
-      write_zeros(range.end, problem_.tokens);
+      write_zeros(range.end, sequence_.tokens);
     }
     for (int64_t member = 0; member < problem_.group; ++member) prepare_rows(member);
-    BlockWalk walk(uses_prefix ? problem_.prefix : 0, range, columns_);
+    BlockWalk walk(uses_prefix ? sequence_.prefix : 0, range, columns_);
     is_first_block_ = true;
     for (Block block; walk.next(block); is_first_block_ = false) add_block(block);
     if (problem_.needs_query) {
-      const int64_t head_floats = problem_.queries * width_;
+      const int64_t head_floats = sequence_.queries * width_;
       if (is_first_block_) clear_rows(grad_query_, problem_.group * head_floats);
       for (int64_t member = 0; member < problem_.group; ++member) {
-        write(problem_.grad_query, query_head(member), 0, problem_.queries,
+        write(problem_.grad_query, query_head(member), 0, sequence_.queries,
               grad_query_ + member * head_floats);
       }
     }
@@ -136,17 +139,17 @@ class Backward {
   int64_t query_head(int64_t member) const { return kv_head_ * problem_.group + member; }
 
   void prepare_rows(int64_t member) {
-    const int64_t queries = problem_.queries, head = query_head(member);
+    const int64_t queries = sequence_.queries, head = query_head(member);
     const auto out = rows_of<Element>(problem_.out, sequence_, head, 0, queries);
     const auto grad_out = rows_of<Element>(problem_.grad_out, sequence_, head, 0, queries);
-    const float* lse = problem_.lse + (sequence_ * problem_.heads + head) * queries;
     GradientRow* states = rows_ + member * queries;
-    const float* grad_lse = problem_.grad_lse;
-    if (grad_lse != nullptr) grad_lse += (sequence_ * problem_.heads + head) * queries;
     for (int64_t row = 0; row < queries; ++row) {
-      states[row].pivot = lse[row] == -kInfinity ? kInfinity : lse[row];
+      const float lse = *statistic(problem_.lse, sequence_, head, row);
+      states[row].pivot = lse == -kInfinity ? kInfinity : lse;
       states[row].delta = dot(out.row(row), grad_out.row(row), problem_.head_dim);
-      if (grad_lse != nullptr) states[row].delta -= grad_lse[row];
+      if (problem_.grad_lse.data != nullptr) {
+        states[row].delta -= *statistic(problem_.grad_lse, sequence_, head, row);
+      }
     }
   }
 
@@ -161,18 +164,18 @@ class Backward {
           true);
     }
     // Otherwise the first tile of the first query head writes what the others add to.
-    sums_cleared_ = problem_.queries == 0 || has_row_limits(problem_);
+    sums_cleared_ = sequence_.queries == 0 || has_row_limits(problem_);
     if (problem_.needs_key_value && sums_cleared_) {
       clear_rows(grad_key_, block.token_count * width_);
       clear_rows(grad_value_, block.token_count * width_);
     }
     for (int64_t member = 0; member < problem_.group; ++member) {
       head_ = query_head(member);
-      states_ = rows_ + member * problem_.queries;
+      states_ = rows_ + member * sequence_.queries;
       head_grad_query_ =
-          grad_query_ + (problem_.needs_query ? member * problem_.queries * width_ : 0);
-      for (int64_t first = 0; first < problem_.queries; first += kBackwardRows) {
-        const int64_t rows = smaller(kBackwardRows, problem_.queries - first);
+          grad_query_ + (problem_.needs_query ? member * sequence_.queries * width_ : 0);
+      for (int64_t first = 0; first < sequence_.queries; first += kBackwardRows) {
+        const int64_t rows = smaller(kBackwardRows, sequence_.queries - first);
         add_tile(seen_block(block, problem_, sequence_, first, rows), first, rows);
         sums_cleared_ = true;
       }
@@ -239,7 +242,7 @@ class Backward {
   // Turns scores and probability gradients into dropped probabilities and score gradients.
   void differentiate_tile(const Block& block, int64_t first, int64_t rows) {
     const bool drops = problem_.attention_dropout.drops;
-    const auto sequence_head = static_cast<uint32_t>(sequence_ * problem_.heads + head_);
+    const auto sequence_head = static_cast<uint32_t>(sequence_.index * problem_.heads + head_);
     const int64_t keep_stride = tile_stride_ + 2 * kColumnsPerStep;
     for (int64_t row = 0; row < rows; row += Operand::depth) {
       for (int64_t i = 0; drops && i < Operand::depth; ++i) {
@@ -247,15 +250,21 @@ class Backward {
                         static_cast<uint32_t>(first + row + i), sequence_head);
       }
       const int64_t at = row * tile_stride_;
-      const ScoreRow scores{probabilities_ + at, score_gradients_ + at,
-                            row_visible(block, first + row, 0), drops ? keep_ : nullptr,
+      const ScoreRow scores{probabilities_ + at,
+                            score_gradients_ + at,
+                            row_visible(block, first + row, 0),
+                            row_bias(block, first + row, 0),
+                            drops ? keep_ : nullptr,
                             states_[first + row]};
       if constexpr (kPairs) {
         const bool has_second = row + 1 < rows;
-        const ScoreRow second{scores.scores + tile_stride_, scores.gradients + tile_stride_,
-                              row_visible(block, first + row + 1, 1),
+        const int64_t next = first + row + has_second;
+        const ScoreRow second{scores.scores + tile_stride_,
+                              scores.gradients + tile_stride_,
+                              row_visible(block, next, 1),
+                              row_bias(block, next, 1),
                               drops ? keep_ + keep_stride : nullptr,
-                              states_[first + row + has_second]};
+                              states_[next]};
         Bfloat16* pairs = score_gradient_pairs_ + at;
         differentiate_pair(scores, second, has_second, block.width(), pairs, pairs + tile_stride_);
       } else {
@@ -268,6 +277,13 @@ class Backward {
     if (!has_row_limits(problem_)) return visible_;
     int32_t* filled = row_visible_ + slot * tile_stride_;
     fill_row_visible(filled, visible_, problem_, sequence_, block, row);
+    return filled;
+  }
+
+  const float* row_bias(const Block& block, int64_t row, int64_t slot) {
+    if (problem_.bias.data == nullptr) return nullptr;
+    float* filled = bias_ + slot * tile_stride_;
+    fill_bias(filled, problem_, sequence_, head_, block, row);
     return filled;
   }
 
@@ -296,8 +312,8 @@ class Backward {
 
   // This sequence's prefix gradient, masked as its prefix was, onto the sum over the batch.
   void add_dropped_prefix() {
-    const auto sequence_head = static_cast<uint32_t>(sequence_ * problem_.kv_heads() + kv_head_);
-    for (int64_t row = 0; row < problem_.prefix; ++row) {
+    const auto sequence_head = static_cast<uint32_t>(sequence_.index * problem_.kv_heads() + kv_head_);
+    for (int64_t row = 0; row < sequence_.prefix; ++row) {
       const auto logical_row = static_cast<uint32_t>(row);
       const int64_t at = row * width_;
       add_kept(partial_key_ + at, prefix_key_sums_ + at, {logical_row, sequence_head, kPrefixKey});
@@ -370,10 +386,12 @@ class Backward {
   float* prefix_sums_;  // [2, P, width], prefix dropout only
   int32_t* visible_;
   int32_t* row_visible_;  // of two rows
+  float* bias_;           // of two rows
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;
-  int64_t sequence_, kv_head_, head_;
+  Sequence sequence_;
+  int64_t kv_head_, head_;
   GradientRow* states_;  // of head_, likewise head_grad_query_
   float* head_grad_query_;
   float *partial_key_ = nullptr, *partial_value_ = nullptr;

@@ -1,7 +1,7 @@
-// The columns of one sequence, [prefix ; visible tokens], cut into blocks that fit the cache.
+// Packed columns, and where the rows of a sequence and the prefix that it reads lie.
 #pragma once
 
-#include "pack.h"
+#include "visible.h"
 
 namespace ptv2::PTV2_LEVEL {
 
@@ -85,114 +85,6 @@ struct PackedColumns {
   }
 };
 
-// Columns that lie side by side in a tile: prefix columns, then token columns at token_offset.
-struct Block {
-  int64_t prefix_first, prefix_count, token_first, token_count;
-
-  int64_t token_offset() const { return round_up(prefix_count, kLanes); }
-  int64_t width() const { return token_offset() + round_up(token_count, kLanes); }
-};
-
-struct TokenRange {
-  int64_t begin, end;
-};
-
-// The columns between the first (rounded down to a Philox call) and the last visible token.
-inline TokenRange visible_tokens(const Problem& problem, int64_t sequence) {
-  TokenRange range{0, problem.tokens};
-  if (problem.key_mask == nullptr) return range;
-  const bool* mask = problem.key_mask + sequence * problem.mask_batch_stride;
-  const int64_t stride = problem.mask_column_stride;
-  while (range.end > 0 && !mask[(range.end - 1) * stride]) --range.end;
-  while (range.begin < range.end && !mask[range.begin * stride]) ++range.begin;
-  range.begin -= range.begin % kColumnsPerCall;
-  return range;
-}
-
-// Cuts [prefix ; tokens] into blocks of at most `columns` columns, about equal in length.
-class BlockWalk {
- public:
-  BlockWalk(int64_t prefix, TokenRange tokens, int64_t columns) : prefix_(prefix), tokens_(tokens) {
-    const int64_t total = prefix + tokens.end - tokens.begin;
-    const int64_t blocks = larger(1, (total + columns - 1) / columns);
-    columns_ = round_up((total + blocks - 1) / blocks, larger(kPanel, kColumnsPerCall));
-  }
-
-  bool next(Block& block) {
-    if (next_prefix_ == prefix_ && tokens_.begin == tokens_.end) return false;
-    block.prefix_first = next_prefix_;
-    block.prefix_count = smaller(columns_, prefix_ - next_prefix_);
-    next_prefix_ += block.prefix_count;
-    const int64_t left = columns_ - round_up(block.prefix_count, kColumnsPerCall);
-    block.token_first = tokens_.begin;
-    block.token_count = smaller(left, tokens_.end - tokens_.begin);
-    tokens_.begin += block.token_count;
-    return true;
-  }
-
- private:
-  int64_t prefix_;
-  TokenRange tokens_;
-  int64_t columns_, next_prefix_ = 0;
-};
-
-// -1 for visible columns of a block, 0 for masked ones and for padding.
-inline void fill_visible(int32_t* visible, const Problem& problem, int64_t sequence,
-                         const Block& block) {
-  const int64_t offset = block.token_offset();
-  for (int64_t i = 0; i < offset; ++i) visible[i] = i < block.prefix_count ? -1 : 0;
-  const int64_t stride = problem.mask_column_stride;
-  const bool* mask = problem.key_mask;
-  if (mask != nullptr) mask += sequence * problem.mask_batch_stride + block.token_first * stride;
-  const int64_t width = block.width();
-  for (int64_t i = 0; offset + i < width; ++i) {
-    const bool shown = i < block.token_count && (mask == nullptr || mask[i * stride]);
-    visible[offset + i] = shown ? -1 : 0;
-  }
-}
-
-// Whether rows differ in the tokens that they see.
-inline bool has_row_limits(const Problem& problem) {
-  return problem.context_lengths != nullptr || problem.window >= 0;
-}
-
-// The tokens that context_lengths and window show to a row: one run, whose ends grow with the row.
-inline TokenRange row_tokens(const Problem& problem, int64_t sequence, int64_t row) {
-  TokenRange range{0, problem.tokens};
-  if (problem.context_lengths != nullptr) {
-    range.end = smaller(range.end, larger(problem.context_lengths[sequence], row + 1));
-  }
-  if (problem.window >= 0) {
-    range.begin = larger(0, row - problem.window);
-    range.end = smaller(range.end, row + problem.window + 1);
-  }
-  return range;
-}
-
-// The block without the tokens at its end that no row of [first, first + rows) sees; without any
-// token when none of them is seen.
-inline Block seen_block(Block block, const Problem& problem, int64_t sequence, int64_t first,
-                        int64_t rows) {
-  if (!has_row_limits(problem)) return block;
-  const int64_t end = row_tokens(problem, sequence, first + rows - 1).end - block.token_first;
-  const int64_t begin = row_tokens(problem, sequence, first).begin - block.token_first;
-  block.token_count = begin >= block.token_count ? 0 : larger(0, smaller(block.token_count, end));
-  return block;
-}
-
-// What one row sees of a block, out of what the padding mask shows.
-inline void fill_row_visible(int32_t* row_visible, const int32_t* visible, const Problem& problem,
-                             int64_t sequence, const Block& block, int64_t row) {
-  const TokenRange range = row_tokens(problem, sequence, row);
-  const int64_t offset = block.token_offset(), width = block.width();
-  const int64_t begin = larger(0, smaller(range.begin - block.token_first, width - offset));
-  const int64_t end = larger(begin, smaller(range.end - block.token_first, width - offset));
-  for (int64_t i = 0; i < offset; ++i) row_visible[i] = visible[i];
-  for (int64_t i = offset; i < offset + begin; ++i) row_visible[i] = 0;
-  for (int64_t i = offset + begin; i < offset + end; ++i) row_visible[i] = visible[i];
-  for (int64_t i = offset + end; i < width; ++i) row_visible[i] = 0;
-}
-
 // Decisions for one row of a tile; the token part overwrites what the prefix part wrote too far.
 inline void fill_block_keep(int16_t* keep, const Problem& problem, const Block& block, uint32_t row,
                             uint32_t sequence_head) {
@@ -203,24 +95,28 @@ inline void fill_block_keep(int16_t* keep, const Problem& problem, const Block& 
 }
 
 template <class Element>
-Rows<Element> rows_of(const Tokens& tokens, int64_t sequence, int64_t head, int64_t first,
-                      int64_t count) {
-  const auto* data = static_cast<const Element*>(tokens.data);
-  return {
-      data + sequence * tokens.batch_stride + head * tokens.head_stride + first * tokens.row_stride,
-      tokens.row_stride, count};
-}
-
-template <class Element>
-Element* row_pointer(const Tokens& tokens, int64_t sequence, int64_t head, int64_t row) {
-  return static_cast<Element*>(tokens.data) + sequence * tokens.batch_stride +
+Element* row_pointer(const Tokens& tokens, const Sequence& sequence, int64_t head, int64_t row) {
+  return static_cast<Element*>(tokens.data) + sequence.start * tokens.start_stride +
          head * tokens.head_stride + row * tokens.row_stride;
 }
 
+inline float* statistic(const Statistics& statistics, const Sequence& sequence, int64_t head,
+                        int64_t row) {
+  return statistics.data + sequence.start * statistics.start_stride +
+         head * statistics.head_stride + row * statistics.row_stride;
+}
+
 template <class Element>
-Rows<Element> rows_of(const Prefix& prefix, int64_t head, int64_t count) {
-  return {static_cast<const Element*>(prefix.data) + head * prefix.head_stride, prefix.row_stride,
-          count};
+Rows<Element> rows_of(const Tokens& tokens, const Sequence& sequence, int64_t head, int64_t first,
+                      int64_t count) {
+  return {row_pointer<Element>(tokens, sequence, head, first), tokens.row_stride, count};
+}
+
+template <class Element>
+Rows<Element> rows_of(const Prefix& prefix, int64_t bank_row, int64_t head, int64_t count) {
+  return {static_cast<const Element*>(prefix.data) + bank_row * prefix.bank_stride +
+              head * prefix.head_stride,
+          prefix.row_stride, count};
 }
 
 template <class Operand>
@@ -232,15 +128,16 @@ int64_t prefix_bytes(const Problem& problem, bool backward) {
   return arena.used();
 }
 
-// The area of one head in the prefix that is packed once per call.
+// The area of a (row of the bank, head) in the prefixes that are packed once per call.
 template <class Operand>
 PackedColumns<Operand> shared_prefix(const Geometry<Operand>& geometry, const Problem& problem,
-                                     bool backward, int64_t head) {
-  Arena arena(problem.packed_prefix + head * prefix_bytes<Operand>(problem, backward));
+                                     bool backward, int64_t bank_row, int64_t head) {
+  const int64_t area = problem.slot_of_row[bank_row] * problem.kv_heads() + head;
+  Arena arena(problem.packed_prefix + area * prefix_bytes<Operand>(problem, backward));
   return PackedColumns<Operand>::take(arena, geometry, problem.prefix, backward);
 }
 
-// The packed prefix of a (sequence, key/value head): shared by the batch, or masked for this
+// The packed prefix of a (sequence, key/value head): shared by all that read it, or masked for this
 // sequence.
 template <class Operand, class Element>
 struct PrefixSource {
@@ -260,19 +157,20 @@ struct PrefixSource {
     return source;
   }
 
-  void prepare(const Geometry<Operand>& geometry, const Problem& problem, int64_t sequence,
+  void prepare(const Geometry<Operand>& geometry, const Problem& problem, const Sequence& sequence,
                int64_t head, int16_t* keep, bool backward) {
     if (!problem.prefix_dropout.drops) {
-      packed = shared_prefix(geometry, problem, backward, head);
+      packed = shared_prefix(geometry, problem, backward, sequence.bank_row, head);
       return;
     }
-    const auto sequence_head = static_cast<uint32_t>(sequence * problem.kv_heads() + head);
-    const auto kept_key = drop_elements(
-        key, rows_of<Element>(problem.prefix_key, head, problem.prefix), problem.head_dim, keep,
-        problem.prefix_dropout, {0, sequence_head, kPrefixKey});
-    const auto kept_value = drop_elements(
-        value, rows_of<Element>(problem.prefix_value, head, problem.prefix), problem.head_dim, keep,
-        problem.prefix_dropout, {0, sequence_head, kPrefixValue});
+    const auto sequence_head = static_cast<uint32_t>(sequence.index * problem.kv_heads() + head);
+    const auto drop = [&](Element* destination, const Prefix& prefix, Stream stream) {
+      const auto rows = rows_of<Element>(prefix, sequence.bank_row, head, sequence.prefix);
+      return drop_elements(destination, rows, problem.head_dim, keep, problem.prefix_dropout,
+                           {0, sequence_head, stream});
+    };
+    const auto kept_key = drop(key, problem.prefix_key, kPrefixKey);
+    const auto kept_value = drop(value, problem.prefix_value, kPrefixValue);
     packed.pack(geometry, kept_key, kept_value, backward);
   }
 };

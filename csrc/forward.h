@@ -17,15 +17,17 @@ struct RowState {
   float sum;
 };
 
-// Scores of one row -> unnormalised probabilities (of this block), dropped where keep says so.
-// Returns the factor that brings earlier blocks to the new maximum.
+// Scores of one row -> unnormalised probabilities (of this block), dropped where keep says so; bias
+// and keep may be null. Returns the factor that brings earlier blocks to the new maximum.
 template <class Operand>
-float softmax_row(float* row, int64_t width, const int32_t* visible, const int16_t* keep,
-                  RowState& state) {
+float softmax_row(float* row, int64_t width, const int32_t* visible, const float* bias,
+                  const int16_t* keep, RowState& state) {
   const Floats minus_infinity = splat(-kInfinity);
   Floats maxima = minus_infinity;
   for (int64_t i = 0; i < width; i += kLanes) {
-    const Floats score = load<Ints>(visible + i) ? load<Floats>(row + i) : minus_infinity;
+    Floats score = load<Floats>(row + i);
+    if (bias != nullptr) score += load<Floats>(bias + i);
+    score = load<Ints>(visible + i) ? score : minus_infinity;
     maxima = score > maxima ? score : maxima;
     store(row + i, score);
   }
@@ -73,6 +75,7 @@ class Forward {
     states_ = arena_.take<RowState>(problem.query_chunk);
     visible_ = arena_.take<int32_t>(tile_stride_);
     row_visible_ = arena_.take<int32_t>(has_row_limits(problem) ? tile_stride_ : 0);
+    bias_ = arena_.take<float>(problem.bias.data != nullptr ? tile_stride_ : 0);
     keep_ = arena_.take<int16_t>(tile_stride_ + 2 * kColumnsPerStep + problem.head_dim);
     tokens_ =
         PackedColumns<Operand>::take(arena_, geometry_, smaller(columns, problem.tokens), false);
@@ -84,12 +87,13 @@ class Forward {
     const int64_t chunks = (problem_.queries + chunk - 1) / chunk;
     head_ = task / chunks % problem_.heads;
     kv_head_ = head_ / problem_.group;
-    sequence_ = task / chunks / problem_.heads;
+    sequence_ = problem_.sequence(task / chunks / problem_.heads);
     first_row_ = task % chunks * chunk;
-    rows_ = smaller(chunk, problem_.queries - first_row_);
+    rows_ = smaller(chunk, sequence_.queries - first_row_);
+    if (rows_ <= 0) return;
     for (int64_t row = 0; row < rows_; ++row) states_[row] = {-kInfinity, 0.0f};
     prefix_.prepare(geometry_, problem_, sequence_, kv_head_, keep_, false);
-    BlockWalk walk(problem_.prefix, visible_tokens(problem_, sequence_),
+    BlockWalk walk(sequence_.prefix, visible_tokens(problem_, sequence_),
                    forward_columns(problem_.head_dim));
     is_first_block_ = true;
     for (Block block; walk.next(block); is_first_block_ = false) add_block(block);
@@ -149,21 +153,20 @@ class Forward {
 
   void softmax_tile(const Block& block, int64_t first, int64_t rows) {
     const bool drops = problem_.attention_dropout.drops;
-    const auto sequence_head = static_cast<uint32_t>(sequence_ * problem_.heads + head_);
+    const auto sequence_head = static_cast<uint32_t>(sequence_.index * problem_.heads + head_);
+    const bool limits = has_row_limits(problem_), has_bias = problem_.bias.data != nullptr;
     for (int64_t row = 0; row < rows; ++row) {
+      const int64_t logical_row = first_row_ + first + row;
       if (drops) {
-        const auto logical_row = static_cast<uint32_t>(first_row_ + first + row);
-        fill_block_keep(keep_, problem_, block, logical_row, sequence_head);
+        fill_block_keep(keep_, problem_, block, static_cast<uint32_t>(logical_row), sequence_head);
       }
-      const int32_t* visible = visible_;
-      if (has_row_limits(problem_)) {
-        fill_row_visible(row_visible_, visible_, problem_, sequence_, block,
-                         first_row_ + first + row);
-        visible = row_visible_;
+      if (limits) {
+        fill_row_visible(row_visible_, visible_, problem_, sequence_, block, logical_row);
       }
-      const float correction =
-          softmax_row<Operand>(tile_ + row * tile_stride_, block.width(), visible,
-                               drops ? keep_ : nullptr, states_[first + row]);
+      if (has_bias) fill_bias(bias_, problem_, sequence_, head_, block, logical_row);
+      const float correction = softmax_row<Operand>(
+          tile_ + row * tile_stride_, block.width(), limits ? row_visible_ : visible_,
+          has_bias ? bias_ : nullptr, drops ? keep_ : nullptr, states_[first + row]);
       if (is_first_block_) continue;
       float* sums = sums_ + (first + row) * geometry_.right_words;
       for (int64_t i = 0; i < problem_.head_dim; i += kLanes) {
@@ -173,7 +176,6 @@ class Forward {
   }
 
   void write_rows() {
-    float* lse = problem_.lse + (sequence_ * problem_.heads + head_) * problem_.queries;
     for (int64_t row = 0; row < rows_; ++row) {
       const RowState state = states_[row];
       float* sums = sums_ + row * geometry_.right_words;
@@ -184,7 +186,8 @@ class Forward {
       const float factor = empty ? 0.0f : problem_.attention_dropout.factor / state.sum;
       store_row(row_pointer<Element>(problem_.out, sequence_, head_, first_row_ + row), sums,
                 problem_.head_dim, factor);
-      lse[first_row_ + row] = empty ? -kInfinity : state.max + __builtin_logf(state.sum);
+      *statistic(problem_.lse, sequence_, head_, first_row_ + row) =
+          empty ? -kInfinity : state.max + __builtin_logf(state.sum);
     }
   }
 
@@ -198,10 +201,12 @@ class Forward {
   RowState* states_;  // [query_chunk]
   int32_t* visible_;  // [tile_stride], likewise row_visible_
   int32_t* row_visible_;
+  float* bias_;  // [tile_stride]
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;
-  int64_t sequence_, head_, kv_head_, first_row_, rows_;
+  Sequence sequence_;
+  int64_t head_, kv_head_, first_row_, rows_;
   bool is_first_block_;
 };
 

@@ -10,11 +10,12 @@ struct GradientRow {
   float delta;  // sum of out * grad_out
 };
 
-// A row of the two tiles. keep is null without dropout.
+// A row of the two tiles; bias and keep may be null.
 struct ScoreRow {
   float* scores;
   float* gradients;  // dP
   const int32_t* visible;
+  const float* bias;
   const int16_t* keep;
   GradientRow state;
 };
@@ -25,7 +26,9 @@ struct Gradients {
 
 // Probability P recomputed from lse, dS = P * (dropout(dP) - delta).
 PTV2_INLINE Gradients gradients_at(const ScoreRow& row, int64_t column) {
-  Floats probability = exp(load<Floats>(row.scores + column) - row.state.pivot);
+  Floats score = load<Floats>(row.scores + column);
+  if (row.bias != nullptr) score += load<Floats>(row.bias + column);
+  Floats probability = exp(score - row.state.pivot);
   probability = (Floats)((Ints)probability & load<Ints>(row.visible + column));
   Floats gradient = load<Floats>(row.gradients + column);
   Floats dropped = probability;

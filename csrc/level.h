@@ -29,11 +29,12 @@ struct Entries {
     return PTV2_LEVEL::prefix_bytes<Operand>(problem, backward);
   }
 
-  static void pack_prefix(const Problem& problem, bool backward, int64_t head) {
+  static void pack_prefix(const Problem& problem, bool backward, int64_t bank_row, int64_t head) {
     const Geometry<Operand> geometry(problem.head_dim);
-    shared_prefix(geometry, problem, backward, head)
-        .pack(geometry, rows_of<Element>(problem.prefix_key, head, problem.prefix),
-              rows_of<Element>(problem.prefix_value, head, problem.prefix), backward);
+    const int64_t columns = problem.prefix_of_row(bank_row);
+    shared_prefix(geometry, problem, backward, bank_row, head)
+        .pack(geometry, rows_of<Element>(problem.prefix_key, bank_row, head, columns),
+              rows_of<Element>(problem.prefix_value, bank_row, head, columns), backward);
   }
 
   static constexpr Kernels table() {

@@ -1,21 +1,35 @@
-// What one call of the operator is, in plain data: filled by attention.cpp, read by every CPU
-// level. Strides count elements; the last stride of every tensor is 1.
+// What one call of the operator is, in plain data: filled by attention.cpp, completed by run.cpp,
+// read by every CPU level. Strides count elements; the last stride of every tensor is 1.
 #pragma once
 
 #include <cstdint>
 
 namespace ptv2 {
 
-// [B, H, rows, D]
+// [starts, H, rows, D]: a start is a sequence, or in the packed layout the first token of one (and
+// start_stride is row_stride).
 struct Tokens {
   void* data;
-  int64_t batch_stride, head_stride, row_stride;
+  int64_t start_stride, head_stride, row_stride;
 };
 
-// [H_kv, P, D]
+// lse and its gradient: [starts, H, rows]
+struct Statistics {
+  float* data;
+  int64_t start_stride, head_stride, row_stride;
+};
+
+// [R, H_kv, P, D]
 struct Prefix {
   void* data;
-  int64_t head_stride, row_stride;
+  int64_t bank_stride, head_stride, row_stride;
+};
+
+// [1|B, H, T, S]
+struct Bias {
+  const void* data;  // or null
+  bool is_float;     // else bfloat16
+  int64_t batch_stride, head_stride, row_stride;
 };
 
 // Counter-based dropout (Philox-4x32-7): an element is dropped when its 16 bits are <=
@@ -27,46 +41,87 @@ struct Dropout {
   uint32_t key[2];
 };
 
+struct Sequence {
+  int64_t index;  // in the batch
+  int64_t start;  // of its rows in Tokens and Statistics
+  int64_t queries, tokens;
+  int64_t bank_row, prefix;  // the row of the bank that it reads, and how many columns that has
+};
+
 struct Problem {
-  int64_t batch, heads, queries, tokens, prefix, head_dim;
-  int64_t group;  // query heads that share a key/value head; heads is a multiple of it
+  int64_t batch, heads, head_dim;
+  int64_t queries, tokens;  // of a sequence; in the packed layout of the longest one
+  int64_t group;            // query heads that share a key/value head; heads is a multiple of it
+  int64_t bank_rows, prefix;
   Tokens query, key, value;
   Prefix prefix_key, prefix_value;
   const bool* key_mask;  // [B, S], true = attend, or null
   int64_t mask_batch_stride, mask_column_stride;
+  const int32_t* starts;           // [B + 1]: the packed layout, or null
+  const int32_t* prefix_index;     // [B], or null: all read row 0
+  const int32_t* prefix_lengths;   // [R], or null: all have `prefix` columns
   const int32_t* context_lengths;  // [B], or null: bidirectional
   int64_t window;                  // half-width over tokens, negative = none
+  Bias bias;
   float scale;
   Dropout attention_dropout, prefix_dropout;
   Tokens out;
-  float* lse;           // [B, H, T], natural logarithm
-  char* packed_prefix;  // [H_kv] areas filled by pack_prefix, unused with prefix dropout
+  Statistics lse;  // natural logarithm
+
+  // Filled by run.cpp. Rows of the bank that some sequence reads are numbered by slots.
+  const int32_t* slot_of_row;  // [R], -1 for a row that no sequence reads
+  char* packed_prefix;         // [slots, H_kv] areas, unused with prefix dropout
 
   int64_t kv_heads() const { return heads / group; }
+
+  int64_t prefix_of_row(int64_t row) const {
+    return prefix_lengths == nullptr ? prefix : prefix_lengths[row];
+  }
+
+  Sequence sequence(int64_t index) const {
+    Sequence sequence{index, index, queries, tokens, 0, 0};
+    if (starts != nullptr) {
+      sequence.start = starts[index];
+      sequence.queries = sequence.tokens = starts[index + 1] - starts[index];
+    }
+    if (prefix_index != nullptr) sequence.bank_row = prefix_index[index];
+    sequence.prefix = prefix_of_row(sequence.bank_row);
+    return sequence;
+  }
 };
 
 struct ForwardProblem : Problem {
   int64_t query_chunk;  // rows of a task
 };
 
+// Sequences order[first] to order[last - 1], which read the same row of the bank.
+struct BatchChunk {
+  int64_t slot, first, last;
+};
+
 struct BackwardProblem : Problem {
   bool needs_query, needs_key_value, needs_prefix;
-  int64_t batch_chunks;
   Tokens grad_out, grad_query, grad_key, grad_value;
-  const float* grad_lse;  // [B, H, T], or null
-  float* partial;         // fp32 sums of the prefix gradient by chunk of the batch
+  Statistics grad_lse;           // data may be null
+  void *grad_prefix_key, *grad_prefix_value;  // [R, H_kv, P, D] without gaps
+
+  // Filled by run.cpp.
+  const int32_t* order;  // [B]: the sequences by slot, each slot's in the order of the batch
+  const BatchChunk* chunks;
+  int64_t chunk_count;
+  float* partial;  // [chunks, H_kv] fp32 sums of the prefix gradient
 };
 
 // The entry points for one dtype. Sizes are in bytes and depend on the problem only.
 struct Kernels {
   int64_t (*prefix_bytes)(const Problem&, bool backward);
-  void (*pack_prefix)(const Problem&, bool backward, int64_t head);
+  void (*pack_prefix)(const Problem&, bool backward, int64_t bank_row, int64_t head);
   int64_t (*forward_scratch_bytes)(const ForwardProblem&);
   void (*forward)(const ForwardProblem&, int64_t task, char* scratch);
   int64_t (*backward_scratch_bytes)(const BackwardProblem&);
   void (*backward)(const BackwardProblem&, int64_t task, char* scratch);
   int64_t (*partial_bytes)(const BackwardProblem&);
-  void (*reduce_prefix)(const BackwardProblem&, int64_t head, void* grad_key, void* grad_value);
+  void (*reduce_prefix)(const BackwardProblem&, int64_t bank_row, int64_t head);
 };
 
 // A set of CPU instructions and the kernels built for it.

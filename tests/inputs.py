@@ -1,11 +1,17 @@
 """The only factory of operator inputs: outliers, large logits, HF's strides, every kind of mask."""
 
+from __future__ import annotations
+
+import dataclasses
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ptv2_fast.ops.options import Options
+
 ROWS = ("causal", "context", "window", "both")  # what rows see, beside the mask
+BIASES = ("none", "shared", "holes")  # shared by the batch; or its own, in fp32, hiding columns
 MASKS = ("none", "right padding", "random", "single token", "empty rows")
 
 
@@ -43,10 +49,44 @@ class Inputs:
     context_lengths: Tensor | None = None  # int32 [B]
     window: int | None = None
     grad_lse: Tensor | None = None  # [B, H, T]
+    prefix_index: Tensor | None = None  # int32 [B]: the prefixes are a bank
+    prefix_lengths: Tensor | None = None  # int32 [R]
+    bias: Tensor | None = None  # [1|B, H, T, S]
+    cu_seqlens: Tensor | None = None  # int32 [B + 1]: query, key, value, grad_out are packed
+    max_seqlen: int | None = None
+    padded: Inputs | None = None  # of packed inputs: the same call in the padded layout
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value, self.prefix_key, self.prefix_value
+
+    @property
+    def options(self) -> dict[str, object]:
+        """Keyword arguments of the public operator, dropout apart."""
+        names = (
+            "key_mask", "context_lengths", "window", "seed", "prefix_index", "prefix_lengths",
+            "bias", "cu_seqlens", "max_seqlen",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+    def raw_options(self, p: float = 0.0, prefix_p: float = 0.0) -> Options:
+        """The options of the raw operators, whose prefixes have four dimensions."""
+        window = -1 if self.window is None else self.window
+        return Options(
+            self.key_mask, self.seed, self.query.shape[-1] ** -0.5, p, prefix_p,
+            self.context_lengths, window, self.prefix_index, self.prefix_lengths,
+            self.cu_seqlens, self.max_seqlen or 0, self.bias,
+        )  # fmt: skip
+
+    @property
+    def raw_tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        return *self.tensors[:3], *(
+            prefix if prefix.dim() == 4 else prefix[None] for prefix in self.tensors[3:]
+        )
+
+    def pack_rows(self, padded: Tensor) -> Tensor:
+        """[B, H, T, ...] of the padded call -> [N, H, ...]."""
+        return padded.transpose(1, 2)[self.padded.key_mask]
 
 
 def _values(shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
@@ -83,11 +123,18 @@ def make_inputs(
     device: str = "cpu",
     rows: str = "all",
     lse: bool = False,
+    bank: int = 0,
+    bias: str = "none",
+    packed: bool = False,
 ) -> Inputs:
     """Inputs with HF's transposed strides, or "sliced" ones that are views into a larger buffer.
 
     `rows`: "all" tokens are seen by every row, or one of ROWS. `lse`: with a gradient of lse.
+    `bank`: rows of a prefix bank of unequal lengths, 0 = one shared prefix. `bias`: one of BIASES.
+    `packed`: the packed layout of right-padded sequences.
     """
+    if packed:
+        mask = "right padding"
     generator = torch.Generator().manual_seed(seed)
 
     def token_major(tokens: int, heads: int) -> Tensor:
@@ -117,6 +164,70 @@ def make_inputs(
     window = shape.tokens // 4 if rows in ("window", "both") else None
     if lse:
         grad_lse = torch.randn(query.shape[:3], generator=generator)
-    made = (query, key, value, *prefix, key_mask, dropout_seed, grad_out, context_lengths)
-    placed = [None if tensor is None else tensor.to(device) for tensor in made]
-    return Inputs(*placed, window, None if grad_lse is None else grad_lse.to(device))
+    prefix_index = prefix_lengths = None
+    if bank:
+        prefix = [
+            _values((bank, shape.kv_heads, shape.prefix, shape.head_dim), dtype, generator)
+            for _ in range(2)
+        ]
+        prefix_index = torch.randint(bank, (shape.batch,), generator=generator, dtype=torch.int32)
+        prefix_lengths = torch.randint(
+            shape.prefix + 1, (bank,), generator=generator, dtype=torch.int32
+        )
+    made = Inputs(
+        query, key, value, *prefix, key_mask, dropout_seed, grad_out, context_lengths, window,
+        grad_lse, prefix_index, prefix_lengths, _bias(bias, shape, dtype, generator),
+    )  # fmt: skip
+    return _to(_packed(made, strides) if packed else made, device)
+
+
+def _bias(kind: str, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor | None:
+    if kind == "none":
+        return None
+    batch = 1 if kind == "shared" else shape.batch
+    bias = _values((batch, shape.heads, shape.queries, shape.tokens), dtype, generator)
+    if kind == "holes":  # in fp32, with columns that it hides
+        bias = bias.float()
+        bias[torch.rand(bias.shape, generator=generator) < 0.1] = float("-inf")
+    return bias
+
+
+def _packed(padded: Inputs, strides: str) -> Inputs:
+    """Right-padded inputs in the packed layout; pad rows get no gradient."""
+    inside = padded.key_mask[:, None, :, None]
+    padded = dataclasses.replace(
+        padded,
+        grad_out=padded.grad_out * inside,
+        grad_lse=None if padded.grad_lse is None else padded.grad_lse * inside[..., 0],
+    )
+    lengths = padded.key_mask.sum(dim=1)
+    made = dataclasses.replace(
+        padded,
+        key_mask=None,
+        cu_seqlens=torch.cat((lengths.new_zeros(1), lengths.cumsum(0))).int(),
+        max_seqlen=padded.key_mask.shape[1],
+        padded=padded,
+    )
+
+    def pack(tensor: Tensor) -> Tensor:
+        rows = made.pack_rows(tensor)
+        if strides != "sliced":
+            return rows
+        buffer = torch.cat((rows, torch.full_like(rows, float("nan"))), dim=-1)
+        return buffer[..., : rows.shape[-1]]
+
+    changed = {name: pack(getattr(made, name)) for name in ("query", "key", "value", "grad_out")}
+    if made.grad_lse is not None:
+        changed["grad_lse"] = made.pack_rows(made.grad_lse)
+    return dataclasses.replace(made, **changed)
+
+
+def _to(inputs: Inputs, device: str) -> Inputs:
+    moved = {}
+    for field in dataclasses.fields(inputs):
+        value = getattr(inputs, field.name)
+        if isinstance(value, Tensor):
+            moved[field.name] = value.to(device)
+        elif isinstance(value, Inputs):
+            moved[field.name] = _to(value, device)
+    return dataclasses.replace(inputs, **moved)

@@ -1,5 +1,6 @@
 """What a backend is held against: float64 reference, plain torch in the same dtype, magnitudes."""
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,20 @@ class Results(NamedTuple):
     grad_value: Tensor
     grad_prefix_key: Tensor
     grad_prefix_value: Tensor
+
+
+def _in_padded_layout(function):
+    """Packed inputs are what they are when padded: computed so, and packed again."""
+
+    @functools.wraps(function)
+    def wrapper(inputs: Inputs, *rest) -> Results:
+        if inputs.padded is None:
+            return function(inputs, *rest)
+        *of_tokens, grad_prefix_key, grad_prefix_value = function(inputs.padded, *rest)
+        packed = (inputs.pack_rows(result) for result in of_tokens)
+        return Results(*packed, grad_prefix_key, grad_prefix_value)
+
+    return wrapper
 
 
 def _with_gradients(function, inputs: Inputs, dtype: torch.dtype) -> Results:
@@ -43,7 +58,7 @@ def _column_multipliers(inputs: Inputs, p: float, dtype: torch.dtype) -> Tensor 
         [
             dropout.dropout_multiplier((batch, heads, queries, n), p, inputs.seed, stream, dtype)
             for n, stream in (
-                (inputs.prefix_key.shape[1], dropout.PREFIX_STREAM),
+                (inputs.prefix_key.shape[-2], dropout.PREFIX_STREAM),
                 (inputs.key.shape[2], dropout.TOKEN_STREAM),
             )
         ],
@@ -52,7 +67,13 @@ def _column_multipliers(inputs: Inputs, p: float, dtype: torch.dtype) -> Tensor 
 
 
 def _expanded_prefix(inputs: Inputs, prefix: Tensor, stream: int, p: float) -> Tensor:
-    expanded = prefix.expand(inputs.query.shape[0], *prefix.shape)
+    """The prefix of each sequence, [B, H_kv, P, D]."""
+    batch = inputs.query.shape[0]
+    if inputs.prefix_index is None:
+        expanded = prefix.expand(batch, *prefix.shape)
+    else:
+        picked = [prefix[row] for row in inputs.prefix_index.tolist()]
+        expanded = torch.stack(picked) if picked else prefix[:0]
     if p == 0:
         return expanded
     return expanded * dropout.dropout_multiplier(
@@ -78,19 +99,32 @@ def _group(inputs: Inputs) -> int:
 def _scores(inputs: Inputs, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Scores with hidden columns at the least finite value, and which columns are visible."""
     scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+    prefix_length = inputs.prefix_key.shape[-2]
+    if inputs.bias is not None:
+        bias = _finite_bias(inputs).to(scores.dtype)
+        scores = torch.cat((scores[..., :prefix_length], scores[..., prefix_length:] + bias), -1)
     visible = torch.ones_like(scores, dtype=torch.bool)
+    if inputs.bias is not None:
+        visible[..., prefix_length:] &= inputs.bias > float("-inf")
     if inputs.key_mask is not None:
-        visible[..., inputs.prefix_key.shape[1] :] &= inputs.key_mask[:, None, None, :]
+        visible[..., prefix_length:] &= inputs.key_mask[:, None, None, :]
+    for sequence, row in enumerate(_lists(inputs.prefix_index)):
+        visible[sequence, :, :, inputs.prefix_lengths[row] : prefix_length] = False
     for sequence, context in enumerate(_lists(inputs.context_lengths)):
         for row in range(query.shape[2]):
-            first_hidden = inputs.prefix_key.shape[1] + max(context, row + 1)
+            first_hidden = prefix_length + max(context, row + 1)
             visible[sequence, :, row, first_hidden:] = False
     if inputs.window is not None:
         for row in range(query.shape[2]):
-            tokens = visible[:, :, row, inputs.prefix_key.shape[1] :]
+            tokens = visible[:, :, row, prefix_length:]
             tokens[..., : max(0, row - inputs.window)] = False
             tokens[..., row + inputs.window + 1 :] = False
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min), visible
+
+
+def _finite_bias(inputs: Inputs) -> Tensor:
+    """0 for the columns that the bias hides."""
+    return inputs.bias.masked_fill(inputs.bias.isinf(), 0.0)
 
 
 def _lists(tensor: Tensor | None) -> list:
@@ -110,6 +144,7 @@ def _probabilities(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
     return scores.softmax(dim=-1) * visible
 
 
+@_in_padded_layout
 def concatenate_and_expand(inputs: Inputs, p: float, prefix_p: float) -> Results:
     """What PEFT and the original compute, in the dtype of the inputs (eager attention)."""
 
@@ -127,7 +162,7 @@ def concatenate_and_sdpa(inputs: Inputs) -> Results:
 
     On CPU its exponential is good to 20 bits only, and so are results that are merged by its lse.
     """
-    batch, prefix_length = inputs.query.shape[0], inputs.prefix_key.shape[1]
+    batch, prefix_length = inputs.query.shape[0], inputs.prefix_key.shape[-2]
     visible = None
     if inputs.key_mask is not None:
         ones = inputs.key_mask.new_ones(batch, prefix_length)
@@ -141,20 +176,22 @@ def concatenate_and_sdpa(inputs: Inputs) -> Results:
     return _with_gradients(attention, inputs, inputs.query.dtype)
 
 
+@_in_padded_layout
 def oracle(inputs: Inputs, p: float, prefix_p: float) -> Results:
     """The reference in float64 on the same quantised inputs."""
 
     def attention(*tensors: Tensor) -> Tensor:
-        scale = tensors[0].shape[-1] ** -0.5
-        window = -1 if inputs.window is None else inputs.window
+        *tokens, prefix_key, prefix_value = tensors
+        if inputs.prefix_index is None:
+            prefix_key, prefix_value = prefix_key[None], prefix_value[None]
         return reference_attention(
-            *tensors, inputs.key_mask, inputs.seed, scale, p, prefix_p,
-            inputs.context_lengths, window,
-        )  # fmt: skip
+            *tokens, prefix_key, prefix_value, inputs.raw_options(p, prefix_p)
+        )
 
     return _with_gradients(attention, inputs, torch.float64)
 
 
+@_in_padded_layout
 def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
     """The oracle's expressions on absolute values, with plus signs: the size of their rounding.
 
@@ -175,6 +212,8 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
     scale = query.shape[-1] ** -0.5
     out = (probabilities * multipliers) @ values
     scores = scale * (query @ keys.transpose(-1, -2))
+    if inputs.bias is not None:
+        scores[..., inputs.prefix_key.shape[-2] :] += _finite_bias(inputs).double().abs()
     lse = (probabilities * scores).sum(dim=-1) + signed_lse.abs()
     probabilities = probabilities * (1 + lse_rounding)
     delta = (out * grad_out).sum(dim=-1, keepdim=True)
@@ -188,12 +227,18 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
         gradient.unflatten(1, (-1, _group(inputs))).sum(dim=2)
         for gradient in (grad_keys, grad_values)
     )
-    prefix_length = inputs.prefix_key.shape[1]
+    prefix_length = inputs.prefix_key.shape[-2]
 
     def prefix_gradient(gradient: Tensor, prefix: Tensor, stream: int) -> Tensor:
         per_sequence = gradient[:, :, :prefix_length]
         ones = torch.ones_like(prefix, dtype=torch.float64)
-        return (per_sequence * _expanded_prefix(inputs, ones, stream, prefix_p)).sum(dim=0)
+        per_sequence = per_sequence * _expanded_prefix(inputs, ones, stream, prefix_p)
+        if inputs.prefix_index is None:
+            return per_sequence.sum(dim=0)
+        total = torch.zeros_like(prefix, dtype=torch.float64)
+        for sequence, row in enumerate(inputs.prefix_index.tolist()):
+            total[row] += per_sequence[sequence]
+        return total
 
     return Results(
         out,
@@ -211,14 +256,7 @@ def run_backend(inputs: Inputs, backend: str, p: float, prefix_p: float) -> Resu
 
     def attention(*tensors: Tensor) -> Tensor:
         return prefix_attention_with_lse(
-            *tensors,
-            key_mask=inputs.key_mask,
-            context_lengths=inputs.context_lengths,
-            window=inputs.window,
-            dropout_p=p,
-            prefix_dropout_p=prefix_p,
-            seed=inputs.seed,
-            backend=backend,
+            *tensors, **inputs.options, dropout_p=p, prefix_dropout_p=prefix_p, backend=backend
         )
 
     return _with_gradients(attention, inputs, inputs.query.dtype)

@@ -9,7 +9,7 @@ import torch
 from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 from ptv2_fast.ops.registration import CPP_IMPORT_ERROR
 from tests.closeness import assert_close_to_oracle
-from tests.inputs import MASKS, ROWS, Shape, make_inputs
+from tests.inputs import BIASES, MASKS, ROWS, Inputs, Shape, make_inputs
 from tests.oracle import (
     concatenate_and_expand,
     concatenate_and_sdpa,
@@ -41,11 +41,9 @@ CPU_ONLY_SHAPES = [
 DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
 
 
-def check(
-    backends, shape, dtype, mask, p, prefix_p, seed=0, strides="hf", rows="all", lse=False
-) -> None:
-    device = DEVICES.get(backends[0], "cpu")
-    inputs = make_inputs(shape, dtype, mask, seed, strides, device, rows, lse)
+def check(backends, shape, dtype, mask, p, prefix_p, **made) -> None:
+    """Every result of every backend against the oracle; `made`: the options of make_inputs."""
+    inputs = make_inputs(shape, dtype, mask, device=DEVICES.get(backends[0], "cpu"), **made)
     exact = oracle(inputs, p, prefix_p)
     sizes = magnitudes(inputs, p, prefix_p)
     eager = concatenate_and_expand(inputs, p, prefix_p)
@@ -54,7 +52,7 @@ def check(
         plain = concatenate_and_sdpa(inputs) if backend == "split" else eager
         for name in actual._fields:
             results = (getattr(results, name) for results in (actual, exact, plain, sizes))
-            assert_close_to_oracle(*results, name=f"{backend} {name}")
+            assert_close_to_oracle(*results, name=f"{backend} {name} of {shape}")
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -77,6 +75,83 @@ def test_rows_that_see_different_tokens_match_oracle(rows, backend):
     check([backend], shape, torch.float32, "right padding", 0.1, 0.2, rows=rows, lse=True)
     shape = Shape(2, 1, 37, 37, 0, 16)  # without a prefix some rows see nothing
     check([backend], shape, torch.bfloat16, "random", 0.0, 0.0, rows=rows, lse=True)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_banks_and_bias_match_oracle(packed, backend):
+    """More sequences than chunks of the batch, rows of the bank that nobody reads, a long one."""
+    options = {"packed": packed, "rows": "both", "lse": True}
+    shape = Shape(11, 2, 20, 20, 9, 16)
+    check([backend], shape, torch.float32, "random", 0.1, 0.2, bank=4, bias="holes", **options)
+    shape = Shape(3, 4, 37, 37, 70, 32, group=2)
+    check([backend], shape, torch.bfloat16, "none", 0.1, 0.0, bank=2, bias="shared", packed=packed)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_packed_equals_padded_to_the_bit(dtype, backend):
+    """Dropout included: its masks are numbered by sequence and row."""
+    inputs = make_inputs(
+        Shape(5, 4, 83, 83, 9, 32, group=2), dtype, device=DEVICES.get(backend, "cpu"),
+        packed=True, bank=3, rows="context", bias="shared", lse=True,
+    )  # fmt: skip
+    packed = run_backend(inputs, backend, 0.1, 0.1)
+    padded = run_backend(inputs.padded, backend, 0.1, 0.1)
+    for name in packed._fields:
+        expected = getattr(padded, name)
+        if not name.startswith("grad_prefix"):
+            expected = inputs.pack_rows(expected)
+        assert torch.equal(getattr(packed, name), expected), name
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_bank_equals_separate_calls(backend):
+    """And what lies behind prefix_lengths is never read."""
+    device = DEVICES.get(backend, "cpu")
+    inputs = make_inputs(Shape(5, 2, 12, 12, 7, 16), torch.float32, bank=3, device=device)
+    for row, length in enumerate(inputs.prefix_lengths.tolist()):
+        inputs.prefix_key[row, :, length:] = inputs.prefix_value[row, :, length:] = float("nan")
+    together = run_backend(inputs, backend, 0.0, 0.0)
+    expected = torch.zeros_like(together.grad_prefix_key)
+    for sequence, row in enumerate(inputs.prefix_index.tolist()):
+        length = inputs.prefix_lengths[row]
+        alone = Inputs(
+            *(tensor[sequence : sequence + 1] for tensor in inputs.tensors[:3]),
+            *(prefix[row, :, :length] for prefix in inputs.tensors[3:]),
+            None, inputs.seed, inputs.grad_out[sequence : sequence + 1],
+        )  # fmt: skip
+        alone = run_backend(alone, backend, 0.0, 0.0)
+        torch.testing.assert_close(together.out[sequence], alone.out[0])
+        torch.testing.assert_close(together.grad_query[sequence], alone.grad_query[0])
+        expected[row, :, :length] += alone.grad_prefix_key
+    torch.testing.assert_close(together.grad_prefix_key, expected)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
+def test_joint_gradients_equal_separate_ones(backend):
+    """One buffer for the gradients of query, key and value, as one product with W_qkv wants it."""
+    packed = backend != "split"
+    inputs = make_inputs(
+        Shape(3, 4, 21, 21, 5, 16, group=2), torch.float32, "right padding", packed=packed,
+        device=DEVICES.get(backend, "cpu"),
+    )  # fmt: skip
+    forward, backward = (
+        getattr(torch.ops.ptv2, f"prefix_attention_{way}_{backend}")
+        for way in ("forward", "backward")
+    )
+    options = inputs.raw_options()
+    results = forward(*inputs.raw_tensors, *options)
+    arguments = (inputs.grad_out, *inputs.raw_tensors, *results, None, True, True, True)
+    separate = backward(*arguments, False, *options)
+    joint, *others = backward(*arguments, True, *options)
+    assert torch.equal(joint, torch.cat(separate[:3], dim=1))
+    tokens = joint if packed else joint.transpose(1, 2)
+    assert tokens.is_contiguous() and [other.numel() for other in others[:2]] == [0, 0]
+    for gradient, expected in zip(others[2:], separate[3:], strict=True):
+        assert torch.equal(gradient, expected)
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
@@ -118,10 +193,14 @@ def random_case(generator: random.Random, largest: int) -> dict:
         group,
     )
     rows = generator.choice(["all", *ROWS])
-    if rows != "all":
+    packed = generator.random() < 0.3
+    if rows != "all" or packed:
         shape = dataclasses.replace(shape, queries=shape.tokens)
     return {
         "rows": rows,
+        "packed": packed,
+        "bank": generator.choice([0, 0, 1, 3]),
+        "bias": generator.choice(["none", *BIASES]),
         "lse": generator.random() < 0.3,
         "shape": shape,
         "dtype": generator.choice([torch.float32, torch.bfloat16]),
@@ -187,7 +266,7 @@ def test_rows_without_a_visible_column_are_zero(backend):
         assert torch.isfinite(getattr(results, name)).all()
         assert getattr(results, name)[1].abs().max() > 0
     lse_op = getattr(torch.ops.ptv2, f"prefix_attention_forward_{backend}")
-    _, lse = lse_op(*inputs.tensors, inputs.key_mask, None, 0.25, 0.0, 0.0)
+    _, lse = lse_op(*inputs.raw_tensors, *inputs.raw_options())
     assert (lse[0] == float("-inf")).all() and torch.isfinite(lse[1]).all()
 
 
@@ -215,13 +294,13 @@ def test_prefix_only_backward_never_reads_the_tokens(backend):
     )
     pair = [getattr(torch.ops.ptv2, f"prefix_attention_{way}_{backend}")
             for way in ("forward", "backward")]  # fmt: skip
-    options = (None, None, 0.25, 0.0, 0.0)
-    out, lse = pair[0](*inputs.tensors, *options)
-    needs = (False, False, True)
-    whole = pair[1](inputs.grad_out, *inputs.tensors, out, lse, *options, *needs)
-    poisoned = [*inputs.tensors]
+    options = inputs.raw_options()
+    out, lse = pair[0](*inputs.raw_tensors, *options)
+    rest = (out, lse, None, False, False, True, False, *options)
+    whole = pair[1](inputs.grad_out, *inputs.raw_tensors, *rest)
+    poisoned = [*inputs.raw_tensors]
     poisoned[1], poisoned[2] = (torch.full_like(tensor, float("nan")) for tensor in poisoned[1:3])
-    again = pair[1](inputs.grad_out, *poisoned, out, lse, *options, *needs)
+    again = pair[1](inputs.grad_out, *poisoned, *rest)
     assert [gradient.numel() for gradient in again[:3]] == [0, 0, 0]
     assert torch.equal(whole[3], again[3]) and torch.equal(whole[4], again[4])
 
@@ -256,6 +335,12 @@ def test_fp32_prefix_gets_an_fp32_gradient_from_a_bf16_call():
 def test_bad_arguments_name_argument_expected_and_actual():
     inputs = make_inputs(Shape(2, 2, 4, 4, 3, 16), torch.float32)
     query, key, value, prefix_key, prefix_value = inputs.tensors
+    starts = torch.tensor([0, 4, 8], dtype=torch.int32)
+    packed = {"cu_seqlens": starts, "max_seqlen": 4}
+    flat = [tensor.transpose(1, 2).flatten(0, 1) for tensor in inputs.tensors[:3]]
+    flat = [*flat, prefix_key, prefix_value]
+    bank = [query, key, value, *(p.expand(3, *p.shape) for p in (prefix_key, prefix_value))]
+    rows = {"prefix_index": torch.tensor([2, 0], dtype=torch.int32)}
     cases = [
         ("query", (query[0], key, value, prefix_key, prefix_value), {}),
         ("query", [tensor[..., :12] for tensor in inputs.tensors], {}),
@@ -264,7 +349,8 @@ def test_bad_arguments_name_argument_expected_and_actual():
         ("key", (query, key.mT.contiguous().mT, value, prefix_key, prefix_value), {}),
         ("value", (query, key, value[:, :, :2], prefix_key, prefix_value), {}),
         ("key", (query[:, :1], key, value, prefix_key, prefix_value), {}),
-        ("prefix_key", (query, key, value, prefix_key[None], prefix_value), {}),
+        ("prefix_key", (query, key, value, prefix_key[0], prefix_value), {}),
+        ("prefix_value", (query, key, value, prefix_key[None], prefix_value), {}),
         ("prefix_value", (query, key, value, prefix_key, prefix_value[:, :2]), {}),
         ("prefix_value", (query, key, value, prefix_key, prefix_value.long()), {}),
         ("value", (query, key, value.to("meta"), prefix_key, prefix_value), {}),
@@ -281,6 +367,41 @@ def test_bad_arguments_name_argument_expected_and_actual():
         ("context_lengths", inputs.tensors, {"context_lengths": torch.zeros(2)}),
         ("context_lengths", inputs.tensors, {"context_lengths": torch.tensor([0, 5]).int()}),
         ("context_lengths", inputs.tensors, {"context_lengths": torch.tensor([-1, 2]).int()}),
+        ("query", inputs.tensors, packed),
+        ("key", (query[0], key, value, prefix_key, prefix_value), packed),
+        ("max_seqlen", flat, {"cu_seqlens": starts}),
+        ("max_seqlen", flat, {"cu_seqlens": starts, "max_seqlen": 4.0}),
+        ("max_seqlen", flat, {"cu_seqlens": starts, "max_seqlen": 3}),
+        ("max_seqlen", inputs.tensors, {"max_seqlen": 4}),
+        ("cu_seqlens", flat, {**packed, "cu_seqlens": starts.long()}),
+        ("cu_seqlens", flat, {**packed, "cu_seqlens": starts[:0]}),
+        ("cu_seqlens", flat, {**packed, "cu_seqlens": torch.tensor([0, 4, 2, 8]).int()}),
+        ("cu_seqlens", flat, {**packed, "cu_seqlens": torch.tensor([0, 4, 7]).int()}),
+        ("cu_seqlens", flat, {**packed, "cu_seqlens": torch.tensor([1, 4, 8]).int()}),
+        ("key_mask", flat, {**packed, "key_mask": torch.ones(2, 4, dtype=torch.bool)}),
+        ("key", (flat[0], flat[1][:6], *flat[2:]), packed),
+        ("prefix_index", bank, {}),
+        ("prefix_index", bank, {"prefix_index": torch.zeros(2)}),
+        ("prefix_index", bank, {"prefix_index": torch.zeros(3).int()}),
+        ("prefix_index", bank, {"prefix_index": torch.tensor([0, 3]).int()}),
+        ("prefix_index", bank, {"prefix_index": torch.tensor([-1, 0]).int()}),
+        ("prefix_index", inputs.tensors, {"prefix_index": torch.zeros(2).int()}),
+        ("prefix_lengths", inputs.tensors, {"prefix_lengths": torch.zeros(1).int()}),
+        ("prefix_lengths", bank, {**rows, "prefix_lengths": torch.zeros(2).int()}),
+        ("prefix_lengths", bank, {**rows, "prefix_lengths": torch.tensor([0, -1, 2]).int()}),
+        ("prefix_lengths", bank, {**rows, "prefix_lengths": torch.tensor([0, 4, 2]).int()}),
+        ("prefix_value", (*bank[:4], bank[4][:2]), rows),
+        ("prefix_value", (*bank[:4], prefix_value), rows),
+        ("bias", inputs.tensors, {"bias": torch.zeros(2, 4, 4)}),
+        ("bias", inputs.tensors, {"bias": torch.zeros(3, 2, 4, 4)}),
+        ("bias", inputs.tensors, {"bias": torch.zeros(1, 1, 4, 4)}),
+        ("bias", inputs.tensors, {"bias": torch.zeros(1, 2, 4, 4).bfloat16()}),
+        ("bias", inputs.tensors, {"bias": torch.zeros(1, 2, 4, 4).bool()}),
+        ("bias", inputs.tensors, {"bias": torch.zeros(1, 2, 4, 1).expand(1, 2, 4, 4)}),
+        ("bias", inputs.tensors, {"bias": torch.zeros(1, 2, 4, 4, requires_grad=True)}),
+        ("cu_seqlens", flat, {**packed, "backend": "split"}),
+        ("prefix_index", bank, {**rows, "backend": "split"}),
+        ("bias", inputs.tensors, {"bias": torch.zeros(1, 2, 4, 4), "backend": "split"}),
         ("backend", inputs.tensors, {"backend": "fastest"}),
         ("query", [tensor.double() for tensor in inputs.tensors], {"backend": "cpp"}),
     ]

@@ -12,7 +12,7 @@ from tests.inputs import Shape, make_inputs
 def test_reference_equals_sdpa_over_concatenated_columns():
     inputs = make_inputs(Shape(2, 3, 7, 9, 4, 16), torch.float64, "random")
     query, key, value, prefix_key, prefix_value = inputs.tensors
-    out, lse = reference_attention(*inputs.tensors, inputs.key_mask, None, 0.25, 0.0, 0.0)
+    out, lse = reference_attention(*inputs.raw_tensors, inputs.raw_options())
     keys = torch.cat((prefix_key.expand(2, -1, -1, -1), key), dim=2)
     values = torch.cat((prefix_value.expand(2, -1, -1, -1), value), dim=2)
     visible = torch.cat((torch.ones(2, 4, dtype=torch.bool), inputs.key_mask), dim=1)
@@ -27,10 +27,10 @@ def test_reference_passes_gradcheck_with_dropout_and_empty_rows():
     inputs = make_inputs(Shape(2, 1, 3, 4, 0, 8), torch.float64, "empty rows")
     with_prefix = make_inputs(Shape(2, 2, 3, 4, 3, 8), torch.float64, "random")
     for case in (inputs, with_prefix):
-        leaves = [(tensor / 4).requires_grad_() for tensor in case.tensors]
+        leaves = [(tensor / 4).requires_grad_() for tensor in case.raw_tensors]
 
         def attention(*tensors, case=case):
-            return reference_attention(*tensors, case.key_mask, case.seed, 0.3, 0.3, 0.2)
+            return reference_attention(*tensors, case.raw_options(0.3, 0.2))
 
         assert torch.autograd.gradcheck(lambda *x: attention(*x)[0], leaves)
 

@@ -5,49 +5,61 @@ import sys
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
-from tests.inputs import Shape, make_inputs
+from tests.inputs import Inputs, Shape, make_inputs
 
 BACKENDS = ("", "_reference", "_cpp", "_triton", "_split")
 
 
+def everything(packed: bool) -> Inputs:
+    """Every option at once, padded or packed."""
+    return make_inputs(
+        Shape(2, 2, 6, 6, 3, 16), torch.float32, "random", rows="both", lse=True, bank=3,
+        bias="shared", packed=packed,
+    )  # fmt: skip
+
+
+def plain() -> Inputs:
+    """What the split serves."""
+    return make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random")
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("suffix", BACKENDS)
-def test_raw_operators_pass_opcheck(suffix):
-    inputs = make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random", rows="both", lse=True)
-    split = suffix == "_split"  # serves the plain call only
-    p = 0.0 if split else 0.25
-    options = (inputs.key_mask, inputs.seed, 0.25, p, p)
-    rows = () if split else (inputs.context_lengths, inputs.window)
+def test_raw_operators_pass_opcheck(suffix, packed):
+    split = suffix == "_split"
+    inputs = plain() if split else everything(packed)
+    options = inputs.raw_options(*(0.0, 0.0) if split else (0.25, 0.25))
     forward = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix).default
     backward = getattr(torch.ops.ptv2, "prefix_attention_backward" + suffix).default
-    torch.library.opcheck(forward, (*inputs.tensors, *options, *rows))
-    out, lse = forward(*inputs.tensors, *options, *rows)
-    for needs in ((True, True, True), (False, False, True)):
-        arguments = (inputs.grad_out, *inputs.tensors, out, lse, *options, *needs, *rows)
-        if not split:
-            arguments = (*arguments, inputs.grad_lse)
-        torch.library.opcheck(backward, arguments)
+    torch.library.opcheck(forward, (*inputs.raw_tensors, *options))
+    results = forward(*inputs.raw_tensors, *options)
+    arguments = (inputs.grad_out, *inputs.raw_tensors, *results, inputs.grad_lse)
+    for needs in (
+        (True, True, True, False),
+        (False, False, True, False),
+        (True, True, True, True),
+    ):
+        torch.library.opcheck(backward, (*arguments, *needs, *options))
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
 @pytest.mark.parametrize("backend", [None, "reference", "cpp", "triton", "split"])
-def test_public_function_compiles_as_one_graph(backend):
-    inputs = make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random", rows="both", lse=True)
-    p = 0.0 if backend == "split" else 0.2
-    rows = {"context_lengths": inputs.context_lengths, "window": inputs.window}
-    operator = prefix_attention_with_lse
-    if backend == "split":
-        rows, operator = {}, lambda *tensors, **options: (prefix_attention(*tensors, **options), 0)
+def test_public_function_compiles_as_one_graph(backend, packed):
+    split = backend == "split"
+    inputs = plain() if split else everything(packed)
 
     def attention(*tensors):
-        return operator(
-            *tensors, key_mask=inputs.key_mask, dropout_p=p, seed=inputs.seed, backend=backend,
-            **rows,
-        )  # fmt: skip
+        options = {**inputs.options, "backend": backend}
+        if split:
+            return prefix_attention(*tensors, **options), None
+        return prefix_attention_with_lse(*tensors, **options, dropout_p=0.2)
 
     def weighted(out, lse):
         loss = (out * inputs.grad_out).sum()
-        return loss + (lse * inputs.grad_lse).sum() if rows else loss
+        return loss if lse is None else loss + (lse * inputs.grad_lse).sum()
 
     # .sum() sends an expanded gradient of stride 0, which Inductor hands over as it is.
     for grad_of in (lambda out, lse: out.sum(), weighted):
@@ -57,6 +69,44 @@ def test_public_function_compiles_as_one_graph(backend):
             results.append(torch.autograd.grad(grad_of(*function(*leaves)), leaves))
         for eager, compiled in zip(*results, strict=True):
             assert torch.equal(eager, compiled)
+
+
+class _Attention(torch.nn.Module):
+    def __init__(self, inputs: Inputs) -> None:
+        super().__init__()
+        self.prefix = torch.nn.Parameter(inputs.prefix_key)
+        self.static = {"max_seqlen": inputs.max_seqlen, "window": inputs.window}
+
+    def forward(self, query, key, value, options):
+        return prefix_attention(
+            query, key, value, self.prefix, self.prefix, **options, **self.static, dropout_p=0.1
+        )
+
+
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_public_function_exports(packed):
+    inputs = everything(packed)
+    model = _Attention(inputs)
+    options = {name: x for name, x in inputs.options.items() if name not in model.static}
+    arguments = (*inputs.tensors[:3], options)
+    exported = torch.export.export(model, arguments)
+    assert torch.equal(exported.module()(*arguments), model(*arguments))
+
+
+def test_fake_tensors_pass_with_packed_and_bank_inputs():
+    inputs = everything(packed=True)
+    with FakeTensorMode(allow_non_fake_inputs=False) as mode:
+        fake = [mode.from_tensor(tensor) for tensor in inputs.tensors]
+        options = {
+            name: mode.from_tensor(x) if isinstance(x, torch.Tensor) else x
+            for name, x in inputs.options.items()
+        }
+        leaves = [tensor.detach().requires_grad_() for tensor in fake]
+        out = prefix_attention(*leaves, **options)
+        gradients = torch.autograd.grad(out.sum(), leaves)
+    assert out.shape == inputs.query.shape
+    for gradient, tensor in zip(gradients, inputs.tensors, strict=True):
+        assert gradient.shape == tensor.shape
 
 
 def run_python(code: str, **environment: str) -> str:

@@ -4,18 +4,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ptv2_fast.ops.options import Options
 from ptv2_fast.ops.registration import BACKENDS, CPP_IMPORT_ERROR, HAS_TRITON, KERNEL_DTYPES
-from ptv2_fast.ops.validation import expect, validate, validate_visibility
+from ptv2_fast.ops.validation import (
+    expect,
+    validate_options,
+    validate_tensors,
+    validate_values,
+    values_are_known,
+)
 
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        *tensors, key_mask, seed, context_lengths, suffix, rates, window, lse_counts = arguments
+        tensors, options = arguments[:5], arguments[5:-2]
+        suffix, lse_counts = arguments[-2:]
         forward_op = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix)
-        out, lse = forward_op(*tensors, key_mask, seed, *rates, context_lengths, window)
-        ctx.save_for_backward(*tensors, out, lse, key_mask, seed, context_lengths)
-        ctx.suffix, ctx.rates, ctx.window, ctx.lse_counts = suffix, rates, window, lse_counts
+        out, lse = forward_op(*tensors, *options)
+        # None saves as None, and the others are put back between: no tensor rides on ctx itself.
+        is_tensor = [isinstance(option, Tensor) for option in options]
+        ctx.save_for_backward(
+            *tensors,
+            out,
+            lse,
+            *(x if yes else None for x, yes in zip(options, is_tensor, strict=True)),
+        )
+        ctx.plain_options = [None if yes else x for x, yes in zip(options, is_tensor, strict=True)]
+        ctx.suffix, ctx.lse_counts = suffix, lse_counts
         if not lse_counts:
             ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -24,21 +40,23 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        *saved, context_lengths = ctx.saved_tensors
+        *tensors, out, lse = ctx.saved_tensors[:7]
+        options = [
+            plain if saved is None else saved
+            for plain, saved in zip(ctx.plain_options, ctx.saved_tensors[7:], strict=True)
+        ]
         if grad_out is None:  # only lse was used
-            grad_out = torch.zeros_like(saved[5])
+            grad_out = torch.zeros_like(out)
         needs_query, *needs_others = ctx.needs_input_grad[:5]
         needed = (needs_query, any(needs_others[:2]), any(needs_others[2:]))
         backward_op = getattr(torch.ops.ptv2, "prefix_attention_backward" + ctx.suffix)
         grad_lse = grad_lse if ctx.lse_counts else None  # compiled graphs send zeros
-        gradients = backward_op(
-            grad_out, *saved, *ctx.rates, *needed, context_lengths, ctx.window, grad_lse
-        )
+        gradients = backward_op(grad_out, *tensors, out, lse, grad_lse, *needed, False, *options)
         wanted = (
             gradient if need else None
             for gradient, need in zip(gradients, ctx.needs_input_grad[:5], strict=True)
         )
-        return *wanted, *[None] * 7
+        return *wanted, *[None] * (len(options) + 2)
 
 
 def _resolve_suffix(backend: str | None, query: Tensor) -> str:
@@ -77,8 +95,13 @@ def prefix_attention(
     prefix_value: Tensor,
     *,
     key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    prefix_index: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
     context_lengths: Tensor | None = None,
     window: int | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     prefix_dropout_p: float = 0.0,
@@ -94,34 +117,46 @@ def prefix_attention(
 
     Args:
         query: [B, H, T, D], float32, bfloat16 or (on GPUs) float16; D a multiple of 8 up to 256.
+            Packed: [N, H, D].
         key, value: [B, H_kv, S, D], dtype of query; H is a multiple of H_kv (grouped-query
             attention: query head h reads key/value head h // (H / H_kv)). T, S and P may be 0.
-        prefix_key, prefix_value: [H_kv, P, D], shared by the batch; cast to query's dtype.
-        key_mask: bool [B, S], True = attend (padding). Prefix columns are always visible.
+            Packed: [N, H_kv, D].
+        prefix_key, prefix_value: [H_kv, P, D], shared by the batch, or a bank [R, H_kv, P, D] of
+            which each sequence reads one row; cast to query's dtype.
+        key_mask: bool [B, S], True = attend (padding). Prefix columns are always visible. Not in
+            the packed layout, which has no padding.
+        cu_seqlens: int32 [B + 1]: sequence b is tokens cu_seqlens[b] to cu_seqlens[b + 1] of the
+            packed layout; the last entry is N. The result is that of the padded call to the bit.
+        max_seqlen: with cu_seqlens, a length that no sequence exceeds.
+        prefix_index: int32 [B], the row of the bank that each sequence reads.
+        prefix_lengths: int32 [R]: only the first columns of a row of the bank exist. What lies
+            behind them is not read, and its gradient is 0.
         context_lengths: int32 [B]; row i sees token column j when j < context_lengths[b] or j <= i
             (GLM's prefix-LM; 0 = causal). None: bidirectional. Needs S = T.
         window: row i sees token columns with |i - j| <= window. Needs S = T.
+        bias: [1 or B, H, T, S], query's dtype or float32, added to the scores of token columns
+            (T5, MPNet); it has no gradient. Packed: T and S are max_seqlen.
         scale: factor on the scores, default D ** -0.5.
         dropout_p: dropout on probabilities, prefix columns included.
         prefix_dropout_p: element-wise dropout on prefix_key and prefix_value, a mask per sequence.
         seed: int64 tensor [1] that fixes the dropout masks; drawn from torch's generator when None.
-        check: on a GPU too, check the values of context_lengths, which waits for the device; on a
-            CPU they always are.
+        check: on a GPU too, check the values of cu_seqlens, prefix_index, prefix_lengths and
+            context_lengths, which waits for the device; on a CPU they always are.
         backend: "reference", "cpp", "triton" or "split" forces one; None chooses by device. "split"
-            serves no dropout, context_lengths or window.
+            serves no dropout, bank, packed layout, context_lengths, window or bias.
 
     Returns:
-        [B, H, T, D] in query's dtype, whose [B, T, H, D] view is contiguous. A row without a
-        visible column gives 0.
+        [B, H, T, D] in query's dtype, whose [B, T, H, D] view is contiguous; packed [N, H, D]. A
+        row without a visible column gives 0.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
     """
-    tensors = (query, key, value, prefix_key, prefix_value)
-    rates = (scale, dropout_p, prefix_dropout_p)
     return _attend(
-        tensors, rates, key_mask, context_lengths, window, seed, check, backend, lse_counts=False
-    )[0]
+        (query, key, value, prefix_key, prefix_value), False, check, backend,
+        key_mask, cu_seqlens, max_seqlen, prefix_index, prefix_lengths, context_lengths, window,
+        bias, scale, dropout_p, prefix_dropout_p, seed,
+    )[0]  # fmt: skip
 
 
 def prefix_attention_with_lse(
@@ -132,8 +167,13 @@ def prefix_attention_with_lse(
     prefix_value: Tensor,
     *,
     key_mask: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    max_seqlen: int | None = None,
+    prefix_index: Tensor | None = None,
+    prefix_lengths: Tensor | None = None,
     context_lengths: Tensor | None = None,
     window: int | None = None,
+    bias: Tensor | None = None,
     scale: float | None = None,
     dropout_p: float = 0.0,
     prefix_dropout_p: float = 0.0,
@@ -146,44 +186,64 @@ def prefix_attention_with_lse(
     Two results over disjoint columns merge by lse. "split" gives no gradient of lse.
 
     Returns:
-        out, and lse [B, H, T] in float32 (float64 for float64 inputs): natural logarithm, dropout
-        not applied, -inf for a row without a visible column.
+        out, and lse [B, H, T] (packed [N, H]) in float32 (float64 for float64 inputs): natural
+        logarithm, dropout not applied, -inf for a row without a visible column.
     """
-    tensors = (query, key, value, prefix_key, prefix_value)
-    rates = (scale, dropout_p, prefix_dropout_p)
     return _attend(
-        tensors, rates, key_mask, context_lengths, window, seed, check, backend, lse_counts=True
-    )
+        (query, key, value, prefix_key, prefix_value), True, check, backend,
+        key_mask, cu_seqlens, max_seqlen, prefix_index, prefix_lengths, context_lengths, window,
+        bias, scale, dropout_p, prefix_dropout_p, seed,
+    )  # fmt: skip
 
 
 def _attend(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
-    rates: tuple[float | None, float, float],  # scale, dropout_p, prefix_dropout_p
-    key_mask: Tensor | None,
-    context_lengths: Tensor | None,
-    window: int | None,
-    seed: Tensor | None,
+    lse_counts: bool,  # the gradient of lse is passed on
     check: bool,
     backend: str | None,
-    lse_counts: bool,
+    key_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    prefix_index: Tensor | None,
+    prefix_lengths: Tensor | None,
+    context_lengths: Tensor | None,
+    window: int | None,
+    bias: Tensor | None,
+    scale: float | None,
+    dropout_p: float,
+    prefix_dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """out and lse; the gradient of lse is passed on when `lse_counts`."""
     query, key, value, prefix_key, prefix_value = tensors
-    scale, dropout_p, prefix_dropout_p = rates
-    ps = {"dropout_p": dropout_p, "prefix_dropout_p": prefix_dropout_p}
-    validate(query, key, value, prefix_key, prefix_value, key_mask, ps, seed)
-    validate_visibility(query, key, context_lengths, window, check)
+    sizes = validate_tensors(query, key, value, prefix_key, prefix_value, cu_seqlens, max_seqlen)
+    validate_options(
+        sizes, key_mask, prefix_index, prefix_lengths, context_lengths, window, bias,
+        {"dropout_p": dropout_p, "prefix_dropout_p": prefix_dropout_p}, seed,
+    )  # fmt: skip
+    if (check or query.device.type == "cpu") and values_are_known(query):
+        validate_values(sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths)
     suffix = _resolve_suffix(backend, query)
-    scale = query.shape[-1] ** -0.5 if scale is None else float(scale)
     if seed is None and (dropout_p > 0 or prefix_dropout_p > 0):
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
+    options = Options(
+        key_mask,
+        seed,
+        query.shape[-1] ** -0.5 if scale is None else float(scale),
+        float(dropout_p),
+        float(prefix_dropout_p),
+        context_lengths,
+        -1 if window is None else window,
+        prefix_index,
+        prefix_lengths,
+        cu_seqlens,
+        0 if max_seqlen is None else max_seqlen,
+        bias,
+    )
     prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
-    raw_rates = (scale, float(dropout_p), float(prefix_dropout_p))
-    limit = -1 if window is None else window
+    if prefix_key.dim() == 3:  # a bank of one row
+        prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
     tensors = (query, key, value, prefix_key, prefix_value)
     if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
-        return _PrefixAttention.apply(
-            *tensors, key_mask, seed, context_lengths, suffix, raw_rates, limit, lse_counts
-        )
+        return _PrefixAttention.apply(*tensors, *options, suffix, lse_counts)
     forward_op = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix)
-    return forward_op(*tensors, key_mask, seed, *raw_rates, context_lengths, limit)
+    return forward_op(*tensors, *options)

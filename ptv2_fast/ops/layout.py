@@ -1,12 +1,28 @@
-"""How the operator lays out what it allocates; every backend and every fake allocates alike."""
+"""How the operator lays out what it allocates; every backend and every fake allocates alike.
 
+Tokens come as [B, H, T, D], or packed as [N, H, D] (the sequences one behind the other).
+"""
+
+import torch
 from torch import Tensor
 
 
 def empty_token_major(like: Tensor) -> Tensor:
-    """An empty [B, H, T, D] tensor whose [B, T, H, D] view is contiguous, as HF reshapes it."""
-    batch, heads, tokens, head_dim = like.shape
+    """An empty [N, H, D], or [B, H, T, D] whose [B, T, H, D] view is contiguous, as HF's is."""
+    return _empty_tokens(like, like.shape[1])
+
+
+def _empty_tokens(like: Tensor, heads: int) -> Tensor:
+    if like.dim() == 3:
+        return like.new_empty(like.shape[0], heads, like.shape[2])
+    batch, _, tokens, head_dim = like.shape
     return like.new_empty(batch, tokens, heads, head_dim).transpose(1, 2)
+
+
+def empty_lse(query: Tensor) -> Tensor:
+    """An empty [B, H, T], or [N, H] in the packed layout."""
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    return query.new_empty(query.shape[:-1], dtype=dtype)
 
 
 def empty_gradients(
@@ -16,19 +32,32 @@ def empty_gradients(
     needs_query: bool,
     needs_key_value: bool,
     needs_prefix: bool,
+    joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five uninitialised gradients; one that is not needed is an empty(0)."""
+    """The five uninitialised gradients; one that is not needed is an empty(0).
+
+    `joint`: the first holds those of query, key and value, along the heads; the next two are
+    empty(0).
+    """
 
     def token_gradient(like: Tensor, needed: bool) -> Tensor:
-        return empty_token_major(like) if needed else like.new_empty(0)
+        return empty_token_major(like) if needed and not joint else like.new_empty(0)
 
     def prefix_gradient() -> Tensor:
         return prefix_key.new_empty(prefix_key.shape if needs_prefix else 0)
 
+    together = query.shape[1] + 2 * key.shape[1]
     return (
-        token_gradient(query, needs_query),
+        _empty_tokens(query, together) if joint else token_gradient(query, needs_query),
         token_gradient(key, needs_key_value),
         token_gradient(key, needs_key_value),
         prefix_gradient(),
         prefix_gradient(),
     )
+
+
+def split_joint(joint: Tensor, key_value_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The views of a joint gradient that belong to query, key and value."""
+    heads = joint.shape[1] - 2 * key_value_heads
+    query, key, value = joint.split((heads, key_value_heads, key_value_heads), dim=1)
+    return query, key, value

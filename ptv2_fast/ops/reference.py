@@ -1,11 +1,12 @@
 """The definition of prefix attention in plain torch: the oracle of every backend.
 
-    scores = scale * query @ [prefix_key ; key]^T          (hidden token columns: -inf)
+    scores = scale * query @ [prefix_key ; key]^T + [0 ; bias]   (hidden token columns: -inf)
     out    = dropout(softmax(scores)) @ [prefix_value ; value]
 
 Row i sees token column j when key_mask shows it, j < context_length or j <= i, and
-|i - j| <= window; each of the three may be absent. It always sees the prefix.
-Query head h reads key/value head h // (H / H_kv).
+|i - j| <= window; each of the three may be absent. It always sees its prefix: row
+prefix_index[b] of a bank, up to prefix_lengths of that row.
+Query head h reads key/value head h // (H / H_kv). Packed sequences are what they are when padded.
 
 It runs in any floating dtype (float64 included), on any device, and is differentiable.
 """
@@ -22,35 +23,40 @@ from ptv2_fast.ops.dropout import (
     TOKEN_STREAM,
     dropout_multiplier,
 )
+from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.packing import PackedRows
 
 
 def reference_attention(
-    query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, H_kv, S, D]
-    value: Tensor,  # [B, H_kv, S, D]
-    prefix_key: Tensor,  # [H_kv, P, D]
-    prefix_value: Tensor,  # [H_kv, P, D]
-    key_mask: Tensor | None,  # bool [B, S], True = attend
-    seed: Tensor | None,  # int64 [1]
-    scale: float,
-    dropout_p: float,
-    prefix_dropout_p: float,
-    context_lengths: Tensor | None = None,  # int32 [B]
-    window: int = -1,  # negative = none
+    query: Tensor,  # [B, H, T, D]; packed: [N, H, D]
+    key: Tensor,  # [B, H_kv, S, D]; packed: [N, H_kv, D]
+    value: Tensor,
+    prefix_key: Tensor,  # [R, H_kv, P, D]
+    prefix_value: Tensor,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over [prefix ; tokens], by definition.
 
     Returns:
         out [B, H, T, D] and lse [B, H, T], the natural logarithm of the softmax denominator, both
-        float64 for float64 inputs, else float32. A row without a visible column has out 0 and lse
-        -inf.
+        float64 for float64 inputs, else float32; packed [N, H, D] and [N, H]. A row without a
+        visible column has out 0 and lse -inf.
     """
+    if options.cu_seqlens is not None:
+        rows = PackedRows(options.cu_seqlens, options.max_seqlen, query.shape[0])
+        out, lse = reference_attention(
+            rows.pad(query),
+            rows.pad(key),
+            rows.pad(value),
+            prefix_key,
+            prefix_value,
+            rows.padded_options(options),
+        )
+        return rows.unpad(out), rows.unpad(lse)
     query = _upcast(query)
-    group = _group(query, key)
-    keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM, group)
-    values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM, group)
-    visible = visible_tokens(query, key, key_mask, context_lengths, window)
-    scores = _scores(query, keys, visible, scale)
+    keys = _columns(query, key, prefix_key, options, PREFIX_KEY_STREAM)
+    values = _columns(query, value, prefix_value, options, PREFIX_VALUE_STREAM)
+    scores = _scores(query, keys, key.shape[2], options)
 
     # A row without a visible column: a finite pivot before the softmax keeps values and gradients
     # free of NaN; repairing NaN afterwards would leave it in the gradients.
@@ -59,59 +65,69 @@ def reference_attention(
     lse = torch.logsumexp(safe_scores, dim=-1) if scores.shape[-1] else scores.sum(dim=-1)
     probabilities = torch.where(any_visible, torch.softmax(safe_scores, dim=-1), 0.0)
     lse = lse.masked_fill(~any_visible[..., 0], float("-inf"))
-    multiplier = _probability_multiplier(scores, prefix_key.shape[1], dropout_p, seed)
+    multiplier = _probability_multiplier(scores, key.shape[2], options)
     return (probabilities * multiplier) @ values, lse
 
 
 def reference_gradients(
-    grad_out: Tensor,  # [B, H, T, D]
+    grad_out: Tensor,  # [B, H, T, D]; packed: [N, H, D]
     query: Tensor,
     key: Tensor,
     value: Tensor,
     prefix_key: Tensor,
     prefix_value: Tensor,
-    out: Tensor,  # [B, H, T, D]
-    lse: Tensor,  # [B, H, T]
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    prefix_dropout_p: float,
-    context_lengths: Tensor | None = None,
-    window: int = -1,
-    grad_lse: Tensor | None = None,  # [B, H, T]
+    out: Tensor,
+    lse: Tensor,  # [B, H, T]; packed: [N, H]
+    grad_lse: Tensor | None,  # as lse
+    options: Options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The five gradients by the formulas every backend implements, probabilities from lse."""
+    if options.cu_seqlens is not None:
+        rows = PackedRows(options.cu_seqlens, options.max_seqlen, query.shape[0])
+        *of_tokens, grad_prefix_key, grad_prefix_value = reference_gradients(
+            rows.pad(grad_out),
+            rows.pad(query),
+            rows.pad(key),
+            rows.pad(value),
+            prefix_key,
+            prefix_value,
+            rows.pad(out),
+            rows.pad(lse),
+            None if grad_lse is None else rows.pad(grad_lse),
+            rows.padded_options(options),
+        )
+        grad_query, grad_key, grad_value = (rows.unpad(gradient) for gradient in of_tokens)
+        return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value
     query, grad_out = _upcast(query), _upcast(grad_out)
-    group = _group(query, key)
-    keys = _columns(prefix_key, key, prefix_dropout_p, seed, PREFIX_KEY_STREAM, group)
-    values = _columns(prefix_value, value, prefix_dropout_p, seed, PREFIX_VALUE_STREAM, group)
-    visible = visible_tokens(query, key, key_mask, context_lengths, window)
-    scores = _scores(query, keys, visible, scale)
+    keys = _columns(query, key, prefix_key, options, PREFIX_KEY_STREAM)
+    values = _columns(query, value, prefix_value, options, PREFIX_VALUE_STREAM)
+    scores = _scores(query, keys, key.shape[2], options)
     pivot = lse.masked_fill(lse == float("-inf"), 0.0)[..., None]
     probabilities = torch.exp(scores - pivot)
-    multiplier = _probability_multiplier(scores, prefix_key.shape[1], dropout_p, seed)
+    multiplier = _probability_multiplier(scores, key.shape[2], options)
 
     delta = (_upcast(out) * grad_out).sum(dim=-1, keepdim=True)
     if grad_lse is not None:  # d lse / d scores = probabilities
         delta = delta - grad_lse[..., None]
     grad_probabilities = multiplier * (grad_out @ values.transpose(-1, -2))
-    grad_scores = scale * probabilities * (grad_probabilities - delta)
+    grad_scores = options.scale * probabilities * (grad_probabilities - delta)
     grad_query = grad_scores @ keys
     # Summed over the query heads that share a key/value head, [B, H_kv, P + S, D].
+    group = _group(query, key)
     grad_keys = (grad_scores.transpose(-1, -2) @ query).unflatten(1, (-1, group)).sum(dim=2)
     grad_values = (probabilities * multiplier).transpose(-1, -2) @ grad_out
     grad_values = grad_values.unflatten(1, (-1, group)).sum(dim=2)
+    prefix_length = prefix_key.shape[2]
 
     def prefix_gradient(gradient: Tensor, stream: int) -> Tensor:
-        per_sequence = gradient[:, :, : prefix_key.shape[1]]
-        multiplier = _multiplier(per_sequence, prefix_dropout_p, seed, stream)
-        return (per_sequence * multiplier).sum(dim=0)
+        per_sequence = gradient[:, :, :prefix_length]
+        multiplier = _multiplier(per_sequence, options.prefix_dropout_p, options.seed, stream)
+        return _sum_of_rows(per_sequence * multiplier, prefix_key.shape[0], options.prefix_index)
 
     return (
         grad_query,
-        grad_keys[:, :, prefix_key.shape[1] :],
-        grad_values[:, :, prefix_key.shape[1] :],
+        grad_keys[:, :, prefix_length:],
+        grad_values[:, :, prefix_length:],
         prefix_gradient(grad_keys, PREFIX_KEY_STREAM),
         prefix_gradient(grad_values, PREFIX_VALUE_STREAM),
     )
@@ -134,57 +150,80 @@ def _group(query: Tensor, key: Tensor) -> int:
 
 
 def _columns(
-    prefix: Tensor,
-    tokens: Tensor,
-    prefix_dropout_p: float,
-    seed: Tensor | None,
-    stream: int,
-    group: int,
+    query: Tensor, tokens: Tensor, prefix: Tensor, options: Options, stream: int
 ) -> Tensor:
     """Keys or values of all columns for every query head, [B, H, P + S, D]."""
-    expanded = _upcast(prefix).expand(tokens.shape[0], *prefix.shape)
-    expanded = expanded * _multiplier(expanded, prefix_dropout_p, seed, stream)
-    return torch.cat((expanded, _upcast(tokens)), dim=2).repeat_interleave(group, dim=1)
+    prefix = _upcast(prefix)
+    if options.prefix_index is None:
+        expanded = prefix[0].expand(tokens.shape[0], *prefix.shape[1:])
+    else:
+        expanded = prefix[options.prefix_index.long()]
+    inside = _inside_prefix(prefix.shape[2], options)
+    if inside is not None:
+        expanded = expanded.masked_fill(~inside[:, None, :, None], 0.0)
+    expanded = expanded * _multiplier(expanded, options.prefix_dropout_p, options.seed, stream)
+    columns = torch.cat((expanded, _upcast(tokens)), dim=2)
+    return columns.repeat_interleave(_group(query, tokens), dim=1)
+
+
+def _inside_prefix(prefix_length: int, options: Options) -> Tensor | None:
+    """Which prefix columns each sequence has, bool [B, P]; None = all."""
+    if options.prefix_lengths is None or options.prefix_index is None:
+        return None
+    lengths = options.prefix_lengths[options.prefix_index.long()]
+    return torch.arange(prefix_length, device=lengths.device) < lengths[:, None]
+
+
+def _sum_of_rows(per_sequence: Tensor, bank_rows: int, prefix_index: Tensor | None) -> Tensor:
+    """[B, H_kv, P, D] -> [R, H_kv, P, D]: the sum over the sequences of each row of the bank."""
+    if prefix_index is None:
+        return per_sequence.sum(dim=0, keepdim=True)
+    rows = torch.arange(bank_rows, device=per_sequence.device)[:, None]
+    reads = (rows == prefix_index).to(per_sequence.dtype)  # [R, B]; a product, not atomics
+    return (reads @ per_sequence.flatten(1)).unflatten(1, per_sequence.shape[1:])
 
 
 def visible_tokens(
-    query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, H, S, D]
-    key_mask: Tensor | None,
-    context_lengths: Tensor | None,
-    window: int,
+    queries: int, tokens: int, options: Options, device: torch.device
 ) -> Tensor | None:
     """Which token columns each row sees, bool, broadcasts to [B, H, T, S]; None = all."""
-    rows = torch.arange(query.shape[2], device=query.device)[:, None]
-    columns = torch.arange(key.shape[2], device=query.device)
+    rows = torch.arange(queries, device=device)[:, None]
+    columns = torch.arange(tokens, device=device)
     conditions = []
-    if key_mask is not None:
-        conditions.append(key_mask[:, None, None, :])
-    if context_lengths is not None:
-        conditions.append((columns < context_lengths[:, None, None, None]) | (columns <= rows))
-    if window >= 0:
-        conditions.append((rows - columns).abs() <= window)
+    if options.key_mask is not None:
+        conditions.append(options.key_mask[:, None, None, :])
+    if options.context_lengths is not None:
+        context = options.context_lengths[:, None, None, None]
+        conditions.append((columns < context) | (columns <= rows))
+    if options.window >= 0:
+        conditions.append((rows - columns).abs() <= options.window)
     return functools.reduce(torch.logical_and, conditions) if conditions else None
 
 
-def _scores(query: Tensor, keys: Tensor, visible: Tensor | None, scale: float) -> Tensor:
-    scores = scale * (query @ keys.transpose(-1, -2))  # [B, H, T, P + S]
-    if visible is None:
-        return scores
-    prefix_length = keys.shape[2] - visible.shape[-1]
-    visible = torch.nn.functional.pad(visible, (prefix_length, 0), value=True)
-    return scores.masked_fill(~visible, float("-inf"))
+def _scores(query: Tensor, keys: Tensor, tokens: int, options: Options) -> Tensor:
+    scores = options.scale * (query @ keys.transpose(-1, -2))  # [B, H, T, P + S]
+    prefix_length = scores.shape[-1] - tokens
+    if options.bias is not None:
+        scores = scores + torch.nn.functional.pad(options.bias.to(scores.dtype), (prefix_length, 0))
+    visible = visible_tokens(query.shape[2], tokens, options, query.device)
+    inside = _inside_prefix(prefix_length, options)
+    if visible is not None:
+        shown = torch.nn.functional.pad(visible, (prefix_length, 0), value=True)
+        scores = scores.masked_fill(~shown, float("-inf"))
+    if inside is not None:
+        shown = torch.nn.functional.pad(inside, (0, tokens), value=True)
+        scores = scores.masked_fill(~shown[:, None, None], float("-inf"))
+    return scores
 
 
-def _probability_multiplier(
-    scores: Tensor, prefix_length: int, dropout_p: float, seed: Tensor | None
-) -> Tensor:
+def _probability_multiplier(scores: Tensor, tokens: int, options: Options) -> Tensor:
     """Dropout factors of the probabilities; prefix and token columns are numbered separately."""
+    prefix_length = scores.shape[-1] - tokens
     multiplier = torch.ones_like(scores)
     multiplier[..., :prefix_length] *= _multiplier(
-        scores[..., :prefix_length], dropout_p, seed, PREFIX_STREAM
+        scores[..., :prefix_length], options.dropout_p, options.seed, PREFIX_STREAM
     )
     multiplier[..., prefix_length:] *= _multiplier(
-        scores[..., prefix_length:], dropout_p, seed, TOKEN_STREAM
+        scores[..., prefix_length:], options.dropout_p, options.seed, TOKEN_STREAM
     )
     return multiplier

@@ -9,9 +9,10 @@ import importlib.util
 
 import torch
 
-from ptv2_fast.ops.layout import empty_gradients, empty_token_major
+from ptv2_fast.ops.layout import empty_gradients, empty_lse, empty_token_major, split_joint
+from ptv2_fast.ops.options import SCHEMA, Options
 from ptv2_fast.ops.reference import reference_attention, reference_gradients
-from ptv2_fast.ops.split import split_backward, split_forward
+from ptv2_fast.ops.split import split_backward, split_forward, split_serves
 
 try:
     import ptv2_fast._C  # registers the C++ operators for CPU  # noqa: F401
@@ -29,69 +30,72 @@ KERNEL_DTYPES = {
     "xpu": (torch.float32, torch.bfloat16, torch.float16),
 }
 
-_FORWARD_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value, "
-    "Tensor? key_mask, Tensor? seed, float scale, float dropout_p, float prefix_dropout_p, "
-    "Tensor? context_lengths=None, int window=-1) -> (Tensor out, Tensor lse)"
-)
+_TENSORS = "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value"
+_FORWARD_SCHEMA = f"({_TENSORS}, {SCHEMA}) -> (Tensor out, Tensor lse)"
 _BACKWARD_SCHEMA = (
-    "(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, "
-    "Tensor prefix_value, Tensor out, Tensor lse, Tensor? key_mask, Tensor? seed, float scale, "
-    "float dropout_p, float prefix_dropout_p, bool needs_query, bool needs_key_value, "
-    "bool needs_prefix, Tensor? context_lengths=None, int window=-1, Tensor? grad_lse=None) "
-    "-> (Tensor grad_query, Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, "
-    "Tensor grad_prefix_value)"
+    f"(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, Tensor? grad_lse, bool needs_query, "
+    f"bool needs_key_value, bool needs_prefix, bool joint, {SCHEMA}) -> (Tensor grad_query, "
+    "Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, Tensor grad_prefix_value)"
 )
 
 
-def _fake_forward(query, key, value, prefix_key, prefix_value, *_):
-    lse_dtype = torch.promote_types(query.dtype, torch.float32)
-    return empty_token_major(query), query.new_empty(query.shape[:3], dtype=lse_dtype)
+def _fake_forward(query, *_):
+    return empty_token_major(query), empty_lse(query)
 
 
-def _fake_backward(grad_out, query, key, value, prefix_key, prefix_value, *rest):
-    return empty_gradients(query, key, prefix_key, *_needs(rest))
+def _fake_backward(
+    grad_out, query, key, value, prefix_key, prefix_value, out, lse, grad_lse, *rest
+):
+    return empty_gradients(query, key, prefix_key, *rest[:4])
 
 
-def _needs(rest):
-    """needs_query, needs_key_value, needs_prefix out of the arguments after prefix_value."""
-    return rest[7:10]
+def _reference_forward(query, key, value, prefix_key, prefix_value, *options):
+    tensors = (query, key, value, prefix_key, prefix_value)
+    out, lse = reference_attention(*tensors, Options(*options))
+    return empty_token_major(query).copy_(out), empty_lse(query).copy_(lse)
 
 
-def _reference_forward(query, *arguments):
-    out, lse = reference_attention(query, *arguments)
-    return empty_token_major(query).copy_(out), lse
-
-
-def _reference_backward(grad_out, query, key, value, prefix_key, prefix_value, *rest):
-    needs_query, needs_key_value, needs_prefix = _needs(rest)
+def _reference_backward(
+    grad_out, query, key, value, prefix_key, prefix_value, out, lse, grad_lse,
+    needs_query, needs_key_value, needs_prefix, joint, *options,
+):  # fmt: skip
+    tensors = (query, key, value, prefix_key, prefix_value)
+    exact = reference_gradients(grad_out, *tensors, out, lse, grad_lse, Options(*options))
+    needs = (needs_query, needs_key_value, needs_prefix)
+    gradients = empty_gradients(query, key, prefix_key, *needs, joint)
+    targets = gradients
+    if joint:
+        targets = (*split_joint(gradients[0], key.shape[1]), *gradients[3:])
     needed = (needs_query, needs_key_value, needs_key_value, needs_prefix, needs_prefix)
-    exact = reference_gradients(
-        grad_out, query, key, value, prefix_key, prefix_value, *rest[:7], *rest[10:]
-    )
-    gradients = empty_gradients(query, key, prefix_key, needs_query, needs_key_value, needs_prefix)
-    return tuple(
-        gradient.copy_(result) if need else gradient
-        for gradient, result, need in zip(gradients, exact, needed, strict=True)
-    )
+    for target, result, need in zip(targets, exact, needed, strict=True):
+        if need:
+            target.copy_(result)
+    return gradients
 
 
-def _split_serves(query, p, prefix_p, context_lengths=None, window=-1, grad_lse=None):
-    plain = context_lengths is None and window < 0 and grad_lse is None
-    return plain and p == prefix_p == 0 and query.dtype != torch.float64
+def _split_forward(query, key, value, prefix_key, prefix_value, *options):
+    return split_forward(query, key, value, prefix_key, prefix_value, Options(*options))
 
 
-def _default_forward(query, key, value, prefix_key, prefix_value, key_mask, seed, scale, *options):
+def _split_backward(
+    grad_out, query, key, value, prefix_key, prefix_value, out, lse, grad_lse,
+    needs_query, needs_key_value, needs_prefix, joint, *options,
+):  # fmt: skip
+    tensors = (query, key, value, prefix_key, prefix_value)
+    needs = (needs_query, needs_key_value, needs_prefix, joint)
+    return split_backward(grad_out, *tensors, out, lse, grad_lse, Options(*options), *needs)
+
+
+def _default_forward(query, key, value, prefix_key, prefix_value, *options):
     """Serves devices without kernels: by torch's SDPA kernels where they can, or by definition."""
-    forward = split_forward if _split_serves(query, *options) else _reference_forward
-    return forward(query, key, value, prefix_key, prefix_value, key_mask, seed, scale, *options)
+    forward = _split_forward if split_serves(query, Options(*options)) else _reference_forward
+    return forward(query, key, value, prefix_key, prefix_value, *options)
 
 
-def _default_backward(grad_out, query, key, value, prefix_key, prefix_value, *rest):
-    # rest: out, lse, key_mask, seed, scale, dropout_p, prefix_dropout_p, three needs, the optional
-    serves = _split_serves(query, *rest[5:7], *rest[10:])
-    backward = split_backward if serves else _reference_backward
-    return backward(grad_out, query, key, value, prefix_key, prefix_value, *rest)
+def _default_backward(grad_out, *arguments):
+    query, grad_lse, options = arguments[0], arguments[7], Options(*arguments[12:])
+    serves = split_serves(query, options, grad_lse)
+    return (_split_backward if serves else _reference_backward)(grad_out, *arguments)
 
 
 def triton_serves(device: torch.device) -> bool:
@@ -140,7 +144,7 @@ def _register_pair(suffix: str, forward, backward) -> None:
 _library.define("cpu_capability() -> str")
 _register_pair("", _default_forward, _default_backward)
 _register_pair("_reference", _reference_forward, _reference_backward)
-_register_pair("_split", split_forward, split_backward)
+_register_pair("_split", _split_forward, _split_backward)
 _register_pair("_cpp", None, None)
 _register_pair("_triton", _triton_forward, _triton_backward)
 if HAS_TRITON:

@@ -2,7 +2,7 @@
 
 Attention over [prefix ; tokens] is the merge of two attentions by their log-sum-exps, and the flash
 backward of each segment is exact when it is given the output and lse of the whole. No
-dropout, no causal or windowed attention, no gradient of lse.
+dropout, no causal or windowed attention, no bank, packed layout or bias, no gradient of lse.
 """
 
 from typing import NamedTuple
@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ptv2_fast.ops.layout import empty_gradients, empty_token_major
+from ptv2_fast.ops.layout import empty_gradients, empty_lse, empty_token_major, split_joint
+from ptv2_fast.ops.options import Options
 
 _aten = torch.ops.aten
 
@@ -21,22 +22,27 @@ class _Segment(NamedTuple):
     bias: Tensor | None  # additive, 0 or -inf, [B, H, T, S]
 
 
-def _refuse(
-    dropout_p: float,
-    prefix_dropout_p: float,
-    context_lengths: Tensor | None,
-    window: int,
-    grad_lse: Tensor | None = None,
-) -> None:
-    for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
-        if p > 0:
-            raise ValueError(f"{name}: expected 0.0 with backend='split', got {p}")
-    if context_lengths is not None:
-        raise ValueError("context_lengths: expected None with backend='split', got a tensor")
-    if window >= 0:
-        raise ValueError(f"window: expected None with backend='split', got {window}")
+def _refuse(options: Options, grad_lse: Tensor | None = None) -> None:
+    for name in ("dropout_p", "prefix_dropout_p"):
+        if getattr(options, name) > 0:
+            given = getattr(options, name)
+            raise ValueError(f"{name}: expected 0.0 with backend='split', got {given}")
+    for name in ("context_lengths", "prefix_index", "cu_seqlens", "bias"):
+        if getattr(options, name) is not None:
+            raise ValueError(f"{name}: expected None with backend='split', got a tensor")
+    if options.window >= 0:
+        raise ValueError(f"window: expected None with backend='split', got {options.window}")
     if grad_lse is not None:
         raise ValueError("lse: expected no gradient with backend='split', got one")
+
+
+def split_serves(query: Tensor, options: Options, grad_lse: Tensor | None = None) -> bool:
+    """Whether the split can take this call."""
+    try:
+        _refuse(options, grad_lse)
+    except ValueError:
+        return False
+    return query.dtype != torch.float64
 
 
 def _segments(query, key, value, prefix_key, prefix_value, key_mask) -> list[_Segment | None]:
@@ -44,11 +50,11 @@ def _segments(query, key, value, prefix_key, prefix_value, key_mask) -> list[_Se
     batch, heads, queries, head_dim = query.shape
     key, value = (_for_every_head(tensor, heads, 1) for tensor in (key, value))
     prefix_key, prefix_value = (
-        _for_every_head(tensor, heads, 0) for tensor in (prefix_key, prefix_value)
+        _for_every_head(tensor, heads, 1) for tensor in (prefix_key, prefix_value)
     )
     prefix = tokens = None
-    if prefix_key.shape[1]:
-        shape = (batch, heads, prefix_key.shape[1], head_dim)
+    if prefix_key.shape[2]:
+        shape = (batch, heads, prefix_key.shape[2], head_dim)
         prefix = _Segment(prefix_key.expand(shape), prefix_value.expand(shape), None)
     if key.shape[2]:
         bias = None
@@ -115,31 +121,23 @@ def _segment_backward(
 
 def split_forward(
     query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, H, S, D]
-    value: Tensor,  # [B, H, S, D]
-    prefix_key: Tensor,  # [H, P, D]
-    prefix_value: Tensor,  # [H, P, D]
-    key_mask: Tensor | None,  # bool [B, S]
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    prefix_dropout_p: float,
-    context_lengths: Tensor | None = None,
-    window: int = -1,
+    key: Tensor,  # [B, H_kv, S, D]
+    value: Tensor,
+    prefix_key: Tensor,  # [1, H_kv, P, D]
+    prefix_value: Tensor,
+    options: Options,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] and lse [B, H, T] by one SDPA call per segment and a merge."""
-    _refuse(dropout_p, prefix_dropout_p, context_lengths, window)
+    _refuse(options)
     out = empty_token_major(query)
-    lse = query.new_full(
-        query.shape[:3], float("-inf"), dtype=torch.promote_types(query.dtype, torch.float32)
-    )
+    lse = empty_lse(query).fill_(float("-inf"))
     if query.numel() == 0:
         return out, lse
     merged = torch.zeros_like(query, dtype=lse.dtype)
-    for segment in _segments(query, key, value, prefix_key, prefix_value, key_mask):
+    for segment in _segments(query, key, value, prefix_key, prefix_value, options.key_mask):
         if segment is None:
             continue
-        segment_out, segment_lse = _segment_forward(query, segment, scale)
+        segment_out, segment_lse = _segment_forward(query, segment, options.scale)
         total = torch.logaddexp(lse, segment_lse)
         pivot = total.masked_fill(total == float("-inf"), 0.0)
         merged = (
@@ -159,25 +157,25 @@ def split_backward(
     prefix_value: Tensor,
     out: Tensor,
     lse: Tensor,  # [B, H, T]
-    key_mask: Tensor | None,
-    seed: Tensor | None,
-    scale: float,
-    dropout_p: float,
-    prefix_dropout_p: float,
+    grad_lse: Tensor | None,
+    options: Options,
     needs_query: bool,
     needs_key_value: bool,
     needs_prefix: bool,
-    context_lengths: Tensor | None = None,
-    window: int = -1,
-    grad_lse: Tensor | None = None,
+    joint: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The five gradients, segment by segment; the batch is summed in fp32 for the prefix."""
-    _refuse(dropout_p, prefix_dropout_p, context_lengths, window, grad_lse)
-    gradients = empty_gradients(query, key, prefix_key, needs_query, needs_key_value, needs_prefix)
-    grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value = (
-        gradient.zero_() for gradient in gradients
+    _refuse(options, grad_lse)
+    scale = options.scale
+    gradients = empty_gradients(
+        query, key, prefix_key, needs_query, needs_key_value, needs_prefix, joint
     )
-    prefix, tokens = _segments(query, key, value, prefix_key, prefix_value, key_mask)
+    for gradient in gradients:
+        gradient.zero_()
+    grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value = gradients
+    if joint:
+        grad_query, grad_key, grad_value = split_joint(grad_query, key.shape[1])
+    prefix, tokens = _segments(query, key, value, prefix_key, prefix_value, options.key_mask)
     # With lse 0 a row without a visible column has probabilities exp(-inf - 0) = 0.
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     grad_out = grad_out.contiguous()
@@ -193,7 +191,7 @@ def split_backward(
                 (grad_prefix_value, per_sequence_value),
             ):
                 summed = per_sequence.sum(dim=0, dtype=lse.dtype)
-                total.copy_(_sum_over_group(summed, key.shape[1], lse.dtype))
+                total[0].copy_(_sum_over_group(summed, key.shape[1], lse.dtype))
     if query.numel() and tokens is not None and (needs_query or needs_key_value):
         part, token_key, token_value = _segment_backward(grad_out, query, tokens, out, lse, scale)
         query_parts.append(part)
@@ -202,4 +200,4 @@ def split_backward(
             grad_value.copy_(_sum_over_group(token_value, key.shape[1], lse.dtype))
     if needs_query and query_parts:
         grad_query.copy_(torch.stack(query_parts).sum(dim=0, dtype=lse.dtype))
-    return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value
+    return gradients
