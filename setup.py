@@ -8,6 +8,8 @@ from setuptools import find_packages, setup
 SOURCES = [
     "csrc/register.cpp",
     "csrc/attention.cpp",
+    "csrc/tensors.cpp",
+    "csrc/micro.cpp",
     "csrc/run.cpp",
     "csrc/dispatch.cpp",
     "csrc/level_generic.cpp",

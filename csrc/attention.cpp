@@ -2,16 +2,10 @@
 
 #include <torch/csrc/stable/ops.h>
 
-#include <cmath>
-#include <vector>
-
-#include "dispatch.h"
-#include "run.h"
+#include "tensors.h"
 
 namespace ptv2 {
 namespace {
-
-using torch::headeronly::ScalarType;
 
 // The options of both operators, in the order of the schema.
 struct Options {
@@ -23,78 +17,6 @@ struct Options {
   int64_t max_seqlen;
   std::optional<Tensor> bias;
 };
-
-void check_shape(const char* name, const Tensor& tensor, const std::vector<int64_t>& shape) {
-  STD_TORCH_CHECK(tensor.dim() == static_cast<int64_t>(shape.size()), name, ": expected ",
-                  shape.size(), " dimensions, got ", tensor.dim());
-  for (size_t i = 0; i < shape.size(); ++i) {
-    STD_TORCH_CHECK(tensor.size(i) == shape[i], name, ": expected size ", shape[i],
-                    " in dimension ", i, ", got ", tensor.size(i));
-  }
-}
-
-void check_operand(const char* name, const Tensor& tensor, ScalarType dtype,
-                   const std::vector<int64_t>& shape) {
-  check_shape(name, tensor, shape);
-  STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == dtype, name,
-                  ": expected a CPU tensor of query's dtype");
-  STD_TORCH_CHECK(tensor.numel() == 0 || tensor.stride(tensor.dim() - 1) == 1, name,
-                  ": expected last stride 1, got ", tensor.stride(tensor.dim() - 1));
-}
-
-// [B, H, rows, D], or packed [N, H, D].
-Tokens tokens_of(const Tensor& tensor) {
-  void* data = const_cast<void*>(tensor.const_data_ptr());
-  const bool packed = tensor.dim() == 3;
-  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(packed ? 0 : 2)};
-}
-
-// [B, H, rows], or packed [N, H].
-Statistics statistics_of(const Tensor& tensor) {
-  auto* data = static_cast<float*>(const_cast<void*>(tensor.const_data_ptr()));
-  const bool packed = tensor.dim() == 2;
-  return {data, tensor.stride(0), tensor.stride(1), tensor.stride(packed ? 0 : 2)};
-}
-
-Prefix prefix_of(const Tensor& tensor) {
-  return {const_cast<void*>(tensor.const_data_ptr()), tensor.stride(0), tensor.stride(1),
-          tensor.stride(2)};
-}
-
-// The entries of an optional int32 vector, each from least to most; null without one. Checked here
-// too: compiled graphs leave out the checks in Python.
-const int32_t* integers(const char* name, const std::optional<Tensor>& tensor, int64_t count,
-                        int64_t least, int64_t most) {
-  if (!tensor.has_value()) return nullptr;
-  check_shape(name, *tensor, {count});
-  STD_TORCH_CHECK(tensor->is_cpu() && tensor->is_contiguous() &&
-                      tensor->scalar_type() == ScalarType::Int,
-                  name, ": expected a contiguous int32 tensor on the CPU");
-  const auto* values = static_cast<const int32_t*>(tensor->const_data_ptr());
-  for (int64_t i = 0; i < count; ++i) {
-    STD_TORCH_CHECK(values[i] >= least && values[i] <= most, name, ": expected values in ", least,
-                    "..", most, ", got ", values[i]);
-  }
-  return values;
-}
-
-Dropout dropout_of(double p, const std::optional<Tensor>& seed) {
-  STD_TORCH_CHECK(p >= 0.0 && p < 1.0, "dropout: expected a probability in [0, 1), got ", p);
-  // 16 bits below the threshold drop; nearbyint rounds half to even, as Python's round does.
-  const auto threshold = static_cast<int64_t>(std::nearbyint(65536.0 * p));
-  Dropout dropout{};
-  dropout.factor = static_cast<float>(1.0 / (1.0 - p));
-  dropout.drops = threshold > 0;
-  if (!dropout.drops) return dropout;
-  STD_TORCH_CHECK(seed.has_value() && seed->is_cpu() && seed->scalar_type() == ScalarType::Long &&
-                      seed->numel() == 1,
-                  "seed: expected an int64 tensor [1] on the CPU when dropout is on");
-  const auto bits = static_cast<uint64_t>(*static_cast<const int64_t*>(seed->const_data_ptr()));
-  dropout.last_dropped = static_cast<uint16_t>(threshold - 1);
-  dropout.key[0] = static_cast<uint32_t>(bits);
-  dropout.key[1] = static_cast<uint32_t>(bits >> 32);
-  return dropout;
-}
 
 // Batch, queries and tokens of a padded or a packed call.
 void fill_layout(Problem& problem, const Tensor& query, const Tensor& key, const Options& options) {
@@ -199,11 +121,6 @@ void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, cons
   problem.prefix_dropout = dropout_of(options.prefix_dropout_p, options.seed);
 }
 
-const Kernels& kernels_for(const Tensor& query) {
-  const Level& level = cpu_level();
-  return query.scalar_type() == ScalarType::Float ? level.float_kernels : level.bfloat16_kernels;
-}
-
 // [B, heads, rows, D] whose [B, rows, heads, D] view is contiguous, or [N, heads, D].
 Tensor empty_tokens(const Tensor& like, int64_t heads) {
   if (like.dim() == 3) {
@@ -213,30 +130,6 @@ Tensor empty_tokens(const Tensor& like, int64_t heads) {
       torch::stable::new_empty(like, {like.size(0), like.size(2), heads, like.size(3)});
   return torch::stable::transpose(buffer, 1, 2);
 }
-
-// Torch's allocator and threads.
-class TorchMachine : public Machine {
- public:
-  explicit TorchMachine(const Tensor& like) : like_(like) {}
-
-  int64_t threads() const override { return torch::stable::get_num_threads(); }
-
-  char* allocate(int64_t bytes) override {
-    pieces_.push_back(torch::stable::new_empty(like_, {bytes + 64}, ScalarType::Byte));
-    const auto address = reinterpret_cast<uintptr_t>(pieces_.back().mutable_data_ptr());
-    return reinterpret_cast<char*>((address + 63) & ~static_cast<uintptr_t>(63));
-  }
-
-  void parallel(int64_t workers, const std::function<void(int64_t)>& work) override {
-    torch::stable::parallel_for(0, workers, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t worker = begin; worker < end; ++worker) work(worker);
-    });
-  }
-
- private:
-  const Tensor& like_;
-  std::vector<Tensor> pieces_;
-};
 
 }  // namespace
 

@@ -37,17 +37,49 @@ struct Entries {
               rows_of<Element>(problem.prefix_value, bank_row, head, columns), backward);
   }
 
+  static int64_t keep_bytes(int64_t columns) {
+    return (columns + kColumnsPerStep) * static_cast<int64_t>(sizeof(int16_t));
+  }
+
+  static void drop_row(void* destination, const void* source, int64_t columns,
+                       const Dropout& dropout, DropoutRow at, char* scratch) {
+    auto* keep = reinterpret_cast<int16_t*>(scratch);
+    auto* to = static_cast<Element*>(destination);
+    const auto* from = static_cast<const Element*>(source);
+    if (dropout.drops) {
+      fill_keep(keep, 0, columns, dropout, at);
+    } else {
+      __builtin_memset(keep, -1, columns * sizeof(int16_t));
+    }
+    int64_t i = 0;
+    for (; i + kLanes <= columns; i += kLanes) {
+      const Floats kept = (Floats)((Ints)load_floats(from + i) & load_keep(keep + i));
+      store_floats(to + i, kept * dropout.factor);
+    }
+    for (; i < columns; ++i) {
+      const float kept = keep[i] ? to_float(from[i]) : 0.0f;
+      store_row(to + i, &kept, 1, dropout.factor);
+    }
+  }
+
   static constexpr Kernels table() {
     using ForwardTask = Forward<Operand, Element>;
     using BackwardTask = Backward<Operand, Element>;
     return {
         prefix_bytes,        pack_prefix,       ForwardTask::bytes,          ForwardTask::run,
-        BackwardTask::bytes, BackwardTask::run, BackwardTask::partial_bytes, BackwardTask::reduce};
+        BackwardTask::bytes, BackwardTask::run, BackwardTask::partial_bytes, BackwardTask::reduce,
+        keep_bytes,          drop_row};
   }
 };
 
+inline void exp_of_each(const float* source, float* destination, int64_t count) {
+  int64_t i = 0;
+  for (; i + kLanes <= count; i += kLanes) store(destination + i, exp(load<Floats>(source + i)));
+  for (; i < count; ++i) destination[i] = exp(splat(source[i]))[0];
+}
+
 constexpr Level make_level(const char* name) {
-  return {name, Entries<FloatTypes>::table(), Entries<Bfloat16Types>::table()};
+  return {name, Entries<FloatTypes>::table(), Entries<Bfloat16Types>::table(), exp_of_each};
 }
 
 }  // namespace ptv2::PTV2_LEVEL

@@ -18,10 +18,6 @@ constexpr int kRounds = 7;
 constexpr int kColumnsPerCall = 8;
 constexpr int kColumnsPerStep = kColumnsPerCall * kLanes;
 
-struct DropoutRow {
-  uint32_t row, sequence_head, stream;
-};
-
 // The 64-bit products of the even words.
 PTV2_INLINE Longs multiply_even(Words words, uint32_t multiplier) {
 #if defined(PTV2_X86) && PTV2_VECTOR_BYTES == 32

@@ -41,6 +41,11 @@ struct Dropout {
   uint32_t key[2];
 };
 
+// Where a row of dropout decisions stands: see ops/dropout.py.
+struct DropoutRow {
+  uint32_t row, sequence_head, stream;
+};
+
 struct Sequence {
   int64_t index;  // in the batch
   int64_t start;  // of its rows in Tokens and Statistics
@@ -122,12 +127,16 @@ struct Kernels {
   void (*backward)(const BackwardProblem&, int64_t task, char* scratch);
   int64_t (*partial_bytes)(const BackwardProblem&);
   void (*reduce_prefix)(const BackwardProblem&, int64_t bank_row, int64_t head);
+  int64_t (*keep_bytes)(int64_t columns);
+  void (*drop_row)(void* destination, const void* source, int64_t columns, const Dropout&,
+                   DropoutRow, char* scratch);
 };
 
 // A set of CPU instructions and the kernels built for it.
 struct Level {
   const char* name;
   Kernels float_kernels, bfloat16_kernels;
+  void (*exp)(const float* source, float* destination, int64_t count);
 };
 
 }  // namespace ptv2

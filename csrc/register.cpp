@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "dispatch.h"
+#include "micro.h"
 
 namespace {
 
@@ -18,6 +19,9 @@ STABLE_TORCH_LIBRARY_IMPL(ptv2, CPU, m) {
   m.impl("prefix_attention_backward", TORCH_BOX(&ptv2::prefix_attention_backward));
   m.impl("prefix_attention_forward_cpp", TORCH_BOX(&ptv2::prefix_attention_forward));
   m.impl("prefix_attention_backward_cpp", TORCH_BOX(&ptv2::prefix_attention_backward));
+  m.impl("micro_exp", TORCH_BOX(&ptv2::micro_exp));
+  m.impl("micro_dropout", TORCH_BOX(&ptv2::micro_dropout));
+  m.impl("micro_pack", TORCH_BOX(&ptv2::micro_pack));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(ptv2, CompositeExplicitAutograd, m) {

@@ -1,7 +1,6 @@
 #include "run.h"
 
 #include <algorithm>
-#include <atomic>
 #include <vector>
 
 namespace ptv2 {
@@ -11,24 +10,6 @@ constexpr int64_t kBatchChunks = 8;
 constexpr int64_t kMaxQueryChunk = 512;
 constexpr int64_t kMinQueryChunk = 48;
 constexpr int64_t kTasksPerThread = 4;
-
-int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-// Runs the tasks on the machine's threads, each with scratch of its own. Tasks are handed out one
-// by one: results do not depend on who runs which.
-template <class Task>
-void run_tasks(Machine& machine, int64_t tasks, int64_t scratch_bytes, const Task& task) {
-  if (tasks == 0) return;
-  const int64_t workers = std::min(machine.threads(), tasks);
-  const int64_t stride = divide_up(scratch_bytes, 64) * 64;
-  char* scratch = machine.allocate(workers * stride);
-  std::atomic<int64_t> next{0};
-  machine.parallel(workers, [&](int64_t worker) {
-    for (int64_t index = next++; index < tasks; index = next++) {
-      task(index, scratch + worker * stride);
-    }
-  });
-}
 
 // The rows of the bank that are read, numbered in their order.
 struct Slots {

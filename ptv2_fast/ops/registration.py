@@ -142,6 +142,10 @@ def _register_pair(suffix: str, forward, backward) -> None:
 
 
 _library.define("cpu_capability() -> str")
+# Single steps of the C++ kernels, for tests and benchmarks.
+_library.define("micro_exp(Tensor input) -> Tensor")
+_library.define("micro_dropout(Tensor input, Tensor seed, float p, int stream) -> Tensor")
+_library.define("micro_pack(Tensor key) -> Tensor")
 _register_pair("", _default_forward, _default_backward)
 _register_pair("_reference", _reference_forward, _reference_backward)
 _register_pair("_split", _split_forward, _split_backward)
