@@ -187,9 +187,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     problem.grad_lse = statistics_of(*grad_lse);
   }
 
-  // One each: results of an operator may not share memory.
-  const auto nothing = [&] { return torch::stable::new_empty(query, {0}); };
-  Tensor grad_query = nothing(), grad_key = nothing(), grad_value = nothing();
+  Tensor grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value;
   if (joint) {
     STD_TORCH_CHECK(needs_query && needs_key_value && problem.queries == problem.tokens,
                     "joint: expected T = S and gradients of query, key and value");
@@ -207,13 +205,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
       problem.grad_value = tokens_of(grad_value = empty_tokens(key, kv_heads));
     }
   }
-  Tensor grad_prefix_key = nothing(), grad_prefix_value = nothing();
   if (needs_prefix) {
     const std::vector<int64_t> bank{problem.bank_rows, kv_heads, problem.prefix, problem.head_dim};
     grad_prefix_key = torch::stable::new_empty(query, bank);
     grad_prefix_value = torch::stable::new_empty(query, bank);
     problem.grad_prefix_key = grad_prefix_key.mutable_data_ptr();
     problem.grad_prefix_value = grad_prefix_value.mutable_data_ptr();
+  }
+  // One each: results of an operator may not share memory.
+  for (Tensor* gradient :
+       {&grad_query, &grad_key, &grad_value, &grad_prefix_key, &grad_prefix_value}) {
+    if (!gradient->defined()) *gradient = torch::stable::new_empty(query, {0});
   }
   problem.needs_query = needs_query;
   problem.needs_key_value = needs_key_value;

@@ -9,7 +9,7 @@
 namespace ptv2::PTV2_LEVEL {
 
 constexpr int64_t kMaxHeadDim = 256;
-constexpr int64_t kBackwardRows = 64;  // query rows of a tile; even
+constexpr int64_t kBackwardRows = 128;  // query rows of a tile; even
 
 PTV2_INLINE int64_t backward_columns(int64_t head_dim) {
   return larger(64, smaller(192, 12288 / head_dim / 64 * 64));
@@ -130,7 +130,7 @@ class Backward {
       if (is_first_block_) clear_rows(grad_query_, problem_.group * head_floats);
       for (int64_t member = 0; member < problem_.group; ++member) {
         write(problem_.grad_query, query_head(member), 0, sequence_.queries,
-              grad_query_ + member * head_floats);
+              grad_query_ + member * head_floats, problem_.scale);
       }
     }
     if (drops_prefix) add_dropped_prefix();
@@ -144,6 +144,8 @@ class Backward {
     const auto grad_out = rows_of<Element>(problem_.grad_out, sequence_, head, 0, queries);
     GradientRow* states = rows_ + member * queries;
     for (int64_t row = 0; row < queries; ++row) {
+      out.prefetch(row + kRowsAhead, problem_.head_dim);
+      grad_out.prefetch(row + kRowsAhead, problem_.head_dim);
       const float lse = *statistic(problem_.lse, sequence_, head, row);
       states[row].pivot = lse == -kInfinity ? kInfinity : lse;
       states[row].delta = dot(out.row(row), grad_out.row(row), problem_.head_dim);
@@ -181,8 +183,9 @@ class Backward {
       }
     }
     if (problem_.needs_key_value) {
-      write(problem_.grad_key, kv_head_, block.token_first, block.token_count, grad_key_);
-      write(problem_.grad_value, kv_head_, block.token_first, block.token_count, grad_value_);
+      write(problem_.grad_key, kv_head_, block.token_first, block.token_count, grad_key_, 1.0f);
+      write(problem_.grad_value, kv_head_, block.token_first, block.token_count, grad_value_,
+            1.0f);
     }
   }
 
@@ -266,7 +269,8 @@ class Backward {
                               drops ? keep_ + keep_stride : nullptr,
                               states_[next]};
         Bfloat16* pairs = score_gradient_pairs_ + at;
-        differentiate_pair(scores, second, has_second, block.width(), pairs, pairs + tile_stride_);
+        differentiate_pair({scores, second, has_second, pairs, pairs + tile_stride_},
+                           block.width());
       } else {
         differentiate_row(scores, block.width());
       }
@@ -300,14 +304,14 @@ class Backward {
                       {grad_key, width_, problem_.scale, accumulate});
   }
 
-  // grad_query += scale * dS key.
+  // grad_query += dS key; the scale is left to the end.
   void add_query(const PackedColumns<Operand>& columns, int64_t offset, int64_t count,
                  int64_t first, int64_t rows, float factor, bool accumulate) {
     LeftOperand left{score_gradients_ + offset, tile_stride_, 1};
     if constexpr (kPairs) left = {score_gradient_pairs_ + offset, tile_stride_ / 2, 1};
     multiply<Operand>(
         rows, problem_.head_dim, geometry_.row_steps(count), left, geometry_.right(columns.keys),
-        {head_grad_query_ + first * width_, width_, problem_.scale * factor, accumulate});
+        {head_grad_query_ + first * width_, width_, factor, accumulate});
   }
 
   // This sequence's prefix gradient, masked as its prefix was, onto the sum over the batch.
@@ -329,10 +333,11 @@ class Backward {
     }
   }
 
-  void write(const Tokens& tokens, int64_t head, int64_t first, int64_t count, const float* rows) {
+  void write(const Tokens& tokens, int64_t head, int64_t first, int64_t count, const float* rows,
+             float factor) {
     for (int64_t row = 0; row < count; ++row) {
       store_row(row_pointer<Element>(tokens, sequence_, head, first + row), rows + row * width_,
-                problem_.head_dim, 1.0f);
+                problem_.head_dim, factor);
     }
   }
 

@@ -14,7 +14,17 @@ struct Rows {
 
   PTV2_INLINE const Element* row(int64_t index) const { return data + index * stride; }
   Rows from(int64_t first, int64_t rows) const { return {row(first), stride, rows}; }
+
+  // Rows of a head lie a token apart, further than the processor looks ahead by itself.
+  PTV2_INLINE void prefetch(int64_t index, int64_t elements) const {
+    if (index >= count) return;
+    const auto* bytes = reinterpret_cast<const char*>(row(index));
+    const int64_t size = elements * static_cast<int64_t>(sizeof(Element));
+    for (int64_t i = 0; i < size; i += 64) __builtin_prefetch(bytes + i);
+  }
 };
+
+constexpr int64_t kRowsAhead = 8;
 
 // Zeros behind the values: products run over whole vectors.
 PTV2_INLINE void clear(uint32_t* words, int64_t begin, int64_t end) {
@@ -47,6 +57,7 @@ void copy_row(uint32_t* destination, const Element* source, int64_t head_dim) {
 template <class Operand, class Element>
 void pack_left(uint32_t* destination, int64_t row_words, Rows<Element> rows, int64_t head_dim) {
   for (int64_t row = 0; row < rows.count; ++row) {
+    rows.prefetch(row + kRowsAhead, head_dim);
     copy_row<Operand>(destination + row * row_words, rows.row(row), head_dim);
   }
 }
@@ -58,6 +69,7 @@ void pack_right(uint32_t* destination, int64_t row_words, Rows<Element> rows, in
   for (int64_t row = 0; row < rows.count; row += Operand::depth) {
     uint32_t* words = destination + row / Operand::depth * row_words;
     clear(words, head_dim, width);
+    for (int64_t i = 0; i < Operand::depth; ++i) rows.prefetch(row + kRowsAhead + i, head_dim);
     if constexpr (Operand::depth == 1) {
       copy_row<Operand>(words, rows.row(row), head_dim);
     } else {
@@ -70,7 +82,6 @@ void pack_right(uint32_t* destination, int64_t row_words, Rows<Element> rows, in
   }
 }
 
-typedef uint32_t FourWords __attribute__((vector_size(16)));
 typedef uint16_t FourShorts __attribute__((vector_size(8)));
 
 template <class Operand>
@@ -84,22 +95,34 @@ PTV2_INLINE FourWords load_four(const Bfloat16* address) {
   return __builtin_convertvector((load<FourShorts, 2>(address)), FourWords) << 16;
 }
 
+// Four words of one row for every quarter of a vector: rows first, first + 4, ...; zeros behind the
+// last row.
+template <class Operand, class Element>
+PTV2_INLINE Words load_quarters(Rows<Element> rows, int64_t first, int64_t element) {
+  FourWords quarters[kLanes / 4];
+#pragma GCC unroll 4
+  for (int quarter = 0; quarter < kLanes / 4; ++quarter) {
+    const int64_t row = first + quarter * 4;
+    quarters[quarter] = FourWords{};
+    if (row < rows.count) quarters[quarter] = load_four<Operand>(rows.row(row) + element);
+  }
+  return join<Words>(quarters);
+}
+
 // B operand whose sum runs over head_dim: panels [rows / kPanel][head_dim / depth][kPanel], zeros
 // behind the last row up to a whole vector.
 template <class Operand, class Element>
 void pack_transposed(uint32_t* destination, Rows<Element> rows, int64_t head_dim) {
   const int64_t steps = head_dim / Operand::depth;
   const int64_t padded = round_up(rows.count, kLanes);
-  for (int64_t row = 0; row < padded; row += 4) {
+  for (int64_t row = 0; row < padded; row += kLanes) {
     uint32_t* panel = destination + row / kPanel * kPanel * steps + row % kPanel;
+    for (int64_t i = 0; i < kLanes; ++i) rows.prefetch(row + kLanes + i, head_dim);
     for (int64_t step = 0; step < steps; step += 4) {
-      FourWords block[4];
+      Words block[4];
 #pragma GCC unroll 4
       for (int i = 0; i < 4; ++i) {
-        block[i] = FourWords{};
-        if (row + i < rows.count) {
-          block[i] = load_four<Operand>(rows.row(row + i) + step * Operand::depth);
-        }
+        block[i] = load_quarters<Operand>(rows, row + i, step * Operand::depth);
       }
       transpose_blocks(block);
 #pragma GCC unroll 4

@@ -6,7 +6,8 @@
 namespace ptv2 {
 namespace {
 
-constexpr int64_t kBatchChunks = 8;
+constexpr int64_t kMaxBatchChunks = 8;
+constexpr int64_t kBackwardTasks = 64;  // as many keep a large processor busy
 constexpr int64_t kMaxQueryChunk = 512;
 constexpr int64_t kMinQueryChunk = 48;
 constexpr int64_t kTasksPerThread = 4;
@@ -34,7 +35,7 @@ void pack_prefix(Problem& problem, const Slots& slots, const Kernels& kernels, M
   const int64_t heads = problem.kv_heads();
   const int64_t areas = static_cast<int64_t>(slots.rows.size()) * heads;
   problem.slot_of_row = slots.of_row.data();
-  problem.packed_prefix = machine.allocate(areas * bytes);
+  problem.packed_prefix = areas * bytes == 0 ? nullptr : machine.allocate(areas * bytes);
   run_tasks(machine, bytes > 0 ? areas : 0, 0, [&](int64_t area, char*) {
     kernels.pack_prefix(problem, backward, slots.rows[area / heads], area % heads);
   });
@@ -54,11 +55,13 @@ struct BatchPlan {
   std::vector<BatchChunk> chunks;
 
   BatchPlan(const Problem& problem, const Slots& slots) : order(problem.batch) {
+    const int64_t wanted = divide_up(kBackwardTasks, std::max<int64_t>(problem.kv_heads(), 1));
+    const int64_t most = std::min({wanted, kMaxBatchChunks, problem.batch});
     std::vector<int64_t> next(slots.rows.size(), 0);
     int64_t first = 0;
     for (size_t slot = 0; slot < slots.rows.size(); ++slot) {
       const int64_t count = slots.readers[slot];
-      const int64_t pieces = divide_up(std::min(kBatchChunks, problem.batch) * count, problem.batch);
+      const int64_t pieces = divide_up(most * count, problem.batch);
       for (int64_t piece = 0; piece < pieces; ++piece) {
         chunks.push_back({static_cast<int64_t>(slot), first + count * piece / pieces,
                           first + count * (piece + 1) / pieces});

@@ -2,6 +2,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(PTV2_X86)
+#include <immintrin.h>
+#endif
 
 #define PTV2_INLINE inline __attribute__((always_inline))
 
@@ -50,6 +53,7 @@ PTV2_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 PTV2_INLINE int64_t odd_lines(int64_t floats) { return (round_up(floats, 16) / 16 | 1) * 16; }
 
 typedef float FourFloats __attribute__((vector_size(16)));
+typedef uint32_t FourWords __attribute__((vector_size(16)));
 
 // Folds the quarters of a vector into one by operation(a, b).
 template <class Operation>
@@ -112,6 +116,9 @@ PTV2_INLINE Floats load_floats(const Bfloat16* address) {
 
 // The upper 16 bits, rounded to nearest even, in the lower half of each lane.
 PTV2_INLINE Words round_to_bfloat16(Floats values) {
+#if defined(PTV2_NATIVE_PAIRS)
+  return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)values));
+#endif
   const Words bits = (Words)values;
   const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
   return values == values ? rounded : splat_word(0x7FC0);
@@ -119,6 +126,10 @@ PTV2_INLINE Words round_to_bfloat16(Floats values) {
 
 PTV2_INLINE void store_floats(float* address, Floats values) { store(address, values); }
 PTV2_INLINE void store_floats(Bfloat16* address, Floats values) {
+#if defined(PTV2_NATIVE_PAIRS)
+  store<HalfShorts, 2>(address, (HalfShorts)_mm512_cvtneps_pbh((__m512)values));
+  return;
+#endif
   store<HalfShorts, 2>(address, __builtin_convertvector(round_to_bfloat16(values), HalfShorts));
 }
 
@@ -168,6 +179,23 @@ PTV2_INLINE void transpose_blocks(Vector (&rows)[4], LaneList<lane...>) {
       __builtin_shufflevector(high01, high23, (lane / 4 * 4 + lane % 2 + lane % 4 / 2 * lanes)...);
   rows[3] = __builtin_shufflevector(high01, high23,
                                     (lane / 4 * 4 + 2 + lane % 2 + lane % 4 / 2 * lanes)...);
+}
+
+// The quarters of a vector side by side; in registers, where a copy through memory would stall.
+template <class Vector>
+PTV2_INLINE Vector join(const FourWords (&quarters)[sizeof(Vector) / 16]) {
+  if constexpr (sizeof(Vector) == 16) {
+    return __builtin_bit_cast(Vector, quarters[0]);
+  } else {
+    const auto low = __builtin_shufflevector(quarters[0], quarters[1], 0, 1, 2, 3, 4, 5, 6, 7);
+    if constexpr (sizeof(Vector) == 32) {
+      return __builtin_bit_cast(Vector, low);
+    } else {
+      const auto high = __builtin_shufflevector(quarters[2], quarters[3], 0, 1, 2, 3, 4, 5, 6, 7);
+      return __builtin_bit_cast(Vector, __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7,
+                                                                8, 9, 10, 11, 12, 13, 14, 15));
+    }
+  }
 }
 
 template <class Vector>
