@@ -7,7 +7,7 @@ from torch.autograd.function import once_differentiable
 from ptv2_fast.ops.options import Options
 from ptv2_fast.ops.registration import BACKENDS, CPP_IMPORT_ERROR, HAS_TRITON, KERNEL_DTYPES
 from ptv2_fast.ops.validation import (
-    expect,
+    argument_error,
     validate_options,
     validate_tensors,
     validate_values,
@@ -62,28 +62,24 @@ class _PrefixAttention(torch.autograd.Function):
 def _resolve_suffix(backend: str | None, query: Tensor) -> str:
     """The suffix of the raw operators that serve this call; "" lets the dispatcher choose."""
     device = query.device.type
-    served = KERNEL_DTYPES.get(device, (torch.float32, torch.bfloat16, torch.float16))
     if backend is None:
-        return "" if query.dtype in served else "_reference"
-    expect(backend in BACKENDS, "backend", f"None or one of {BACKENDS}", repr(backend))
+        served = KERNEL_DTYPES.get(device)
+        return "" if served is None or query.dtype in served else "_reference"
+    if backend not in BACKENDS:
+        raise argument_error("backend", f"None or one of {BACKENDS}", repr(backend))
     if backend == "cpp":
-        expect(
-            CPP_IMPORT_ERROR is None,
-            "backend",
-            "a build with the C++ extension",
-            f"'cpp' without it ({CPP_IMPORT_ERROR})",
-        )
-        expect(device == "cpu", "backend", "'cpp' with tensors on the CPU", device)
-    if backend == "triton":
-        expect(HAS_TRITON, "backend", "an installed triton", "'triton' without it")
+        if CPP_IMPORT_ERROR is not None:
+            actual = f"'cpp' without it ({CPP_IMPORT_ERROR})"
+            raise argument_error("backend", "a build with the C++ extension", actual)
+        if device != "cpu":
+            raise argument_error("backend", "'cpp' with tensors on the CPU", device)
+    if backend == "triton" and not HAS_TRITON:
+        raise argument_error("backend", "an installed triton", "'triton' without it")
     if backend in ("cpp", "triton"):
         dtypes = KERNEL_DTYPES["cpu" if backend == "cpp" else "cuda"]
-        expect(
-            query.dtype in dtypes,
-            "query",
-            f"a dtype that {backend} serves, one of {dtypes}",
-            query.dtype,
-        )
+        if query.dtype not in dtypes:
+            expected = f"a dtype that {backend} serves, one of {dtypes}"
+            raise argument_error("query", expected, query.dtype)
     return "_" + backend
 
 
@@ -218,7 +214,7 @@ def _attend(
     sizes = validate_tensors(query, key, value, prefix_key, prefix_value, cu_seqlens, max_seqlen)
     validate_options(
         sizes, key_mask, prefix_index, prefix_lengths, context_lengths, window, bias,
-        {"dropout_p": dropout_p, "prefix_dropout_p": prefix_dropout_p}, seed,
+        dropout_p, prefix_dropout_p, seed,
     )  # fmt: skip
     if (check or query.device.type == "cpu") and values_are_known(query):
         validate_values(sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths)
