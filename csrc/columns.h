@@ -3,23 +3,44 @@
 
 #include "visible.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#define PTV2_ADDRESS_SANITIZER
+#elif defined(__has_feature)
+#if __has_feature(address_sanitizer)
+#define PTV2_ADDRESS_SANITIZER
+#endif
+#endif
+#if defined(PTV2_ADDRESS_SANITIZER)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace ptv2::PTV2_LEVEL {
 
-// Hands out aligned pieces of a scratch area; with a null base it only counts bytes.
+// Hands out aligned pieces of a scratch area; with a null base it only counts bytes. Under
+// AddressSanitizer no piece may be left for the next one: what lies between them is poisoned.
 class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
 
   template <class T>
   T* take(int64_t count) {
-    char* piece = base_ + used_;
-    used_ += round_up(count * static_cast<int64_t>(sizeof(T)), 64);
-    return reinterpret_cast<T*>(piece);
+    const int64_t begin = used_, end = begin + count * static_cast<int64_t>(sizeof(T));
+    used_ = round_up(end, 64) + kGap;
+    if (base_ == nullptr) return nullptr;
+#if defined(PTV2_ADDRESS_SANITIZER)
+    ASAN_POISON_MEMORY_REGION(base_ + end, used_ - end);
+#endif
+    return reinterpret_cast<T*>(base_ + begin);
   }
 
   int64_t used() const { return used_; }
 
  private:
+#if defined(PTV2_ADDRESS_SANITIZER)
+  static constexpr int64_t kGap = 128;
+#else
+  static constexpr int64_t kGap = 0;
+#endif
   char* base_;
   int64_t used_ = 0;
 };

@@ -1,9 +1,9 @@
 #include "dispatch.h"
 
-#include <torch/headeronly/util/Exception.h>
-
 #include <cstdlib>
 #include <cstring>
+#include <stdexcept>
+#include <string>
 
 namespace ptv2 {
 namespace {
@@ -37,13 +37,14 @@ const Level& choose() {
   if (wanted == nullptr || *wanted == '\0') return *best->level;
   for (const Candidate& candidate : candidates) {
     if (std::strcmp(candidate.level->name, wanted) != 0) continue;
-    STD_TORCH_CHECK(candidate.supported,
-                    "PTV2_CPU_LEVEL: this CPU lacks the instructions of level ", wanted,
-                    ", its best level is ", best->level->name);
-    return *candidate.level;
+    if (candidate.supported) return *candidate.level;
+    throw std::runtime_error(
+        std::string("PTV2_CPU_LEVEL: this CPU lacks the instructions of level ") + wanted +
+        ", its best level is " + best->level->name);
   }
-  STD_TORCH_CHECK(false, "PTV2_CPU_LEVEL: expected generic, avx2, avx512 or avx512_bf16, got ",
-                  wanted, "; the best level of this CPU is ", best->level->name);
+  throw std::runtime_error(
+      std::string("PTV2_CPU_LEVEL: expected generic, avx2, avx512 or avx512_bf16, got ") + wanted +
+      "; the best level of this CPU is " + best->level->name);
 }
 
 }  // namespace

@@ -14,6 +14,7 @@ extern const Level emulated_level;
 #endif
 
 // The best level of this CPU, or the one that PTV2_CPU_LEVEL names; decided at the first call.
+// Throws std::runtime_error for one that is unknown or that this CPU lacks.
 const Level& cpu_level();
 
 }  // namespace ptv2
