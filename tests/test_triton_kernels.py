@@ -5,6 +5,7 @@ import torch
 
 from ptv2_kernels.backward_prefix import count_splits
 from ptv2_kernels.configs import KERNELS, shipped_config
+from ptv2_kernels.forward import launch_forward
 from tests.inputs import Shape, make_inputs
 from tests.oracle import run_backend
 from tests.test_prefix_attention import check
@@ -25,22 +26,50 @@ def test_kernels_stay_inside_their_tensors(shape):
 
 
 @interpreted
-def test_bounds_check_sees_an_access_outside():
-    """The check itself can fail: a prefix that claims one row more than it has."""
-    inputs = make_inputs(Shape(1, 1, 4, 4, 3, 16), torch.float32)
-    longer = torch.as_strided(inputs.prefix_key, (1, 3, 16), (48, 16, 1))
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
+def test_kernels_stay_inside_banks_biases_and_sequences(packed):
+    """Behind the lengths of the bank stands NaN, and in the packed layout behind every row."""
+    shape = Shape(3, 4, 35, 35, 35, 24, group=2)
+    inputs = make_inputs(
+        shape, torch.float32, "random", bank=2, bias="holes", rows="both", packed=packed, lse=True,
+        strides="sliced" if packed else "hf",
+    )  # fmt: skip
+    expected = run_backend(inputs, "reference", 0.1, 0.1)
+    for row, length in enumerate(inputs.prefix_lengths.tolist()):
+        inputs.prefix_key[row, :, length:] = inputs.prefix_value[row, :, length:] = float("nan")
+    with bounds_checked():
+        actual = run_backend(inputs, "triton", 0.1, 0.1)
+    for name in actual._fields:
+        torch.testing.assert_close(getattr(actual, name), getattr(expected, name), msg=name)
+
+
+@interpreted
+@pytest.mark.parametrize("argument", ["prefix_key", "prefix_lengths", "cu_seqlens", "bias"])
+def test_bounds_check_sees_an_access_outside(argument):
+    """The check itself can fail: on lengths that are one too large, and tensors that are one row short.
+
+    Each tensor is copied to its own memory, at whose end an access must be noticed.
+    """
+    inputs = make_inputs(
+        Shape(1, 1, 4, 4, 3, 16), torch.float32, bank=1, bias="shared", packed=True
+    )
+    query, key, value, prefix_key, prefix_value = (x.clone() for x in inputs.raw_tensors)
+    options = inputs.raw_options()
+    starts = torch.tensor([0, query.shape[0]], dtype=torch.int32)
+    options = options._replace(
+        prefix_lengths=torch.tensor([3], dtype=torch.int32), cu_seqlens=starts
+    )
+    if argument == "prefix_key":
+        prefix_key = prefix_key[:, :, :2].clone()
+    elif argument == "prefix_lengths":
+        options = options._replace(prefix_lengths=options.prefix_lengths + 1)
+    elif argument == "cu_seqlens":
+        options = options._replace(cu_seqlens=starts + 1)
+    else:
+        options = options._replace(bias=options.bias[:, :, : query.shape[0] - 1].clone())
     with bounds_checked(), pytest.raises(Exception, match="outside every argument"):
-        from ptv2_kernels.forward import launch_forward
-
-        class Liar(torch.Tensor):
-            @property
-            def shape(self):
-                return torch.Size((1, 4, 16))
-
-        launch_forward(
-            *inputs.tensors[:3], longer.as_subclass(Liar), inputs.prefix_value,
-            None, None, 0.25, 0.0, 0.0,
-        )  # fmt: skip
+        launch_forward(query, key, value, prefix_key, prefix_value, *options)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -49,9 +78,9 @@ def test_fp16_matches_oracle():
 
 
 def test_partials_do_not_grow_with_the_batch():
-    assert count_splits(batch=4096, heads=12, prefix_tiles=1, multiprocessors=108) == 18
-    assert count_splits(batch=3, heads=12, prefix_tiles=1, multiprocessors=108) == 3
-    assert count_splits(batch=64, heads=16, prefix_tiles=16, multiprocessors=108) == 1
+    assert count_splits(batch=4096, programs=12, multiprocessors=108) == 18
+    assert count_splits(batch=3, programs=12, multiprocessors=108) == 3
+    assert count_splits(batch=64, programs=256, multiprocessors=108) == 1
 
 
 def test_every_head_dim_has_a_config():

@@ -4,6 +4,7 @@ Triton 3.9 multiplies the bit patterns of bf16 in `tl.dot`, truncates float32 to
 no access outside a tensor. Import after TRITON_INTERPRET is set.
 """
 
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -75,6 +76,15 @@ def repair_interpreter() -> None:
     GridExecutor.__call__ = forgetful_launch
 
 
+def flatten(argument) -> Iterator:
+    """The leaves of a kernel argument, which may be a tuple of tuples."""
+    if isinstance(argument, tuple):
+        for element in argument:
+            yield from flatten(element)
+    else:
+        yield argument
+
+
 @contextmanager
 def bounds_checked():
     """Raises IndexError when a kernel loads or stores outside all the tensors it was given.
@@ -110,7 +120,7 @@ def bounds_checked():
 
     def remembering_call(self, *args, **kwargs):
         ranges.clear()
-        for tensor in (*args, *kwargs.values()):
+        for tensor in flatten((*args, *kwargs.values())):
             if hasattr(tensor, "data_ptr") and tensor.numel():
                 extent = sum(
                     (n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)

@@ -13,14 +13,6 @@ import triton
 
 AUTOTUNE = os.environ.get("PTV2_AUTOTUNE") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# Sizes that change from batch to batch must not recompile a kernel.
-RUNTIME_SIZES = [
-    "queries", "tokens", "prefix_length", "threshold", "prefix_threshold", "window",
-]  # fmt: skip
-DROPOUT_FLAGS = {
-    "HAS_DROPOUT": lambda args: args["multiplier"] != 1.0,
-    "HAS_PREFIX_DROPOUT": lambda args: args["prefix_multiplier"] != 1.0,
-}
 # The default of triton turns to False in 3.10; the interpreter takes no compiler options.
 COMPILER_OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
 KERNELS = ("forward", "query", "key_value", "prefix")
@@ -47,6 +39,11 @@ class Config:
 def head_dim_class(head_dim: int) -> int:
     """The padded head_dim of the tiles: a power of two from 16 to 256."""
     return max(16, triton.next_power_of_2(head_dim))
+
+
+def tile_widths(head_dim: int) -> tuple[int, ...]:
+    """How wide the matrices of a tile are: powers of two."""
+    return (head_dim_class(head_dim),)
 
 
 def shipped_config(kernel: str, head_dim: int, element_size: int, amd: bool) -> Config:
@@ -86,15 +83,16 @@ def tunable(kernel):
     """Wraps a jit function for autotuning when it is asked for."""
     if not AUTOTUNE:
         return kernel
-    key = ["HEAD_DIM", "HAS_DROPOUT", "HAS_PREFIX_DROPOUT"]
+    key = ["HEAD_DIM", "INPUT_PRECISION"]
     return triton.autotune(configs=candidate_configs(), key=key, cache_results=True)(kernel)
 
 
 def launch_options(kernel: str, query: torch.Tensor) -> dict[str, object]:
     """Keyword arguments of a launch: blocks, warps, stages, precision of float32 products."""
     head_dim = query.shape[-1]
-    options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIM": head_dim_class(head_dim)}
-    options["INPUT_PRECISION"] = input_precision()
+    options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIMS": tile_widths(head_dim)}
+    # None tells autotuning 16-bit products, which have one precision, from those of float32.
+    options["INPUT_PRECISION"] = input_precision() if query.element_size() == 4 else None
     if not AUTOTUNE:
         amd = torch.version.hip is not None
         options |= shipped_config(kernel, head_dim, query.element_size(), amd).options()

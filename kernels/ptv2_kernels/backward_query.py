@@ -1,0 +1,113 @@
+"""The gradient of the queries: one program owns one tile of query rows of one head.
+
+grad_query = scale * (P * (dP - delta)) @ [prefix_key ; key]
+"""
+
+import triton
+import triton.language as tl
+
+from ptv2_kernels.arguments import RUNTIME_SIZES
+from ptv2_kernels.configs import tunable
+from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
+from ptv2_kernels.softmax import (
+    LN_2,
+    load_prefix,
+    load_statistics,
+    prefix_scores,
+    recompute,
+    token_scores,
+)
+from ptv2_kernels.tiles import (
+    add_product,
+    load_tile,
+    locate_prefix,
+    locate_sequence,
+    locate_tile,
+    scale_tile,
+    store_tile,
+    zero_tile,
+)
+from ptv2_kernels.visibility import load_context, seen_columns, shown_columns, unmasked_columns
+
+
+@tunable
+@triton.jit(do_not_specialize=RUNTIME_SIZES)
+def _grad_query_kernel(
+    query,
+    key,
+    value,
+    prefix_key,
+    prefix_value,
+    grad_out,
+    grad_query,
+    lse_ptr,
+    delta_ptr,
+    extras,
+    heads,
+    group,
+    queries,
+    tokens,
+    prefix_length,
+    scale_log2,
+    HEAD_DIM: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+    BLOCK_DIMS: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """One query tile over prefix and tokens; grid (query tiles * batch, heads)."""
+    first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
+    start, row_count, column_count = locate_sequence(extras, sequence, queries, tokens)
+    if first_row >= row_count:
+        return
+    head = tl.program_id(1)
+    kv_head = head // group
+    sequence_head = sequence * heads + head
+    sequence_kv_head = sequence * (heads // group) + kv_head
+    rows = first_row + tl.arange(0, BLOCK_QUERIES)
+    query_tile = load_tile(query, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
+    grad_out_tile = load_tile(grad_out, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
+    statistics = load_statistics(
+        lse_ptr, delta_ptr, extras, start, head, rows, row_count, heads, queries
+    )
+    seed = load_seed(extras)
+    accumulator = zero_tile(BLOCK_QUERIES, BLOCK_DIMS)
+
+    bank_row, length = locate_prefix(extras, sequence, prefix_length)
+    for first_column in range(0, length, BLOCK_KEYS):
+        columns = first_column + tl.arange(0, BLOCK_KEYS)
+        key_tile, value_tile = load_prefix(
+            prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head,
+            columns, length, HEAD_DIM, BLOCK_DIMS,
+        )  # fmt: skip
+        scores_log2 = prefix_scores(
+            query_tile, key_tile, columns, length, scale_log2, INPUT_PRECISION
+        )
+        _, grad_scores = recompute(
+            scores_log2, value_tile, grad_out_tile, statistics, extras, seed, sequence_head,
+            rows, first_column, PREFIX_STREAM, INPUT_PRECISION,
+        )  # fmt: skip
+        accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
+
+    context = load_context(extras, sequence)
+    begin, end = seen_columns(
+        extras, context, first_row, first_row + BLOCK_QUERIES - 1, column_count
+    )
+    for first_column in range(begin // BLOCK_KEYS * BLOCK_KEYS, end, BLOCK_KEYS):
+        columns = first_column + tl.arange(0, BLOCK_KEYS)
+        key_tile = load_tile(key, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
+        value_tile = load_tile(value, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
+        unmasked = unmasked_columns(extras, sequence, columns, column_count, tokens)
+        shown = shown_columns(extras, unmasked, context, rows, columns)
+        scores_log2 = token_scores(
+            query_tile, key_tile, extras, sequence, head, rows, columns, row_count, column_count,
+            shown, scale_log2, INPUT_PRECISION,
+        )  # fmt: skip
+        _, grad_scores = recompute(
+            scores_log2, value_tile, grad_out_tile, statistics, extras, seed, sequence_head,
+            rows, first_column, TOKEN_STREAM, INPUT_PRECISION,
+        )  # fmt: skip
+        accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
+
+    gradient = scale_tile(accumulator, scale_log2 * LN_2)
+    store_tile(grad_query, gradient, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
