@@ -4,20 +4,12 @@
 
 #include <cstddef>
 
+#include "backward_sums.h"
 #include "gradients.h"
 
 namespace ptv2::PTV2_LEVEL {
 
-constexpr int64_t kMaxHeadDim = 256;
 constexpr int64_t kBackwardRows = 128;  // query rows of a tile; even
-
-PTV2_INLINE int64_t backward_columns(int64_t head_dim) {
-  return larger(64, smaller(192, 12288 / head_dim / 64 * 64));
-}
-
-PTV2_INLINE void clear_rows(float* rows, int64_t count) {
-  __builtin_memset(rows, 0, count * sizeof(float));
-}
 
 template <class Operand, class Element>
 class Backward {
@@ -28,32 +20,6 @@ class Backward {
 
   static void run(const BackwardProblem& problem, int64_t task, char* scratch) {
     Backward(problem, scratch).run_task(task);
-  }
-
-  static int64_t partial_bytes(const BackwardProblem& problem) {
-    const Geometry<Operand> geometry(problem.head_dim);
-    const int64_t rows = problem.chunk_count * problem.kv_heads() * 2 * problem.prefix;
-    return problem.needs_prefix ? rows * geometry.right_words * sizeof(float) : 0;
-  }
-
-  // The chunks' sums of one head of a row of the bank, added in the order of the chunks.
-  static void reduce(const BackwardProblem& problem, int64_t bank_row, int64_t head) {
-    const int64_t width = Geometry<Operand>(problem.head_dim).right_words;
-    const int64_t head_rows = 2 * problem.prefix, head_dim = problem.head_dim;
-    const int64_t first = (bank_row * problem.kv_heads() + head) * problem.prefix;
-    for (int64_t row = 0; row < head_rows; ++row) {
-      float sums[kMaxHeadDim + kLanes] = {};
-      for (int64_t chunk = 0; chunk < problem.chunk_count; ++chunk) {
-        if (problem.chunks[chunk].slot != problem.slot_of_row[bank_row]) continue;
-        const float* part =
-            problem.partial + ((chunk * problem.kv_heads() + head) * head_rows + row) * width;
-        for (int64_t i = 0; i < head_dim; ++i) sums[i] += part[i];
-      }
-      const bool is_key = row < problem.prefix;
-      void* gradient = is_key ? problem.grad_prefix_key : problem.grad_prefix_value;
-      const int64_t prefix_row = first + (is_key ? row : row - problem.prefix);
-      store_row(static_cast<Element*>(gradient) + prefix_row * head_dim, sums, head_dim, 1.0f);
-    }
   }
 
  private:
@@ -72,7 +38,8 @@ class Backward {
     query_ = RowOperands::take(arena_, geometry_);
     grad_out_ = RowOperands::take(arena_, geometry_);
     rows_ = arena_.take<GradientRow>(problem.group * problem.queries);
-    const int64_t query_rows = problem.needs_query ? problem.group * problem.queries : 0;
+    const bool keeps_query = problem.needs_query && problem.column_parts == 1;
+    const int64_t query_rows = keeps_query ? problem.group * problem.queries : 0;
     grad_query_ = arena_.take<float>(query_rows * width_);
     const int64_t token_columns = smaller(columns_, problem.tokens);
     grad_key_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
@@ -89,51 +56,67 @@ class Backward {
 
   void run_task(int64_t task) {
     // Heads lie side by side in memory: neighbouring tasks share pages.
-    const int64_t chunk = task / problem_.kv_heads();
     kv_head_ = task % problem_.kv_heads();
+    const int64_t chunk = task / problem_.kv_heads() % problem_.chunk_count;
+    part_ = task / problem_.kv_heads() / problem_.chunk_count;
     const int64_t prefix_floats = problem_.prefix * width_;
     if (problem_.needs_prefix) {
-      float* partial =
+      partial_key_ =
           problem_.partial + (chunk * problem_.kv_heads() + kv_head_) * 2 * prefix_floats;
-      clear_rows(partial, 2 * prefix_floats);
-      partial_key_ = partial;
-      partial_value_ = partial + prefix_floats;
+      partial_value_ = partial_key_ + prefix_floats;
+      if (part_ == 0) clear_rows(partial_key_, 2 * prefix_floats);
     }
     const BatchChunk& sequences = problem_.chunks[chunk];
     for (int64_t i = sequences.first; i < sequences.last; ++i) {
       sequence_ = problem_.sequence(problem_.order[i]);
-      run_sequence();
+      if (part_ < parts_of(problem_, sequence_)) run_sequence();
     }
   }
 
   void run_sequence() {
-    const bool drops_prefix = problem_.needs_prefix && problem_.prefix_dropout.drops;
+    const bool drops_prefix = part_ == 0 && problem_.needs_prefix && problem_.prefix_dropout.drops;
     const int64_t prefix_floats = problem_.prefix * width_;
     prefix_key_sums_ = drops_prefix ? prefix_sums_ : partial_key_;
     prefix_value_sums_ = drops_prefix ? prefix_sums_ + prefix_floats : partial_value_;
     if (drops_prefix) clear_rows(prefix_sums_, 2 * prefix_floats);
-
-    const bool uses_prefix = problem_.needs_query || problem_.needs_prefix;
-    const bool uses_tokens = problem_.needs_query || problem_.needs_key_value;
-    if (uses_prefix) prefix_.prepare(geometry_, problem_, sequence_, kv_head_, keep_, true);
-    const TokenRange range = uses_tokens ? visible_tokens(problem_, sequence_) : TokenRange{0, 0};
-    if (problem_.needs_key_value) {
+    if (part_ == 0 && (problem_.needs_query || problem_.needs_prefix)) {
+      prefix_.prepare(geometry_, problem_, sequence_, kv_head_, keep_, true);
+    }
+    const TokenRange range = tokens_of(problem_, sequence_);
+    if (problem_.needs_key_value && part_ == 0) {
       write_zeros(0, range.begin);
       write_zeros(range.end, sequence_.tokens);
     }
     for (int64_t member = 0; member < problem_.group; ++member) prepare_rows(member);
-    BlockWalk walk(uses_prefix ? sequence_.prefix : 0, range, columns_);
-    is_first_block_ = true;
-    for (Block block; walk.next(block); is_first_block_ = false) add_block(block);
-    if (problem_.needs_query) {
-      const int64_t head_floats = sequence_.queries * width_;
-      if (is_first_block_) clear_rows(grad_query_, problem_.group * head_floats);
-      for (int64_t member = 0; member < problem_.group; ++member) {
-        write(problem_.grad_query, query_head(member), 0, sequence_.queries,
-              grad_query_ + member * head_floats, problem_.scale);
-      }
+    const bool writes_query = problem_.needs_query && problem_.column_parts == 1;
+    if (problem_.needs_query && !writes_query) {
+      grad_query_ = problem_.query_partial +
+                    partial_row(problem_, part_, sequence_.index, query_head(0), 0) * width_;
+    }
+    add_blocks(range);
+    const int64_t head_floats = sequence_.queries * width_;
+    if (problem_.needs_query && is_first_block_) {
+      clear_rows(grad_query_, problem_.group * head_floats);
+    }
+    for (int64_t member = 0; writes_query && member < problem_.group; ++member) {
+      write(problem_.grad_query, query_head(member), 0, sequence_.queries,
+            grad_query_ + member * head_floats, problem_.scale);
     }
     if (drops_prefix) add_dropped_prefix();
+  }
+
+  // The blocks of this task's part; is_first_block_ stays true when there is none.
+  void add_blocks(TokenRange range) {
+    BlockWalk walk = walk_of(problem_, sequence_, range);
+    int64_t part = 0;
+    is_first_block_ = true;
+    bool is_first = true;
+    for (Block block; walk.next(block); is_first = false) {
+      part += begins_part(block, is_first);
+      if (problem_.column_parts > 1 && part != part_) continue;
+      add_block(block);
+      is_first_block_ = false;
+    }
   }
 
   int64_t query_head(int64_t member) const { return kv_head_ * problem_.group + member; }
@@ -184,8 +167,7 @@ class Backward {
     }
     if (problem_.needs_key_value) {
       write(problem_.grad_key, kv_head_, block.token_first, block.token_count, grad_key_, 1.0f);
-      write(problem_.grad_value, kv_head_, block.token_first, block.token_count, grad_value_,
-            1.0f);
+      write(problem_.grad_value, kv_head_, block.token_first, block.token_count, grad_value_, 1.0f);
     }
   }
 
@@ -262,12 +244,10 @@ class Backward {
       if constexpr (kPairs) {
         const bool has_second = row + 1 < rows;
         const int64_t next = first + row + has_second;
-        const ScoreRow second{scores.scores + tile_stride_,
-                              scores.gradients + tile_stride_,
-                              row_visible(block, next, 1),
-                              row_bias(block, next, 1),
-                              drops ? keep_ + keep_stride : nullptr,
-                              states_[next]};
+        const ScoreRow second{
+            scores.scores + tile_stride_,          scores.gradients + tile_stride_,
+            row_visible(block, next, 1),           row_bias(block, next, 1),
+            drops ? keep_ + keep_stride : nullptr, states_[next]};
         Bfloat16* pairs = score_gradient_pairs_ + at;
         differentiate_pair({scores, second, has_second, pairs, pairs + tile_stride_},
                            block.width());
@@ -309,14 +289,15 @@ class Backward {
                  int64_t first, int64_t rows, float factor, bool accumulate) {
     LeftOperand left{score_gradients_ + offset, tile_stride_, 1};
     if constexpr (kPairs) left = {score_gradient_pairs_ + offset, tile_stride_ / 2, 1};
-    multiply<Operand>(
-        rows, problem_.head_dim, geometry_.row_steps(count), left, geometry_.right(columns.keys),
-        {head_grad_query_ + first * width_, width_, factor, accumulate});
+    multiply<Operand>(rows, problem_.head_dim, geometry_.row_steps(count), left,
+                      geometry_.right(columns.keys),
+                      {head_grad_query_ + first * width_, width_, factor, accumulate});
   }
 
   // This sequence's prefix gradient, masked as its prefix was, onto the sum over the batch.
   void add_dropped_prefix() {
-    const auto sequence_head = static_cast<uint32_t>(sequence_.index * problem_.kv_heads() + kv_head_);
+    const auto sequence_head =
+        static_cast<uint32_t>(sequence_.index * problem_.kv_heads() + kv_head_);
     for (int64_t row = 0; row < sequence_.prefix; ++row) {
       const auto logical_row = static_cast<uint32_t>(row);
       const int64_t at = row * width_;
@@ -396,7 +377,7 @@ class Backward {
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;
   Sequence sequence_;
-  int64_t kv_head_, head_;
+  int64_t kv_head_, head_, part_;
   GradientRow* states_;  // of head_, likewise head_grad_query_
   float* head_grad_query_;
   float *partial_key_ = nullptr, *partial_value_ = nullptr;

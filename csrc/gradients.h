@@ -87,9 +87,8 @@ inline void differentiate_pair(const RowPair& pair, int64_t width) {
       odd0 = gradients_at(pair.second, i);
       odd1 = gradients_at(pair.second, i + kLanes);
     }
-    const auto gradients =
-        PairedColumns::round(even0.score_gradient, even1.score_gradient, odd0.score_gradient,
-                             odd1.score_gradient);
+    const auto gradients = PairedColumns::round(even0.score_gradient, even1.score_gradient,
+                                                odd0.score_gradient, odd1.score_gradient);
     _mm512_storeu_si512(pair.first_pairs + i, gradients.even);
     if (pair.has_second) _mm512_storeu_si512(pair.second_pairs + i, gradients.odd);
     gradients.store_words(pair.first.gradients + i);

@@ -65,10 +65,19 @@ struct Entries {
   static constexpr Kernels table() {
     using ForwardTask = Forward<Operand, Element>;
     using BackwardTask = Backward<Operand, Element>;
-    return {
-        prefix_bytes,        pack_prefix,       ForwardTask::bytes,          ForwardTask::run,
-        BackwardTask::bytes, BackwardTask::run, BackwardTask::partial_bytes, BackwardTask::reduce,
-        keep_bytes,          drop_row};
+    return {prefix_bytes,
+            pack_prefix,
+            ForwardTask::bytes,
+            ForwardTask::run,
+            BackwardTask::bytes,
+            BackwardTask::run,
+            partial_bytes<Operand>,
+            column_parts,
+            query_partial_bytes<Operand>,
+            reduce_query<Operand, Element>,
+            reduce_prefix<Operand, Element>,
+            keep_bytes,
+            drop_row};
   }
 };
 

@@ -6,9 +6,9 @@
 namespace ptv2 {
 
 Tensor micro_exp(Tensor input) {
-  STD_TORCH_CHECK(input.is_cpu() && input.is_contiguous() &&
-                      input.scalar_type() == ScalarType::Float,
-                  "input: expected a contiguous float32 tensor on the CPU");
+  STD_TORCH_CHECK(
+      input.is_cpu() && input.is_contiguous() && input.scalar_type() == ScalarType::Float,
+      "input: expected a contiguous float32 tensor on the CPU");
   Tensor result = torch::stable::empty_like(input);
   cpu_level().exp(static_cast<const float*>(input.const_data_ptr()),
                   static_cast<float*>(result.mutable_data_ptr()), input.numel());

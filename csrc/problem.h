@@ -107,14 +107,16 @@ struct BatchChunk {
 struct BackwardProblem : Problem {
   bool needs_query, needs_key_value, needs_prefix;
   Tokens grad_out, grad_query, grad_key, grad_value;
-  Statistics grad_lse;           // data may be null
+  Statistics grad_lse;                        // data may be null
   void *grad_prefix_key, *grad_prefix_value;  // [R, H_kv, P, D] without gaps
 
   // Filled by run.cpp.
   const int32_t* order;  // [B]: the sequences by slot, each slot's in the order of the batch
   const BatchChunk* chunks;
   int64_t chunk_count;
-  float* partial;  // [chunks, H_kv] fp32 sums of the prefix gradient
+  float* partial;        // [chunks, H_kv] fp32 sums of the prefix gradient
+  int64_t column_parts;  // tasks to a (chunk, head); 1 unless there are more threads than those
+  float* query_partial;  // [column_parts] fp32 sums of grad_query, unused for one part
 };
 
 // The entry points for one dtype. Sizes are in bytes and depend on the problem only.
@@ -126,6 +128,9 @@ struct Kernels {
   int64_t (*backward_scratch_bytes)(const BackwardProblem&);
   void (*backward)(const BackwardProblem&, int64_t task, char* scratch);
   int64_t (*partial_bytes)(const BackwardProblem&);
+  int64_t (*column_parts)(const BackwardProblem&);
+  int64_t (*query_partial_bytes)(const BackwardProblem&);
+  void (*reduce_query)(const BackwardProblem&, int64_t task);
   void (*reduce_prefix)(const BackwardProblem&, int64_t bank_row, int64_t head);
   int64_t (*keep_bytes)(int64_t columns);
   void (*drop_row)(void* destination, const void* source, int64_t columns, const Dropout&,

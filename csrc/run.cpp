@@ -43,7 +43,8 @@ void pack_prefix(Problem& problem, const Slots& slots, const Kernels& kernels, M
 
 int64_t query_chunk(const Problem& problem, int64_t threads) {
   const int64_t heads = problem.batch * problem.heads;
-  const int64_t parts = threads == 1 || heads == 0 ? 1 : divide_up(kTasksPerThread * threads, heads);
+  const int64_t parts =
+      threads == 1 || heads == 0 ? 1 : divide_up(kTasksPerThread * threads, heads);
   const int64_t chunk = divide_up(problem.queries, parts);
   return std::clamp(chunk, kMinQueryChunk, kMaxQueryChunk);
 }
@@ -96,9 +97,17 @@ void run_backward(BackwardProblem& problem, const Kernels& kernels, Machine& mac
   problem.chunks = plan.chunks.data();
   problem.chunk_count = static_cast<int64_t>(plan.chunks.size());
   problem.partial = reinterpret_cast<float*>(machine.allocate(kernels.partial_bytes(problem)));
-  const int64_t heads = problem.kv_heads();
-  run_tasks(machine, problem.chunk_count * heads, kernels.backward_scratch_bytes(problem),
+  const int64_t heads = problem.kv_heads(), tasks = problem.chunk_count * heads;
+  const int64_t parts = machine.threads() > tasks ? kernels.column_parts(problem) : 1;
+  problem.column_parts = parts;
+  const int64_t query_bytes = kernels.query_partial_bytes(problem);
+  if (query_bytes > 0) {
+    problem.query_partial = reinterpret_cast<float*>(machine.allocate(query_bytes));
+  }
+  run_tasks(machine, parts * tasks, kernels.backward_scratch_bytes(problem),
             [&](int64_t task, char* scratch) { kernels.backward(problem, task, scratch); });
+  run_tasks(machine, query_bytes > 0 ? problem.batch * problem.heads : 0, 0,
+            [&](int64_t task, char*) { kernels.reduce_query(problem, task); });
   if (!problem.needs_prefix) return;
   run_tasks(machine, problem.bank_rows * heads, 0, [&](int64_t task, char*) {
     kernels.reduce_prefix(problem, task / heads, task % heads);

@@ -30,7 +30,7 @@ void run_tasks(Machine& machine, int64_t tasks, int64_t scratch_bytes, const Tas
   if (tasks == 0) return;
   const int64_t workers = std::min(machine.threads(), tasks);
   const int64_t stride = divide_up(scratch_bytes, 64) * 64;
-  char* scratch = machine.allocate(workers * stride);
+  char* scratch = stride == 0 ? nullptr : machine.allocate(workers * stride);
   std::atomic<int64_t> next{0};
   machine.parallel(workers, [&](int64_t worker) {
     for (int64_t index = next++; index < tasks; index = next++) {

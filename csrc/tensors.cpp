@@ -45,9 +45,9 @@ const int32_t* integers(const char* name, const std::optional<Tensor>& tensor, i
                         int64_t least, int64_t most) {
   if (!tensor.has_value()) return nullptr;
   check_shape(name, *tensor, {count});
-  STD_TORCH_CHECK(tensor->is_cpu() && tensor->is_contiguous() &&
-                      tensor->scalar_type() == ScalarType::Int,
-                  name, ": expected a contiguous int32 tensor on the CPU");
+  STD_TORCH_CHECK(
+      tensor->is_cpu() && tensor->is_contiguous() && tensor->scalar_type() == ScalarType::Int, name,
+      ": expected a contiguous int32 tensor on the CPU");
   const auto* values = static_cast<const int32_t*>(tensor->const_data_ptr());
   for (int64_t i = 0; i < count; ++i) {
     STD_TORCH_CHECK(values[i] >= least && values[i] <= most, name, ": expected values in ", least,

@@ -63,7 +63,8 @@ inline void fill_visible(int32_t* visible, const Problem& problem, const Sequenc
   for (int64_t i = 0; i < offset; ++i) visible[i] = i < block.prefix_count ? -1 : 0;
   const int64_t stride = problem.mask_column_stride;
   const bool* mask = problem.key_mask;
-  if (mask != nullptr) mask += sequence.index * problem.mask_batch_stride + block.token_first * stride;
+  if (mask != nullptr)
+    mask += sequence.index * problem.mask_batch_stride + block.token_first * stride;
   const int64_t width = block.width();
   for (int64_t i = 0; offset + i < width; ++i) {
     const bool shown = i < block.token_count && (mask == nullptr || mask[i * stride]);
