@@ -1,0 +1,90 @@
+"""What a compiled kernel must fulfil, and the recorded instructions per MMA it must not exceed.
+
+`python -m bench.gpu_static --record` writes the records anew.
+"""
+
+import csv
+import importlib.metadata
+from pathlib import Path
+
+BOUNDS = Path(__file__).parent.parent / "bench" / "results" / "gpu-static-bounds.csv"
+BOUNDED_TARGETS = ("sm_80", "sm_90")
+TOLERANCE = 1.1  # a kernel may have this many times the recorded instructions per MMA
+HELPERS = ("delta", "sum_partials")  # kernels without matrix products
+# The targets that the limits on spills are promised for.
+SPILL_TARGETS = ("sm_80", "sm_90", "sm_100")
+_KEY = ("target", "dtype", "head_dim", "layout", "dropout", "prefix_dropout", "kernel")
+
+
+def allowed_spills(row: dict) -> int | None:
+    """Bytes of stack per thread; None where nothing is promised."""
+    if row["target"] not in SPILL_TARGETS or row["head_dim"] > 128 or row["dtype"] == "fp32":
+        return None
+    if row["kernel"] == "prefix_attention_forward":
+        return 0
+    return 64 if row["head_dim"] <= 64 else 128
+
+
+def faults(row: dict) -> list[str]:
+    """What is wrong with one row of `tests.triton_builds`."""
+    found = []
+    if row["shared_bytes"] > row["shared_limit"]:
+        found.append("shared memory over the limit")
+    if row["blocks_per_processor"] < 1:
+        found.append("no block fits on a multiprocessor")
+    if row["kernel"] in HELPERS:
+        return found
+    # Given a live set far over the limit, ptxas for sm_80 gives 32 registers and spills the rest.
+    if row["registers"] <= 32:
+        found.append("register cliff")
+    if row["matrix_instructions"] == 0:
+        found.append("no matrix instructions")
+    if row["wide_loads"] == 0:
+        found.append("no loads of 16 bytes")
+    allowed = allowed_spills(row)
+    if allowed is not None and row["spill_bytes"] > allowed:
+        found.append(f"{row['spill_bytes']} bytes spilled, {allowed} allowed")
+    if allowed is not None and row["loop_local_accesses"]:
+        found.append(f"{row['loop_local_accesses']} local accesses in the hottest loop")
+    return found
+
+
+def key_of(row: dict) -> tuple[str, ...]:
+    return tuple(str(row[name]) for name in _KEY)
+
+
+def _read() -> dict[tuple[str, ...], dict]:
+    if not BOUNDS.exists():
+        return {}
+    with BOUNDS.open(newline="") as file:
+        return {key_of(row): row for row in csv.DictReader(file)}
+
+
+def read_bounds() -> dict[tuple[str, ...], float]:
+    """The records of the installed Triton; those of another version bind nothing."""
+    installed = importlib.metadata.version("triton")
+    return {
+        key: float(row["instructions_per_mma"])
+        for key, row in _read().items()
+        if row["triton"] == installed
+    }
+
+
+def updated_bounds(rows: list[dict]) -> list[dict]:
+    """The records in the order of their keys, with those of build rows put in their place."""
+    installed = importlib.metadata.version("triton")
+    records = _read()
+    for row in rows:
+        if row["target"] in BOUNDED_TARGETS and row["instructions_per_mma"]:
+            value = round(row["instructions_per_mma"], 2)
+            key = {name: row[name] for name in _KEY}
+            records[key_of(row)] = {**key, "instructions_per_mma": value, "triton": installed}
+    return [records[key] for key in sorted(records)]
+
+
+def over_bound(row: dict, bounds: dict[tuple[str, ...], float]) -> str | None:
+    """Why a build row breaks its record; None when it does not, or has none."""
+    recorded = bounds.get(key_of(row))
+    if recorded is None or row["instructions_per_mma"] <= TOLERANCE * recorded:
+        return None
+    return f"{row['instructions_per_mma']:.2f} instructions per MMA, {recorded} recorded"

@@ -1,0 +1,137 @@
+"""Calls of the Triton launchers that stand for what is shipped: padded, rows, packed, biased.
+
+The tensors hold zeros, since these calls are compiled, counted and recorded, never compared.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ptv2_fast.ops.options import Options
+from ptv2_kernels.backward import launch_backward
+from ptv2_kernels.forward import launch_forward
+
+LAYOUTS = ("padded", "rows", "packed", "biased")
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    batch: int = 2
+    heads: int = 3
+    tokens: int = 200
+    prefix: int = 100
+    head_dim: int = 64
+    rows_of_bank: int = 1
+    group: int = 1  # query heads per key/value head
+    queries: int | None = None  # None = tokens
+
+
+@dataclass(frozen=True)
+class Call:
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+    options: Options
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        return launch_forward(*self.tensors, *self.options)
+
+    def backward(
+        self,
+        out: Tensor,
+        lse: Tensor,
+        *,
+        needs_query: bool = True,
+        needs_key_value: bool = True,
+        needs_prefix: bool = True,
+        joint: bool = False,
+        grad_lse: Tensor | None = None,
+    ) -> tuple[Tensor, ...]:
+        needs = (needs_query, needs_key_value, needs_prefix, joint)
+        grad_out = torch.zeros_like(out)
+        return launch_backward(grad_out, *self.tensors, out, lse, grad_lse, *needs, *self.options)
+
+    def both(self, **needs: bool) -> None:
+        out, lse = self.forward()
+        grad_lse = torch.zeros_like(lse) if self.options.window >= 0 else None
+        self.backward(out, lse, grad_lse=grad_lse, **needs)
+
+
+def _prefixes(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    shape = (sizes.rows_of_bank, sizes.heads // sizes.group, sizes.prefix, sizes.head_dim)
+    return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
+
+
+def _options(sizes: Sizes, dropout_p: float, prefix_dropout_p: float, **others) -> Options:
+    seed = torch.zeros(1, dtype=torch.int64) if dropout_p or prefix_dropout_p else None
+    scale = sizes.head_dim**-0.5
+    options = Options(others.pop("key_mask", None), seed, scale, dropout_p, prefix_dropout_p)
+    return options._replace(**others)
+
+
+def padded_call(
+    sizes: Sizes = Sizes(),
+    dtype: torch.dtype = torch.bfloat16,
+    dropout_p: float = 0.0,
+    prefix_dropout_p: float = 0.0,
+    masked: bool = True,
+    **others: object,
+) -> Call:
+    """[B, H, T, D] whose [B, T, H, D] view is contiguous; nothing else than padding is masked."""
+
+    def zeros(length: int, heads: int) -> Tensor:
+        shape = (sizes.batch, length, heads, sizes.head_dim)
+        return torch.zeros(shape, dtype=dtype).transpose(1, 2)
+
+    query = zeros(sizes.tokens if sizes.queries is None else sizes.queries, sizes.heads)
+    key, value = (zeros(sizes.tokens, sizes.heads // sizes.group) for _ in range(2))
+    if masked:
+        others["key_mask"] = torch.ones(sizes.batch, sizes.tokens, dtype=torch.bool)
+    tensors = (query, key, value, *_prefixes(sizes, dtype))
+    return Call(tensors, _options(sizes, dropout_p, prefix_dropout_p, **others))
+
+
+def packed_call(
+    lengths: list[int],
+    sizes: Sizes = Sizes(),
+    dtype: torch.dtype = torch.bfloat16,
+    dropout_p: float = 0.0,
+    prefix_dropout_p: float = 0.0,
+    **others: object,
+) -> Call:
+    """[N, H, D] of sequences of these lengths, each with a row of a bank; sizes.batch is unused."""
+
+    def zeros(heads: int) -> Tensor:
+        return torch.zeros(sum(lengths), heads, sizes.head_dim, dtype=dtype)
+
+    starts = torch.tensor([0, *lengths]).cumsum(0).int()
+    others |= {"cu_seqlens": starts, "max_seqlen": max(lengths)}
+    if sizes.rows_of_bank > 1:
+        others["prefix_index"] = torch.arange(len(lengths)).remainder(sizes.rows_of_bank).int()
+        others["prefix_lengths"] = torch.full((sizes.rows_of_bank,), sizes.prefix).int()
+    query = zeros(sizes.heads)
+    key, value = (zeros(sizes.heads // sizes.group) for _ in range(2))
+    tensors = (query, key, value, *_prefixes(sizes, dtype))
+    return Call(tensors, _options(sizes, dropout_p, prefix_dropout_p, **others))
+
+
+def biased_call(sizes: Sizes, dtype: torch.dtype = torch.bfloat16, *dropout: float) -> Call:
+    """Padded, with a bias [1, H, T, S] that the batch shares."""
+    bias = torch.zeros(1, sizes.heads, sizes.tokens, sizes.tokens, dtype=dtype)
+    return padded_call(sizes, dtype, *dropout, bias=bias)
+
+
+def layout_call(
+    layout: str, dtype: torch.dtype, head_dim: int, dropout_p: float, prefix_dropout_p: float
+) -> Call:
+    """`layout` is one of LAYOUTS; rows: grouped heads, context lengths, window, gradient of lse."""
+    dropout = (dropout_p, prefix_dropout_p)
+    if layout == "padded":
+        return padded_call(Sizes(head_dim=head_dim), dtype, *dropout)
+    if layout == "rows":
+        sizes = Sizes(heads=6, group=2, head_dim=head_dim)
+        context = torch.zeros(sizes.batch, dtype=torch.int32)
+        return padded_call(sizes, dtype, *dropout, context_lengths=context, window=50)
+    if layout == "biased":
+        return biased_call(Sizes(head_dim=head_dim), dtype, *dropout)
+    return packed_call([200, 7, 129], Sizes(rows_of_bank=2, head_dim=head_dim), dtype, *dropout)
