@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ptv2_fast.ops.dropout import dropout_multiplier
 from tests.closeness import assert_close_to_oracle
 from tests.inputs import Inputs, Shape, make_inputs
 from tests.oracle import concatenate_and_expand, magnitudes, oracle, run_backend
@@ -78,12 +79,16 @@ def set_threads():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_bits_do_not_depend_on_the_number_of_threads(dtype, set_threads):
-    # One head: more threads than (sequence, head) pairs cut the queries into chunks.
-    for shape in (Shape(11, 3, 20, 20, 6, 32), Shape(1, 1, 200, 150, 90, 64)):
-        inputs = make_inputs(shape, dtype, "random")
+    """With one head more threads than (sequence, head) pairs cut queries and columns into parts."""
+    for shape, options in (
+        (Shape(11, 3, 20, 20, 6, 32), {"bank": 3}),
+        (Shape(1, 1, 200, 500, 90, 64), {}),
+        (Shape(2, 2, 400, 400, 300, 32, group=2), {"packed": True, "rows": "both"}),
+    ):
+        inputs = make_inputs(shape, dtype, "random", **options)
         set_threads(1)
         expected = run_backend(inputs, "cpp", 0.1, 0.1)
-        for threads in (2, 3, 7):
+        for threads in (2, 4, 7):
             set_threads(threads)
             for name, actual in run_backend(inputs, "cpp", 0.1, 0.1)._asdict().items():
                 assert torch.equal(actual, getattr(expected, name)), (name, threads)
@@ -105,3 +110,22 @@ def test_masked_tokens_are_left_out_to_the_bit():
             assert not result[:, :, 40:].any()
             result = result[:, :, :40]
         assert torch.equal(result, getattr(expected, name)), name
+
+
+def test_exponential_keeps_its_error_bound():
+    numbers = torch.cat((torch.linspace(-87, 1, 400001), -torch.logspace(-9, 1, 1001)))
+    exact = numbers.double().exp()
+    error = (torch.ops.ptv2.micro_exp(numbers).double() - exact).abs() / exact
+    assert (error <= 1e-7 + 2e-8 * numbers.double().abs()).all()
+    below = torch.tensor([-88.5, -1e30, float("-inf")])
+    assert torch.equal(torch.ops.ptv2.micro_exp(below), torch.zeros(3))
+    assert torch.ops.ptv2.micro_exp(torch.tensor([float("nan")])).isnan().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_dropout_draws_the_bits_of_the_definition(dtype):
+    inputs, seed = torch.randn(2, 3, 5, 77).to(dtype), torch.tensor([-3 << 40])
+    for stream in range(4):
+        actual = torch.ops.ptv2.micro_dropout(inputs, seed, 0.3, stream)
+        factors = dropout_multiplier(inputs.shape, 0.3, seed, stream, torch.float32)
+        assert torch.equal(actual, (inputs * factors).to(dtype))

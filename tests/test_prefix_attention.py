@@ -305,6 +305,22 @@ def test_prefix_only_backward_never_reads_the_tokens(backend):
     assert torch.equal(whole[3], again[3]) and torch.equal(whole[4], again[4])
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
+@pytest.mark.parametrize("strides", ["hf", "sliced"])
+def test_only_inputs_and_results_are_kept(strides, backend):
+    """Query, key, value, out, lse, the prefix as it is, and a mask; no copy of any of them."""
+    inputs = make_inputs(
+        Shape(4, 2, 12, 12, 6, 32), torch.float32, "right padding", strides=strides,
+        device=DEVICES.get(backend, "cpu"),
+    )  # fmt: skip
+    leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        out, lse = prefix_attention_with_lse(*leaves, key_mask=inputs.key_mask, backend=backend)
+    known = {x.untyped_storage().data_ptr() for x in (*leaves, out, lse, inputs.key_mask)}
+    assert {x.untyped_storage().data_ptr() for x in kept} == known
+
+
 def test_zero_prefix_is_not_a_no_op():
     inputs = make_inputs(Shape(1, 1, 4, 4, 3, 8), torch.float32)
     zeros = torch.zeros_like(inputs.prefix_key)
