@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ptv2_fast.ops.attention import prefix_attention
 from ptv2_kernels.backward_prefix import count_splits
 from ptv2_kernels.configs import KERNELS, shipped_config
 from ptv2_kernels.forward import launch_forward
@@ -47,7 +48,7 @@ def test_kernels_stay_inside_banks_biases_and_sequences(packed):
 @interpreted
 @pytest.mark.parametrize("argument", ["prefix_key", "prefix_lengths", "cu_seqlens", "bias"])
 def test_bounds_check_sees_an_access_outside(argument):
-    """The check itself can fail: on lengths that are one too large, and tensors that are one row short.
+    """The check itself can fail: on lengths one too large, and on tensors one row too short.
 
     Each tensor is copied to its own memory, at whose end an access must be noticed.
     """
@@ -75,6 +76,25 @@ def test_bounds_check_sees_an_access_outside(argument):
 @pytest.mark.usefixtures("nan_filled_empty")
 def test_fp16_matches_oracle():
     check(["triton"], Shape(2, 2, 20, 20, 5, 64), torch.float16, "right padding", 0.1, 0.0)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.25])
+def test_scale_may_be_zero_or_negative(scale):
+    """The kernels compare scores before scaling them where the scale is positive."""
+    inputs = make_inputs(Shape(2, 2, 20, 20, 5, 32), torch.float32, "right padding")
+    results = []
+    for backend in ("reference", "triton"):
+        leaves = [tensor.clone().requires_grad_() for tensor in inputs.tensors]
+        out = prefix_attention(*leaves, key_mask=inputs.key_mask, scale=scale, backend=backend)
+        results.append((out, *torch.autograd.grad(out, leaves, inputs.grad_out)))
+    for expected, actual in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("prefix_length", [1, 16, 17, 32, 33, 64, 65])
+def test_prefixes_of_every_tile_size_match_oracle(prefix_length):
+    shape = Shape(2, 2, 9, 9, prefix_length, 16)
+    check(["triton"], shape, torch.float32, "random", 0.1, 0.1)
 
 
 def test_partials_do_not_grow_with_the_batch():

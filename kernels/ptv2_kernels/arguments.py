@@ -11,6 +11,7 @@ import triton
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
+LARGEST_BLOCK = 256
 # Sizes that change from batch to batch must not recompile a kernel.
 RUNTIME_SIZES = ["queries", "tokens", "prefix_length"]
 
@@ -37,11 +38,19 @@ class Extras(NamedTuple):
     prefix_lengths_ptr: Tensor | None  # int32 [R]
     bias_ptr: Tensor | None  # [1|B, H, T, S]
     bias_strides: tuple[int, ...]  # sequence, head, row; column 1
+    any_scale: int | None  # 1: scores are scaled before they are compared
     seed_ptr: Tensor | None  # int64 [1]
     threshold: int | None  # a 16-bit decision below it drops
     multiplier: float  # of what is kept
     prefix_threshold: int | None
     prefix_multiplier: float
+
+    def of_prefix(self) -> "Extras":
+        """Without what only tokens have, so that a kernel without tokens is not compiled anew."""
+        return self._replace(
+            key_mask_ptr=None, context_lengths_ptr=None, window=None,
+            bias_ptr=None, bias_strides=(0, 0, 0),
+        )  # fmt: skip
 
 
 class Call(NamedTuple):
@@ -56,6 +65,8 @@ class Call(NamedTuple):
 
 
 def strided(tensor: Tensor) -> Strided:
+    if abs(tensor.stride(-2)) >= 2**31 // LARGEST_BLOCK and tensor.numel():
+        tensor = tensor.contiguous()  # offsets inside a tile are counted in int32
     if tensor.dim() == 3:  # packed [N, H, D]
         row, head, column = tensor.stride()
         return Strided(tensor, (row, head, row, column))
@@ -93,6 +104,8 @@ def describe_call(
         None if prefix_index is None else prefix_lengths,
         bias,
         bias_strides,
+        # A bias is added to scaled scores, and a negative scale turns their order around.
+        None if bias is None and scale > 0 else 1,
         seed if dropout_p > 0 or prefix_dropout_p > 0 else None,
         round(65536 * dropout_p) if dropout_p > 0 else None,
         1.0 / (1.0 - dropout_p),

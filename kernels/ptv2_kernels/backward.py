@@ -24,7 +24,7 @@ from ptv2_kernels.backward_key_value import _grad_key_value_kernel
 from ptv2_kernels.backward_prefix import launch_backward_prefix
 from ptv2_kernels.backward_query import _grad_query_kernel
 from ptv2_kernels.configs import COMPILER_OPTIONS, launch_options, tile_widths
-from ptv2_kernels.tiles import load_tile, locate_tile, row_offsets
+from ptv2_kernels.tiles import load_tile, locate_tile, row_pointers
 
 
 @triton.jit(do_not_specialize=["queries"])
@@ -43,17 +43,26 @@ def _delta_kernel(
     """rowsum(out * grad_out) - grad_lse; grid (row tiles * batch, heads), packed: one sequence."""
     first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
     head = tl.program_id(1)
-    rows = first_row + tl.arange(0, BLOCK_QUERIES)
-    out_tile = load_tile(out, sequence, head, rows, queries, HEAD_DIM, BLOCK_DIMS)
-    grad_out_tile = load_tile(grad_out, sequence, head, rows, queries, HEAD_DIM, BLOCK_DIMS)
+    out_tile = load_tile(
+        out, sequence, head, first_row, queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+    )
+    grad_out_tile = load_tile(
+        grad_out, sequence, head, first_row, queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+    )
     delta = tl.zeros((BLOCK_QUERIES,), tl.float32)
     for chunk in tl.static_range(len(BLOCK_DIMS)):
         product = out_tile[chunk].to(tl.float32) * grad_out_tile[chunk].to(tl.float32)
         delta += tl.sum(product, axis=1)
-    offsets = row_offsets(extras, sequence, head, rows, heads, queries)
+    inside = tl.arange(0, BLOCK_QUERIES) < queries - first_row
     if grad_lse_ptr is not None:
-        delta -= tl.load(grad_lse_ptr + offsets, mask=rows < queries, other=0.0)
-    tl.store(delta_ptr + offsets, delta, mask=rows < queries)
+        grad_lse_ptrs = row_pointers(
+            grad_lse_ptr, extras, sequence, head, first_row, heads, queries, BLOCK_QUERIES
+        )
+        delta -= tl.load(grad_lse_ptrs, mask=inside, other=0.0)
+    delta_ptrs = row_pointers(
+        delta_ptr, extras, sequence, head, first_row, heads, queries, BLOCK_QUERIES
+    )
+    tl.store(delta_ptrs, delta, mask=inside)
 
 
 def _launch_delta(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
@@ -68,7 +77,7 @@ def _launch_delta(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | 
         strided(grad_out),
         None if grad_lse is None else grad_lse.contiguous(),
         delta,
-        call.extras,
+        call.extras.of_prefix(),
         heads,
         rows,
         HEAD_DIM=head_dim,
@@ -127,7 +136,7 @@ def launch_backward(
             *shared,
             **call.sizes,
             scale_log2=call.scale * LOG2_E,
-            **launch_options("query", query),
+            **launch_options("query", query, prefix_key.shape[2]),
         )
     if needs_key_value and targets[1].numel():
         _grad_key_value_kernel[

@@ -12,6 +12,7 @@ from ptv2_kernels.dropout import TOKEN_STREAM, load_seed
 from ptv2_kernels.softmax import LN_2, load_statistics, recompute, token_scores
 from ptv2_kernels.tiles import (
     add_product,
+    keep_rows,
     load_tile,
     locate_sequence,
     locate_tile,
@@ -52,10 +53,13 @@ def _grad_key_value_kernel(
     if first_column >= column_count:
         return
     kv_head = tl.program_id(1)
-    columns = first_column + tl.arange(0, BLOCK_KEYS)
-    key_tile = load_tile(key, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
-    value_tile = load_tile(value, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
-    unmasked = unmasked_columns(extras, sequence, columns, column_count, tokens)
+    key_tile = load_tile(
+        key, start, kv_head, first_column, column_count, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
+    )
+    value_tile = load_tile(
+        value, start, kv_head, first_column, column_count, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
+    )
+    unmasked = unmasked_columns(extras, sequence, first_column, column_count, tokens, BLOCK_KEYS)
     seed = load_seed(extras)
     key_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
     value_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
@@ -65,32 +69,62 @@ def _grad_key_value_kernel(
         extras, context, first_column, first_column + BLOCK_KEYS - 1, row_count
     )
     first_tile = begin // BLOCK_QUERIES
-    tiles = tl.maximum(0, tl.cdiv(end, BLOCK_QUERIES) - first_tile)
-    for step in range(group * tiles):
-        # Query heads in order, the tiles of each in order.
-        head = kv_head * group + step // tiles
-        rows = (first_tile + step % tiles) * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-        query_tile = load_tile(query, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
-        grad_out_tile = load_tile(grad_out, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
-        statistics = load_statistics(
-            lse_ptr, delta_ptr, extras, start, head, rows, row_count, heads, queries
-        )
-        shown = shown_columns(extras, unmasked, context, rows, columns)
-        scores_log2 = token_scores(
-            query_tile, key_tile, extras, sequence, head, rows, columns, row_count, column_count,
-            shown, scale_log2, INPUT_PRECISION,
-        )  # fmt: skip
-        dropped, grad_scores = recompute(
-            scores_log2, value_tile, grad_out_tile, statistics, extras, seed,
-            sequence * heads + head, rows, first_column, TOKEN_STREAM, INPUT_PRECISION,
-        )  # fmt: skip
-        value_gradient = add_product(
-            tl.trans(dropped), grad_out_tile, value_gradient, INPUT_PRECISION
-        )
-        key_gradient = add_product(tl.trans(grad_scores), query_tile, key_gradient, INPUT_PRECISION)
+    end = tl.where(tl.max(unmasked.to(tl.int32), axis=0) > 0, end, 0)
+    for member in range(group):
+        head = kv_head * group + member
+        for tile in range(first_tile, tl.cdiv(end, BLOCK_QUERIES)):
+            first_row = tile * BLOCK_QUERIES
+            query_tile = load_tile(
+                query, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+            )
+            grad_out_tile = load_tile(
+                grad_out, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+            )
+            statistics = load_statistics(
+                lse_ptr, delta_ptr, extras, start, head, first_row, row_count, heads, queries,
+                BLOCK_QUERIES,
+            )  # fmt: skip
+            scores, factor = token_scores(
+                query_tile, key_tile, extras, sequence, head, first_row, first_column,
+                row_count, column_count, scale_log2, INPUT_PRECISION,
+            )  # fmt: skip
+            shown = shown_columns(
+                extras, None, context, first_row, first_column, BLOCK_QUERIES, BLOCK_KEYS
+            )
+            dropped, grad_scores = recompute(
+                scores, factor, shown, value_tile, grad_out_tile, statistics, extras, seed,
+                sequence * heads + head, first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
+            )  # fmt: skip
+            value_gradient = add_product(
+                tl.trans(dropped), grad_out_tile, value_gradient, INPUT_PRECISION
+            )
+            key_gradient = add_product(
+                tl.trans(grad_scores), query_tile, key_gradient, INPUT_PRECISION
+            )
 
+    # A column that nobody sees spoils its own row only, so that the loop needs no mask.
+    key_gradient = keep_rows(key_gradient, unmasked)
+    value_gradient = keep_rows(value_gradient, unmasked)
     gradient = scale_tile(key_gradient, scale_log2 * LN_2)
-    store_tile(grad_key, gradient, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
     store_tile(
-        grad_value, value_gradient, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS
+        grad_key,
+        gradient,
+        start,
+        kv_head,
+        first_column,
+        column_count,
+        BLOCK_KEYS,
+        HEAD_DIM,
+        BLOCK_DIMS,
+    )
+    store_tile(
+        grad_value,
+        value_gradient,
+        start,
+        kv_head,
+        first_column,
+        column_count,
+        BLOCK_KEYS,
+        HEAD_DIM,
+        BLOCK_DIMS,
     )

@@ -18,6 +18,7 @@ from ptv2_kernels.softmax import LN_2, drop_pair, load_statistics, prefix_scores
 from ptv2_kernels.tiles import (
     add_product,
     add_tiles,
+    keep_rows,
     length_of_prefix,
     load_tile,
     locate_sequence,
@@ -69,10 +70,13 @@ def _grad_prefix_kernel(
     if extras.prefix_index_ptr is not None:
         split, bank_row = split // bank_rows, split % bank_rows
     first_column = tl.program_id(0) * BLOCK_KEYS
-    columns = first_column + tl.arange(0, BLOCK_KEYS)
     length = length_of_prefix(extras, bank_row, prefix_length)
-    shared_key = load_tile(prefix_key, bank_row, kv_head, columns, length, HEAD_DIM, BLOCK_DIMS)
-    shared_value = load_tile(prefix_value, bank_row, kv_head, columns, length, HEAD_DIM, BLOCK_DIMS)
+    shared_key = load_tile(
+        prefix_key, bank_row, kv_head, first_column, length, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
+    )
+    shared_value = load_tile(
+        prefix_value, bank_row, kv_head, first_column, length, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
+    )
     seed = load_seed(extras)
     key_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
     value_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
@@ -83,52 +87,77 @@ def _grad_prefix_kernel(
         sequence_kv_head = sequence * (heads // group) + kv_head
         start, row_count, _ = locate_sequence(extras, sequence, queries, tokens)
         key_tile, value_tile = drop_pair(
-            shared_key, shared_value, extras, seed, sequence_kv_head, columns
+            shared_key, shared_value, extras, seed, sequence_kv_head, first_column
         )
         total_key, total_value = key_gradient, value_gradient
         if extras.prefix_threshold is not None:
             key_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
             value_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
         tiles = tl.cdiv(reading_rows(extras, sequence, bank_row, row_count), BLOCK_QUERIES)
-        for tile in range(group * tiles):
-            # Query heads in order, the tiles of each in order.
-            head = kv_head * group + tile // tiles
-            rows = tile % tiles * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-            query_tile = load_tile(query, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
-            grad_out_tile = load_tile(grad_out, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
-            statistics = load_statistics(
-                lse_ptr, delta_ptr, extras, start, head, rows, row_count, heads, queries
-            )
-            scores_log2 = prefix_scores(
-                query_tile, key_tile, columns, length, scale_log2, INPUT_PRECISION
-            )
-            dropped, grad_scores = recompute(
-                scores_log2, value_tile, grad_out_tile, statistics, extras, seed,
-                sequence * heads + head, rows, first_column, PREFIX_STREAM, INPUT_PRECISION,
-            )  # fmt: skip
-            value_gradient = add_product(
-                tl.trans(dropped), grad_out_tile, value_gradient, INPUT_PRECISION
-            )
-            key_gradient = add_product(
-                tl.trans(grad_scores), query_tile, key_gradient, INPUT_PRECISION
-            )
+        for member in range(group):
+            head = kv_head * group + member
+            for tile in range(tiles):
+                first_row = tile * BLOCK_QUERIES
+                query_tile = load_tile(
+                    query, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+                )
+                grad_out_tile = load_tile(
+                    grad_out, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+                )
+                statistics = load_statistics(
+                    lse_ptr, delta_ptr, extras, start, head, first_row, row_count, heads, queries,
+                    BLOCK_QUERIES,
+                )  # fmt: skip
+                scores, factor = prefix_scores(
+                    query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
+                )
+                dropped, grad_scores = recompute(
+                    scores, factor, None, value_tile, grad_out_tile, statistics, extras, seed,
+                    sequence * heads + head, first_row, first_column, PREFIX_STREAM,
+                    INPUT_PRECISION,
+                )  # fmt: skip
+                value_gradient = add_product(
+                    tl.trans(dropped), grad_out_tile, value_gradient, INPUT_PRECISION
+                )
+                key_gradient = add_product(
+                    tl.trans(grad_scores), query_tile, key_gradient, INPUT_PRECISION
+                )
         if extras.prefix_threshold is not None:
             # Each sequence has a mask of its own, applied before the sum over the batch.
             key_gradient, value_gradient = drop_pair(
-                key_gradient, value_gradient, extras, seed, sequence_kv_head, columns
+                key_gradient, value_gradient, extras, seed, sequence_kv_head, first_column
             )
             key_gradient = add_tiles(total_key, key_gradient)
             value_gradient = add_tiles(total_value, value_gradient)
 
-    # Columns behind the length of a row of the bank get zeros too.
+    if extras.prefix_lengths_ptr is not None:
+        inside = tl.arange(0, BLOCK_KEYS) < length - first_column
+        key_gradient = keep_rows(key_gradient, inside)
+        value_gradient = keep_rows(value_gradient, inside)
     key_gradient = scale_tile(key_gradient, scale_log2 * LN_2)
     key_slot = split * 2 * bank_rows + bank_row
     store_tile(
-        partial, key_gradient, key_slot, kv_head, columns, prefix_length, HEAD_DIM, BLOCK_DIMS
+        partial,
+        key_gradient,
+        key_slot,
+        kv_head,
+        first_column,
+        prefix_length,
+        BLOCK_KEYS,
+        HEAD_DIM,
+        BLOCK_DIMS,
     )
     value_slot = key_slot + bank_rows
     store_tile(
-        partial, value_gradient, value_slot, kv_head, columns, prefix_length, HEAD_DIM, BLOCK_DIMS
+        partial,
+        value_gradient,
+        value_slot,
+        kv_head,
+        first_column,
+        prefix_length,
+        BLOCK_KEYS,
+        HEAD_DIM,
+        BLOCK_DIMS,
     )
 
 
@@ -178,7 +207,7 @@ def launch_backward_prefix(
     size = grad_prefix_key.numel()
     if size == 0:
         return grad_prefix_key, grad_prefix_value
-    options = launch_options("prefix", query)
+    options = launch_options("prefix", query, prefix_length)
     prefix_tiles = triton.cdiv(prefix_length, options.get("BLOCK_KEYS", 32))
     programs = kv_heads * prefix_tiles * bank_rows
     splits = count_splits(call.batch, programs, _multiprocessors(query.device))
@@ -195,7 +224,7 @@ def launch_backward_prefix(
         Strided(partial, partial.stride()[2:]),
         lse,
         delta,
-        call.extras,
+        call.extras.of_prefix(),
         **call.sizes,
         batch=call.batch,
         bank_rows=bank_rows,

@@ -23,6 +23,7 @@ from ptv2_kernels.tiles import (
     locate_prefix,
     locate_sequence,
     locate_tile,
+    prefix_end,
     scale_tile,
     store_tile,
     zero_tile,
@@ -54,6 +55,8 @@ def _grad_query_kernel(
     BLOCK_DIMS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    BLOCK_PREFIX: tl.constexpr,
+    ONE_PREFIX_TILE: tl.constexpr,
 ):
     """One query tile over prefix and tokens; grid (query tiles * batch, heads)."""
     first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
@@ -64,50 +67,65 @@ def _grad_query_kernel(
     kv_head = head // group
     sequence_head = sequence * heads + head
     sequence_kv_head = sequence * (heads // group) + kv_head
-    rows = first_row + tl.arange(0, BLOCK_QUERIES)
-    query_tile = load_tile(query, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
-    grad_out_tile = load_tile(grad_out, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
+    query_tile = load_tile(
+        query, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+    )
+    grad_out_tile = load_tile(
+        grad_out, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+    )
     statistics = load_statistics(
-        lse_ptr, delta_ptr, extras, start, head, rows, row_count, heads, queries
+        lse_ptr, delta_ptr, extras, start, head, first_row, row_count, heads, queries, BLOCK_QUERIES
     )
     seed = load_seed(extras)
     accumulator = zero_tile(BLOCK_QUERIES, BLOCK_DIMS)
 
     bank_row, length = locate_prefix(extras, sequence, prefix_length)
-    for first_column in range(0, length, BLOCK_KEYS):
-        columns = first_column + tl.arange(0, BLOCK_KEYS)
-        key_tile, value_tile = load_prefix(
-            prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head,
-            columns, length, HEAD_DIM, BLOCK_DIMS,
-        )  # fmt: skip
-        scores_log2 = prefix_scores(
-            query_tile, key_tile, columns, length, scale_log2, INPUT_PRECISION
-        )
-        _, grad_scores = recompute(
-            scores_log2, value_tile, grad_out_tile, statistics, extras, seed, sequence_head,
-            rows, first_column, PREFIX_STREAM, INPUT_PRECISION,
-        )  # fmt: skip
-        accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
+    if BLOCK_PREFIX > 0:
+        for first_column in range(
+            0, prefix_end(length, BLOCK_PREFIX, ONE_PREFIX_TILE), BLOCK_PREFIX
+        ):
+            key_tile, value_tile = load_prefix(
+                prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head,
+                first_column, length, BLOCK_PREFIX, HEAD_DIM, BLOCK_DIMS,
+            )  # fmt: skip
+            scores, factor = prefix_scores(
+                query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
+            )
+            shown = (tl.arange(0, BLOCK_PREFIX) < length - first_column)[None, :]
+            _, grad_scores = recompute(
+                scores, factor, shown, value_tile, grad_out_tile, statistics, extras, seed,
+                sequence_head, first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
+            )  # fmt: skip
+            accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
 
     context = load_context(extras, sequence)
     begin, end = seen_columns(
         extras, context, first_row, first_row + BLOCK_QUERIES - 1, column_count
     )
     for first_column in range(begin // BLOCK_KEYS * BLOCK_KEYS, end, BLOCK_KEYS):
-        columns = first_column + tl.arange(0, BLOCK_KEYS)
-        key_tile = load_tile(key, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
-        value_tile = load_tile(value, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
-        unmasked = unmasked_columns(extras, sequence, columns, column_count, tokens)
-        shown = shown_columns(extras, unmasked, context, rows, columns)
-        scores_log2 = token_scores(
-            query_tile, key_tile, extras, sequence, head, rows, columns, row_count, column_count,
-            shown, scale_log2, INPUT_PRECISION,
+        key_tile = load_tile(
+            key, start, kv_head, first_column, column_count, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
+        )
+        value_tile = load_tile(
+            value, start, kv_head, first_column, column_count, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
+        )
+        scores, factor = token_scores(
+            query_tile, key_tile, extras, sequence, head, first_row, first_column,
+            row_count, column_count, scale_log2, INPUT_PRECISION,
         )  # fmt: skip
+        unmasked = unmasked_columns(
+            extras, sequence, first_column, column_count, tokens, BLOCK_KEYS
+        )
+        shown = shown_columns(
+            extras, unmasked, context, first_row, first_column, BLOCK_QUERIES, BLOCK_KEYS
+        )
         _, grad_scores = recompute(
-            scores_log2, value_tile, grad_out_tile, statistics, extras, seed, sequence_head,
-            rows, first_column, TOKEN_STREAM, INPUT_PRECISION,
+            scores, factor, shown, value_tile, grad_out_tile, statistics, extras, seed,
+            sequence_head, first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
         )  # fmt: skip
         accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
 
     gradient = scale_tile(accumulator, scale_log2 * LN_2)
-    store_tile(grad_query, gradient, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
+    store_tile(
+        grad_query, gradient, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+    )

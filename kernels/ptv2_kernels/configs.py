@@ -87,16 +87,34 @@ def tunable(kernel):
     return triton.autotune(configs=candidate_configs(), key=key, cache_results=True)(kernel)
 
 
-def launch_options(kernel: str, query: torch.Tensor) -> dict[str, object]:
-    """Keyword arguments of a launch: blocks, warps, stages, precision of float32 products."""
+def launch_options(
+    kernel: str, query: torch.Tensor, prefix_length: int | None = None
+) -> dict[str, object]:
+    """Keyword arguments of a launch: blocks, warps, stages, precision of float32 products.
+
+    `prefix_length`: for the kernels that read the prefix.
+    """
     head_dim = query.shape[-1]
     options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIMS": tile_widths(head_dim)}
     # None tells autotuning 16-bit products, which have one precision, from those of float32.
     options["INPUT_PRECISION"] = input_precision() if query.element_size() == 4 else None
+    amd = torch.version.hip is not None
+    config = shipped_config(kernel, head_dim, query.element_size(), amd)
     if not AUTOTUNE:
-        amd = torch.version.hip is not None
-        options |= shipped_config(kernel, head_dim, query.element_size(), amd).options()
+        options |= config.options()
+    if prefix_length is not None:
+        options |= prefix_options(kernel, prefix_length, config.block_keys)
     return options | COMPILER_OPTIONS
+
+
+def prefix_options(kernel: str, prefix_length: int, block_keys: int) -> dict[str, object]:
+    """Tiles over the prefix, as short as it allows: few columns are computed in vain."""
+    block = min(block_keys, max(16, triton.next_power_of_2(prefix_length)))
+    if kernel == "prefix":
+        return {} if AUTOTUNE else {"BLOCK_KEYS": block}
+    if prefix_length == 0:
+        block = 0
+    return {"BLOCK_PREFIX": block, "ONE_PREFIX_TILE": prefix_length <= block}
 
 
 def input_precision() -> str:

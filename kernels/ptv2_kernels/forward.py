@@ -29,7 +29,8 @@ from ptv2_kernels.tiles import (
     locate_prefix,
     locate_sequence,
     locate_tile,
-    row_offsets,
+    prefix_end,
+    row_pointers,
     scale_tile,
     store_tile,
     zero_tile,
@@ -59,6 +60,8 @@ def _prefix_attention_forward_kernel(
     BLOCK_DIMS: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    BLOCK_PREFIX: tl.constexpr,
+    ONE_PREFIX_TILE: tl.constexpr,
 ):
     """Online softmax over two sources of columns; grid (query tiles * batch, heads)."""
     first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
@@ -69,8 +72,9 @@ def _prefix_attention_forward_kernel(
     kv_head = head // group
     sequence_head = sequence * heads + head
     sequence_kv_head = sequence * (heads // group) + kv_head
-    rows = first_row + tl.arange(0, BLOCK_QUERIES)
-    query_tile = load_tile(query, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
+    query_tile = load_tile(
+        query, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+    )
     seed = load_seed(extras)
     state = (
         tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32),
@@ -79,47 +83,59 @@ def _prefix_attention_forward_kernel(
     )
 
     bank_row, length = locate_prefix(extras, sequence, prefix_length)
-    for first_column in range(0, length, BLOCK_KEYS):
-        columns = first_column + tl.arange(0, BLOCK_KEYS)
-        key_tile, value_tile = load_prefix(
-            prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head,
-            columns, length, HEAD_DIM, BLOCK_DIMS,
-        )  # fmt: skip
-        scores_log2 = prefix_scores(
-            query_tile, key_tile, columns, length, scale_log2, INPUT_PRECISION
-        )
-        state = attend(
-            state, scores_log2, value_tile, extras, seed, sequence_head, rows, first_column,
-            PREFIX_STREAM, INPUT_PRECISION,
-        )  # fmt: skip
+    if BLOCK_PREFIX > 0:
+        for first_column in range(
+            0, prefix_end(length, BLOCK_PREFIX, ONE_PREFIX_TILE), BLOCK_PREFIX
+        ):
+            key_tile, value_tile = load_prefix(
+                prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head,
+                first_column, length, BLOCK_PREFIX, HEAD_DIM, BLOCK_DIMS,
+            )  # fmt: skip
+            scores, factor = prefix_scores(
+                query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
+            )
+            shown = (tl.arange(0, BLOCK_PREFIX) < length - first_column)[None, :]
+            state = attend(
+                state, scores, factor, shown, value_tile, extras, seed, sequence_head,
+                first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
+            )  # fmt: skip
 
     context = load_context(extras, sequence)
     begin, end = seen_columns(
         extras, context, first_row, first_row + BLOCK_QUERIES - 1, column_count
     )
     for first_column in range(begin // BLOCK_KEYS * BLOCK_KEYS, end, BLOCK_KEYS):
-        columns = first_column + tl.arange(0, BLOCK_KEYS)
-        key_tile = load_tile(key, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
-        value_tile = load_tile(value, start, kv_head, columns, column_count, HEAD_DIM, BLOCK_DIMS)
-        unmasked = unmasked_columns(extras, sequence, columns, column_count, tokens)
-        shown = shown_columns(extras, unmasked, context, rows, columns)
-        scores_log2 = token_scores(
-            query_tile, key_tile, extras, sequence, head, rows, columns, row_count, column_count,
-            shown, scale_log2, INPUT_PRECISION,
+        key_tile = load_tile(
+            key, start, kv_head, first_column, column_count, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
+        )
+        value_tile = load_tile(
+            value, start, kv_head, first_column, column_count, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
+        )
+        scores, factor = token_scores(
+            query_tile, key_tile, extras, sequence, head, first_row, first_column,
+            row_count, column_count, scale_log2, INPUT_PRECISION,
         )  # fmt: skip
+        unmasked = unmasked_columns(
+            extras, sequence, first_column, column_count, tokens, BLOCK_KEYS
+        )
+        shown = shown_columns(
+            extras, unmasked, context, first_row, first_column, BLOCK_QUERIES, BLOCK_KEYS
+        )
         state = attend(
-            state, scores_log2, value_tile, extras, seed, sequence_head, rows, first_column,
-            TOKEN_STREAM, INPUT_PRECISION,
+            state, scores, factor, shown, value_tile, extras, seed, sequence_head,
+            first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
         )  # fmt: skip
 
     running_max, running_sum, accumulator = state
     empty = running_sum == 0.0
     safe_sum = tl.where(empty, 1.0, running_sum)
     lse = tl.where(empty, float("-inf"), (running_max + tl.log2(safe_sum)) * LN_2)
-    offsets = row_offsets(extras, start, head, rows, heads, queries)
-    tl.store(lse_ptr + offsets, lse, mask=rows < row_count)
+    lse_ptrs = row_pointers(lse_ptr, extras, start, head, first_row, heads, queries, BLOCK_QUERIES)
+    tl.store(lse_ptrs, lse, mask=tl.arange(0, BLOCK_QUERIES) < row_count - first_row)
     out_tile = scale_tile(accumulator, 1.0 / safe_sum[:, None])
-    store_tile(out, out_tile, start, head, rows, row_count, HEAD_DIM, BLOCK_DIMS)
+    store_tile(
+        out, out_tile, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+    )
 
 
 def launch_forward(
@@ -150,6 +166,6 @@ def launch_forward(
         call.extras,
         **call.sizes,
         scale_log2=call.scale * LOG2_E,
-        **launch_options("forward", query),
+        **launch_options("forward", query, prefix_key.shape[2]),
     )
     return out, lse

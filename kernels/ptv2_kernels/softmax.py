@@ -12,7 +12,7 @@ from ptv2_kernels.dropout import (
     drop_prefix,
     keep_mask,
 )
-from ptv2_kernels.tiles import add_product, inner_products, load_tile, row_offsets, scale_tile
+from ptv2_kernels.tiles import add_product, inner_products, load_tile, row_pointers, scale_tile
 from ptv2_kernels.visibility import load_bias
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -21,46 +21,59 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def load_prefix(
-    prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head, columns, length,
-    HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+    prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head,
+    first_column, length,
+    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr,
 ):  # fmt: skip
     """One tile of the prefix as a sequence sees it: keys and values, dropped."""
-    key = load_tile(prefix_key, bank_row, kv_head, columns, length, HEAD_DIM, BLOCK_DIMS)
-    value = load_tile(prefix_value, bank_row, kv_head, columns, length, HEAD_DIM, BLOCK_DIMS)
-    return drop_pair(key, value, extras, seed, sequence_kv_head, columns)
+    key = load_tile(
+        prefix_key, bank_row, kv_head, first_column, length, COLUMNS, HEAD_DIM, BLOCK_DIMS
+    )
+    value = load_tile(
+        prefix_value, bank_row, kv_head, first_column, length, COLUMNS, HEAD_DIM, BLOCK_DIMS
+    )
+    return drop_pair(key, value, extras, seed, sequence_kv_head, first_column)
 
 
 @triton.jit
-def drop_pair(key, value, extras, seed, sequence_kv_head, columns):
+def drop_pair(key, value, extras, seed, sequence_kv_head, first_column):
     """Prefix dropout of keys and values, or of their gradients."""
     return (
-        drop_prefix(key, extras, seed, sequence_kv_head, columns, PREFIX_KEY_STREAM),
-        drop_prefix(value, extras, seed, sequence_kv_head, columns, PREFIX_VALUE_STREAM),
+        drop_prefix(key, extras, seed, sequence_kv_head, first_column, PREFIX_KEY_STREAM),
+        drop_prefix(value, extras, seed, sequence_kv_head, first_column, PREFIX_VALUE_STREAM),
     )
 
 
 @triton.jit
-def prefix_scores(query, key, columns, length, scale_log2, INPUT_PRECISION: tl.constexpr):
-    scores_log2 = inner_products(query, key, INPUT_PRECISION) * scale_log2
-    return tl.where((columns < length)[None, :], scores_log2, float("-inf"))
+def prefix_scores(query, key, extras, scale_log2, INPUT_PRECISION: tl.constexpr):
+    """(scores, factor > 0): their product is in base 2. A factor costs nothing inside exp2."""
+    scores = inner_products(query, key, INPUT_PRECISION)
+    if extras.any_scale is None:
+        return scores, scale_log2
+    else:
+        return scores * scale_log2, 1.0
 
 
 @triton.jit
 def token_scores(
-    query, key, extras, sequence, head, rows, columns, row_count, column_count, shown, scale_log2,
-    INPUT_PRECISION: tl.constexpr,
+    query, key, extras, sequence, head, first_row, first_column, row_count, column_count,
+    scale_log2, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Biased scores of one tile of tokens; -inf where not shown."""
-    scores_log2 = inner_products(query, key, INPUT_PRECISION) * scale_log2
-    if extras.bias_ptr is not None:
-        bias = load_bias(extras, sequence, head, rows, columns, row_count, column_count)
-        scores_log2 += bias * LOG2_E
-    return tl.where(shown, scores_log2, float("-inf"))
+    """As `prefix_scores`, with the bias."""
+    scores, factor = prefix_scores(query, key, extras, scale_log2, INPUT_PRECISION)
+    if extras.bias_ptr is None:
+        return scores, factor
+    else:
+        bias = load_bias(
+            extras, sequence, head, first_row, first_column, row_count, column_count,
+            scores.shape[0], scores.shape[1],
+        )  # fmt: skip
+        return scores + bias * LOG2_E, factor
 
 
 @triton.jit
 def attend(
-    state, scores_log2, value, extras, seed, sequence_head, rows, first_column,
+    state, scores, factor, shown, value, extras, seed, sequence_head, first_row, first_column,
     STREAM: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov & Gimelshein 2018), and of what it weighs.
@@ -68,15 +81,17 @@ def attend(
     A row that has seen no visible column keeps a finite pivot, hence no NaN.
     """
     running_max, running_sum, accumulator = state
-    new_max = tl.maximum(running_max, tl.max(scores_log2, axis=1))
+    if shown is not None:
+        scores = tl.where(shown, scores, float("-inf"))
+    new_max = tl.maximum(running_max, tl.max(scores, axis=1) * factor)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-    probabilities = tl.exp2(scores_log2 - pivot[:, None])
+    probabilities = tl.exp2(scores * factor - pivot[:, None])
     rescale = tl.exp2(running_max - pivot)
     running_sum = running_sum * rescale + tl.sum(probabilities, axis=1)
     if extras.threshold is not None:
         keep = keep_mask(
-            seed, sequence_head, rows, first_column, extras.threshold, STREAM,
-            scores_log2.shape[1],
+            seed, sequence_head, first_row, first_column, extras.threshold, STREAM,
+            scores.shape[0], scores.shape[1],
         )  # fmt: skip
         probabilities = tl.where(keep, probabilities * extras.multiplier, 0.0)
     rescaled = scale_tile(accumulator, rescale[:, None])
@@ -85,21 +100,23 @@ def attend(
 
 @triton.jit
 def recompute(
-    scores_log2, value, grad_out, statistics, extras, seed, sequence_head, rows, first_column,
-    STREAM: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    scores, factor, shown, value, grad_out, statistics, extras, seed, sequence_head,
+    first_row, first_column, STREAM: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Dropped probabilities and unscaled gradients of the scores of one tile, both float32.
 
     dP = keep * (grad_out @ value^T) / (1 - p);  dS = P * (dP - delta).
     """
     lse_log2, delta = statistics
-    probabilities = tl.exp2(scores_log2 - lse_log2[:, None])
+    probabilities = tl.exp2(scores * factor - lse_log2[:, None])
+    if shown is not None:
+        probabilities = tl.where(shown, probabilities, 0.0)
     grad_probabilities = inner_products(grad_out, value, INPUT_PRECISION)
     dropped = probabilities
     if extras.threshold is not None:
         keep = keep_mask(
-            seed, sequence_head, rows, first_column, extras.threshold, STREAM,
-            scores_log2.shape[1],
+            seed, sequence_head, first_row, first_column, extras.threshold, STREAM,
+            scores.shape[0], scores.shape[1],
         )  # fmt: skip
         dropped = tl.where(keep, probabilities * extras.multiplier, 0.0)
         grad_probabilities = tl.where(keep, grad_probabilities * extras.multiplier, 0.0)
@@ -107,9 +124,14 @@ def recompute(
 
 
 @triton.jit
-def load_statistics(lse_ptr, delta_ptr, extras, start, head, rows, row_count, heads, queries):
+def load_statistics(
+    lse_ptr, delta_ptr, extras, start, head, first_row, row_count, heads, queries,
+    ROWS: tl.constexpr,
+):  # fmt: skip
     """lse in base 2 (0 for a row without a visible column) and delta of a tile of query rows."""
-    offsets = row_offsets(extras, start, head, rows, heads, queries)
-    lse = tl.load(lse_ptr + offsets, mask=rows < row_count, other=0.0)
-    delta = tl.load(delta_ptr + offsets, mask=rows < row_count, other=0.0)
+    inside = tl.arange(0, ROWS) < row_count - first_row
+    lse_ptrs = row_pointers(lse_ptr, extras, start, head, first_row, heads, queries, ROWS)
+    delta_ptrs = row_pointers(delta_ptr, extras, start, head, first_row, heads, queries, ROWS)
+    lse = tl.load(lse_ptrs, mask=inside, other=0.0)
+    delta = tl.load(delta_ptrs, mask=inside, other=0.0)
     return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E), delta

@@ -45,18 +45,41 @@ def length_of_prefix(extras, bank_row, prefix_length):
 
 
 @triton.jit
-def chunk_pointers(tensor, start, head, rows, FIRST: tl.constexpr, WIDTH: tl.constexpr):
-    """Addresses [rows, WIDTH] from column FIRST on; in int64, as tensors pass 2^31 elements."""
-    head_ptr = tensor.ptr + tl.cast(start, tl.int64) * tensor.strides[0]
-    head_ptr += tl.cast(head, tl.int64) * tensor.strides[1]
-    columns = FIRST + tl.arange(0, WIDTH)
-    row_offsets = rows[:, None].to(tl.int64) * tensor.strides[2]
-    return head_ptr + row_offsets + columns[None, :] * tensor.strides[3]
+def prefix_end(length, BLOCK_PREFIX: tl.constexpr, ONE_PREFIX_TILE: tl.constexpr):
+    """Where the loop over prefix tiles ends; the compiler unrolls a loop over constants."""
+    if ONE_PREFIX_TILE:
+        return BLOCK_PREFIX
+    else:
+        return length
 
 
 @triton.jit
-def chunk_mask(rows, row_count, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr):
-    mask = (rows < row_count)[:, None]
+def chunk_pointers(
+    tensor, start, head, first_row, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
+):
+    """Addresses [ROWS, WIDTH] from column FIRST on.
+
+    Where the tile begins is one number in int64, as tensors pass 2^31 elements; what lies inside
+    it is counted in int32, the same in every step of a loop: one instruction to an address.
+    """
+    tile_ptr = tensor.ptr + tl.cast(start, tl.int64) * tensor.strides[0]
+    tile_ptr += tl.cast(head, tl.int64) * tensor.strides[1]
+    tile_ptr += tl.cast(first_row, tl.int64) * tensor.strides[2]
+    columns = FIRST + tl.arange(0, WIDTH)
+    offsets = tl.arange(0, ROWS)[:, None] * tensor.strides[2]
+    return tile_ptr + (offsets + columns[None, :] * tensor.strides[3])
+
+
+@triton.jit
+def chunk_mask(
+    first_row,
+    row_count,
+    ROWS: tl.constexpr,
+    FIRST: tl.constexpr,
+    WIDTH: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+):
+    mask = (tl.arange(0, ROWS) < row_count - first_row)[:, None]
     if FIRST + WIDTH > HEAD_DIM:
         mask = mask & (FIRST + tl.arange(0, WIDTH) < HEAD_DIM)[None, :]
     return mask
@@ -70,28 +93,47 @@ def widened(tile, chunk):
 
 @triton.jit
 def load_tile(
-    tensor, start, head, rows, row_count, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr
+    tensor,
+    start,
+    head,
+    first_row,
+    row_count,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIMS: tl.constexpr,
 ):
-    """Rows of one head of one sequence; zeros outside."""
+    """ROWS rows of one head of one sequence; zeros outside."""
     tile = ()
     for chunk in tl.static_range(len(BLOCK_DIMS)):
         pointers = chunk_pointers(
-            tensor, start, head, rows, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk]
+            tensor, start, head, first_row, ROWS, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk]
         )
-        mask = chunk_mask(rows, row_count, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk], HEAD_DIM)
+        mask = chunk_mask(
+            first_row, row_count, ROWS, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk], HEAD_DIM
+        )
         tile = widened(tile, tl.load(pointers, mask=mask, other=0.0))
     return tile
 
 
 @triton.jit
 def store_tile(
-    tensor, tile, start, head, rows, row_count, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr
+    tensor,
+    tile,
+    start,
+    head,
+    first_row,
+    row_count,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIMS: tl.constexpr,
 ):
     for chunk in tl.static_range(len(BLOCK_DIMS)):
         pointers = chunk_pointers(
-            tensor, start, head, rows, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk]
+            tensor, start, head, first_row, ROWS, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk]
         )
-        mask = chunk_mask(rows, row_count, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk], HEAD_DIM)
+        mask = chunk_mask(
+            first_row, row_count, ROWS, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk], HEAD_DIM
+        )
         tl.store(pointers, tile[chunk].to(tensor.ptr.dtype.element_ty), mask=mask)
 
 
@@ -109,6 +151,15 @@ def scale_tile(tile, factor):
     for chunk in tl.static_range(len(tile)):
         scaled = widened(scaled, tile[chunk] * factor)
     return scaled
+
+
+@triton.jit
+def keep_rows(tile, kept):
+    """Zeros in the rows that are not kept, whatever stood there."""
+    selected = ()
+    for chunk in tl.static_range(len(tile)):
+        selected = widened(selected, tl.where(kept[:, None], tile[chunk], 0.0))
+    return selected
 
 
 @triton.jit
@@ -142,9 +193,11 @@ def add_product(weights, tile, accumulator, INPUT_PRECISION: tl.constexpr):
 
 
 @triton.jit
-def row_offsets(extras, start, head, rows, heads, queries):
-    """Where lse and delta of some rows lie: [B, H, T], packed [N, H]."""
+def row_pointers(ptr, extras, start, head, first_row, heads, queries, ROWS: tl.constexpr):
+    """Where lse or delta of some rows lie: [B, H, T], packed [N, H]."""
     if extras.cu_seqlens_ptr is None:
-        return (tl.cast(start, tl.int64) * heads + head) * queries + rows
+        first = (tl.cast(start, tl.int64) * heads + head) * queries + first_row
+        return ptr + first + tl.arange(0, ROWS)
     else:
-        return (tl.cast(start, tl.int64) + rows) * heads + head
+        first = (tl.cast(start, tl.int64) + first_row) * heads + head
+        return ptr + first + tl.arange(0, ROWS) * heads

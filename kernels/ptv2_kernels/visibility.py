@@ -40,33 +40,56 @@ def seeing_rows(extras, context, first_column, last_column, queries):
 
 
 @triton.jit
-def unmasked_columns(extras, sequence, columns, tokens, mask_stride):
+def unmasked_columns(extras, sequence, first_column, tokens, mask_stride, COLUMNS: tl.constexpr):
     """Which token columns are inside the sequence and not masked."""
-    visible = columns < tokens
+    offsets = tl.arange(0, COLUMNS)
+    visible = offsets < tokens - first_column
     if extras.key_mask_ptr is not None:
-        row_ptr = extras.key_mask_ptr + sequence.to(tl.int64) * mask_stride
-        visible = tl.load(row_ptr + columns, mask=visible, other=0) != 0
+        first_ptr = extras.key_mask_ptr + sequence.to(tl.int64) * mask_stride + first_column
+        visible = tl.load(first_ptr + offsets, mask=visible, other=0) != 0
     return visible
 
 
 @triton.jit
-def shown_columns(extras, unmasked, context, rows, columns):
-    """[rows, columns]: `unmasked`, and what context length and window show each row."""
-    shown = unmasked[None, :]
+def shown_columns(
+    extras, unmasked, context, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
+    """[ROWS, COLUMNS]: `unmasked`, and what context length and window show each row; None = all."""
+    rows = first_row + tl.arange(0, ROWS)
+    columns = first_column + tl.arange(0, COLUMNS)
+    if unmasked is None:
+        shown = None
+    else:
+        shown = unmasked[None, :]
     if extras.context_lengths_ptr is not None:
-        shown = shown & ((columns < context)[None, :] | (columns[None, :] <= rows[:, None]))
+        shown = both(shown, (columns < context)[None, :] | (columns[None, :] <= rows[:, None]))
     if extras.window is not None:
         distance = rows[:, None] - columns[None, :]
-        shown = shown & (distance <= extras.window) & (distance >= -extras.window)
+        shown = both(shown, (distance <= extras.window) & (distance >= -extras.window))
     return shown
 
 
 @triton.jit
-def load_bias(extras, sequence, head, rows, columns, row_count, column_count):
-    """[rows, columns] of the bias, in float32."""
+def both(condition, other):
+    if condition is None:
+        return other
+    else:
+        return condition & other
+
+
+@triton.jit
+def load_bias(
+    extras, sequence, head, first_row, first_column, row_count, column_count,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """[ROWS, COLUMNS] of the bias, in float32."""
     strides = extras.bias_strides
-    head_ptr = extras.bias_ptr + sequence.to(tl.int64) * strides[0]
-    head_ptr += head.to(tl.int64) * strides[1]
-    offsets = rows[:, None].to(tl.int64) * strides[2] + columns[None, :]
-    inside = (rows < row_count)[:, None] & (columns < column_count)[None, :]
-    return tl.load(head_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    tile_ptr = extras.bias_ptr + sequence.to(tl.int64) * strides[0]
+    tile_ptr += head.to(tl.int64) * strides[1]
+    tile_ptr += tl.cast(first_row, tl.int64) * strides[2] + first_column
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
+    inside = (rows < row_count - first_row)[:, None] & (columns < column_count - first_column)[
+        None, :
+    ]
+    offsets = rows[:, None] * strides[2] + columns[None, :]
+    return tl.load(tile_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
