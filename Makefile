@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(wildcard csrc/*)
 
-.PHONY: setup demo test test-slow lint bench bench-gpu clean
+.PHONY: setup demo test test-slow sanitize lint bench bench-gpu clean
 
 setup: .venv/installed
 
@@ -24,6 +24,10 @@ test: .venv/installed
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
+
+# AddressSanitizer, UBSan and ThreadSanitizer over random cases at every CPU level; no torch inside.
+sanitize: .venv/installed
+	$(BIN)/python -m pytest -m slow -k sanitizer tests/test_kernel_runner.py
 
 lint: .venv/installed
 	$(BIN)/ruff format --check .
