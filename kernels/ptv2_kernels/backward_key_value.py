@@ -9,7 +9,7 @@ import triton.language as tl
 from ptv2_kernels.arguments import RUNTIME_SIZES
 from ptv2_kernels.configs import tunable
 from ptv2_kernels.dropout import TOKEN_STREAM, load_seed
-from ptv2_kernels.softmax import LN_2, load_statistics, recompute, token_scores
+from ptv2_kernels.softmax import LN_2, load_statistics, recompute, token_scores, undropped
 from ptv2_kernels.tiles import (
     add_product,
     keep_rows,
@@ -105,6 +105,7 @@ def _grad_key_value_kernel(
     # A column that nobody sees spoils its own row only, so that the loop needs no mask.
     key_gradient = keep_rows(key_gradient, unmasked)
     value_gradient = keep_rows(value_gradient, unmasked)
+    value_gradient = undropped(value_gradient, extras)
     gradient = scale_tile(key_gradient, scale_log2 * LN_2)
     store_tile(
         grad_key,

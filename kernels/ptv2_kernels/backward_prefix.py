@@ -14,7 +14,14 @@ from torch import Tensor
 from ptv2_kernels.arguments import LOG2_E, RUNTIME_SIZES, Call, Strided, strided
 from ptv2_kernels.configs import COMPILER_OPTIONS, INTERPRETED, launch_options, tunable
 from ptv2_kernels.dropout import PREFIX_STREAM, load_seed
-from ptv2_kernels.softmax import LN_2, drop_pair, load_statistics, prefix_scores, recompute
+from ptv2_kernels.softmax import (
+    LN_2,
+    drop_pair,
+    load_statistics,
+    prefix_scores,
+    recompute,
+    undropped,
+)
 from ptv2_kernels.tiles import (
     add_product,
     add_tiles,
@@ -135,6 +142,7 @@ def _grad_prefix_kernel(
         key_gradient = keep_rows(key_gradient, inside)
         value_gradient = keep_rows(value_gradient, inside)
     key_gradient = scale_tile(key_gradient, scale_log2 * LN_2)
+    value_gradient = undropped(value_gradient, extras)
     key_slot = split * 2 * bank_rows + bank_row
     store_tile(
         partial,

@@ -40,10 +40,26 @@ def keep_mask(
         zeros + STREAM,
         n_rounds=PHILOX_ROUNDS,
     )
-    # join makes a new last dimension; this order gives word 0, 1, 2, 3, the low half first.
-    words = tl.join(tl.join(word_0, word_2), tl.join(word_1, word_3))
-    halves = tl.join(words & 0xFFFF, words >> 16)
-    return tl.reshape(halves, (ROWS, COLUMNS)) >= threshold
+    # Four decisions each, [ROWS, COLUMNS // 8, 2]: a thread has both halves of its call, and the
+    # four threads that share a row of an MMA tile have a call each.
+    nibbles = tl.join(
+        decide(word_0, threshold) | (decide(word_1, threshold) << 2),
+        decide(word_2, threshold) | (decide(word_3, threshold) << 2),
+    )
+    # They travel between threads as the bits of one number: 32 columns, or 16 if no more.
+    WIDTH: tl.constexpr = 32 if COLUMNS >= 32 else 16
+    nibbles = tl.reshape(nibbles, (ROWS, COLUMNS // WIDTH, WIDTH // 4))
+    bits = tl.sum(nibbles << (4 * tl.arange(0, WIDTH // 4))[None, None, :], axis=2)
+    columns = tl.full((WIDTH,), 1, tl.int32) << tl.arange(0, WIDTH)
+    return tl.reshape((bits[:, :, None] & columns[None, None, :]) != 0, (ROWS, COLUMNS))
+
+
+@triton.jit
+def decide(word, threshold):
+    """The decisions of both halves of a word as two bits, the low half first."""
+    low = ((word & 0xFFFF) >= threshold).to(tl.int32)
+    high = ((word >> 16) >= threshold).to(tl.int32)
+    return low | (high << 1)
 
 
 @triton.jit

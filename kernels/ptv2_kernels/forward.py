@@ -23,7 +23,7 @@ from ptv2_kernels.arguments import (
 )
 from ptv2_kernels.configs import launch_options, tunable
 from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
-from ptv2_kernels.softmax import LN_2, attend, load_prefix, prefix_scores, token_scores
+from ptv2_kernels.softmax import LN_2, attend, load_prefix, prefix_scores, token_scores, undropped
 from ptv2_kernels.tiles import (
     load_tile,
     locate_prefix,
@@ -132,7 +132,7 @@ def _prefix_attention_forward_kernel(
     lse = tl.where(empty, float("-inf"), (running_max + tl.log2(safe_sum)) * LN_2)
     lse_ptrs = row_pointers(lse_ptr, extras, start, head, first_row, heads, queries, BLOCK_QUERIES)
     tl.store(lse_ptrs, lse, mask=tl.arange(0, BLOCK_QUERIES) < row_count - first_row)
-    out_tile = scale_tile(accumulator, 1.0 / safe_sum[:, None])
+    out_tile = undropped(scale_tile(accumulator, 1.0 / safe_sum[:, None]), extras)
     store_tile(
         out, out_tile, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
     )

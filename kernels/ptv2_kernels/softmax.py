@@ -78,7 +78,8 @@ def attend(
 ):  # fmt: skip
     """One step of the online softmax (Milakov & Gimelshein 2018), and of what it weighs.
 
-    A row that has seen no visible column keeps a finite pivot, hence no NaN.
+    What dropout keeps gets its factor at the end, by `undropped`. A row that has seen no visible
+    column keeps a finite pivot, hence no NaN.
     """
     running_max, running_sum, accumulator = state
     if shown is not None:
@@ -93,7 +94,7 @@ def attend(
             seed, sequence_head, first_row, first_column, extras.threshold, STREAM,
             scores.shape[0], scores.shape[1],
         )  # fmt: skip
-        probabilities = tl.where(keep, probabilities * extras.multiplier, 0.0)
+        probabilities = tl.where(keep, probabilities, 0.0)
     rescaled = scale_tile(accumulator, rescale[:, None])
     return new_max, running_sum, add_product(probabilities, value, rescaled, INPUT_PRECISION)
 
@@ -105,7 +106,8 @@ def recompute(
 ):  # fmt: skip
     """Dropped probabilities and unscaled gradients of the scores of one tile, both float32.
 
-    dP = keep * (grad_out @ value^T) / (1 - p);  dS = P * (dP - delta).
+    dP = keep * (grad_out @ value^T) / (1 - p);  dS = P * (dP - delta). Of the dropped ones the
+    factor 1 / (1 - p) is left to `undropped`.
     """
     lse_log2, delta = statistics
     probabilities = tl.exp2(scores * factor - lse_log2[:, None])
@@ -118,9 +120,18 @@ def recompute(
             seed, sequence_head, first_row, first_column, extras.threshold, STREAM,
             scores.shape[0], scores.shape[1],
         )  # fmt: skip
-        dropped = tl.where(keep, probabilities * extras.multiplier, 0.0)
-        grad_probabilities = tl.where(keep, grad_probabilities * extras.multiplier, 0.0)
+        dropped = tl.where(keep, probabilities, 0.0)
+        grad_probabilities = tl.where(keep, grad_probabilities, 0.0) * extras.multiplier
     return dropped, probabilities * (grad_probabilities - delta[:, None])
+
+
+@triton.jit
+def undropped(tile, extras):
+    """A sum over dropped probabilities, times the factor of those that were kept."""
+    if extras.threshold is None:
+        return tile
+    else:
+        return scale_tile(tile, extras.multiplier)
 
 
 @triton.jit
