@@ -101,11 +101,13 @@ struct Header {
   double scale, attention_factor, prefix_factor;
 };
 
+// clang-format off
 enum TensorName {
   kQuery, kKey, kValue, kPrefixKey, kPrefixValue, kGradOut, kGradLse, kBias, kMask, kStarts,
   kPrefixIndex, kPrefixLengths, kContextLengths, kOut, kLse, kGradQuery, kGradKey, kGradValue,
   kGradPrefixKey, kGradPrefixValue, kTensors
 };
+// clang-format on
 
 struct TensorRecord {
   int64_t buffer;  // or -1: no such tensor
