@@ -1,5 +1,6 @@
 """Schemas, fakes and dispatch: opcheck on every raw operator, full-graph compilation, imports."""
 
+import itertools
 import subprocess
 import sys
 
@@ -10,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 from tests.inputs import Inputs, Shape, make_inputs
 
-BACKENDS = ("", "_reference", "_cpp", "_triton", "_split")
+BACKENDS = ("", "_reference", "_cpp", "_triton")  # and _split, which serves the plain call only
 
 
 def everything(packed: bool) -> Inputs:
@@ -26,8 +27,9 @@ def plain() -> Inputs:
     return make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random")
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("suffix", BACKENDS)
+@pytest.mark.parametrize(
+    ("suffix", "packed"), [*itertools.product(BACKENDS, (False, True)), ("_split", False)]
+)
 def test_raw_operators_pass_opcheck(suffix, packed):
     split = suffix == "_split"
     inputs = plain() if split else everything(packed)
@@ -45,9 +47,12 @@ def test_raw_operators_pass_opcheck(suffix, packed):
         torch.library.opcheck(backward, (*arguments, *needs, *options))
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["padded", "packed"])
-@pytest.mark.parametrize("backend", [None, "reference", "cpp", "triton", "split"])
+@pytest.mark.parametrize(
+    ("backend", "packed"),
+    [*itertools.product((None, "reference", "cpp", "triton"), (False, True)), ("split", False)],
+)
 def test_public_function_compiles_as_one_graph(backend, packed):
+    torch._dynamo.reset()  # every case compiles the same code object
     split = backend == "split"
     inputs = plain() if split else everything(packed)
 

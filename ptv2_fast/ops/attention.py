@@ -40,10 +40,11 @@ class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
-        *tensors, out, lse = ctx.saved_tensors[:7]
+        saved = ctx.saved_tensors  # once: checkpointing recomputes on the first look only
+        *tensors, out, lse = saved[:7]
         options = [
-            plain if saved is None else saved
-            for plain, saved in zip(ctx.plain_options, ctx.saved_tensors[7:], strict=True)
+            plain if tensor is None else tensor
+            for plain, tensor in zip(ctx.plain_options, saved[7:], strict=True)
         ]
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
