@@ -39,10 +39,10 @@ INTERPRETED_TOKENS = 128  # up to here the formula is held against the interpret
 MULTIPROCESSORS = 108  # A100
 
 
-def shipped_blocks() -> Blocks:
+def shipped_blocks(prefix: int) -> Blocks:
     """The tiles of every kernel, which do not depend on the number of tokens."""
     with counted_bytes() as launches:
-        padded_call(Sizes(1, 1, 8, 8, HEAD_DIM), DTYPE).both()
+        padded_call(Sizes(1, 1, 8, prefix, HEAD_DIM), DTYPE).both()
     return blocks_of(launches)
 
 
@@ -98,8 +98,9 @@ def row_of(tokens: int, prefix: int, blocks: Blocks) -> dict[str, object]:
 
 def main() -> None:
     repair_interpreter()
-    blocks = shipped_blocks()
+    blocks_by_prefix = {prefix: shipped_blocks(prefix) for prefix in PREFIXES}
     for tokens, prefix in product(TOKENS, PREFIXES):
+        blocks = blocks_by_prefix[prefix]
         if tokens <= INTERPRETED_TOKENS:
             interpret(tokens, prefix, blocks)
         print(json.dumps(row_of(tokens, prefix, blocks)), flush=True)

@@ -81,8 +81,8 @@ def _recompilations(gpu: FakeGpu, calls: list) -> dict[str, object]:
 
 @scenario
 def other_sizes(gpu: FakeGpu) -> dict[str, object]:
-    """Tokens, batch and prefix that change, among them multiples of 16 and 1."""
-    sizes = [Sizes(2, 3, 200, 100), Sizes(5, 3, 177, 37), Sizes(7, 3, 256, 64), Sizes(1, 3, 1, 1)]
+    """Tokens and batch that change, among them multiples of 16 and 1."""
+    sizes = [Sizes(2, 3, 200), Sizes(5, 3, 177), Sizes(7, 3, 256), Sizes(1, 3, 1)]
     return _recompilations(gpu, [padded_call(each, dropout_p=0.1) for each in sizes])
 
 
@@ -91,10 +91,17 @@ def other_lengths(gpu: FakeGpu) -> dict[str, object]:
     """max_seqlen, tokens, number of sequences, rows of the bank."""
     calls = [
         packed_call([200, 7, 129], Sizes(rows_of_bank=2)),
-        packed_call([33, 300], Sizes(rows_of_bank=3, prefix=16)),
-        packed_call([64, 64, 64, 64], Sizes(rows_of_bank=4, prefix=7)),
-        packed_call([1], Sizes(rows_of_bank=2, prefix=1)),
+        packed_call([33, 300], Sizes(rows_of_bank=3)),
+        packed_call([64, 64, 64, 64], Sizes(rows_of_bank=4)),
+        packed_call([1], Sizes(rows_of_bank=2)),
     ]
+    return _recompilations(gpu, calls)
+
+
+@scenario
+def other_prefixes(gpu: FakeGpu) -> dict[str, object]:
+    """Several tiles, a part of one, and one that is full."""
+    calls = [padded_call(Sizes(prefix=length)) for length in (100, 7, 20, 64, 128)]
     return _recompilations(gpu, calls)
 
 
@@ -113,6 +120,7 @@ def _describe(name: str, gpu: FakeGpu, extra: dict[str, object] | None) -> dict[
             "block_keys": launch.arguments.get("BLOCK_KEYS"),
             "shared_bytes": launch.compiled.metadata.shared,
             "warps": launch.compiled.metadata.num_warps,
+            "constants": str({k: v for k, v in launch.arguments.items() if k.isupper()}),
         }
         for launch in gpu.launches
     ]

@@ -1,4 +1,4 @@
-"""Calls of the Triton launchers that stand for what is shipped: padded, rows, packed, biased.
+"""Calls of the Triton launchers that stand for what is shipped, by the names in LAYOUTS.
 
 The tensors hold zeros, since these calls are compiled, counted and recorded, never compared.
 """
@@ -12,7 +12,7 @@ from ptv2_fast.ops.options import Options
 from ptv2_kernels.backward import launch_backward
 from ptv2_kernels.forward import launch_forward
 
-LAYOUTS = ("padded", "rows", "packed", "biased")
+LAYOUTS = ("padded", "short_prefix", "rows", "packed", "biased")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -128,6 +128,8 @@ def layout_call(
     dropout = (dropout_p, prefix_dropout_p)
     if layout == "padded":
         return padded_call(Sizes(head_dim=head_dim), dtype, *dropout)
+    if layout == "short_prefix":
+        return padded_call(Sizes(prefix=20, head_dim=head_dim), dtype, *dropout)
     if layout == "rows":
         sizes = Sizes(heads=6, group=2, head_dim=head_dim)
         context = torch.zeros(sizes.batch, dtype=torch.int32)

@@ -72,6 +72,14 @@ def test_other_sizes_recompile_nothing(scenarios, name):
     assert later == [0] * len(later)
 
 
+def test_other_prefix_lengths_recompile_for_the_shape_of_tiles_alone(scenarios):
+    """A prefix keeps its length in training: kernels are built for tiles as short as it."""
+    result = scenarios["other_prefixes"]
+    versions = {(launch["kernel"], launch["constants"]) for launch in result["launches"]}
+    assert sum(result["compilations"]) == len(versions)
+    assert len(versions) <= 4 * len(FORWARD_BACKWARD)
+
+
 def test_other_biases_recompile_for_alignment_alone(scenarios):
     """Once for aligned rows and once for others; all that take the options, read or not."""
     first, *later = scenarios["other_biases"]["compilations"]

@@ -63,5 +63,5 @@ def test_whole_matrix_is_sound(target, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_layouts_are_sound_on_every_target(target):
-    layouts = ("rows", "packed", "biased")
+    layouts = ("short_prefix", "rows", "packed", "biased")
     assert_sound(build([target], "--layouts", *layouts, "--dropout", "0.0", "0.1"))
