@@ -114,7 +114,7 @@ def prefix_options(kernel: str, prefix_length: int, block_keys: int) -> dict[str
         return {} if AUTOTUNE else {"BLOCK_KEYS": block}
     if prefix_length == 0:
         block = 0
-    return {"BLOCK_PREFIX": block, "ONE_PREFIX_TILE": prefix_length <= block}
+    return {"BLOCK_PREFIX": block, "ONE_PREFIX_TILE": prefix_length <= block, "PEELED": True}
 
 
 def input_precision() -> str:

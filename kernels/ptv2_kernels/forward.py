@@ -26,6 +26,7 @@ from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
 from ptv2_kernels.softmax import LN_2, attend, load_prefix, prefix_scores, token_scores, undropped
 from ptv2_kernels.tiles import (
     load_tile,
+    load_tokens,
     locate_prefix,
     locate_sequence,
     locate_tile,
@@ -35,7 +36,7 @@ from ptv2_kernels.tiles import (
     store_tile,
     zero_tile,
 )
-from ptv2_kernels.visibility import load_context, seen_columns, shown_columns, unmasked_columns
+from ptv2_kernels.visibility import load_context, seen_columns, shown_tokens
 
 
 @tunable
@@ -62,6 +63,7 @@ def _prefix_attention_forward_kernel(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_PREFIX: tl.constexpr,
     ONE_PREFIX_TILE: tl.constexpr,
+    PEELED: tl.constexpr,
 ):
     """Online softmax over two sources of columns; grid (query tiles * batch, heads)."""
     first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
@@ -101,30 +103,29 @@ def _prefix_attention_forward_kernel(
             )  # fmt: skip
 
     context = load_context(extras, sequence)
-    begin, end = seen_columns(
-        extras, context, first_row, first_row + BLOCK_QUERIES - 1, column_count
-    )
-    for first_column in range(begin // BLOCK_KEYS * BLOCK_KEYS, end, BLOCK_KEYS):
-        key_tile = load_tile(
-            key, start, kv_head, first_column, column_count, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
-        )
-        value_tile = load_tile(
-            value, start, kv_head, first_column, column_count, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS
-        )
-        scores, factor = token_scores(
-            query_tile, key_tile, extras, sequence, head, first_row, first_column,
-            row_count, column_count, scale_log2, INPUT_PRECISION,
-        )  # fmt: skip
-        unmasked = unmasked_columns(
-            extras, sequence, first_column, column_count, tokens, BLOCK_KEYS
-        )
-        shown = shown_columns(
-            extras, unmasked, context, first_row, first_column, BLOCK_QUERIES, BLOCK_KEYS
-        )
-        state = attend(
-            state, scores, factor, shown, value_tile, extras, seed, sequence_head,
-            first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
-        )  # fmt: skip
+    bounds = seen_columns(
+        extras, sequence, context, first_row, column_count, tokens,
+        BLOCK_QUERIES, BLOCK_KEYS, PEELED,
+    )  # fmt: skip
+    # First the tiles that need no mask, then the others.
+    for part in tl.static_range(0 if PEELED else 1, 2):
+        for first_column in range(bounds[part], bounds[part + 1], BLOCK_KEYS):
+            key_tile, value_tile = load_tokens(
+                key, value, start, kv_head, first_column, column_count,
+                BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS, part == 0,
+            )  # fmt: skip
+            shown = shown_tokens(
+                extras, sequence, context, first_row, first_column, column_count, tokens,
+                BLOCK_QUERIES, BLOCK_KEYS, part == 0,
+            )  # fmt: skip
+            scores, factor = token_scores(
+                query_tile, key_tile, extras, sequence, head, first_row, first_column,
+                row_count, column_count, scale_log2, INPUT_PRECISION,
+            )  # fmt: skip
+            state = attend(
+                state, scores, factor, shown, value_tile, extras, seed, sequence_head,
+                first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
+            )  # fmt: skip
 
     running_max, running_sum, accumulator = state
     empty = running_sum == 0.0

@@ -79,10 +79,29 @@ def chunk_mask(
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    mask = (tl.arange(0, ROWS) < row_count - first_row)[:, None]
+    """None: the whole tile. A row_count of None stands for enough rows."""
+    mask = None
+    if row_count is not None:
+        mask = (tl.arange(0, ROWS) < row_count - first_row)[:, None]
     if FIRST + WIDTH > HEAD_DIM:
-        mask = mask & (FIRST + tl.arange(0, WIDTH) < HEAD_DIM)[None, :]
+        mask = both(mask, (FIRST + tl.arange(0, WIDTH) < HEAD_DIM)[None, :])
     return mask
+
+
+@triton.jit
+def both(condition, other):
+    if condition is None:
+        return other
+    else:
+        return condition & other
+
+
+@triton.jit
+def load_masked(pointers, mask):
+    if mask is None:
+        return tl.load(pointers)
+    else:
+        return tl.load(pointers, mask=mask, other=0.0)
 
 
 @triton.jit
@@ -111,8 +130,21 @@ def load_tile(
         mask = chunk_mask(
             first_row, row_count, ROWS, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk], HEAD_DIM
         )
-        tile = widened(tile, tl.load(pointers, mask=mask, other=0.0))
+        tile = widened(tile, load_masked(pointers, mask))
     return tile
+
+
+@triton.jit
+def load_tokens(
+    key, value, start, kv_head, first_column, column_count,
+    COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """One tile of keys and values; WHOLE: it lies inside the sequence."""
+    column_count = None if WHOLE else column_count
+    return (
+        load_tile(key, start, kv_head, first_column, column_count, COLUMNS, HEAD_DIM, BLOCK_DIMS),
+        load_tile(value, start, kv_head, first_column, column_count, COLUMNS, HEAD_DIM, BLOCK_DIMS),
+    )
 
 
 @triton.jit

@@ -3,6 +3,10 @@
 import triton
 import triton.language as tl
 
+from ptv2_kernels.tiles import both
+
+SCANNED_AT_ONCE = tl.constexpr(512)
+
 
 @triton.jit
 def load_context(extras, sequence):
@@ -14,16 +18,47 @@ def load_context(extras, sequence):
 
 
 @triton.jit
-def seen_columns(extras, context, first_row, last_row, tokens):
-    """[begin, end) of the token columns that some row from first_row to last_row sees."""
-    begin = 0
-    end = tokens
+def seen_columns(
+    extras, sequence, context, first_row, column_count, mask_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PEELED: tl.constexpr,
+):  # fmt: skip
+    """(begin, middle, end) of the token columns that some row of a tile sees.
+
+    Up to the middle, whole tiles of columns, every row sees every column.
+    """
+    begin, middle, end = 0, column_count, column_count
+    if extras.key_mask_ptr is not None:
+        middle, end = scan_key_mask(extras, sequence, column_count, mask_stride)
     if extras.context_lengths_ptr is not None:
-        end = tl.minimum(end, tl.maximum(context, last_row + 1))
+        middle = tl.minimum(middle, tl.maximum(context, first_row + 1))
+        end = tl.minimum(end, tl.maximum(context, first_row + ROWS))
     if extras.window is not None:
-        begin = tl.maximum(0, first_row - extras.window)
-        end = tl.minimum(end, last_row + extras.window + 1)
-    return begin, end
+        begin = tl.maximum(0, first_row - extras.window) // COLUMNS * COLUMNS
+        end = tl.minimum(end, first_row + ROWS + extras.window)
+    if PEELED and extras.window is None:
+        middle = middle // COLUMNS * COLUMNS
+    else:
+        middle = begin
+    return begin, middle, end
+
+
+@triton.jit
+def scan_key_mask(extras, sequence, tokens, mask_stride):
+    """(first hidden column, one behind the last visible column) of a sequence.
+
+    With right padding that is its length: the columns before need no mask, those behind no work.
+    """
+    row_ptr = extras.key_mask_ptr + sequence.to(tl.int64) * mask_stride
+    columns = tl.arange(0, SCANNED_AT_ONCE)
+    first_hidden = tl.full((SCANNED_AT_ONCE,), 0, tl.int32) + tokens
+    end = tl.zeros((SCANNED_AT_ONCE,), tl.int32)
+    for first_column in range(0, tokens, SCANNED_AT_ONCE):
+        inside = columns < tokens - first_column
+        visible = tl.load(row_ptr + first_column + columns, mask=inside, other=0) != 0
+        hidden_column = tl.where(visible, tokens, first_column + columns)
+        first_hidden = tl.minimum(first_hidden, hidden_column)
+        end = tl.maximum(end, tl.where(visible, first_column + columns + 1, 0))
+    return tl.min(first_hidden, axis=0), tl.max(end, axis=0)
 
 
 @triton.jit
@@ -70,11 +105,18 @@ def shown_columns(
 
 
 @triton.jit
-def both(condition, other):
-    if condition is None:
-        return other
+def shown_tokens(
+    extras, sequence, context, first_row, first_column, column_count, mask_stride,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+):  # fmt: skip
+    """What each row sees of one tile of tokens; None = all, as in a WHOLE tile."""
+    if WHOLE:
+        return None
     else:
-        return condition & other
+        unmasked = unmasked_columns(
+            extras, sequence, first_column, column_count, mask_stride, COLUMNS
+        )
+        return shown_columns(extras, unmasked, context, first_row, first_column, ROWS, COLUMNS)
 
 
 @triton.jit
