@@ -21,9 +21,10 @@ from bench.measure import RESULTS, machine_columns, write_csv
 from tests.build_rules import (
     BOUNDED_TARGETS,
     BOUNDS,
+    METRICS,
     faults,
     key_of,
-    over_bound,
+    over_bounds,
     read_bounds,
     updated_bounds,
 )
@@ -66,13 +67,13 @@ def build_table(target: str, rows: Iterable[dict]) -> Table:
     table = Table(title=f"{target}: machine code")
     columns = (
         "dtype", "D", "layout", "dropout", "kernel", "tile", "warps/stages", "registers",
-        "spilled B", "shared B", "blocks", "limit", "loop", "MMA", "instr/MMA", "16 B loads",
-        "local",
+        "spilled B", "shared B", "blocks", "limit", "loop", "MMA", "instr/MMA", "masked",
+        "16 B loads", "local",
     )  # fmt: skip
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index in (0, 2, 4, 11) else "right")
     for row in rows:
-        per_mma = row["instructions_per_mma"]
+        per_mma = (row[metric] and f"{row[metric]:.2f}" for metric in METRICS)
         cells = (
             row["dtype"], row["head_dim"], row["layout"], row["dropout"],
             row["kernel"].removeprefix("prefix_attention_"),
@@ -80,8 +81,7 @@ def build_table(target: str, rows: Iterable[dict]) -> Table:
             f"{row['num_warps']}/{row['num_stages']}", row["registers"], row["spill_bytes"],
             row["shared_bytes"], row["blocks_per_processor"], row["limited_by"],
             row["loop_instructions"], row["loop_matrix_instructions"],
-            None if per_mma is None else f"{per_mma:.2f}", row["wide_loads"],
-            row["loop_local_accesses"],
+            *per_mma, row["wide_loads"], row["loops_local_accesses"],
         )  # fmt: skip
         table.add_row(*("-" if cell is None else str(cell) for cell in cells))
     return table
@@ -116,7 +116,7 @@ def main() -> None:
         console.print(build_table(target, (row for row in rows if row["target"] == target)))
     bounds = read_bounds()
     messages = [(key_of(row), fault) for row in rows for fault in faults(row)]
-    messages += [(key_of(row), over) for row in rows if (over := over_bound(row, bounds))]
+    messages += [(key_of(row), over) for row in rows for over in over_bounds(row, bounds)]
     for key, message in messages:
         console.print(f"[red]{' '.join(key)}: {message}[/red]")
     console.print(f"{len(rows)} kernels compiled, {len(messages)} faults")

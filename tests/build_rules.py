@@ -13,6 +13,7 @@ TOLERANCE = 1.1  # a kernel may have this many times the recorded instructions p
 HELPERS = ("delta", "sum_partials")  # kernels without matrix products
 # The targets that the limits on spills are promised for.
 SPILL_TARGETS = ("sm_80", "sm_90", "sm_100")
+METRICS = ("instructions_per_mma", "masked_instructions_per_mma")
 _KEY = ("target", "dtype", "head_dim", "layout", "dropout", "prefix_dropout", "kernel")
 
 
@@ -44,8 +45,8 @@ def faults(row: dict) -> list[str]:
     allowed = allowed_spills(row)
     if allowed is not None and row["spill_bytes"] > allowed:
         found.append(f"{row['spill_bytes']} bytes spilled, {allowed} allowed")
-    if allowed is not None and row["loop_local_accesses"]:
-        found.append(f"{row['loop_local_accesses']} local accesses in the hottest loop")
+    if allowed is not None and row["loops_local_accesses"]:
+        found.append(f"{row['loops_local_accesses']} local accesses in loops")
     return found
 
 
@@ -60,11 +61,11 @@ def _read() -> dict[tuple[str, ...], dict]:
         return {key_of(row): row for row in csv.DictReader(file)}
 
 
-def read_bounds() -> dict[tuple[str, ...], float]:
-    """The records of the installed Triton; those of another version bind nothing."""
+def read_bounds() -> dict[tuple[str, ...], dict[str, float]]:
+    """METRICS as recorded of the installed Triton; records of another version bind nothing."""
     installed = importlib.metadata.version("triton")
     return {
-        key: float(row["instructions_per_mma"])
+        key: {metric: float(row[metric]) for metric in METRICS}
         for key, row in _read().items()
         if row["triton"] == installed
     }
@@ -75,16 +76,18 @@ def updated_bounds(rows: list[dict]) -> list[dict]:
     installed = importlib.metadata.version("triton")
     records = _read()
     for row in rows:
-        if row["target"] in BOUNDED_TARGETS and row["instructions_per_mma"]:
-            value = round(row["instructions_per_mma"], 2)
+        if row["target"] in BOUNDED_TARGETS and row["loops"]:
             key = {name: row[name] for name in _KEY}
-            records[key_of(row)] = {**key, "instructions_per_mma": value, "triton": installed}
+            values = {metric: round(row[metric], 2) for metric in METRICS}
+            records[key_of(row)] = {**key, **values, "triton": installed}
     return [records[key] for key in sorted(records)]
 
 
-def over_bound(row: dict, bounds: dict[tuple[str, ...], float]) -> str | None:
-    """Why a build row breaks its record; None when it does not, or has none."""
-    recorded = bounds.get(key_of(row))
-    if recorded is None or row["instructions_per_mma"] <= TOLERANCE * recorded:
-        return None
-    return f"{row['instructions_per_mma']:.2f} instructions per MMA, {recorded} recorded"
+def over_bounds(row: dict, bounds: dict[tuple[str, ...], dict[str, float]]) -> list[str]:
+    """How a build row breaks its record, if it has one."""
+    recorded = bounds.get(key_of(row), {})
+    return [
+        f"{row[metric]:.2f} {metric.replace('_', ' ')}, {value} recorded"
+        for metric, value in recorded.items()
+        if row[metric] > TOLERANCE * value
+    ]

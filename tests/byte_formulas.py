@@ -31,7 +31,7 @@ class Problem:
     head_dim: int
     itemsize: int  # bytes of an element
     group: int = 1  # query heads per key/value head
-    masked: bool = False
+    masked: bool = False  # with a mask that hides nothing
 
     @property
     def kv_heads(self) -> int:
@@ -51,8 +51,12 @@ class Problem:
         return sum(tokens for _, tokens in self.sequences)
 
 
-def _by_query_tile(problem: Problem, kernel: str, block_queries: int) -> list[Moved]:
-    """What a program that owns a query tile reads of keys and values: all, for each tile."""
+def _by_query_tile(problem: Problem, kernel: str, blocks: tuple[int, int]) -> list[Moved]:
+    """What a program that owns a query tile reads of keys and values: all, for each tile.
+
+    It scans the mask once, and reads it again where a tile of columns is not whole.
+    """
+    block_queries, block_keys = blocks
     tiles = sum(ceil(queries / block_queries) for queries, _ in problem.sequences)
     columns = sum(ceil(queries / block_queries) * tokens for queries, tokens in problem.sequences)
     keys = problem.heads * columns * problem.row, problem.kv_heads * problem.tokens * problem.row
@@ -63,7 +67,11 @@ def _by_query_tile(problem: Problem, kernel: str, block_queries: int) -> list[Mo
     moved = [Moved(kernel, name, *keys) for name in ("key", "value")]
     moved += [Moved(kernel, name, *prefixes) for name in ("prefix_key", "prefix_value")]
     if problem.masked:
-        moved.append(Moved(kernel, "key_mask", problem.heads * columns, problem.tokens))
+        scanned = sum(
+            ceil(queries / block_queries) * (tokens + tokens % block_keys)
+            for queries, tokens in problem.sequences
+        )
+        moved.append(Moved(kernel, "key_mask", problem.heads * scanned, problem.tokens))
     return moved
 
 
@@ -82,7 +90,7 @@ def forward_bytes(problem: Problem, blocks: Blocks) -> list[Moved]:
     rows, statistic = _rows(problem)
     return [
         *_once(kernel, {"query": rows}),
-        *_by_query_tile(problem, kernel, blocks[kernel][0]),
+        *_by_query_tile(problem, kernel, blocks[kernel]),
         *_once(kernel, {"out": rows, "lse": statistic}, stored=True),
     ]
 
@@ -94,7 +102,7 @@ def backward_bytes(problem: Problem, blocks: Blocks, splits: int) -> list[Moved]
     moved += _once("delta", {"delta": statistic}, stored=True)
     statistics = {"lse": statistic, "delta": statistic}
     moved += _once("grad_query", {"query": rows, "grad_out": rows, **statistics})
-    moved += _by_query_tile(problem, "grad_query", blocks["grad_query"][0])
+    moved += _by_query_tile(problem, "grad_query", blocks["grad_query"])
     moved += _once("grad_query", {"grad_query": rows}, stored=True)
 
     kernel = "grad_key_value"

@@ -1,8 +1,9 @@
 """Reads compiled kernels: registers, spills, occupancy, and what the hottest loop does.
 
-The hottest loop is the innermost natural loop that holds the most matrix work. Loops are found in
-the control-flow graph, not by looking for backward branches: on sm_80 they close by an
-unconditional branch and leave by a predicated call of a label, on sm_100 their blocks lie anywhere.
+The hottest loop is, of the innermost natural loops that hold the most matrix work, the leanest:
+whole tiles that every row sees. The longest of them masks, too. Loops are found in the control-flow
+graph, not by looking for backward branches: on sm_80 they close by an unconditional branch and
+leave by a predicated call of a label, on sm_100 their blocks lie anywhere.
 """
 
 import re
@@ -52,11 +53,14 @@ class MachineCode:
     limited_by: str
     matrix_instructions: int
     wide_loads: int  # of 16 bytes, or by the tensor memory accelerator
-    loop_instructions: int | None = None  # None: not read on this target, or no matrix loop
+    # None: not read on this target, or no matrix loop.
+    loops: int | None = None  # innermost ones with matrix work
+    loop_instructions: int | None = None  # the hottest loop
     loop_matrix_instructions: int | None = None
-    loop_local_accesses: int | None = None
-    # Instructions of the hottest loop per 4096 FLOP of its matrix work.
+    loops_local_accesses: int | None = None  # all the loops
+    # Instructions per 4096 FLOP of matrix work, of the hottest and of the longest loop.
     instructions_per_mma: float | None = None
+    masked_instructions_per_mma: float | None = None
 
 
 def parse_sass(text: str) -> Code:
@@ -227,21 +231,23 @@ def read(compiled: CompiledKernel, target: str, padding_share: float = 1.0) -> M
         matrix_instructions=count(code.instructions, MATRIX),
         wide_loads=count(code.instructions, WIDE_LOAD),
         # tcgen05 instructions do not say how large they are.
-        **({} if target == "sm_100" else _hottest_loop(code, padding_share)),
+        **({} if target == "sm_100" else _loop_metrics(code, padding_share)),
     )
 
 
-def _hottest_loop(code: Code, padding_share: float) -> dict[str, float]:
+def _loop_metrics(code: Code, padding_share: float) -> dict[str, float]:
     loops = list(matrix_loops(code))
     if not loops:
         return {}
     work = [sum(map(matrix_flop, loop)) for loop in loops]
-    # Of loops with equal work the longest: that one also masks and drops.
-    hottest = max(range(len(loops)), key=lambda index: (work[index], len(loops[index])))
-    loop = loops[hottest]
+    busiest = [loop for loop, flop in zip(loops, work, strict=True) if flop == max(work)]
+    hottest, longest = min(busiest, key=len), max(busiest, key=len)
+    per_instruction = MMA_FLOP / (max(work) * padding_share)
     return {
-        "loop_instructions": len(loop),
-        "loop_matrix_instructions": count(loop, MATRIX),
-        "loop_local_accesses": count(loop, LOCAL_ACCESS),
-        "instructions_per_mma": len(loop) * MMA_FLOP / (work[hottest] * padding_share),
+        "loops": len(loops),
+        "loop_instructions": len(hottest),
+        "loop_matrix_instructions": count(hottest, MATRIX),
+        "loops_local_accesses": sum(count(loop, LOCAL_ACCESS) for loop in loops),
+        "instructions_per_mma": len(hottest) * per_instruction,
+        "masked_instructions_per_mma": len(longest) * per_instruction,
     }

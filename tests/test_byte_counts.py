@@ -1,6 +1,7 @@
 """The bytes that interpreted kernels move are those of the formula, for every argument."""
 
 from dataclasses import replace
+from math import ceil
 
 import pytest
 import torch
@@ -59,6 +60,20 @@ def test_requested_bytes_of_packed_sequences_count_no_padding():
     problem = problem_of(sizes, torch.bfloat16, lengths)
     expected = [x for x in by_formula(problem, launches) if x.argument != "key_mask"]
     assert not disagreements(launches, expected)
+
+
+def test_tiles_of_padding_are_not_read():
+    """Of right-padded sequences, keys and values up to the tile that their last token is in."""
+    sizes, lengths = Sizes(2, 1, 192, 8, 16), [70, 192]
+    call = padded_call(sizes)
+    call.options.key_mask.copy_(torch.arange(192) < torch.tensor(lengths)[:, None])
+    launches = run(call)
+    for launch in launches:
+        if launch.kernel in ("prefix_attention_forward", "grad_query"):
+            block_queries, block_keys = blocks_of(launches)[launch.kernel]
+            columns = sum(ceil(length / block_keys) * block_keys for length in lengths)
+            expected = ceil(192 / block_queries) * columns * 16 * 2
+            assert launch.traffic["key"].loaded == launch.traffic["value"].loaded == expected
 
 
 def test_a_wrong_formula_disagrees():
