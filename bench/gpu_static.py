@@ -109,7 +109,7 @@ def main() -> None:
     parser.add_argument("--head-dims", nargs="+", type=int, default=list(HEAD_DIMS))
     parser.add_argument("--record", action="store_true")
     options = parser.parse_args()
-    console = Console(width=180)
+    console = Console(width=200)
 
     rows = builds(options)
     for target in options.targets:
