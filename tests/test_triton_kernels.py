@@ -5,7 +5,7 @@ import torch
 
 from ptv2_fast.ops.attention import prefix_attention
 from ptv2_kernels.backward_prefix import count_splits
-from ptv2_kernels.configs import KERNELS, shipped_config
+from ptv2_kernels.configs import ARCHITECTURES, KERNELS, shipped_config, tile_widths
 from ptv2_kernels.forward import launch_forward
 from tests.inputs import Shape, make_inputs
 from tests.oracle import run_backend
@@ -106,10 +106,18 @@ def test_partials_do_not_grow_with_the_batch():
 def test_every_head_dim_has_a_config():
     for kernel in KERNELS:
         for head_dim in range(8, 257, 8):
-            for amd in (False, True):
+            widths = tile_widths(head_dim)
+            assert head_dim <= sum(widths) and all(width >= 16 for width in widths)
+            for architecture in ARCHITECTURES:
                 for element_size in (2, 4):
-                    config = shipped_config(kernel, head_dim, element_size, amd)
+                    config = shipped_config(kernel, head_dim, element_size, architecture)
                     assert config.block_queries % 16 == config.block_keys % 16 == 0
+
+
+def test_two_widths_leave_little_padding():
+    assert [tile_widths(d) for d in (64, 80, 96, 128)] == [(64,), (64, 16), (64, 32), (128,)]
+    assert [tile_widths(d) for d in (40, 160, 192)] == [(32, 16), (128, 32), (128, 64)]
+    assert max(sum(tile_widths(d)) / d for d in range(64, 257, 8)) < 1.29
 
 
 def test_splits_of_the_batch_cover_every_sequence():

@@ -149,7 +149,7 @@ def launch_backward(
             *shared,
             **call.sizes,
             scale_log2=call.scale * LOG2_E,
-            **launch_options("key_value", query),
+            **launch_options("key_value", query, biased=call.extras.bias_ptr is not None),
         )
     if needs_prefix:
         of_prefix = launch_backward_prefix(

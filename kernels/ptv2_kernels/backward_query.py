@@ -58,7 +58,6 @@ def _grad_query_kernel(
     BLOCK_KEYS: tl.constexpr,
     BLOCK_PREFIX: tl.constexpr,
     ONE_PREFIX_TILE: tl.constexpr,
-    PEELED: tl.constexpr,
 ):
     """One query tile over prefix and tokens; grid (query tiles * batch, heads)."""
     first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
@@ -103,10 +102,10 @@ def _grad_query_kernel(
     context = load_context(extras, sequence)
     bounds = seen_columns(
         extras, sequence, context, first_row, column_count, tokens,
-        BLOCK_QUERIES, BLOCK_KEYS, PEELED,
+        BLOCK_QUERIES, BLOCK_KEYS,
     )  # fmt: skip
     # First the tiles that need no mask, then the others.
-    for part in tl.static_range(0 if PEELED else 1, 2):
+    for part in tl.static_range(2):
         for first_column in range(bounds[part], bounds[part + 1], BLOCK_KEYS):
             key_tile, value_tile = load_tokens(
                 key, value, start, kv_head, first_column, column_count,

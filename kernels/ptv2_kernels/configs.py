@@ -1,15 +1,17 @@
-"""Launch configurations: one per (kernel, head_dim class, element size, vendor).
+"""Launch configurations: one per (kernel, head_dim class, element size, architecture).
 
 PTV2_AUTOTUNE=1 tunes over a list instead, by triton.autotune with results cached on disk. Tiles do
 not depend on the number of tokens: equal sequences give equal bits whatever they are batched with.
 Chosen by compiling ahead of time (registers, spills, shared memory); not yet timed on a GPU.
 """
 
+import dataclasses
 import os
 from dataclasses import dataclass
 
 import torch
 import triton
+from triton.runtime import driver
 
 AUTOTUNE = os.environ.get("PTV2_AUTOTUNE") == "1"
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -42,29 +44,67 @@ def head_dim_class(head_dim: int) -> int:
 
 
 def tile_widths(head_dim: int) -> tuple[int, ...]:
-    """How wide the matrices of a tile are: powers of two."""
-    return (head_dim_class(head_dim),)
+    """How wide the matrices of a tile are: one power of two, or two of them where that pads less.
 
-
-def shipped_config(kernel: str, head_dim: int, element_size: int, amd: bool) -> Config:
-    """The configuration of one kernel; `kernel` is one of KERNELS.
-
-    Backward tiles are narrower in keys: dropout decisions and four operands live beside two
-    accumulators, and 64 x 64 spills on sm_80 and sm_86.
+    80 = 64 + 16, 96 = 64 + 32, 160 = 128 + 32, 192 = 128 + 64; the products of 128 columns would
+    be computed with 40 % to 25 % of padding.
     """
-    block_dim = head_dim_class(head_dim)
+    whole = head_dim_class(head_dim)
+    rest = head_dim_class(head_dim - whole // 2)
+    return (whole,) if whole <= 32 or rest > whole // 4 else (whole // 2, rest)
+
+
+# By kernel: the configuration for tiles up to 64, 96, 128 and 256 wide, of 16-bit elements.
+WIDTH_CLASSES = (64, 96, 128, 256)
+_TABLES = {
+    # A warp computes its own products (mma.sync): sm_80, sm_86, sm_89, sm_120.
+    "mma": {
+        "forward": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 64, 4, 2), (32, 32, 8, 1)),
+        "query": ((64, 32, 4, 2), (64, 32, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+        "key_value": ((64, 64, 4, 1), (64, 32, 4, 1), (64, 64, 8, 2), (32, 32, 8, 1)),
+        "prefix": ((64, 64, 4, 1), (64, 32, 4, 1), (64, 64, 8, 2), (32, 32, 8, 1)),
+    },
+    # Four warps compute a product together (wgmma, tcgen05): sm_90, sm_100.
+    "warpgroup": {
+        "forward": ((64, 64, 4, 2), (64, 64, 4, 2), (128, 64, 8, 2), (32, 32, 8, 1)),
+        "query": ((64, 64, 4, 2), (64, 64, 4, 2), (64, 32, 4, 2), (32, 32, 8, 1)),
+        "key_value": ((64, 64, 4, 1), (32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+        "prefix": ((64, 64, 4, 1), (32, 64, 8, 1), (32, 64, 8, 1), (32, 32, 8, 1)),
+    },
+    "amd": {
+        "forward": ((64, 64, 4, 1), (64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1)),
+        "query": ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        "key_value": ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+        "prefix": ((64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
+    },
+}
+ARCHITECTURES = ("amd", 80, 86, 89, 90, 100, 120)  # NVIDIA's by compute capability
+
+
+def architecture() -> str | int:
+    """What the current device is, one of ARCHITECTURES or another compute capability."""
+    if INTERPRETED:
+        return 80
+    target = driver.active.get_current_target()
+    return target.arch if target.backend == "cuda" else "amd"
+
+
+def shipped_config(
+    kernel: str, head_dim: int, element_size: int, architecture: str | int
+) -> Config:
+    """The configuration of one kernel; `kernel` is one of KERNELS."""
+    width = sum(tile_widths(head_dim))
     if element_size == 4:  # tf32 in three passes keeps twice the operands
-        return Config(32, 32, 4, 1) if block_dim <= 128 else Config(16, 16, 4, 1)
-    if block_dim <= 64:
-        if kernel == "forward":
-            return Config(64, 64, 4, 1 if amd else 2)
-        # Left alone, ptxas stops at 168 registers for sm_120 and spills.
-        return Config(64, 32, 4, 1) if amd else Config(64, 32, 4, 2, maxnreg=255)
-    if block_dim == 128 and amd:
-        return Config(64, 32, 4, 1) if kernel == "forward" else Config(32, 32, 4, 1)
-    if block_dim == 128:
-        return Config(64, 64, 8, 2) if kernel == "forward" else Config(32, 64, 8, 1)
-    return Config(32, 32, 4 if amd else 8, 1)
+        return Config(32, 32, 4, 1) if width <= 128 else Config(16, 16, 4, 1)
+    if architecture == "amd":
+        table = "amd"
+    else:
+        table = "warpgroup" if architecture in (90, 100, 103) else "mma"
+    width_class = next(i for i, widest in enumerate(WIDTH_CLASSES) if width <= widest)
+    config = Config(*_TABLES[table][kernel][width_class])
+    if architecture == 120:  # left alone, ptxas stops at 168 registers there, and spills
+        config = dataclasses.replace(config, maxnreg=255)
+    return config
 
 
 def candidate_configs() -> list[triton.Config]:
@@ -88,7 +128,7 @@ def tunable(kernel):
 
 
 def launch_options(
-    kernel: str, query: torch.Tensor, prefix_length: int | None = None
+    kernel: str, query: torch.Tensor, prefix_length: int | None = None, biased: bool = False
 ) -> dict[str, object]:
     """Keyword arguments of a launch: blocks, warps, stages, precision of float32 products.
 
@@ -97,9 +137,13 @@ def launch_options(
     head_dim = query.shape[-1]
     options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIMS": tile_widths(head_dim)}
     # None tells autotuning 16-bit products, which have one precision, from those of float32.
-    options["INPUT_PRECISION"] = input_precision() if query.element_size() == 4 else None
-    amd = torch.version.hip is not None
-    config = shipped_config(kernel, head_dim, query.element_size(), amd)
+    options["INPUT_PRECISION"] = (
+        input_precision(architecture()) if query.element_size() == 4 else None
+    )
+    config = shipped_config(kernel, head_dim, query.element_size(), architecture())
+    if biased and kernel == "key_value" and architecture() == 90:
+        # A tile of the bias is one more in registers: 64 keys spill inside the loop there.
+        config = dataclasses.replace(config, block_keys=32)
     if not AUTOTUNE:
         options |= config.options()
     if prefix_length is not None:
@@ -114,15 +158,15 @@ def prefix_options(kernel: str, prefix_length: int, block_keys: int) -> dict[str
         return {} if AUTOTUNE else {"BLOCK_KEYS": block}
     if prefix_length == 0:
         block = 0
-    return {"BLOCK_PREFIX": block, "ONE_PREFIX_TILE": prefix_length <= block, "PEELED": True}
+    return {"BLOCK_PREFIX": block, "ONE_PREFIX_TILE": prefix_length <= block}
 
 
-def input_precision() -> str:
+def input_precision(architecture: str | int) -> str:
     """How float32 products are computed: as torch.set_float32_matmul_precision asks.
 
     "ieee" has no tensor cores on NVIDIA and spills; three tf32 products come close to float32. AMD
     has float32 matrix instructions, and no tf32x3.
     """
-    if torch.version.hip:
+    if architecture == "amd":
         return "ieee"
     return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"

@@ -20,7 +20,7 @@ def load_context(extras, sequence):
 @triton.jit
 def seen_columns(
     extras, sequence, context, first_row, column_count, mask_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, PEELED: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """(begin, middle, end) of the token columns that some row of a tile sees.
 
@@ -35,7 +35,7 @@ def seen_columns(
     if extras.window is not None:
         begin = tl.maximum(0, first_row - extras.window) // COLUMNS * COLUMNS
         end = tl.minimum(end, first_row + ROWS + extras.window)
-    if PEELED and extras.window is None:
+    if extras.window is None:
         middle = middle // COLUMNS * COLUMNS
     else:
         middle = begin
