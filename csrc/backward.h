@@ -217,7 +217,8 @@ class Backward {
                       int64_t rows, float factor) {
     multiply<Operand>(rows, count, geometry_.steps, query_.as_left(geometry_),
                       geometry_.transposed(columns.keys_transposed),
-                      {probabilities_ + offset, tile_stride_, problem_.scale * factor, false});
+                      {probabilities_ + offset, tile_stride_, problem_.scale * factor, false},
+                      kScoreSteps);
     multiply<Operand>(rows, count, geometry_.steps, grad_out_.as_left(geometry_),
                       geometry_.transposed(columns.values_transposed),
                       {score_gradients_ + offset, tile_stride_,

@@ -129,10 +129,10 @@ class Forward {
     const int64_t offset = block.token_offset();
     multiply<Operand>(rows, block.prefix_count, geometry_.steps, query,
                       geometry_.transposed(prefix.keys_transposed),
-                      {tile_, tile_stride_, scale * prefix_factor, false});
+                      {tile_, tile_stride_, scale * prefix_factor, false}, kScoreSteps);
     multiply<Operand>(rows, block.token_count, geometry_.steps, query,
                       geometry_.transposed(tokens_.keys_transposed),
-                      {tile_ + offset, tile_stride_, scale, false});
+                      {tile_ + offset, tile_stride_, scale, false}, kScoreSteps);
 
     softmax_tile(block, first, rows);
 

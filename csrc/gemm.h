@@ -118,10 +118,16 @@ TileFunction tile_function(int64_t rows, int vectors) {
   }
 }
 
+// Scores are summed in pieces: one long chain of roundings would show in the largest of them.
+constexpr int64_t kScoreSteps = 32;
+constexpr int64_t kAllSteps = INT64_MAX;
+
 // C's rows hold whole vectors: columns from n to the next multiple of kLanes are written too.
-// Each element is one sum in the order of the steps, whatever m and n are.
+// Each element is one sum in the order of the steps, in pieces of `piece` steps, whatever m and n
+// are.
 template <class Operand>
-void multiply(int64_t m, int64_t n, int64_t steps, LeftOperand a, RightOperand b, Output c) {
+void multiply(int64_t m, int64_t n, int64_t steps, LeftOperand a, RightOperand b, Output c,
+              int64_t piece = kAllSteps) {
   if (m == 0) return;
   const auto* left = static_cast<const uint32_t*>(a.data);
   const auto* right = static_cast<const uint32_t*>(b.data);
@@ -136,9 +142,15 @@ void multiply(int64_t m, int64_t n, int64_t steps, LeftOperand a, RightOperand b
     int64_t row = 0;
     for (int64_t tile = 0; tile < row_tiles; ++tile) {
       const bool large = tile < large_tiles;
-      (large ? large_tile : small_tile)(
-          steps, left + row * a.row_stride, a.row_stride, a.step_stride, panel, b.step_stride,
-          c.data + row * c.row_stride + column, c.row_stride, c.alpha, c.accumulate);
+      int64_t step = 0;
+      do {
+        const int64_t count = smaller(piece, steps - step);
+        (large ? large_tile : small_tile)(count, left + row * a.row_stride + step * a.step_stride,
+                                          a.row_stride, a.step_stride, panel + step * b.step_stride,
+                                          b.step_stride, c.data + row * c.row_stride + column,
+                                          c.row_stride, c.alpha, c.accumulate || step > 0);
+        step += count;
+      } while (step < steps);
       row += small + large;
     }
   }

@@ -116,7 +116,7 @@ def test_exponential_keeps_its_error_bound():
     numbers = torch.cat((torch.linspace(-87, 1, 400001), -torch.logspace(-9, 1, 1001)))
     exact = numbers.double().exp()
     error = (torch.ops.ptv2.micro_exp(numbers).double() - exact).abs() / exact
-    assert (error <= 1e-7 + 2e-8 * numbers.double().abs()).all()
+    assert (error <= 1e-7).all()
     below = torch.tensor([-88.5, -1e30, float("-inf")])
     assert torch.equal(torch.ops.ptv2.micro_exp(below), torch.zeros(3))
     assert torch.ops.ptv2.micro_exp(torch.tensor([float("nan")])).isnan().all()
