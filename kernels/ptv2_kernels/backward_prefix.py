@@ -21,6 +21,7 @@ from ptv2_kernels.softmax import (
     prefix_scores,
     recompute,
     undropped,
+    undropped_prefix,
 )
 from ptv2_kernels.tiles import (
     add_product,
@@ -141,8 +142,8 @@ def _grad_prefix_kernel(
         inside = tl.arange(0, BLOCK_KEYS) < length - first_column
         key_gradient = keep_rows(key_gradient, inside)
         value_gradient = keep_rows(value_gradient, inside)
-    key_gradient = scale_tile(key_gradient, scale_log2 * LN_2)
-    value_gradient = undropped(value_gradient, extras)
+    key_gradient = undropped_prefix(scale_tile(key_gradient, scale_log2 * LN_2), extras)
+    value_gradient = undropped_prefix(undropped(value_gradient, extras), extras)
     key_slot = split * 2 * bank_rows + bank_row
     store_tile(
         partial,

@@ -16,6 +16,7 @@ from ptv2_kernels.softmax import (
     prefix_scores,
     recompute,
     token_scores,
+    undropped_prefix,
 )
 from ptv2_kernels.tiles import (
     add_product,
@@ -98,6 +99,7 @@ def _grad_query_kernel(
                 sequence_head, first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
             )  # fmt: skip
             accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
+        accumulator = undropped_prefix(accumulator, extras)
 
     context = load_context(extras, sequence)
     bounds = seen_columns(

@@ -64,7 +64,11 @@ def decide(word, threshold):
 
 @triton.jit
 def drop_prefix(tile, extras, seed, sequence_kv_head, first_row, STREAM: tl.constexpr):
-    """Element-wise dropout of the prefix of one sequence, or of its gradient, in their dtype."""
+    """Element-wise dropout of the prefix of one sequence, or of its gradient.
+
+    It only puts zeros: the factor of what is kept would be rounded to the dtype of the prefix, and
+    is left to float32 results instead (`undropped_prefix`).
+    """
     if extras.prefix_threshold is None:
         return tile
     else:
@@ -74,6 +78,5 @@ def drop_prefix(tile, extras, seed, sequence_kv_head, first_row, STREAM: tl.cons
                 seed, sequence_kv_head, first_row, chunk * tile[0].shape[1],
                 extras.prefix_threshold, STREAM, tile[chunk].shape[0], tile[chunk].shape[1],
             )  # fmt: skip
-            kept = tile[chunk].to(tl.float32) * extras.prefix_multiplier
-            dropped = widened(dropped, tl.where(keep, kept, 0.0).to(tile[chunk].dtype))
+            dropped = widened(dropped, tl.where(keep, tile[chunk], 0.0).to(tile[chunk].dtype))
         return dropped

@@ -23,7 +23,15 @@ from ptv2_kernels.arguments import (
 )
 from ptv2_kernels.configs import launch_options, tunable
 from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
-from ptv2_kernels.softmax import LN_2, attend, load_prefix, prefix_scores, token_scores, undropped
+from ptv2_kernels.softmax import (
+    LN_2,
+    attend,
+    load_prefix,
+    prefix_scores,
+    token_scores,
+    undropped,
+    undropped_prefix,
+)
 from ptv2_kernels.tiles import (
     load_tile,
     load_tokens,
@@ -100,6 +108,7 @@ def _prefix_attention_forward_kernel(
                 state, scores, factor, shown, value_tile, extras, seed, sequence_head,
                 first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
             )  # fmt: skip
+        state = state[0], state[1], undropped_prefix(state[2], extras)
 
     context = load_context(extras, sequence)
     bounds = seen_columns(

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ptv2_kernels.dropout import (
     PREFIX_KEY_STREAM,
+    PREFIX_STREAM,
     PREFIX_VALUE_STREAM,
     drop_prefix,
     keep_mask,
@@ -47,6 +48,13 @@ def drop_pair(key, value, extras, seed, sequence_kv_head, first_column):
 @triton.jit
 def prefix_scores(query, key, extras, scale_log2, INPUT_PRECISION: tl.constexpr):
     """(scores, factor > 0): their product is in base 2. A factor costs nothing inside exp2."""
+    if extras.prefix_threshold is not None:
+        scale_log2 = scale_log2 * extras.prefix_multiplier
+    return scaled_scores(query, key, extras, scale_log2, INPUT_PRECISION)
+
+
+@triton.jit
+def scaled_scores(query, key, extras, scale_log2, INPUT_PRECISION: tl.constexpr):
     scores = inner_products(query, key, INPUT_PRECISION)
     if extras.any_scale is None:
         return scores, scale_log2
@@ -60,7 +68,7 @@ def token_scores(
     scale_log2, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `prefix_scores`, with the bias."""
-    scores, factor = prefix_scores(query, key, extras, scale_log2, INPUT_PRECISION)
+    scores, factor = scaled_scores(query, key, extras, scale_log2, INPUT_PRECISION)
     if extras.bias_ptr is None:
         return scores, factor
     else:
@@ -114,6 +122,8 @@ def recompute(
     if shown is not None:
         probabilities = tl.where(shown, probabilities, 0.0)
     grad_probabilities = inner_products(grad_out, value, INPUT_PRECISION)
+    if STREAM == PREFIX_STREAM and extras.prefix_threshold is not None:
+        grad_probabilities = grad_probabilities * extras.prefix_multiplier
     dropped = probabilities
     if extras.threshold is not None:
         keep = keep_mask(
@@ -132,6 +142,15 @@ def undropped(tile, extras):
         return tile
     else:
         return scale_tile(tile, extras.multiplier)
+
+
+@triton.jit
+def undropped_prefix(tile, extras):
+    """A sum over dropped elements of the prefix, times the factor of those that were kept."""
+    if extras.prefix_threshold is None:
+        return tile
+    else:
+        return scale_tile(tile, extras.prefix_multiplier)
 
 
 @triton.jit
