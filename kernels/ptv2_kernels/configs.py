@@ -46,11 +46,12 @@ def head_dim_class(head_dim: int) -> int:
 def tile_widths(head_dim: int) -> tuple[int, ...]:
     """How wide the matrices of a tile are: one power of two, or two of them where that pads less.
 
-    80 = 64 + 16, 96 = 64 + 32, 160 = 128 + 32, 192 = 128 + 64; the products of 128 columns would
-    be computed with 40 % to 25 % of padding.
+    80 = 64 + 16, 96 = 64 + 32, 192 = 128 + 64; padded to 128 or 256, a quarter to a third of the
+    products would be of zeros. 160 takes 128 + 64: beside 128 columns, 32 columns over eight warps
+    drive ptxas for sm_80 to 32 registers.
     """
     whole = head_dim_class(head_dim)
-    rest = head_dim_class(head_dim - whole // 2)
+    rest = max(64 if whole == 256 else 16, head_dim_class(head_dim - whole // 2))
     return (whole,) if whole <= 32 or rest > whole // 4 else (whole // 2, rest)
 
 
