@@ -136,7 +136,9 @@ def launch_backward(
             *shared,
             **call.sizes,
             scale_log2=call.scale * LOG2_E,
-            **launch_options("query", query, prefix_key.shape[2]),
+            **launch_options(
+                "query", query, prefix_key.shape[2], call.extras.prefix_threshold is not None
+            ),
         )
     if needs_key_value and targets[1].numel():
         _grad_key_value_kernel[

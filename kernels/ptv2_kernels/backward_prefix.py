@@ -216,7 +216,9 @@ def launch_backward_prefix(
     size = grad_prefix_key.numel()
     if size == 0:
         return grad_prefix_key, grad_prefix_value
-    options = launch_options("prefix", query, prefix_length)
+    options = launch_options(
+        "prefix", query, prefix_length, call.extras.prefix_threshold is not None
+    )
     prefix_tiles = triton.cdiv(prefix_length, options.get("BLOCK_KEYS", 32))
     programs = kv_heads * prefix_tiles * bank_rows
     splits = count_splits(call.batch, programs, _multiprocessors(query.device))

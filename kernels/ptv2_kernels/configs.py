@@ -129,7 +129,11 @@ def tunable(kernel):
 
 
 def launch_options(
-    kernel: str, query: torch.Tensor, prefix_length: int | None = None, biased: bool = False
+    kernel: str,
+    query: torch.Tensor,
+    prefix_length: int | None = None,
+    prefix_dropout: bool = False,
+    biased: bool = False,
 ) -> dict[str, object]:
     """Keyword arguments of a launch: blocks, warps, stages, precision of float32 products.
 
@@ -145,10 +149,14 @@ def launch_options(
     if biased and kernel == "key_value" and architecture() == 90:
         # A tile of the bias is one more in registers: 64 keys spill inside the loop there.
         config = dataclasses.replace(config, block_keys=32)
+    if prefix_dropout and kernel == "prefix" and architecture() == 100:
+        config = dataclasses.replace(config, block_queries=32)
     if not AUTOTUNE:
         options |= config.options()
     if prefix_length is not None:
-        options |= prefix_options(kernel, prefix_length, config.block_keys)
+        # Dropped tiles of the prefix, and sums of one sequence, are more in registers.
+        widest = min(config.block_keys, 32) if prefix_dropout else config.block_keys
+        options |= prefix_options(kernel, prefix_length, widest)
     return options | COMPILER_OPTIONS
 
 

@@ -175,6 +175,8 @@ def launch_forward(
         call.extras,
         **call.sizes,
         scale_log2=call.scale * LOG2_E,
-        **launch_options("forward", query, prefix_key.shape[2]),
+        **launch_options(
+            "forward", query, prefix_key.shape[2], call.extras.prefix_threshold is not None
+        ),
     )
     return out, lse
