@@ -3,9 +3,6 @@
 #pragma once
 
 #include "vector.h"
-#if defined(PTV2_NATIVE_PAIRS)
-#include <immintrin.h>
-#endif
 
 namespace ptv2::PTV2_LEVEL {
 

@@ -4,9 +4,6 @@
 
 #include "problem.h"
 #include "vector.h"
-#if defined(PTV2_X86)
-#include <immintrin.h>
-#endif
 
 namespace ptv2::PTV2_LEVEL {
 
