@@ -14,6 +14,8 @@ TOKEN_STREAM = 0  # attention probabilities over token columns
 PREFIX_STREAM = 1  # attention probabilities over prefix columns
 PREFIX_KEY_STREAM = 2  # elements of prefix_key, one mask per sequence
 PREFIX_VALUE_STREAM = 3  # elements of prefix_value, one mask per sequence
+ATTENTION_OUTPUT_STREAM = 4  # hidden states: the output projection of the attention
+FEED_FORWARD_STREAM = 5  # hidden states: the output of the feed-forward network
 
 _ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
@@ -79,7 +81,43 @@ def dropout_multiplier(
         sequence_head.expand(shape_of_calls),
         torch.full((1, 1, 1, 1), stream, device=seed.device).expand(shape_of_calls),
     )
-    words = torch.stack(philox_4x32(counters, seed), dim=-1)  # [batch, heads, rows, groups, 4]
-    decisions = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [..., 4, 2]
+    return _multiplier(counters, columns, dropout_p, seed, dtype)
+
+
+def row_dropout_multiplier(
+    columns: int,
+    dropout_p: float,
+    seed: Tensor,
+    coordinates: Tensor,
+    stream: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """`dropout_multiplier` of hidden states: [R, columns], one head, rows anywhere.
+
+    Args:
+        coordinates: int32 [R, 2], the sequence and the row in it of each row.
+        others: as in `dropout_multiplier`.
+    """
+    groups = torch.arange(-(-columns // 8), device=seed.device)
+    sequence, row = coordinates.long()[:, :, None].unbind(1)  # [R, 1] each
+    shape = (coordinates.shape[0], groups.numel())
+    counters = (
+        groups.expand(shape),
+        row.expand(shape),
+        sequence.expand(shape),
+        torch.full((1, 1), stream, device=seed.device).expand(shape),
+    )
+    return _multiplier(counters, columns, dropout_p, seed, dtype)
+
+
+def _multiplier(
+    counters: tuple[Tensor, Tensor, Tensor, Tensor],  # [..., groups]
+    columns: int,
+    dropout_p: float,
+    seed: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:
+    words = torch.stack(philox_4x32(counters, seed), dim=-1)  # [..., groups, 4]
+    decisions = torch.stack((words & 0xFFFF, words >> 16), dim=-1)  # [..., groups, 4, 2]
     keep = decisions.flatten(-3)[..., :columns] >= dropout_threshold(dropout_p)
     return keep.to(dtype) * (1.0 / (1.0 - dropout_p))

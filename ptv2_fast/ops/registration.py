@@ -127,7 +127,7 @@ def _gpu_backward(grad_out, *arguments):
     return backward(grad_out, *arguments)
 
 
-_library = torch.library.Library("ptv2", "DEF")
+library = torch.library.Library("ptv2", "DEF")
 
 
 def _register_pair(suffix: str, forward, backward) -> None:
@@ -135,17 +135,17 @@ def _register_pair(suffix: str, forward, backward) -> None:
         ("prefix_attention_forward", _FORWARD_SCHEMA, _fake_forward, forward),
         ("prefix_attention_backward", _BACKWARD_SCHEMA, _fake_backward, backward),
     ):
-        _library.define(name + suffix + schema, tags=torch.Tag.pt2_compliant_tag)
-        torch.library.register_fake("ptv2::" + name + suffix, fake, lib=_library)
+        library.define(name + suffix + schema, tags=torch.Tag.pt2_compliant_tag)
+        torch.library.register_fake("ptv2::" + name + suffix, fake, lib=library)
         if kernel is not None:
-            _library.impl(name + suffix, kernel, "CompositeExplicitAutograd")
+            library.impl(name + suffix, kernel, "CompositeExplicitAutograd")
 
 
-_library.define("cpu_capability() -> str")
+library.define("cpu_capability() -> str")
 # Single steps of the C++ kernels, for tests and benchmarks.
-_library.define("micro_exp(Tensor input) -> Tensor")
-_library.define("micro_dropout(Tensor input, Tensor seed, float p, int stream) -> Tensor")
-_library.define("micro_pack(Tensor key) -> Tensor")
+library.define("micro_exp(Tensor input) -> Tensor")
+library.define("micro_dropout(Tensor input, Tensor seed, float p, int stream) -> Tensor")
+library.define("micro_pack(Tensor key) -> Tensor")
 _register_pair("", _default_forward, _default_backward)
 _register_pair("_reference", _reference_forward, _reference_backward)
 _register_pair("_split", _split_forward, _split_backward)
@@ -153,5 +153,5 @@ _register_pair("_cpp", None, None)
 _register_pair("_triton", _triton_forward, _triton_backward)
 if HAS_TRITON:
     for dispatch_key in ("CUDA", "XPU"):
-        _library.impl("prefix_attention_forward", _gpu_forward, dispatch_key)
-        _library.impl("prefix_attention_backward", _gpu_backward, dispatch_key)
+        library.impl("prefix_attention_forward", _gpu_forward, dispatch_key)
+        library.impl("prefix_attention_backward", _gpu_backward, dispatch_key)
