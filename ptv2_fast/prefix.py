@@ -10,6 +10,9 @@ from torch import Tensor, nn
 _INIT_STD = 0.02
 _POSITION_OFFSETS = ("none", "prefix")
 _INITS = ("normal", "tokens")
+_BACKBONES = ("auto", "frozen", "hook")
+_RECOMPUTE_POLICIES = ("none", "ffn", "ffn+qkv", "block")
+_BACKBONE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def _expect(condition: bool, name: str, expected: str, actual: object) -> None:
@@ -43,6 +46,17 @@ class PTuningV2Config:
         position_offset: "none", or "prefix" = the first token stands at position P, as in the
             authors' code and in PEFT.
         init: "normal" = N(0, 0.02), or "tokens" = keys and values of real tokens.
+        backbone: how the encoder layers run. "frozen": as frozen blocks, without padding, keeping
+            only what the prefix's gradient needs; a model that cannot is an error. "hook": as
+            transformers runs them, with the prefix in their attention. "auto": frozen where the
+            model allows it, else hook, with a warning that says why.
+        recompute: what a frozen block computes again in the backward pass rather than keep: "none",
+            "ffn", "ffn+qkv" or "block", each less memory and more time than the one before.
+        memory_budget: bytes that the blocks may keep and need in a step, instead of `recompute`:
+            each layer gets a policy so that the batch at hand fits.
+        backbone_dtype: "bf16" or "fp16" converts the frozen weights; prefix and head stay as they
+            are. `detach` converts back, to rounded weights.
+        strict: raise a ValueError wherever "auto" and "frozen" would fall back to "hook".
 
     Raises:
         ValueError: naming the field, what was expected and what was given.
@@ -58,6 +72,11 @@ class PTuningV2Config:
     layers: tuple[int, ...] | None = None
     position_offset: str = "none"
     init: str = "normal"
+    backbone: str = "auto"
+    recompute: str = "none"
+    memory_budget: int | None = None
+    backbone_dtype: str | None = None
+    strict: bool = False
 
     def __post_init__(self) -> None:
         length, width, dropout = (
@@ -66,7 +85,7 @@ class PTuningV2Config:
             self.prefix_dropout,
         )
         _expect(_is_int(length) and length >= 1, "num_virtual_tokens", "an integer >= 1", length)
-        for name in ("prefix_projection", "inference_mode"):
+        for name in ("prefix_projection", "inference_mode", "strict"):
             value = getattr(self, name)
             _expect(isinstance(value, bool), name, "True or False", value)
         _expect(width is None or (_is_int(width) and width >= 1), "encoder_hidden_size",
@@ -81,6 +100,17 @@ class PTuningV2Config:
         _expect(self.init != "tokens" or not self.prefix_projection, "init",
                 "'normal' with prefix_projection=True (an MLP cannot start at given values)",
                 self.init)  # fmt: skip
+        _expect(self.backbone in _BACKBONES, "backbone", f"one of {_BACKBONES}", self.backbone)
+        _expect(self.recompute in _RECOMPUTE_POLICIES, "recompute",
+                f"one of {_RECOMPUTE_POLICIES}", self.recompute)  # fmt: skip
+        budget = self.memory_budget
+        _expect(budget is None or (_is_int(budget) and budget > 0), "memory_budget",
+                "None or a number of bytes > 0", budget)  # fmt: skip
+        _expect(budget is None or self.recompute == "none", "recompute",
+                "'none' with a memory_budget, which chooses", self.recompute)  # fmt: skip
+        _expect(self.backbone_dtype is None or self.backbone_dtype in _BACKBONE_DTYPES,
+                "backbone_dtype", f"None or one of {tuple(_BACKBONE_DTYPES)}",
+                self.backbone_dtype)  # fmt: skip
         names, layers = self.modules_to_save, self.layers
         _expect(names is None or _is_str_list(names), "modules_to_save",
                 "None or a list of module names", names)  # fmt: skip
@@ -90,6 +120,11 @@ class PTuningV2Config:
                 "None or a non-empty list of distinct layer indices >= 0", layers)  # fmt: skip
         object.__setattr__(self, "modules_to_save", None if names is None else tuple(names))
         object.__setattr__(self, "layers", None if layers is None else tuple(sorted(layers)))
+
+    @property
+    def torch_backbone_dtype(self) -> torch.dtype | None:
+        """`backbone_dtype` as torch names it."""
+        return None if self.backbone_dtype is None else _BACKBONE_DTYPES[self.backbone_dtype]
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """Ascending indices of the prefixed layers of an encoder with `num_layers` layers.

@@ -87,6 +87,12 @@ def outputs_of(head: str, output) -> Tensor:
     return output.last_hidden_state if head == "bare" else output.logits
 
 
+def real_tokens(head: str, batch: dict[str, Tensor]) -> Tensor | int:
+    """A factor for `outputs_of`: 0 where its entry belongs to a pad token, whose state is free."""
+    mask = batch["attention_mask"]
+    return {"bare": mask[..., None], "token": mask[..., None], "question": mask}.get(head, 1)
+
+
 def unshifted_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Position ids without an offset, by the rule of the model's family, [B, T]."""
     if model.config.model_type in ("bert", "electra"):

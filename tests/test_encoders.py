@@ -22,6 +22,7 @@ from tests.models import (
     make_batch,
     one_thread,  # noqa: F401
     outputs_of,
+    real_tokens,
     tiny_model,
 )
 
@@ -31,8 +32,8 @@ def results(output: Tensor, table: Tensor, grad_out: Tensor) -> tuple[Tensor, Te
 
 
 def assert_equals_concatenation(plain, model, batch, head: str, shifted: bool) -> None:
-    """Outputs and prefix gradients against transformers' cache."""
-    output = outputs_of(head, model(**batch))
+    """Outputs of real tokens and prefix gradients against transformers' cache."""
+    output = outputs_of(head, model(**batch)) * real_tokens(head, batch)
     grad_out = torch.randn(output.shape)
     table = model.prefix_encoder.embedding.weight
     actual = results(output, table, grad_out)
@@ -41,17 +42,19 @@ def assert_equals_concatenation(plain, model, batch, head: str, shifted: bool) -
     def concatenated(plain, prefix: Tensor) -> tuple[Tensor, Tensor]:
         prefix.requires_grad_()
         output = outputs_of(head, concatenated_forward(plain, prefix, batch, shifted))
+        output = output * real_tokens(head, batch)
         output, gradient = results(output, prefix, grad_out)
         return output, gradient.permute(3, 0, 1, 2, 4).reshape(table.shape)
 
     assert_close_to_model(actual, concatenated, plain, model.prefix_encoder().detach())
 
 
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_outputs_and_prefix_gradients_equal_concatenation(model_type, head):
+def test_outputs_and_prefix_gradients_equal_concatenation(model_type, head, backbone):
     plain = tiny_model(model_type, head)
-    model = attached(head, model=copy.deepcopy(plain))
+    model = attached(head, model=copy.deepcopy(plain), backbone=backbone)
     assert_equals_concatenation(plain, model, make_batch(head), head, shifted=False)
 
 
@@ -111,7 +114,7 @@ def test_layers_outside_the_subset_run_without_a_prefix():
 
 
 def test_a_layer_that_does_not_call_the_hook_is_named():
-    model = attached(layers=[0, 2])
+    model = attached(layers=[0, 2], backbone="hook")
     model.set_attn_implementation("sdpa")
     with pytest.raises(RuntimeError, match=r"layers \[0, 2\] of BertModel did not call"):
         model(**make_batch())
@@ -149,7 +152,7 @@ def test_two_forwards_before_one_backward_add_up():
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpointing_gives_the_same_gradients_with_dropout(lengths, use_reentrant):
     dropout = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.2}
-    model = attached(model=tiny_model(**dropout), prefix_dropout=0.2).train()
+    model = attached(model=tiny_model(**dropout), prefix_dropout=0.2, backbone="hook").train()
     batch, table = make_batch(lengths=lengths), model.prefix_encoder.embedding.weight
 
     def gradient() -> Tensor:
@@ -169,7 +172,7 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(lengths, use_reentr
 
 
 def test_layers_below_the_lowest_prefix_have_no_backward_pass():
-    model = attached(layers=[2]).train()
+    model = attached(layers=[2], backbone="hook").train()
     model.activation_checkpointing_enable()  # makes the embeddings require grad
     calls = count_calls(model)
     output = model(**make_batch(), output_hidden_states=True)
@@ -214,7 +217,8 @@ def test_compiles_into_one_graph():
     batch, table = make_batch(), model.prefix_encoder.embedding.weight
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    outputs = [forward(**batch).logits for forward in (model, compiled)]
+    real = real_tokens("token", batch)
+    outputs = [forward(**batch).logits * real for forward in (model, compiled)]
     gradients = [torch.autograd.grad(output.square().sum(), table)[0] for output in outputs]
     torch.testing.assert_close(outputs[1], outputs[0])
     torch.testing.assert_close(gradients[1], gradients[0])

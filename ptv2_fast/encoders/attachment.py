@@ -14,8 +14,10 @@ import ptv2_fast
 from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
 from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.frozen_backbone import FrozenBackbone, has_foreign_hooks
 from ptv2_fast.encoders.input_checks import check_arguments, refuse_reentrant_checkpointing
-from ptv2_fast.encoders.selection import find_saved_names, trains_embeddings
+from ptv2_fast.encoders.selection import find_saved_names, trains_embeddings, trains_layers
+from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
 
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
@@ -46,11 +48,19 @@ class Attachment:
         self.backbone: nn.Module = model.base_model
         self.layers = family.layer_modules(self.backbone)
         self.enabled = True
+        self._head_reads_first_only = False  # while the model's own head is being computed
         # The signature is read here because torch.compile cannot trace inspect.
         self.argument_names = tuple(inspect.signature(self.backbone.forward).parameters)
 
-        # Nothing is changed before this line, the last that may raise.
+        # Nothing is changed before the last of these lines, which may raise.
         self.saved_names = find_saved_names(model, family, self.config.modules_to_save)
+        self._frozen = FrozenBackbone(
+            self.layers,
+            family,
+            encoder.num_heads,
+            self.config,
+            trains_layers(model, family, self.saved_names),
+        )
         self._old_requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         self._old_ignored_keys = model._keys_to_ignore_on_save
         self._old_configs = _give_own_configs(model)
@@ -63,6 +73,8 @@ class Attachment:
         model.add_module(ENCODER_NAME, encoder)
         self.saved_names += [f"{ENCODER_NAME}.{name}" for name in encoder.state_dict()]
         self.set_trainable(not self.config.inference_mode)
+        self._old_dtypes = self._convert_backbone(set(frozen_names))
+        self._frozen.install()
         self._handles = self._register_hooks()
         model.save_pretrained = self.save_pretrained  # type: ignore[assignment, method-assign]
         setattr(model, ATTACHMENT_ATTRIBUTE, self)
@@ -74,12 +86,29 @@ class Attachment:
             self.layers[0].register_forward_pre_hook(self.before_first_layer, with_kwargs=True),
             self.model.register_load_state_dict_pre_hook(self.before_load),
         ]
+        if _reads_first_only(self.model):
+            handles += [
+                self.model.register_forward_pre_hook(self.before_head),
+                self.model.register_forward_hook(self.after_head, always_call=True),
+            ]
+        if self.config.backbone_dtype is not None:
+            handles.append(self.layers[-1].register_forward_hook(self.after_last_layer))
         if self.config.position_offset == "prefix":
             embeddings = self.backbone.get_submodule(self.family.embeddings)
             handles.append(
                 embeddings.register_forward_pre_hook(self.before_embeddings, with_kwargs=True)
             )
         return handles
+
+    def _convert_backbone(self, frozen_names: set[str]) -> dict[str, torch.dtype]:
+        """Give frozen parameters the dtype asked for; returns what they had, by name."""
+        dtype, old = self.config.torch_backbone_dtype, {}
+        if dtype is not None:
+            for name, parameter in self.model.named_parameters():
+                if name in frozen_names and parameter.is_floating_point():
+                    old[name] = parameter.dtype
+                    parameter.data = parameter.data.to(dtype)
+        return old
 
     @property
     def encoder(self) -> PrefixEncoder:
@@ -110,8 +139,11 @@ class Attachment:
         model._keys_to_ignore_on_save = self._old_ignored_keys
         for module, config in self._old_configs:
             module.config = config
+        self._frozen.undo()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._old_requires_grad.get(name, parameter.requires_grad))
+            if name in self._old_dtypes:
+                parameter.data = parameter.data.to(self._old_dtypes[name])
 
     def before_backbone(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -125,8 +157,6 @@ class Attachment:
         # zip is not strict: positional arguments are the first of the names.
         arguments = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         check_arguments(arguments, self.model, self.family, self.positions_taken)
-        if module.training:
-            refuse_reentrant_checkpointing(self.layers)
         embeds = arguments.get("inputs_embeds")
         state = PrefixState(
             layers=self.encoder.layer_prefixes() if self.enabled else {},
@@ -134,7 +164,43 @@ class Attachment:
             keep_input_gradient=self._trains_embeddings
             or (embeds is not None and embeds.requires_grad),
         )
+        state.run = self._start_blocks(arguments, state)
+        if state.run is None and module.training:
+            refuse_reentrant_checkpointing(self.layers)
         return args, {**kwargs, STATE_ARGUMENT: state}
+
+    def _start_blocks(self, arguments: dict[str, Any], state: PrefixState) -> FrozenRun | None:
+        input_ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
+        tokens = embeds if input_ids is None else input_ids
+        if tokens is None:  # transformers' own error names the two arguments
+            return None
+        shows_layers = arguments.get("output_hidden_states")
+        if shows_layers is None:
+            shows_layers = self.model.config.output_hidden_states
+        others_listen = any(
+            has_foreign_hooks(module)
+            for module in (self.backbone, self.backbone.get_submodule(self.family.encoder))
+        )
+        return self._frozen.start(
+            arguments.get("attention_mask"),
+            tuple(tokens.shape[:2]),
+            tokens.device,
+            state,
+            shows_layers=bool(shows_layers),
+            reads_first_only=self._head_reads_first_only and not others_listen,
+        )
+
+    def before_head(self, module: nn.Module, args: tuple) -> None:
+        """From here to `after_head`, only the model's own head reads what the backbone returns."""
+        self._head_reads_first_only = True
+
+    def after_head(self, module: nn.Module, args: tuple, output: object) -> None:
+        """See `before_head`."""
+        self._head_reads_first_only = False
+
+    def after_last_layer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+        """Give the head the dtype of its weights, with `backbone_dtype`."""
+        return output.to(next(iter(self._old_dtypes.values())))
 
     def after_backbone(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object
@@ -172,9 +238,12 @@ class Attachment:
         lowest prefixed one would record a backward pass that nobody needs.
         """
         state = kwargs.get(STATE_ARGUMENT)
-        if state is None or state.keep_input_gradient:
+        if state is None:
             return None
-        return (args[0].detach(), *args[1:]), kwargs
+        hidden = args[0] if state.keep_input_gradient else args[0].detach()
+        if self._old_dtypes:  # trained embeddings keep their dtype
+            hidden = hidden.to(self.config.torch_backbone_dtype)
+        return (hidden, *args[1:]), kwargs
 
     def before_load(
         self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: object
@@ -243,6 +312,13 @@ class Attachment:
         if is_main_process:
             tensors = {**self.select_tensors(state_dict), self.guard_name: torch.empty(0)}
             write_adapter(save_directory, self.describe(), tensors, CHECKPOINT_WEIGHTS_NAME)
+
+
+def _reads_first_only(model: PreTrainedModel) -> bool:
+    """Whether the head of a model of transformers reads the first token's state and no other."""
+    heads = ("ForSequenceClassification", "ForMultipleChoice")
+    kind = type(model)
+    return kind.__module__.startswith("transformers.models.") and kind.__name__.endswith(heads)
 
 
 def _give_own_configs(model: PreTrainedModel) -> list[tuple[nn.Module, Any]]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 
+from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.ops import prefix_attention
 
 ATTENTION_NAME = "ptv2_prefix"
@@ -22,12 +23,14 @@ class PrefixState:
     """What one forward of the backbone hands to its attention modules.
 
     `layers` maps a layer index to (prefix_key, prefix_value), each [H, P, D]; a layer that is not
-    in it runs without a prefix. The attention function notes each layer it served in `called`.
+    in it runs without a prefix. With `run` the layers are frozen blocks and call no attention
+    function. Whoever used the prefix of a layer notes the layer in `called`.
     """
 
     layers: dict[int, tuple[Tensor, Tensor]]
     prefix_dropout: float
     keep_input_gradient: bool
+    run: FrozenRun | None = None
     called: list[int] = field(default_factory=list)
 
 
@@ -47,7 +50,7 @@ def _attention(
             "the attention of an attached model was called from outside its backbone; call the "
             "model itself (model(...), not model.forward(...) or one of its layers), or detach it"
         )
-    if kwargs.get("is_causal") or getattr(module, "is_causal", False):
+    if getattr(module, "is_causal", False):
         raise ValueError("is_causal: expected False (an encoder), got True")
     layer: int = module.layer_idx  # type: ignore[assignment]
     prefix = state.layers.get(layer)

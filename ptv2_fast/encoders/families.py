@@ -13,15 +13,18 @@ class Family:
     `frozen` lists what P-Tuning v2 leaves untouched; what lies outside is trained and saved.
     `pads_keep_position`: pad tokens stand at `pad_token_id` and the others are counted from
     `pad_token_id + 1` (fairseq's rule), instead of every column standing at its index.
+    `post_layer_norm`: the layers are those of BERT in all their parts, which frozen blocks serve.
     """
 
     frozen: tuple[str, ...] = ("embeddings", "encoder")
     embeddings: str = "embeddings"
+    encoder: str = "encoder"
     layers: str = "encoder.layer"
     attention: str = "attention.self"
     key: str = "key"
     value: str = "value"
     pads_keep_position: bool = False
+    post_layer_norm: bool = True
 
     def max_positions(self, config: PretrainedConfig) -> int:
         """Longest input, in tokens, that the position table of the backbone serves."""

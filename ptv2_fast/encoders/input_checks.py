@@ -18,12 +18,14 @@ def check_arguments(
     """Check the arguments of the backbone's forward, by name.
 
     Raises:
-        ValueError: for a cache, cross attention, output_attentions, a mask that is not [B, T], or
-            more tokens than positions remain.
+        ValueError: for a cache, cross attention, is_causal, output_attentions, a mask that is not
+            [B, T], or more tokens than positions remain.
     """
     for name in _UNSERVED_ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(f"{name}: expected None on a model with a prefix, got a value")
+    if arguments.get("is_causal"):
+        raise ValueError("is_causal: expected False (an encoder), got True")
     wants_attentions = arguments.get("output_attentions")
     if wants_attentions or (wants_attentions is None and model.config.output_attentions):
         raise ValueError(

@@ -53,6 +53,11 @@ def trains_embeddings(model: PreTrainedModel, family: Family, saved_names: list[
     return any(name.startswith(_qualified(model, stems)) for name in saved_names)
 
 
+def trains_layers(model: PreTrainedModel, family: Family, saved_names: list[str]) -> bool:
+    """Whether parameters of the encoder layers are among the saved tensors."""
+    return any(name.startswith(_qualified(model, (family.layers,))) for name in saved_names)
+
+
 def _qualified(model: PreTrainedModel, names: list[str] | tuple[str, ...]) -> tuple[str, ...]:
     """Prefixes of the state dict's keys below the named parts of the backbone."""
     base = "" if model.base_model is model else model.base_model_prefix + "."

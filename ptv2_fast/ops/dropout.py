@@ -87,8 +87,8 @@ def dropout_multiplier(
 def row_dropout_multiplier(
     columns: int,
     dropout_p: float,
-    seed: Tensor,
-    coordinates: Tensor,
+    seed: Tensor | None,
+    coordinates: Tensor | None,
     stream: int,
     dtype: torch.dtype,
 ) -> Tensor:
@@ -98,6 +98,7 @@ def row_dropout_multiplier(
         coordinates: int32 [R, 2], the sequence and the row in it of each row.
         others: as in `dropout_multiplier`.
     """
+    assert seed is not None and coordinates is not None, "dropout needs both"
     groups = torch.arange(-(-columns // 8), device=seed.device)
     sequence, row = coordinates.long()[:, :, None].unbind(1)  # [R, 1] each
     shape = (coordinates.shape[0], groups.numel())

@@ -10,6 +10,7 @@ under autocast only (X bfloat16 or float16, R float32). Weights of length C are 
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -185,7 +186,7 @@ def _gpu(name: str, definition):
     return launch
 
 
-_IMPLEMENTATIONS = {
+_IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {
     "bias_gelu": (bias_gelu, _fake_gelu),
     "bias_gelu_backward": (bias_gelu_backward, _fake_gelu_backward),
     "dropout_add_layer_norm": (dropout_add_layer_norm, _fake_layer_norm),

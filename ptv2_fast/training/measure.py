@@ -18,20 +18,19 @@ def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
         loss: runs the forward pass and returns the loss.
         model: whose parameters and buffers are left out.
     """
-    owned = {
-        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
-    }
     # The storages themselves, so that none is freed and its address used again while we count.
     kept: dict[int, torch.UntypedStorage] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in owned:
-            kept[storage.data_ptr()] = storage
+        kept[storage.data_ptr()] = storage
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = loss()
+    # Only now: frozen blocks may move their weights in their first forward.
+    for tensor in (*model.parameters(), *model.buffers()):
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
     total = sum(storage.nbytes() for storage in kept.values())
     del result  # alive until here, or its graph would be gone
     return total

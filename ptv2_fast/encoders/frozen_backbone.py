@@ -1,0 +1,220 @@
+"""Encoder layers of transformers that run as frozen blocks, or the reason why they do not."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.activations import GELUActivation
+
+from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.families import Family
+from ptv2_fast.frozen.engine import FrozenRun
+from ptv2_fast.frozen.layout import full_layout, masked_layout
+from ptv2_fast.frozen.weights import BlockModules, WeightCache, separate
+from ptv2_fast.prefix import PTuningV2Config
+
+
+class FrozenLayerForward:
+    """Takes the place of an encoder layer's `forward`.
+
+    The module stays and is called as ever, so that hidden states are recorded and hooks of others
+    run; gradient checkpointing, which sits in the replaced forward, does not.
+    """
+
+    def __init__(self, layer: nn.Module, index: int, heads: int) -> None:
+        self.layer, self.index, self.heads = layer, index, heads
+        self.modules = _block_modules(layer, heads)
+        self.weights = WeightCache(self.modules)
+
+    def look_again(self) -> None:
+        """Take over modules that were replaced since, say by those of another adapter."""
+        modules = _block_modules(self.layer, self.heads)
+        if modules != self.modules:
+            self.modules, self.weights = modules, WeightCache(modules)
+
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the layer's own forward, which runs where the engine does not."""
+        state = kwargs.get(STATE_ARGUMENT)
+        if not isinstance(state, PrefixState) or state.run is None:
+            return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+        prefix = state.layers.get(self.index)
+        state.called.append(self.index)
+        return state.run.run_layer(self.index, hidden_states, prefix, self.modules, self.weights)
+
+
+class FrozenBackbone:
+    """The layers of one model as frozen blocks.
+
+    Args:
+        layers: the encoder layers.
+        family: of the model.
+        heads: of its attention.
+        config: the prefix's configuration.
+        trains_layers: parameters of the layers are to be trained.
+
+    Raises:
+        ValueError: with `backbone="frozen"` or `strict`, when the layers cannot be frozen blocks.
+    """
+
+    def __init__(
+        self,
+        layers: list[nn.Module],
+        family: Family,
+        heads: int,
+        config: PTuningV2Config,
+        trains_layers: bool,
+    ) -> None:
+        self.layers, self.heads, self.config = layers, heads, config
+        self._warned: set[str] = set()
+        self._forwards: list[FrozenLayerForward] = []
+        self.is_possible = config.backbone != "hook"
+        if self.is_possible:
+            reason = self._why_never(family)
+            if reason is None and trains_layers:
+                reason = "modules_to_save trains parameters of the layers"
+            if reason is not None:
+                self._fall_back(reason, config.backbone == "frozen")
+                self.is_possible = False
+
+    def install(self) -> None:
+        """Take over the forward of every layer, when that is possible."""
+        if not self.is_possible:
+            return
+        for index, layer in enumerate(self.layers):
+            forward = FrozenLayerForward(layer, index, self.heads)
+            layer.forward = forward  # type: ignore[method-assign]
+            self._forwards.append(forward)
+
+    def undo(self) -> None:
+        """Give the layers their own forward, and their parameters their own memory."""
+        for forward in self._forwards:
+            del forward.layer.forward
+            separate(forward.modules)
+
+    def start(
+        self,
+        mask: Tensor | None,
+        shape: tuple[int, int],
+        device: torch.device,
+        state: PrefixState,
+        shows_layers: bool,
+        reads_first_only: bool,
+    ) -> FrozenRun | None:
+        """Begin a forward of the backbone; None when it has to take the hook path.
+
+        Args:
+            mask: [B, T], nonzero = attend, or None.
+            shape: (B, T).
+            state: of this forward.
+            shows_layers: the states between the layers are asked for.
+            reads_first_only: nothing but the first token of the last layer's output is read.
+
+        Raises:
+            ValueError: with `strict`, and for unfrozen layers with `backbone="frozen"`.
+        """
+        # A compiler sees through transformers' own layers and fuses them itself.
+        if not self._forwards or torch.compiler.is_compiling():
+            return None
+        reason = self._why_not_now()
+        if reason is not None:
+            self._fall_back(reason, self.config.backbone == "frozen")
+            return None
+        layout = full_layout(*shape, device) if mask is None else masked_layout(mask.bool())
+        if layout is None:
+            self._fall_back("attention_mask hides the first token of a sequence (left padding)")
+            return None
+        shows_layers = shows_layers or any(has_foreign_hooks(layer) for layer in self.layers)
+        policy = self.config.recompute
+        if policy == "none" and any(_is_checkpointed(layer) for layer in self.layers):
+            policy = "block"
+        lowest = 0 if state.keep_input_gradient else min(state.layers, default=len(self.layers))
+        return FrozenRun(
+            layout,
+            num_layers=len(self.layers),
+            lowest=lowest,
+            prefix_dropout=state.prefix_dropout,
+            policy=policy,
+            memory_budget=self.config.memory_budget,
+            unpack_each=shows_layers,
+            first_rows_only=reads_first_only and not shows_layers,
+        )
+
+    def _why_never(self, family: Family) -> str | None:
+        if not family.post_layer_norm:
+            return "the layers of this family are not those of BERT"
+        for index, layer in enumerate(self.layers):
+            if "forward" in layer.__dict__:
+                return f"layer {index}: its forward was replaced by something else"
+            activation = layer.get_submodule("intermediate").intermediate_act_fn
+            if not _is_exact_gelu(activation):
+                return f"layer {index}: expected the activation 'gelu', got {activation}"
+            reason = _why_not(_block_modules(layer, 1))
+            if reason is not None:
+                return f"layer {index}: {reason}"
+        return None
+
+    def _why_not_now(self) -> str | None:
+        for forward in self._forwards:
+            forward.look_again()
+            reason = _why_not(forward.modules)
+            if reason is None and forward.layer.forward is not forward:
+                reason = "its forward was replaced by something else"
+            if reason is None and any(p.requires_grad for p in forward.modules.parameters()):
+                reason = "its parameters are trained"
+            if reason is not None:
+                return f"layer {forward.index}: {reason}"
+        return None
+
+    def _fall_back(self, reason: str, is_error: bool = False) -> None:
+        if is_error or self.config.strict:
+            raise ValueError(f"backbone: expected layers that run as frozen blocks; {reason}")
+        if reason not in self._warned:
+            self._warned.add(reason)
+            warnings.warn(f"the backbone runs without frozen blocks: {reason}", stacklevel=3)
+
+
+def has_foreign_hooks(module: nn.Module) -> bool:
+    """Whether someone else than this package and transformers listens to a module's forward."""
+    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+    ours = ("ptv2_fast.", "transformers.")
+    return any(not getattr(hook, "__module__", "").startswith(ours) for hook in hooks)
+
+
+def _is_checkpointed(layer: nn.Module) -> bool:
+    return layer.training and getattr(layer, "gradient_checkpointing", False)
+
+
+def _is_exact_gelu(activation: object) -> bool:
+    if isinstance(activation, GELUActivation):
+        return activation.act is nn.functional.gelu
+    return isinstance(activation, nn.GELU) and activation.approximate == "none"
+
+
+def _block_modules(layer: Any, heads: int) -> BlockModules:
+    attention, attention_output, output = layer.attention.self, layer.attention.output, layer.output
+    return BlockModules(
+        heads=heads,
+        query=attention.query,
+        key=attention.key,
+        value=attention.value,
+        attention_dropout=attention.dropout,
+        attention_output=attention_output.dense,
+        attention_output_dropout=attention_output.dropout,
+        attention_norm=attention_output.LayerNorm,
+        intermediate=layer.intermediate.dense,
+        output=output.dense,
+        output_dropout=output.dropout,
+        output_norm=output.LayerNorm,
+    )
+
+
+def _why_not(modules: BlockModules) -> str | None:
+    """Why these modules cannot be one frozen block; None when they can."""
+    for name, linear in modules.linears().items():
+        if type(linear) is not nn.Linear:  # a quantised layer, or an adapter around one
+            kind = type(linear)
+            return f"{name} is a {kind.__module__}.{kind.__qualname__}, not a Linear"
+        if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
+            return f"{name} has forward hooks"
+    return None

@@ -1,0 +1,84 @@
+"""The packed layout of one batch: which tokens are attended, one behind the other, and back."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where the attended tokens of [B, T] lie among the N rows of the packed layout.
+
+    Args:
+        shape: (B, T) of the padded batch.
+        index: int64 [N], the place of each row in [B * T]; None when every token is attended.
+        cu_seqlens: int32 [B + 1], as in `prefix_attention`.
+        coordinates: int32 [N, 2], the sequence and the row in it of each row, for dropout.
+    """
+
+    shape: tuple[int, int]
+    index: Tensor | None
+    cu_seqlens: Tensor
+    coordinates: Tensor
+
+    @property
+    def rows(self) -> int:
+        """N."""
+        return self.coordinates.shape[0]
+
+    @functools.cached_property
+    def first_rows(self) -> Tensor:
+        """int64 [B], the row of the first token of each sequence."""
+        return self.cu_seqlens[:-1].long()
+
+    def pack(self, padded: Tensor) -> Tensor:
+        """[B, T, C] -> [N, C]."""
+        flat = padded.reshape(-1, padded.shape[-1])
+        return flat if self.index is None else flat[self.index]
+
+    def unpack(self, packed: Tensor) -> Tensor:
+        """[N, C] -> [B, T, C], zeros where nothing is attended."""
+        if self.index is not None:
+            zeros = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
+            packed = zeros.index_put((self.index,), packed)
+        return packed.view(*self.shape, -1)
+
+    def unpack_first(self, rows: Tensor) -> Tensor:
+        """[B, C], one row of each sequence -> [B, T, C], zeros behind the first token."""
+        zeros = rows.new_zeros(self.shape[0], self.shape[1] - 1, rows.shape[1])
+        return torch.cat((rows[:, None], zeros), dim=1)
+
+
+def full_layout(batch: int, tokens: int, device: torch.device) -> Layout:
+    """The layout of a batch without padding."""
+    cu_seqlens = torch.arange(0, (batch + 1) * tokens, tokens, dtype=torch.int32, device=device)
+    sequence = torch.arange(batch, dtype=torch.int32, device=device)
+    row = torch.arange(tokens, dtype=torch.int32, device=device)
+    coordinates = torch.stack((sequence.repeat_interleave(tokens), row.repeat(batch)), dim=1)
+    return Layout((batch, tokens), None, cu_seqlens, coordinates)
+
+
+def masked_layout(mask: Tensor) -> Layout | None:
+    """The layout of the tokens where `mask`, bool [B, T], is True.
+
+    None when the first token of a sequence is not attended: heads may read it all the same, and
+    the packed layout would have no row for it. Waits for the device once.
+    """
+    batch, tokens = mask.shape
+    # One copy to the host for both numbers.
+    rows, starts_attended = torch.stack((mask.sum(), mask[:, :1].all())).tolist()
+    if not starts_attended:
+        return None
+    if rows == batch * tokens:
+        return full_layout(batch, tokens, mask.device)
+    lengths = mask.sum(dim=1, dtype=torch.int32)
+    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    # Attended places in order; unlike nonzero, a sort leaves the number of rows to us.
+    order = torch.argsort(mask.flatten().to(torch.uint8), descending=True, stable=True)
+    index = order[:rows].clone()  # which is kept, and not the places of the padding with it
+    sequence = index // tokens
+    row = torch.arange(rows, device=mask.device) - cu_seqlens[sequence]
+    coordinates = torch.stack((sequence, row), dim=1).to(torch.int32)
+    return Layout((batch, tokens), index, cu_seqlens, coordinates)
