@@ -265,6 +265,62 @@ def test_backbone_dtype_converts_frozen_weights_only_and_detach_converts_back():
             assert torch.equal(parameter.bfloat16(), expected.bfloat16())
 
 
+@pytest.mark.parametrize("place", ["memory", "disk"])
+def test_cached_layers_run_once_for_an_example(place, tmp_path):
+    plain = tiny_model(num_hidden_layers=4)
+    folder = tmp_path / "states"
+    where = "memory" if place == "memory" else str(folder)
+    fields = {"layers": [2, 3], **WITHOUT_FALLBACK}
+    model = attached(model=copy.deepcopy(plain), cache_frozen_layers=where, **fields).train()
+    other = attached(model=plain, **fields).train()
+    other.load_state_dict(model.state_dict())
+    batch, rows, original = make_batch(), [], engine.run_block
+
+    def spy(hidden, *arguments):
+        rows.append(len(hidden))
+        return original(hidden, *arguments)
+
+    expected = results(other, batch)
+    engine.run_block = spy
+    try:
+        for _ in range(2):
+            for actual, exact in zip(results(model, batch), expected, strict=True):
+                torch.testing.assert_close(actual, exact)
+        assert rows == [22] * 4 + [22] * 2
+        narrower = {name: tensor[1:, :7] for name, tensor in batch.items()}
+        new = {name: torch.cat((tensor, tensor[:1])) for name, tensor in narrower.items()}
+        new["input_ids"][0, 3] = 59  # one new example; two are known, though in a wider batch
+        rows.clear()
+        torch.testing.assert_close(model(**new).logits, other(**new).logits)
+        assert rows[:4] == [7, 7, 18, 18]
+        if place == "disk":  # another run, and then other weights
+            again = attached(model=copy.deepcopy(ptv2_fast.detach(other)), **fields,
+                             cache_frozen_layers=where)  # fmt: skip
+            rows.clear()
+            again(**batch)
+            assert rows == [22, 22]
+            with torch.no_grad():
+                again.bert.embeddings.word_embeddings.weight.mul_(2)
+            again(**batch)
+            assert rows[2:] == [22] * 4
+            assert not list(folder.glob("*.tmp"))
+    finally:
+        engine.run_block = original
+
+
+@pytest.mark.parametrize(
+    ("overrides", "layers", "message"),
+    [
+        ({}, None, "expected `layers` without the lowest ones"),
+        ({"hidden_dropout_prob": 0.1}, [2], "expected a model without dropout, got .*0.1"),
+    ],
+)
+def test_what_cannot_be_cached_is_refused(overrides, layers, message):
+    config = PTuningV2Config(layers=layers, cache_frozen_layers="memory")
+    with pytest.raises(ValueError, match=message):
+        ptv2_fast.attach(tiny_model(**overrides), config)
+
+
 def lora_on_a_linear(model) -> None:
     peft = pytest.importorskip("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), model)

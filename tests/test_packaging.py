@@ -18,11 +18,12 @@ ALLOWED = {
     "ptv2_fast.training": {"training", "tasks", "encoders", "adapters", "prefix", "ops"},
     "ptv2_fast.tasks": {"tasks"},
     "ptv2_fast.adapters": {"encoders", "prefix"},
-    "ptv2_fast.encoders": {"encoders", "prefix", "ops"},
+    "ptv2_fast.encoders": {"encoders", "frozen", "prefix", "ops"},
+    "ptv2_fast.frozen": {"frozen", "ops"},
     "ptv2_fast.prefix": set(),
     "ptv2_fast.ops": {"ops", "_C"},
 }
-TORCH_ONLY = ("ptv2_fast.ops", "ptv2_fast.prefix", "ptv2_kernels")
+TORCH_ONLY = ("ptv2_fast.ops", "ptv2_fast.frozen", "ptv2_fast.prefix", "ptv2_kernels")
 HEAVY = ("transformers", "datasets", "accelerate", "peft", "sklearn", "seqeval")
 
 

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 import ptv2_fast
 from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone, has_foreign_hooks
 from ptv2_fast.encoders.input_checks import check_arguments, refuse_reentrant_checkpointing
@@ -60,6 +61,7 @@ class Attachment:
             encoder.num_heads,
             self.config,
             trains_layers(model, family, self.saved_names),
+            self._make_cache(encoder),
         )
         self._old_requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         self._old_ignored_keys = model._keys_to_ignore_on_save
@@ -99,6 +101,13 @@ class Attachment:
                 embeddings.register_forward_pre_hook(self.before_embeddings, with_kwargs=True)
             )
         return handles
+
+    def _make_cache(self, encoder: PrefixEncoder) -> ExampleCache | None:
+        if self.config.cache_frozen_layers is None:
+            return None
+        lowest = encoder.layers[0]
+        below = [self.backbone.get_submodule(self.family.embeddings), *self.layers[:lowest]]
+        return ExampleCache(below, lowest, self.config, self.model.config)
 
     def _convert_backbone(self, frozen_names: set[str]) -> dict[str, torch.dtype]:
         """Give frozen parameters the dtype asked for; returns what they had, by name."""
@@ -182,9 +191,8 @@ class Attachment:
             for module in (self.backbone, self.backbone.get_submodule(self.family.encoder))
         )
         return self._frozen.start(
-            arguments.get("attention_mask"),
-            tuple(tokens.shape[:2]),
-            tokens.device,
+            tokens,
+            arguments,
             state,
             shows_layers=bool(shows_layers),
             reads_first_only=self._head_reads_first_only and not others_listen,

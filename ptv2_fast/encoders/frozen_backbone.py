@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.frozen.layout import full_layout, masked_layout
@@ -52,6 +53,7 @@ class FrozenBackbone:
         heads: of its attention.
         config: the prefix's configuration.
         trains_layers: parameters of the layers are to be trained.
+        cache: of the layers below the lowest prefix, or None.
 
     Raises:
         ValueError: with `backbone="frozen"` or `strict`, when the layers cannot be frozen blocks.
@@ -64,8 +66,9 @@ class FrozenBackbone:
         heads: int,
         config: PTuningV2Config,
         trains_layers: bool,
+        cache: ExampleCache | None,
     ) -> None:
-        self.layers, self.heads, self.config = layers, heads, config
+        self.layers, self.heads, self.config, self.cache = layers, heads, config, cache
         self._warned: set[str] = set()
         self._forwards: list[FrozenLayerForward] = []
         self.is_possible = config.backbone != "hook"
@@ -94,9 +97,8 @@ class FrozenBackbone:
 
     def start(
         self,
-        mask: Tensor | None,
-        shape: tuple[int, int],
-        device: torch.device,
+        tokens: Tensor,
+        arguments: dict[str, Any],
         state: PrefixState,
         shows_layers: bool,
         reads_first_only: bool,
@@ -104,8 +106,8 @@ class FrozenBackbone:
         """Begin a forward of the backbone; None when it has to take the hook path.
 
         Args:
-            mask: [B, T], nonzero = attend, or None.
-            shape: (B, T).
+            tokens: [B, T] or [B, T, hidden].
+            arguments: of the backbone's forward, by name.
             state: of this forward.
             shows_layers: the states between the layers are asked for.
             reads_first_only: nothing but the first token of the last layer's output is read.
@@ -120,7 +122,11 @@ class FrozenBackbone:
         if reason is not None:
             self._fall_back(reason, self.config.backbone == "frozen")
             return None
-        layout = full_layout(*shape, device) if mask is None else masked_layout(mask.bool())
+        mask = arguments.get("attention_mask")
+        if mask is not None:
+            layout = masked_layout(mask.bool())
+        else:
+            layout = full_layout(tokens.shape[0], tokens.shape[1], tokens.device)
         if layout is None:
             self._fall_back("attention_mask hides the first token of a sequence (left padding)")
             return None
@@ -129,6 +135,9 @@ class FrozenBackbone:
         if policy == "none" and any(_is_checkpointed(layer) for layer in self.layers):
             policy = "block"
         lowest = 0 if state.keep_input_gradient else min(state.layers, default=len(self.layers))
+        cached = None
+        if self.cache is not None and self.cache.lowest == lowest and not shows_layers:
+            cached = self.cache.begin(arguments, layout)
         return FrozenRun(
             layout,
             num_layers=len(self.layers),
@@ -138,6 +147,7 @@ class FrozenBackbone:
             memory_budget=self.config.memory_budget,
             unpack_each=shows_layers,
             first_rows_only=reads_first_only and not shows_layers,
+            cached=cached,
         )
 
     def _why_never(self, family: Family) -> str | None:

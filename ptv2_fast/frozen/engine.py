@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.frozen.block import BlockCall, BlockTensors, Dropout, run_block
+from ptv2_fast.frozen.layer_cache import CachedForward
 from ptv2_fast.frozen.layout import Layout
 from ptv2_fast.frozen.memory import BlockShape, choose_policies
 from ptv2_fast.frozen.weights import BlockModules, Norm, WeightCache
@@ -28,6 +29,7 @@ class FrozenRun:
         memory_budget: bytes; chooses a policy for each block instead.
         unpack_each: give every block padded input and output, for whoever looks at them.
         first_rows_only: the last block computes the first token of each sequence only.
+        cached: runs the blocks below the lowest; not together with `unpack_each`.
     """
 
     layout: Layout
@@ -38,6 +40,7 @@ class FrozenRun:
     memory_budget: int | None = None
     unpack_each: bool = False
     first_rows_only: bool = False
+    cached: CachedForward | None = None
     _seeds: Tensor | None = None
     _policies: tuple[str, ...] | None = None
     # What the block below normalised, its statistics and its LayerNorm.
@@ -65,6 +68,16 @@ class FrozenRun:
         is_last = index == self.num_layers - 1
         if index == 0 or self.unpack_each:
             hidden = self.layout.pack(hidden)
+        layout = self.layout
+        if self.cached is not None and index <= self.lowest:
+            if index == 0:
+                hidden = self.cached.begin(hidden)
+            if index == self.lowest:
+                hidden = self.cached.finish(hidden)
+            elif len(hidden) == 0:
+                return hidden
+            else:
+                layout = self.cached.layout
         weights = cache.get(_products_dtype(hidden, modules))
         # Under autocast the products have its dtype and the rest has the weights' own.
         hidden = hidden.to(modules.query.weight.dtype)
@@ -79,13 +92,13 @@ class FrozenRun:
             dropout=dropout,
             policy=self._policy(index, hidden, weights.dtype, modules),
             chunk=_chunk(hidden),
-            max_seqlen=self.layout.shape[1],
+            max_seqlen=layout.shape[1],
             first_rows_only=first_rows_only,
             below=None if below is None else below[2],
         )
         tensors = BlockTensors(
-            self.layout.cu_seqlens,
-            self.layout.coordinates,
+            layout.cu_seqlens,
+            layout.coordinates,
             self._seed(index, hidden) if any(dropout) else None,
             None if below is None else below[0],
             None if below is None else below[1],

@@ -50,6 +50,19 @@ class Layout:
         zeros = rows.new_zeros(self.shape[0], self.shape[1] - 1, rows.shape[1])
         return torch.cat((rows[:, None], zeros), dim=1)
 
+    def select(self, sequences: list[int]) -> tuple[Tensor, "Layout"]:
+        """Some of the sequences: the int64 rows they have here, and their own layout.
+
+        Waits for the device. The layout only serves blocks: it cannot pack or unpack.
+        """
+        starts = self.cu_seqlens.tolist()
+        ranges = [torch.arange(starts[number], starts[number + 1]) for number in sequences]
+        rows = torch.cat([torch.arange(0), *ranges]).to(self.coordinates.device)
+        lengths = torch.tensor([0, *(len(each) for each in ranges)])
+        cu_seqlens = lengths.cumsum(0).to(self.cu_seqlens)
+        shape = (len(sequences), self.shape[1])
+        return rows, Layout(shape, None, cu_seqlens, self.coordinates[rows])
+
 
 def full_layout(batch: int, tokens: int, device: torch.device) -> Layout:
     """The layout of a batch without padding."""
