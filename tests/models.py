@@ -132,14 +132,16 @@ def assert_close_to_model(
     actual: tuple[Tensor, ...],
     run: Callable[..., tuple[Tensor, ...]],
     *models_and_tensors: PreTrainedModel | Tensor,
+    dtype: torch.dtype = torch.float32,
 ) -> None:
     """Hold `actual` against plain torch: `run(*copies)` in float64 is the oracle.
 
     The natural size of rounding is how far one rounding of every weight moves the oracle.
 
     Args:
-        actual: float32 results.
+        actual: results.
         run: takes copies of the models and tensors, all of one dtype, and returns as many results.
+        dtype: of the plain results that the error is compared with, and of `actual`.
     """
 
     def results_in(dtype: torch.dtype, relative_noise: float = 0.0) -> tuple[Tensor, ...]:
@@ -150,8 +152,8 @@ def assert_close_to_model(
                 weight.data.mul_(1 + relative_noise * noise)
         return run(*copies)
 
-    epsilon = torch.finfo(torch.float32).eps
-    oracle, same_dtype = results_in(torch.float64), results_in(torch.float32)
+    epsilon = torch.finfo(dtype).eps
+    oracle, same_dtype = results_in(torch.float64), results_in(dtype)
     rounded = results_in(torch.float64, epsilon)
     for i, tensor in enumerate(actual):
         magnitude = (rounded[i] - oracle[i]).abs() / epsilon

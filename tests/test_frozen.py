@@ -93,18 +93,21 @@ def reference_forward(plain, prefix: Tensor, batch, seeds: Tensor, prefix_dropou
     return plain.classifier(hidden) * batch["attention_mask"][..., None]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_outputs_and_gradients_equal_a_reference_that_draws_the_same_counters(p):
+def test_outputs_and_gradients_equal_a_reference_that_draws_the_same_counters(p, dtype):
     plain = tiny_model(head="token", hidden_dropout_prob=p, attention_probs_dropout_prob=p)
+    plain.to(dtype)
     plain.bert.embeddings.dropout.p = 0.0  # the blocks' draws are the first
     model = attached("token", model=copy.deepcopy(plain), prefix_dropout=p, **WITHOUT_FALLBACK)
     batch, table = make_batch("token"), model.prefix_encoder.embedding.weight
-    grad_out = torch.randn(3, 11, 3)
+    table.data = table.data.to(dtype).float()  # the oracle starts from the same values
+    grad_out = torch.randn(3, 11, 3).to(dtype)
     torch.manual_seed(5)
     seeds = torch.randint(2**63 - 1, (3,))
     torch.manual_seed(5)
     logits = model.train()(**batch).logits * batch["attention_mask"][..., None]
-    actual = (logits.detach(), torch.autograd.grad(logits, table, grad_out)[0])
+    actual = (logits.detach(), torch.autograd.grad(logits, table, grad_out)[0].to(dtype))
 
     def reference(plain, prefix: Tensor) -> tuple[Tensor, Tensor]:
         prefix.requires_grad_()
@@ -112,7 +115,8 @@ def test_outputs_and_gradients_equal_a_reference_that_draws_the_same_counters(p)
         (gradient,) = torch.autograd.grad(output, prefix, grad_out.to(output.dtype))
         return output.detach(), gradient.permute(3, 0, 1, 2, 4).reshape(table.shape)
 
-    assert_close_to_model(actual, reference, plain.eval(), model.prefix_encoder().detach())
+    prefix = model.prefix_encoder().detach()
+    assert_close_to_model(actual, reference, plain.eval(), prefix, dtype=dtype)
 
 
 @pytest.mark.parametrize("head", ["sequence", "token"])
