@@ -12,6 +12,15 @@ _POSITION_OFFSETS = ("none", "prefix")
 _INITS = ("normal", "tokens")
 _BACKBONES = ("auto", "frozen", "hook")
 _RECOMPUTE_POLICIES = ("none", "ffn", "ffn+qkv", "block")
+# How a model runs, not what its adapter is: adapters do not keep these.
+EXECUTION_FIELDS = (
+    "backbone",
+    "recompute",
+    "memory_budget",
+    "backbone_dtype",
+    "cache_frozen_layers",
+    "strict",
+)
 _BACKBONE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 

@@ -19,7 +19,7 @@ from ptv2_fast.encoders.frozen_backbone import FrozenBackbone, has_foreign_hooks
 from ptv2_fast.encoders.input_checks import check_arguments, refuse_reentrant_checkpointing
 from ptv2_fast.encoders.selection import find_saved_names, trains_embeddings, trains_layers
 from ptv2_fast.frozen.engine import FrozenRun
-from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
+from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
 
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
 ENCODER_NAME = "prefix_encoder"
@@ -268,8 +268,9 @@ class Attachment:
     def describe(self) -> dict[str, Any]:
         """What adapter_config.json says about this model, JSON-ready."""
         config = self.model.config
+        fields = self.config.to_dict().items()
         return {
-            "prefix_config": self.config.to_dict(),
+            "prefix_config": {k: value for k, value in fields if k not in EXECUTION_FIELDS},
             "base_model": config.name_or_path,
             "model_class": type(self.model).__name__,
             "model_type": config.model_type,

@@ -31,6 +31,11 @@ def prefix_config(options: ModelOptions, task_type: str | None = None) -> PTunin
         layers=options.layers,
         position_offset=options.position_offset,
         init=options.init,
+        backbone=options.backbone,
+        recompute=options.recompute,
+        memory_budget=options.memory_budget,
+        backbone_dtype=options.backbone_dtype,
+        cache_frozen_layers=options.cache_frozen_layers,
     )
 
 

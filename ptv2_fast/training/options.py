@@ -45,6 +45,28 @@ class ModelOptions(Options):
         "start the prefix or prompt from N(0, 0.02) or from tokens of the training examples",
         choices=("normal", "tokens"),
     )
+    backbone: str = option(
+        "auto",
+        "how the encoder layers run with a prefix: as frozen blocks, as transformers runs them, or "
+        "the first where possible",
+        choices=("auto", "frozen", "hook"),
+    )
+    recompute: str = option(
+        "none",
+        "what frozen blocks compute twice to save memory",
+        choices=("none", "ffn", "ffn+qkv", "block"),
+    )
+    memory_budget: int | None = option(
+        None, "bytes for what frozen blocks keep and need in a step, instead of --recompute"
+    )
+    backbone_dtype: str | None = option(
+        None, "dtype of the frozen weights (default: the model's)", choices=("bf16", "fp16")
+    )
+    cache_frozen_layers: str | None = option(
+        None,
+        "keep what the layers below the lowest prefix compute: 'memory' or a folder; needs "
+        "--layers and --dropout 0",
+    )
     dropout: float | None = option(
         None, "dropout inside the encoder (default: the model's)", aliases=("hidden_dropout_prob",)
     )
