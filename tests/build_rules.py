@@ -13,6 +13,7 @@ TOLERANCE = 1.1  # a kernel may have this many times the recorded instructions p
 HELPERS = ("delta", "sum_partials")  # kernels without matrix products
 # The targets that the limits on spills are promised for.
 SPILL_TARGETS = ("sm_80", "sm_90", "sm_100")
+ELEMENTWISE_WARPS = 24  # resident on a multiprocessor, at least
 METRICS = ("instructions_per_mma", "masked_instructions_per_mma")
 _KEY = ("target", "dtype", "head_dim", "layout", "dropout", "prefix_dropout", "kernel")
 
@@ -47,6 +48,21 @@ def faults(row: dict) -> list[str]:
         found.append(f"{row['spill_bytes']} bytes spilled, {allowed} allowed")
     if allowed is not None and row["loops_local_accesses"]:
         found.append(f"{row['loops_local_accesses']} local accesses in loops")
+    return found
+
+
+def elementwise_faults(row: dict) -> list[str]:
+    """What is wrong with one row of `tests.triton_builds --columns`: memory bounds these kernels.
+
+    Their loads must be wide, and enough warps resident to have many of them under way.
+    """
+    found = []
+    if row["spill_bytes"]:
+        found.append(f"{row['spill_bytes']} bytes spilled")
+    if row["wide_loads"] == 0:
+        found.append("no loads of 16 bytes")
+    if row["blocks_per_processor"] * row["num_warps"] < ELEMENTWISE_WARPS:
+        found.append(f"{row['blocks_per_processor']} blocks of {row['num_warps']} warps fit")
     return found
 
 

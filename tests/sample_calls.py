@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.ops.options import Options
+from ptv2_kernels import elementwise
 from ptv2_kernels.backward import launch_backward
 from ptv2_kernels.forward import launch_forward
 
@@ -137,3 +138,29 @@ def layout_call(
     if layout == "biased":
         return biased_call(Sizes(head_dim=head_dim), dtype, *dropout)
     return packed_call([200, 7, 129], Sizes(rows_of_bank=2, head_dim=head_dim), dtype, *dropout)
+
+
+def run_elementwise(
+    input_dtype: torch.dtype,
+    residual_dtype: torch.dtype,
+    rows: int,
+    columns: int,
+    dropout_p: float,
+    grad_other: bool = True,
+) -> None:
+    """Each of the elementwise operators once, with bias."""
+    input = torch.zeros(rows, columns, dtype=input_dtype)
+    residual = torch.zeros(rows, columns, dtype=residual_dtype)
+    bias, weight, beta = (torch.zeros(columns) for _ in range(3))
+    seed, coordinates = torch.zeros(1, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.int32)
+    dropout = (seed, coordinates, dropout_p, 5)
+    elementwise.launch_bias_gelu(input, bias)
+    elementwise.launch_bias_gelu_backward(torch.zeros_like(input), input, bias)
+    out, total, statistics = elementwise.launch_dropout_add_layer_norm(
+        input, bias, residual, weight, beta, 1e-12, *dropout
+    )
+    elementwise.launch_layer_norm_again(total, statistics, weight, beta)
+    other = torch.zeros_like(input) if grad_other else None
+    elementwise.launch_dropout_add_layer_norm_backward(
+        torch.zeros_like(out), other, total, statistics, weight, *dropout, input_dtype
+    )

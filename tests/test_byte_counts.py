@@ -15,7 +15,7 @@ from tests.byte_counter import (
     splits_of,
 )
 from tests.byte_formulas import Moved, Problem, backward_bytes, forward_bytes
-from tests.sample_calls import Call, Sizes, packed_call, padded_call
+from tests.sample_calls import Call, Sizes, packed_call, padded_call, run_elementwise
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted"
@@ -131,3 +131,30 @@ def test_joint_gradients_are_told_apart():
     traffic = {name: each for launch in launches for name, each in launch.traffic.items()}
     for name in ("grad_query", "grad_key", "grad_value"):
         assert traffic[name].stored == 2 * 2 * 20 * 16 * 2
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_elementwise_kernels_move_every_element_once(residual_dtype, dropout_p):
+    rows, columns = 21, 96
+    with counted_bytes() as launches:
+        run_elementwise(torch.bfloat16, residual_dtype, rows, columns, dropout_p)
+    narrow, wide = 2 * columns, residual_dtype.itemsize * columns
+    coordinates = 8 if dropout_p else 0
+    # Without dropout and in one dtype, grad_input would be grad_residual again.
+    grad_input = narrow if dropout_p or residual_dtype == torch.float32 else 0
+    floors = {
+        "bias_gelu": 2 * narrow,
+        "bias_gelu_backward": 3 * narrow,
+        "dropout_add_layer_norm": narrow + 3 * wide + 8 + coordinates,
+        "dropout_add_layer_norm_backward": 3 * wide + narrow + grad_input + 8 + coordinates,
+        "layer_norm_again": 2 * wide + 8,
+    }
+    vectors = {"bias", "weight", "beta"}
+    for launch in launches:
+        per_row = [each for name, each in launch.traffic.items() if name not in vectors | {"seed"}]
+        moved = sum(each.loaded + each.stored for each in per_row)
+        assert moved == rows * floors.pop(launch.kernel), launch.kernel
+        for name in vectors & launch.traffic.keys():
+            assert launch.traffic[name].compulsory == 4 * columns, (launch.kernel, name)
+    assert not floors

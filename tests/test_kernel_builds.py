@@ -2,7 +2,15 @@
 
 import pytest
 
-from tests.build_rules import BOUNDED_TARGETS, HELPERS, faults, key_of, over_bounds, read_bounds
+from tests.build_rules import (
+    BOUNDED_TARGETS,
+    HELPERS,
+    elementwise_faults,
+    faults,
+    key_of,
+    over_bounds,
+    read_bounds,
+)
 from tests.json_lines import json_lines
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -48,6 +56,27 @@ def test_other_targets_are_sound():
 
 def test_packed_banks_are_sound():
     assert_sound(build(["sm_80"], "--layouts", "packed"))
+
+
+def assert_elementwise_sound(rows: list[dict]) -> None:
+    names = {"bias_gelu", "dropout_add_layer_norm"}
+    names |= {"layer_norm_again", *(name + "_backward" for name in names)}
+    assert {row["kernel"] for row in rows} == names
+    messages = [(row, fault) for row in rows for fault in elementwise_faults(row)]
+    assert not messages, "\n".join(map(str, messages))
+
+
+def test_elementwise_kernels_are_sound():
+    options = ("--columns", "768", "--dropout", "0.1")
+    assert_elementwise_sound(build(["sm_80", "sm_90", "gfx942"], *options))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", TARGETS)
+def test_elementwise_kernels_are_sound_on_every_target(target):
+    columns = ("768", "1024", "4096")
+    rows = build([target], "--columns", *columns, "--dropout", "0.0", "0.1")
+    assert_elementwise_sound(rows)
 
 
 @pytest.mark.slow

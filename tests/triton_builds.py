@@ -1,6 +1,7 @@
 """Compiles the shipped kernels for every target, without a GPU, and reads the machine code.
 
     python -m tests.triton_builds --targets sm_80 gfx942 --head-dims 64 --dtypes bf16
+    python -m tests.triton_builds --targets sm_80 gfx942 --columns 768 1024
 
 Run without TRITON_INTERPRET; prints one JSON object per kernel.
 """
@@ -9,12 +10,15 @@ import argparse
 import itertools
 import json
 import multiprocessing
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 
 from tests.fake_gpu import GPUS, Launch, fake_gpu
 from tests.machine_code import read
-from tests.sample_calls import DTYPES, LAYOUTS, layout_call
+from tests.sample_calls import DTYPES, LAYOUTS, layout_call, run_elementwise
+
+# Of the products and of the residual stream, without and with autocast.
+DTYPE_PAIRS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"))
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,24 @@ class Case:
     dropout: float
     prefix_dropout: float
 
+    def run(self) -> None:
+        """A forward and a backward pass of the attention."""
+        dropout = (self.dropout, self.prefix_dropout)
+        layout_call(self.layout, DTYPES[self.dtype], self.head_dim, *dropout).both()
+
+
+@dataclass(frozen=True)
+class ElementwiseCase:
+    target: str
+    input_dtype: str
+    residual_dtype: str
+    columns: int
+    dropout: float
+
+    def run(self) -> None:
+        dtypes = (DTYPES[self.input_dtype], DTYPES[self.residual_dtype])
+        run_elementwise(*dtypes, rows=1000, columns=self.columns, dropout_p=self.dropout)
+
 
 def padding_share(launch: Launch) -> float:
     """The part of the tiles' width that is head_dim, not padding."""
@@ -33,11 +55,10 @@ def padding_share(launch: Launch) -> float:
     return launch.arguments["HEAD_DIM"] / sum(widths) if widths else 1.0
 
 
-def build(case: Case) -> list[dict[str, object]]:
-    """Compiles the kernels of a forward and a backward pass; one row for each."""
+def build(case: Case | ElementwiseCase) -> list[dict[str, object]]:
+    """Compiles the kernels that a case runs; one row for each."""
     with fake_gpu(case.target) as gpu:
-        dropout = (case.dropout, case.prefix_dropout)
-        layout_call(case.layout, DTYPES[case.dtype], case.head_dim, *dropout).both()
+        case.run()
     return [
         {
             **asdict(case),
@@ -53,7 +74,9 @@ def build(case: Case) -> list[dict[str, object]]:
     ]
 
 
-def build_all(cases: list[Case], processes: int) -> Iterator[dict[str, object]]:
+def build_all(
+    cases: Sequence[Case | ElementwiseCase], processes: int
+) -> Iterator[dict[str, object]]:
     """The rows of all cases as they are done, not in order."""
     if processes == 1:
         results = map(build, cases)
@@ -71,15 +94,26 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["padded"])
     parser.add_argument("--dropout", nargs="+", type=float, default=[0.0])
     parser.add_argument("--prefix-dropout", type=float, default=0.0)
+    parser.add_argument(
+        "--columns", nargs="+", type=int, help="the elementwise kernels of these widths instead"
+    )
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
-    combinations = itertools.product(
-        options.head_dims, options.dtypes, options.layouts, options.dropout, options.targets
-    )
-    cases = [
-        Case(target, dtype, head_dim, layout, dropout, options.prefix_dropout)
-        for head_dim, dtype, layout, dropout, target in combinations
-    ]
+    cases: list[Case | ElementwiseCase]
+    if options.columns:
+        cases = [
+            ElementwiseCase(target, *dtypes, columns, dropout)
+            for columns, dtypes, dropout, target in itertools.product(
+                options.columns, DTYPE_PAIRS, options.dropout, options.targets
+            )
+        ]
+    else:
+        cases = [
+            Case(target, dtype, head_dim, layout, dropout, options.prefix_dropout)
+            for head_dim, dtype, layout, dropout, target in itertools.product(
+                options.head_dims, options.dtypes, options.layouts, options.dropout, options.targets
+            )
+        ]
     for row in build_all(cases, options.processes):
         print(json.dumps(row), flush=True)
 

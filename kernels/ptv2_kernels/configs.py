@@ -133,6 +133,21 @@ def shipped_config(
     return config
 
 
+def row_options(columns: int) -> dict[str, object]:
+    """Tiles of whole rows, 16 elements to a thread: two loads of 16 bytes of each 16-bit tensor.
+
+    Narrow rows share a program, which so reads the weights once and waits once for all their sums.
+    """
+    block_columns = max(16, triton.next_power_of_2(columns))
+    block_rows = max(1, 2048 // block_columns)
+    num_warps = min(16, block_rows * block_columns // 512)
+    options: dict[str, object] = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
+    if architecture() != "amd":
+        # 24 warps fit a multiprocessor; left alone, ptxas for sm_100 and sm_120 spills below 50.
+        options["maxnreg"] = 80
+    return options | {"num_warps": num_warps} | COMPILER_OPTIONS
+
+
 def candidate_configs() -> list[triton.Config]:
     """What PTV2_AUTOTUNE=1 chooses from."""
     return [

@@ -25,20 +25,29 @@ def load_seed(extras):
 
 
 @triton.jit
+def draw(seed, sequence_head, row, first_column, stream, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The four words of every call, [ROWS, COLUMNS // 8]; each row may have its own coordinates."""
+    groups = first_column // 8 + tl.arange(0, COLUMNS // 8)
+    zeros = tl.zeros((ROWS, COLUMNS // 8), tl.int32)
+    return tl.philox(
+        seed,
+        zeros + groups[None, :],
+        zeros + row,
+        zeros + sequence_head,
+        zeros + stream,
+        n_rounds=PHILOX_ROUNDS,
+    )
+
+
+@triton.jit
 def keep_mask(
     seed, sequence_head, first_row, first_column, threshold,
     STREAM: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Which of [ROWS, COLUMNS] are kept; one Philox call decides eight columns by 16 bits each."""
-    groups = first_column // 8 + tl.arange(0, COLUMNS // 8)
-    zeros = tl.zeros((ROWS, COLUMNS // 8), tl.int32)
-    word_0, word_1, word_2, word_3 = tl.philox(
-        seed,
-        zeros + groups[None, :],
-        zeros + (first_row + tl.arange(0, ROWS))[:, None],
-        zeros + sequence_head,
-        zeros + STREAM,
-        n_rounds=PHILOX_ROUNDS,
+    rows = (first_row + tl.arange(0, ROWS))[:, None]
+    word_0, word_1, word_2, word_3 = draw(
+        seed, sequence_head, rows, first_column, STREAM, ROWS, COLUMNS
     )
     # Four decisions each, [ROWS, COLUMNS // 8, 2]: a thread has both halves of its call, and the
     # four threads that share a row of an MMA tile have a call each.
@@ -80,3 +89,26 @@ def drop_prefix(tile, extras, seed, sequence_kv_head, first_row, STREAM: tl.cons
             )  # fmt: skip
             dropped = widened(dropped, tl.where(keep, tile[chunk], 0.0).to(tile[chunk].dtype))
         return dropped
+
+
+@triton.jit
+def drop_hidden(tile, dropout, first_row, row_count, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Dropout of a float32 tile [ROWS, COLUMNS] of hidden states that begins at column 0."""
+    if dropout.threshold is None:
+        return tile
+    else:
+        inside = tl.arange(0, ROWS) < row_count - first_row
+        coordinates = dropout.coordinates_ptr + tl.cast(first_row, tl.int64) * 2
+        coordinates += tl.arange(0, ROWS) * 2
+        sequence = tl.load(coordinates, mask=inside, other=0)[:, None]
+        row = tl.load(coordinates + 1, mask=inside, other=0)[:, None]
+        word_0, word_1, word_2, word_3 = draw(
+            tl.load(dropout.seed_ptr), sequence, row, 0, dropout.stream, ROWS, COLUMNS
+        )
+        # A thread that holds eight neighbouring columns, 16 bytes, has their call to itself.
+        decisions = decide(word_0, dropout.threshold) | (decide(word_1, dropout.threshold) << 2)
+        decisions |= decide(word_2, dropout.threshold) << 4
+        decisions |= decide(word_3, dropout.threshold) << 6
+        columns = tl.full((8,), 1, tl.int32) << tl.arange(0, 8)
+        keep = (decisions[:, :, None] & columns[None, None, :]) != 0
+        return tl.where(tl.reshape(keep, (ROWS, COLUMNS)), tile * dropout.multiplier, 0.0)
