@@ -1,14 +1,17 @@
 """Frozen blocks: every policy, dropout, precision and layout against plain torch, and fallbacks."""
 
 import copy
+import dataclasses
 import warnings
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
+from ptv2_fast.encoders.attachment import find_attachment
 from ptv2_fast.frozen import engine
 from ptv2_fast.frozen.memory import POLICIES, BlockShape, kept_bytes_per_token
 from ptv2_fast.ops.dropout import (
@@ -338,9 +341,18 @@ def listen_inside(model) -> None:
     model.bert.encoder.layer[2].intermediate.dense.register_forward_hook(lambda *unused: None)
 
 
+def shard(model) -> None:
+    class Shard(nn.Parameter):
+        pass
+
+    output = model.bert.encoder.layer[1].output.dense
+    output.weight = Shard(output.weight.data, requires_grad=False)
+
+
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
+        (shard, r"layer 1: a parameter is a .*Shard"),
         (lora_on_a_linear, r"layer 0: query is a peft\.[a-z.]*\.Linear, not a Linear"),
         (unfreeze, "layer 1: its parameters are trained"),
         (listen_inside, "layer 2: intermediate has forward hooks"),
@@ -377,6 +389,31 @@ def test_what_cannot_be_frozen_falls_back_when_attached_or_raises():
         assert not hasattr(model, "prefix_encoder")
 
 
+def test_a_step_reads_from_the_device_once():
+    """Counted by the operators that would wait for a GPU."""
+    waits = {"_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "item"}
+    called: list[str] = []
+
+    class Listen(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            indices = args[1] if name == "index" else ()
+            if name in waits or any(i is not None and i.dtype == torch.bool for i in indices):
+                called.append(name)
+            return func(*args, **(kwargs or {}))
+
+    model = attached("token", model=tiny_model(head="token", **DROPOUT), prefix_dropout=0.2,
+                     **WITHOUT_FALLBACK).train()  # fmt: skip
+    batch, lists, original = make_batch("token"), [], Tensor.tolist
+    Tensor.tolist = lambda tensor: lists.append(1) or original(tensor)
+    try:
+        with Listen():
+            model(**batch).logits.square().sum().backward()
+    finally:
+        Tensor.tolist = original
+    assert lists == [1] and not called
+
+
 def test_left_padding_takes_the_hook_path():
     model, batch = attached(), make_batch()
     batch = {name: tensor.flip(-1) for name, tensor in batch.items()}
@@ -388,9 +425,5 @@ def test_left_padding_takes_the_hook_path():
 
 def set_fields(model, **fields) -> None:
     """Change the configuration of an attached model."""
-    import dataclasses
-
-    from ptv2_fast.encoders.attachment import find_attachment
-
     frozen = find_attachment(model)._frozen
     frozen.config = dataclasses.replace(frozen.config, **fields)

@@ -170,8 +170,11 @@ class FrozenBackbone:
             reason = _why_not(forward.modules)
             if reason is None and forward.layer.forward is not forward:
                 reason = "its forward was replaced by something else"
-            if reason is None and any(p.requires_grad for p in forward.modules.parameters()):
-                reason = "its parameters are trained"
+            for parameter in forward.modules.parameters():
+                if parameter.requires_grad:
+                    reason = reason or "its parameters are trained"
+                if type(parameter) is not nn.Parameter:  # sharded over devices, say
+                    reason = reason or f"a parameter is a {type(parameter).__qualname__}"
             if reason is not None:
                 return f"layer {forward.index}: {reason}"
         return None
