@@ -11,9 +11,13 @@ from torch import Tensor
 
 from ptv2_fast.ops import elementwise
 from ptv2_fast.ops.dropout import FEED_FORWARD_STREAM, row_dropout_multiplier
+from ptv2_kernels import elementwise as launchers
 from tests.closeness import assert_close_to_oracle
 
-BACKENDS = ["reference"]
+interpreted = pytest.mark.skipif(
+    torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted"
+)
+BACKENDS = ["reference", pytest.param("triton", marks=interpreted)]
 SHAPES = [(0, 64), (1, 8), (5, 20), (37, 384), (16, 768), (3, 3072)]
 DTYPES = {  # of X and R
     "fp32": (torch.float32, torch.float32),
@@ -33,6 +37,8 @@ def operator(backend: str, name: str):
     """The callable of one backend, with the arguments of the operator's schema."""
     if backend == "reference":
         return getattr(elementwise, name)
+    if backend == "triton":
+        return getattr(launchers, "launch_" + name)
     return getattr(torch.ops.ptv2, name)
 
 
