@@ -328,6 +328,45 @@ def test_what_cannot_be_cached_is_refused(overrides, layers, message):
         ptv2_fast.attach(tiny_model(**overrides), config)
 
 
+class EightBitLinear(nn.Linear):
+    """Stands for a quantised layer: integers and scales, which only its forward understands."""
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features)
+        self.scale = linear.weight.data.abs().amax(1, keepdim=True) / 127
+        codes = (linear.weight.data / self.scale).round().to(torch.int8)
+        self.weight = nn.Parameter(codes, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight * self.scale, self.bias)
+
+
+@pytest.mark.parametrize("names", [("query", "key", "value", "dense"), ("value",)])
+def test_quantised_layers_are_called(names, monkeypatch):
+    monkeypatch.setattr(engine, "CPU_CHUNK", 8)
+    plain = tiny_model(head="token", **DROPOUT)
+    for layer in plain.bert.encoder.layer:
+        for module in list(layer.modules()):
+            for name, child in module.named_children():
+                if name in names:
+                    setattr(module, name, EightBitLinear(child))
+    hook = attached("token", model=copy.deepcopy(plain), backbone="hook")
+    model = attached("token", model=plain, **WITHOUT_FALLBACK)
+    model.load_state_dict(hook.state_dict())
+    batch = make_batch("token")
+    for actual, expected in zip(
+        results(model, batch, "token"), results(hook, batch, "token"), strict=True
+    ):
+        torch.testing.assert_close(actual, expected)
+    model.train()
+    whole = results(model, batch, "token")
+    for policy in POLICIES:
+        set_fields(model, recompute=policy)
+        for actual, expected in zip(results(model, batch, "token"), whole, strict=True):
+            assert torch.equal(actual, expected)
+
+
 def lora_on_a_linear(model) -> None:
     peft = pytest.importorskip("peft")
     peft.inject_adapter_in_model(peft.LoraConfig(target_modules=["query"]), model)
@@ -352,7 +391,7 @@ def shard(model) -> None:
 @pytest.mark.parametrize(
     ("change", "reason"),
     [
-        (shard, r"layer 1: a parameter is a .*Shard"),
+        (shard, r"layer 1: the weight of output is a .*Shard"),
         (lora_on_a_linear, r"layer 0: query is a peft\.[a-z.]*\.Linear, not a Linear"),
         (unfreeze, "layer 1: its parameters are trained"),
         (listen_inside, "layer 2: intermediate has forward hooks"),

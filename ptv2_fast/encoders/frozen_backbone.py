@@ -12,7 +12,7 @@ from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.frozen.layout import full_layout, masked_layout
-from ptv2_fast.frozen.weights import BlockModules, WeightCache, separate
+from ptv2_fast.frozen.weights import BlockModules, WeightCache, is_plain, separate
 from ptv2_fast.prefix import PTuningV2Config
 
 
@@ -173,8 +173,6 @@ class FrozenBackbone:
             for parameter in forward.modules.parameters():
                 if parameter.requires_grad:
                     reason = reason or "its parameters are trained"
-                if type(parameter) is not nn.Parameter:  # sharded over devices, say
-                    reason = reason or f"a parameter is a {type(parameter).__qualname__}"
             if reason is not None:
                 return f"layer {forward.index}: {reason}"
         return None
@@ -225,9 +223,14 @@ def _block_modules(layer: Any, heads: int) -> BlockModules:
 def _why_not(modules: BlockModules) -> str | None:
     """Why these modules cannot be one frozen block; None when they can."""
     for name, linear in modules.linears().items():
-        if type(linear) is not nn.Linear:  # a quantised layer, or an adapter around one
+        # Quantised layers are linear layers of their own kind; adapters wrap one.
+        if not isinstance(linear, nn.Linear):
             kind = type(linear)
             return f"{name} is a {kind.__module__}.{kind.__qualname__}, not a Linear"
         if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
             return f"{name} has forward hooks"
+        if (
+            is_plain(linear) and type(linear.weight) is not nn.Parameter
+        ):  # sharded over devices, say
+            return f"the weight of {name} is a {type(linear.weight).__qualname__}"
     return None

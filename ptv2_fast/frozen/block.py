@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ptv2_fast.frozen.weights import BlockWeights, FrozenLinear, Norm
+from ptv2_fast.frozen.weights import AnyLinear, BlockWeights, Norm
 from ptv2_fast.ops import elementwise
 from ptv2_fast.ops.dropout import ATTENTION_OUTPUT_STREAM, FEED_FORWARD_STREAM
 from ptv2_fast.ops.options import Options
@@ -77,6 +77,7 @@ def run_block(
         normalised, and the statistics of that: for the block above.
     """
     dtype = call.weights.dtype
+    call = call._replace(weights=call.weights.bind())
     prefix_key, prefix_value = prefix_key.to(dtype)[None], prefix_value.to(dtype)[None]
     if torch.is_grad_enabled() and any(
         tensor.requires_grad for tensor in (hidden, prefix_key, prefix_value)
@@ -154,19 +155,19 @@ class _Block:
         return self._add(projected, layer, residual, self.weights.attention_norm,
                          self.call.dropout.attention_output, ATTENTION_OUTPUT_STREAM)  # fmt: skip
 
-    def expand(self, normal: Tensor) -> Tensor:
-        """U of some rows of Y, without its bias."""
-        return self.weights.intermediate.unbiased(normal.to(self.weights.dtype))
+    def expand(self, normal: Tensor, slot: int) -> Tensor:
+        """U of chunk number `slot` of Y, without its bias."""
+        return self.weights.intermediate.unbiased(normal.to(self.weights.dtype), slot)
 
     def add_feed_forward(
         self, normal: Tensor, keep_expanded: bool
     ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
         """Z, total_2, its statistics and the chunks of U when they are kept."""
         layer, kept, results = self.weights.output, [], []
-        for chunk in normal.split(self.call.chunk):
-            expanded = self.expand(chunk)
+        for slot, chunk in enumerate(normal.split(self.call.chunk)):
+            expanded = self.expand(chunk, slot)
             activated = self.steps.bias_gelu(expanded, self.weights.intermediate.bias)
-            results.append(layer.unbiased(activated))
+            results.append(layer.unbiased(activated, slot))
             if keep_expanded:
                 kept.append(expanded)
         result = self._add(_join(results, normal), layer, normal, self.weights.output_norm,
@@ -199,18 +200,18 @@ class _Block:
             self.call.dropout.output, FEED_FORWARD_STREAM,
         )  # fmt: skip
         bias, results = self.weights.intermediate.bias, []
-        for index, grad in enumerate(grad_output.split(self.call.chunk)):
+        for slot, grad in enumerate(grad_output.split(self.call.chunk)):
             if kept:
-                expanded = kept[index]
+                expanded = kept[slot]
             else:
-                rows = slice(index * self.call.chunk, (index + 1) * self.call.chunk)
+                rows = slice(slot * self.call.chunk, (slot + 1) * self.call.chunk)
                 normal = self.normalise(
                     total_1[rows], statistics_1[rows], self.weights.attention_norm
                 )
-                expanded = self.expand(normal)
-            grad_activated = self.weights.output.input_gradient(grad)
+                expanded = self.expand(normal, slot)
+            grad_activated = self.weights.output.input_gradient(grad, slot)
             grad_expanded = self.steps.bias_gelu_backward(grad_activated, expanded, bias)
-            results.append(self.weights.intermediate.input_gradient(grad_expanded))
+            results.append(self.weights.intermediate.input_gradient(grad_expanded, slot))
         return grad_residual, _join(results, grad_output)
 
     def attention_output_gradient(
@@ -253,7 +254,7 @@ class _Block:
         return self.steps.layer_norm_again(total, statistics, norm.weight, norm.beta)
 
     def _add(
-        self, input: Tensor, layer: FrozenLinear, residual: Tensor, norm: Norm, p: float,
+        self, input: Tensor, layer: AnyLinear, residual: Tensor, norm: Norm, p: float,
         stream: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         return self.steps.dropout_add_layer_norm(

@@ -80,7 +80,7 @@ class FrozenRun:
                 layout = self.cached.layout
         weights = cache.get(_products_dtype(hidden, modules))
         # Under autocast the products have its dtype and the rest has the weights' own.
-        hidden = hidden.to(modules.query.weight.dtype)
+        hidden = hidden.to(modules.dtype)
         dropout = _dropout_of(modules, self.prefix_dropout if prefix is not None else 0.0)
         if prefix is None:
             empty = hidden.new_empty(modules.heads, 0, hidden.shape[1] // modules.heads)
@@ -147,7 +147,7 @@ def _products_dtype(hidden: Tensor, modules: BlockModules) -> torch.dtype:
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
-    return modules.query.weight.dtype
+    return modules.dtype
 
 
 def _dropout_of(modules: BlockModules, prefix: float) -> Dropout:

@@ -1,10 +1,13 @@
 """The frozen weights of a post-LN encoder block, in the dtype and the form its products want."""
 
+import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from ptv2_fast.frozen.called import CalledLinears
 
 
 class FrozenLinear:
@@ -33,15 +36,15 @@ class FrozenLinear:
         bias = None if self.bias is None else self.bias[first:last]
         return FrozenLinear(self.weight[first:last], bias)
 
-    def biased(self, input: Tensor) -> Tensor:
-        """input @ weight^T + bias, [R, in] -> [R, out]."""
+    def biased(self, input: Tensor, slot: int = 0) -> Tensor:
+        """input @ weight^T + bias, [R, in] -> [R, out]; `slot` is for `CalledLinears`."""
         return self._product(input, self.weight, self._bias)
 
-    def unbiased(self, input: Tensor) -> Tensor:
+    def unbiased(self, input: Tensor, slot: int = 0) -> Tensor:
         """input @ weight^T, for a caller that fuses the bias with what follows."""
         return self._product(input, self.weight, None)
 
-    def input_gradient(self, grad_out: Tensor) -> Tensor:
+    def input_gradient(self, grad_out: Tensor, slot: int = 0) -> Tensor:
         """grad_out @ weight, [R, out] -> [R, in]."""
         return self._product(grad_out, self.weight.t(), None)
 
@@ -49,6 +52,9 @@ class FrozenLinear:
         if self._by_onednn and input.shape[0] > 0:
             return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
         return nn.functional.linear(input, weight, bias)
+
+
+AnyLinear = FrozenLinear | CalledLinears
 
 
 class Norm(NamedTuple):
@@ -76,6 +82,11 @@ class BlockModules:
     output_dropout: nn.Dropout
     output_norm: nn.LayerNorm
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream; quantised layers have none."""
+        return self.output_norm.weight.dtype
+
     def linears(self) -> dict[str, nn.Linear]:
         """Name -> linear layer."""
         names = ("query", "key", "value", "attention_output", "intermediate", "output")
@@ -91,21 +102,41 @@ class BlockWeights:
     """The weights of a block for products in one dtype.
 
     Query, key and value are one matrix: in the modules' own dtype their parameters become views of
-    it, so that the fused matrix takes no memory.
+    it, so that the fused matrix takes no memory. Layers that are no plain `nn.Linear` are called.
     """
 
     def __init__(self, modules: BlockModules, dtype: torch.dtype) -> None:
         inputs = (modules.query, modules.key, modules.value)
-        self.qkv = FrozenLinear(_join_weights(inputs, dtype), _join_biases(inputs))
-        hidden = modules.query.out_features
-        self.query = self.qkv.rows(0, hidden)
-        self.key_value = self.qkv.rows(hidden, 3 * hidden)
+        self.qkv: AnyLinear
+        self.query: AnyLinear
+        self.key_value: AnyLinear
+        if all(is_plain(linear) for linear in inputs):
+            fused = FrozenLinear(_join_weights(inputs, dtype), _join_biases(inputs))
+            hidden = modules.query.out_features
+            self.qkv = fused
+            self.query, self.key_value = fused.rows(0, hidden), fused.rows(hidden, 3 * hidden)
+        else:
+            self.qkv = CalledLinears(inputs)
+            self.query, self.key_value = CalledLinears(inputs[:1]), CalledLinears(inputs[1:])
         self.attention_output = _frozen(modules.attention_output, dtype)
         self.intermediate = _frozen(modules.intermediate, dtype)
         self.output = _frozen(modules.output, dtype)
         self.attention_norm = _norm(modules.attention_norm)
         self.output_norm = _norm(modules.output_norm)
         self.dtype = dtype
+
+    def bind(self) -> "BlockWeights":
+        """The weights for one forward: called layers leave their graph in a copy."""
+        called = {
+            name: part.bind()
+            for name, part in vars(self).items()
+            if isinstance(part, CalledLinears)
+        }
+        if not called:
+            return self
+        bound = copy.copy(self)
+        vars(bound).update(called)
+        return bound
 
 
 class WeightCache:
@@ -134,10 +165,18 @@ class WeightCache:
 def separate(modules: BlockModules) -> None:
     """Give the parameters of query, key and value memory of their own again."""
     for linear in (modules.query, modules.key, modules.value):
-        linear.weight.data = linear.weight.data.clone()
+        if is_plain(linear):
+            linear.weight.data = linear.weight.data.clone()
 
 
-def _frozen(linear: nn.Linear, dtype: torch.dtype) -> FrozenLinear:
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a layer is its weight and bias and no more."""
+    return type(linear) is nn.Linear
+
+
+def _frozen(linear: nn.Linear, dtype: torch.dtype) -> AnyLinear:
+    if not is_plain(linear):
+        return CalledLinears((linear,))
     bias = None if linear.bias is None else linear.bias.detach()
     return FrozenLinear(linear.weight.detach().to(dtype), bias)
 
