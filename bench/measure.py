@@ -111,11 +111,23 @@ def machine_columns(device: torch.device) -> dict[str, str]:
     }
 
 
+def merge_csv(path: Path, rows: list[dict[str, object]], key: tuple[str, ...]) -> None:
+    """Write rows to a file that may exist, in place of its rows with the same values of `key`."""
+    kept: list[dict[str, object]] = []
+    if path.exists():
+        with path.open(newline="") as file:
+            kept = list(csv.DictReader(file))
+    new = {tuple(str(row[name]) for name in key) for row in rows}
+    write_csv(path, [row for row in kept if tuple(row.get(name) for name in key) not in new] + rows)
+
+
 def write_csv(path: Path, rows: list[dict[str, object]]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
+    columns = max((list(row) for row in rows), key=len)
+    columns += [name for row in rows for name in row if name not in columns]
     with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
+        writer = csv.DictWriter(file, fieldnames=list(dict.fromkeys(columns)))
         writer.writeheader()
         writer.writerows(rows)
     os.replace(temporary, path)

@@ -134,25 +134,69 @@ def _roof(axis: plt.Axes, rows: list[dict[str, str]], unit: str) -> None:
 
 
 def plot_training_step(path: Path) -> Path:
-    """Step time and kept memory of every method, per case."""
+    """A panel for each case: the time of a step with its p20 to p80, of every method."""
     rows = read(path)
-    cases = list(dict.fromkeys(row["case"] for row in rows))
-    figure, axes = plt.subplots(2, len(cases), figsize=(4 * len(cases), 7), squeeze=False)
-    for column, case in enumerate(cases):
-        chosen = [row for row in rows if row["case"] == case][::-1]
+    figure, panels = _method_panels(rows)
+    for axis, chosen in panels:
         names = [row["method"] for row in chosen]
-        for line, (field, unit) in enumerate(
-            (("step ms", "ms per step"), ("kept MiB", "kept MiB"))
-        ):
-            axis = axes[line][column]
-            axis.barh(names, [float(row[field]) for row in chosen])
-            axis.set_xlabel(unit)
-            axis.set_title(case)
-            if column:
-                axis.set_yticklabels([])
-    figure.suptitle(f"one training step, dropout 0.1: {rows[0]['machine']}")
-    figure.tight_layout()
+        times = [float(row["step ms"]) for row in chosen]
+        below = [max(0, float(row["step ms"]) - float(row["p20 ms"])) for row in chosen]
+        above = [max(0, float(row["p80 ms"]) - float(row["step ms"])) for row in chosen]
+        axis.barh(names, times, xerr=(below, above), color=_method_colors(chosen))
+        for place, row in enumerate(chosen):
+            ratio = row["time / frozen none"]
+            axis.text(0, place, f" {float(ratio):.2f} x", va="center", fontsize="small")
+        axis.set_xlabel("ms per step")
+    figure.suptitle(f"one training step: {rows[0]['machine']}")
     return _save(figure, path.with_suffix(".png"))
+
+
+def plot_training_memory(path: Path) -> Path:
+    """A panel for each case: kept bytes of every method and, where measured, the step's peak."""
+    rows = read(path)
+    figure, panels = _method_panels(rows)
+    for axis, chosen in panels:
+        names = [row["method"] for row in chosen]
+        kept = [float(row["kept B/token/layer"] or "nan") for row in chosen]
+        formula = [float(row["formula B/token/layer"] or "nan") for row in chosen]
+        axis.set_xlabel("bytes kept per real token and layer; line: formula")
+        if kept[0] == kept[0]:
+            axis.barh(names, kept, color=_method_colors(chosen))
+            axis.plot(formula, names, "k|", markersize=9)
+        peaks = [row.get("peak MiB") for row in chosen]
+        if not any(peaks):
+            continue
+        if kept[0] != kept[0]:
+            axis.barh(names, [float(peak or "nan") for peak in peaks], color=_method_colors(chosen))
+            axis.set_xlabel("peak MiB of a step above weights and optimizer")
+            continue
+        for place, peak in enumerate(peaks):
+            axis.text(0, place, f" peak {float(peak):.0f} MiB", va="center", fontsize="small")
+    figure.suptitle(f"memory of one training step: {rows[0]['machine']}")
+    return _save(figure, path.with_name(f"{path.stem}-memory.png"))
+
+
+def _method_panels(
+    rows: list[dict[str, str]],
+) -> tuple[plt.Figure, list[tuple[plt.Axes, list[dict[str, str]]]]]:
+    """Four panels a line, one for each case with its rows, the first method on top."""
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    lines = -(-len(cases) // 4)
+    columns = min(4, len(cases))
+    figure, axes = plt.subplots(
+        lines, columns, squeeze=False, layout="constrained", figsize=(5.5 * columns, 3.4 * lines)
+    )
+    for axis in axes.flat[len(cases) :]:
+        axis.remove()
+    panels = []
+    for axis, case in zip(axes.flat, cases, strict=False):
+        axis.set_title(case, fontsize="medium")
+        panels.append((axis, [row for row in rows if row["case"] == case][::-1]))
+    return figure, panels
+
+
+def _method_colors(rows: list[dict[str, str]]) -> list[str]:
+    return ["C1" if row["method"].startswith(("frozen", "hook")) else "C0" for row in rows]
 
 
 def _save(figure: plt.Figure, output: Path) -> Path:
@@ -163,7 +207,8 @@ def _save(figure: plt.Figure, output: Path) -> Path:
 
 PLOTS = {
     "attention-*.csv": (plot_attention, plot_roofline),
-    "training-step-*.csv": (plot_training_step,),
+    "training-step-*.csv": (plot_training_step, plot_training_memory),
+    "memory-*.csv": (plot_training_memory,),
 }
 
 
