@@ -8,6 +8,7 @@ from setuptools import find_packages, setup
 SOURCES = [
     "csrc/register.cpp",
     "csrc/attention.cpp",
+    "csrc/elementwise.cpp",
     "csrc/tensors.cpp",
     "csrc/micro.cpp",
     "csrc/run.cpp",

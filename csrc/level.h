@@ -4,6 +4,8 @@
 
 #include "backward.h"
 #include "forward.h"
+#include "gelu.h"
+#include "layer_norm.h"
 
 namespace ptv2::PTV2_LEVEL {
 
@@ -87,8 +89,24 @@ inline void exp_of_each(const float* source, float* destination, int64_t count) 
   for (; i < count; ++i) destination[i] = exp(splat(source[i]))[0];
 }
 
+template <class Input, class Residual>
+constexpr RowKernels row_table() {
+  return {gelu_rows<Input>,
+          gelu_backward_rows<Input>,
+          layer_norm_scratch_bytes,
+          add_layer_norm_rows<Input, Residual>,
+          add_layer_norm_backward_rows<Input, Residual>,
+          layer_norm_rows<Residual>};
+}
+
 constexpr Level make_level(const char* name) {
-  return {name, Entries<FloatTypes>::table(), Entries<Bfloat16Types>::table(), exp_of_each};
+  return {name,
+          Entries<FloatTypes>::table(),
+          Entries<Bfloat16Types>::table(),
+          row_table<float, float>(),
+          row_table<Bfloat16, Bfloat16>(),
+          row_table<Bfloat16, float>(),
+          exp_of_each};
 }
 
 }  // namespace ptv2::PTV2_LEVEL

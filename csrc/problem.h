@@ -137,10 +137,46 @@ struct Kernels {
                    DropoutRow, char* scratch);
 };
 
+// bias_gelu and its gradient: input, grad_out and result [R, C] without gaps.
+struct GeluRows {
+  const void* input;
+  const float* bias;     // [C], or null
+  const void* grad_out;  // of the gradient only
+  void* result;
+  int64_t columns;
+};
+
+// dropout_add_layer_norm, its gradient, and layer_norm_again: [R, C] without gaps. Each fills what
+// it reads and writes.
+struct LayerNormRows {
+  const void *input, *residual;
+  const float *bias, *weight, *beta;  // [C]; bias may be null
+  float epsilon;
+  Dropout dropout;
+  const int32_t* coordinates;  // [R, 2]: the sequence of a row, and its row in it
+  uint32_t stream;
+  int64_t columns;
+  void *out, *total;
+  float* statistics;                  // [R, 2]
+  const void *grad_out, *grad_other;  // grad_other may be null
+  void *grad_residual, *grad_input;   // grad_input may be null
+};
+
+// The entry points for the dtypes of input and residual, over the rows from first to last - 1.
+struct RowKernels {
+  void (*gelu)(const GeluRows&, int64_t first, int64_t last);
+  void (*gelu_backward)(const GeluRows&, int64_t first, int64_t last);
+  int64_t (*scratch_bytes)(int64_t columns);
+  void (*add_layer_norm)(const LayerNormRows&, int64_t first, int64_t last, char* scratch);
+  void (*add_layer_norm_backward)(const LayerNormRows&, int64_t first, int64_t last, char* scratch);
+  void (*layer_norm)(const LayerNormRows&, int64_t first, int64_t last);
+};
+
 // A set of CPU instructions and the kernels built for it.
 struct Level {
   const char* name;
   Kernels float_kernels, bfloat16_kernels;
+  RowKernels float_rows, bfloat16_rows, mixed_rows;  // mixed: a bfloat16 input, a float residual
   void (*exp)(const float* source, float* destination, int64_t count);
 };
 

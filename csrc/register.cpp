@@ -6,6 +6,7 @@
 
 #include "attention.h"
 #include "dispatch.h"
+#include "elementwise.h"
 #include "micro.h"
 
 namespace {
@@ -19,6 +20,11 @@ STABLE_TORCH_LIBRARY_IMPL(ptv2, CPU, m) {
   m.impl("prefix_attention_backward", TORCH_BOX(&ptv2::prefix_attention_backward));
   m.impl("prefix_attention_forward_cpp", TORCH_BOX(&ptv2::prefix_attention_forward));
   m.impl("prefix_attention_backward_cpp", TORCH_BOX(&ptv2::prefix_attention_backward));
+  m.impl("bias_gelu", TORCH_BOX(&ptv2::bias_gelu));
+  m.impl("bias_gelu_backward", TORCH_BOX(&ptv2::bias_gelu_backward));
+  m.impl("dropout_add_layer_norm", TORCH_BOX(&ptv2::dropout_add_layer_norm));
+  m.impl("dropout_add_layer_norm_backward", TORCH_BOX(&ptv2::dropout_add_layer_norm_backward));
+  m.impl("layer_norm_again", TORCH_BOX(&ptv2::layer_norm_again));
   m.impl("micro_exp", TORCH_BOX(&ptv2::micro_exp));
   m.impl("micro_dropout", TORCH_BOX(&ptv2::micro_dropout));
   m.impl("micro_pack", TORCH_BOX(&ptv2::micro_pack));

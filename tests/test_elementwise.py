@@ -13,11 +13,12 @@ from ptv2_fast.ops import elementwise
 from ptv2_fast.ops.dropout import FEED_FORWARD_STREAM, row_dropout_multiplier
 from ptv2_kernels import elementwise as launchers
 from tests.closeness import assert_close_to_oracle
+from tests.test_cpp_kernels import LEVELS, run_with_level
 
 interpreted = pytest.mark.skipif(
     torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted"
 )
-BACKENDS = ["reference", pytest.param("triton", marks=interpreted)]
+BACKENDS = ["reference", "cpp", pytest.param("triton", marks=interpreted)]
 SHAPES = [(0, 64), (1, 8), (5, 20), (37, 384), (16, 768), (3, 3072)]
 DTYPES = {  # of X and R
     "fp32": (torch.float32, torch.float32),
@@ -332,3 +333,58 @@ def test_raw_operators_pass_opcheck(dtypes, extras, dropout_p):
         ("layer_norm_again", case.again),
     ):
         torch.library.opcheck(getattr(torch.ops.ptv2, name).default, arguments)
+
+
+def check_level(level: str) -> None:
+    """Runs in a process of its own: the level is read once, at the first call."""
+    assert torch.ops.ptv2.cpu_capability() == level
+    torch.use_deterministic_algorithms(True, warn_only=True)  # NaN in every torch.empty
+    for shape, dtypes in itertools.product([(1, 8), (5, 20), (37, 387)], DTYPES):
+        for extras, dropout_p in ((False, 0.0), (True, DROPOUT_P)):
+            case = make_case(shape, dtypes, extras, dropout_p)
+            check_gelu("cpp", case)
+            check_layer_norm_forward("cpp", case)
+            check_layer_norm_backward("cpp", case)
+    for dtype in (torch.float32, torch.bfloat16):
+        test_gelu_keeps_its_accuracy_in_both_tails("cpp", dtype)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_level_matches_oracle(level):
+    result = run_with_level(
+        level, f"from tests.test_elementwise import check_level; check_level({level!r})"
+    )
+    if "this CPU lacks the instructions" in result.stderr:
+        pytest.skip(f"this CPU lacks {level}")
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_bits_do_not_depend_on_the_number_of_threads(dtypes):
+    case, threads = make_case((101, 1000), dtypes), torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        expected = run_all("cpp", case)
+        torch.set_num_threads(2)
+        actual = run_all("cpp", case)
+    finally:
+        torch.set_num_threads(threads)
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_errors_name_the_argument():
+    case = make_case((5, 20), "fp32")
+    with pytest.raises(RuntimeError, match=r"input: expected dtype .*, got Half"):
+        torch.ops.ptv2.bias_gelu(case.input.half(), None)
+    with pytest.raises(RuntimeError, match="input: expected a contiguous tensor"):
+        torch.ops.ptv2.bias_gelu(case.input.T.contiguous().T, None)
+    with pytest.raises(RuntimeError, match="bias: expected size 20 in dimension 0, got 19"):
+        torch.ops.ptv2.bias_gelu(case.input, case.bias[1:])
+    with pytest.raises(RuntimeError, match="weight: expected dtype Float, got BFloat16"):
+        torch.ops.ptv2.layer_norm_again(
+            case.total, case.statistics, case.weight.bfloat16(), case.beta
+        )
+    with pytest.raises(RuntimeError, match="coordinates: expected an int32"):
+        arguments = list(case.forward)
+        arguments[7] = None
+        torch.ops.ptv2.dropout_add_layer_norm(*arguments)
