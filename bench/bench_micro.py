@@ -1,14 +1,17 @@
-"""How fast are the building blocks of the C++ kernels against torch's: exp, dropout, packing?
+"""How fast are the C++ building blocks against torch's: exp, dropout, packing, GELU, LayerNorm?
 
     python -m bench.bench_micro
     python -m bench.bench_micro --only dropout --seconds 0.1
 
-Each block is checked first: exp against float64, dropout to the bit against its definition. Times
-are wall clock with torch's number of threads, in ns per element; both sides allocate their results.
+Each block is checked first: exp against float64, dropout to the bit against its definition. The
+elementwise operators are checked by tests/test_elementwise.py; beside them stands what an encoder
+runs in eager mode, and autograd's backward pass. Times are wall clock with torch's number of
+threads, in ns per element; both sides allocate their results.
 """
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -19,7 +22,7 @@ from torch import Tensor
 
 from bench.measure import RESULTS, machine_columns, time_interleaved, write_csv
 from bench.shapes import ATTENTION_SHAPES
-from ptv2_fast.ops.dropout import TOKEN_STREAM, dropout_multiplier
+from ptv2_fast.ops.dropout import ATTENTION_OUTPUT_STREAM, TOKEN_STREAM, dropout_multiplier
 from tests.inputs import Shape
 
 SHAPES = ("base-b1-t128-p20", "base-b8-t128-p20", "large-b1-t512-p128")
@@ -27,7 +30,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DROPOUT_P = 0.1
 SEED = torch.tensor([1234567890123])
 
-Calls = dict[str, Callable[[], Tensor]]
+Calls = dict[str, Callable[[], object]]
 
 
 def check_exp() -> None:
@@ -95,10 +98,76 @@ def packing_calls(shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
     return key.numel(), calls
 
 
+def gelu_calls(shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
+    """Of the inner layer of the feed-forward network, four times as wide as the hidden states."""
+    width = 4 * shape.heads * shape.head_dim
+    values, bias = torch.randn(shape.batch * shape.tokens, width).to(dtype), torch.randn(width)
+    narrow = bias.to(dtype)
+    calls = {
+        "ours": lambda: torch.ops.ptv2.bias_gelu(values, bias),
+        "torch": lambda: F.gelu(values + narrow),
+    }
+    return values.numel(), calls
+
+
+def gelu_backward_calls(shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
+    width = 4 * shape.heads * shape.head_dim
+    values, grad = torch.randn(2, shape.batch * shape.tokens, width).to(dtype)
+    leaf = values.clone().requires_grad_()
+    out = F.gelu(leaf)
+    calls = {
+        "ours": lambda: torch.ops.ptv2.bias_gelu_backward(grad, values, None),
+        "torch": lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0],
+    }
+    return values.numel(), calls
+
+
+def norm_calls(part: str, shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
+    """`part`: "forward", "backward" or "again" of dropout + add + LayerNorm of hidden states."""
+    rows, width = shape.batch * shape.tokens, shape.heads * shape.head_dim
+    values, residual, grad = torch.randn(3, rows, width).to(dtype)
+    weight, beta = torch.randn(2, width)
+    narrow = weight.to(dtype), beta.to(dtype)
+    index = torch.arange(rows)
+    coordinates = torch.stack((index // shape.tokens, index % shape.tokens), dim=1).int()
+    dropout = SEED, coordinates, DROPOUT_P, ATTENTION_OUTPUT_STREAM
+    leaves = values.clone().requires_grad_(), residual.clone().requires_grad_()
+
+    def ours() -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.ptv2.dropout_add_layer_norm(
+            values, None, residual, weight, beta, 1e-5, *dropout
+        )
+
+    def eager(input: Tensor, other: Tensor) -> Tensor:
+        return F.layer_norm(other + F.dropout(input, DROPOUT_P), (width,), *narrow)
+
+    _, total, statistics = ours()
+    out = eager(*leaves)
+    calls = {
+        "forward": {"ours": ours, "torch": lambda: eager(values, residual)},
+        "backward": {
+            "ours": lambda: torch.ops.ptv2.dropout_add_layer_norm_backward(
+                grad, None, total, statistics, weight, *dropout, dtype
+            ),
+            "torch": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
+        },
+        "again": {
+            "ours": lambda: torch.ops.ptv2.layer_norm_again(total, statistics, weight, beta),
+            "torch": lambda: F.layer_norm(total, (width,), *narrow),
+        },
+    }
+    return values.numel(), calls[part]
+
+
 BLOCKS = {
     "exp": (exp_calls, ("fp32",)),
     "dropout": (dropout_calls, ("fp32", "bf16")),
     "packing": (packing_calls, ("fp32", "bf16")),
+    "gelu": (gelu_calls, ("fp32", "bf16")),
+    "gelu backward": (gelu_backward_calls, ("fp32", "bf16")),
+    "dropout+add+norm": (partial(norm_calls, "forward"), ("fp32", "bf16")),
+    "dropout+add+norm backward": (partial(norm_calls, "backward"), ("fp32", "bf16")),
+    "norm again": (partial(norm_calls, "again"), ("fp32", "bf16")),
 }
 
 
@@ -127,7 +196,8 @@ def main() -> None:
     torch.manual_seed(0)
     rows = []
     for block in arguments.only or BLOCKS:
-        CHECKS[block]()
+        if block in CHECKS:
+            CHECKS[block]()
         for dtype_name in BLOCKS[block][1]:
             for shape_name in SHAPES:
                 rows.append(measure_row(block, shape_name, dtype_name, arguments.seconds))
