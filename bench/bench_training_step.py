@@ -157,8 +157,10 @@ def methods_of(case: Case) -> list[str]:
 def measure_memory(device: str, output: "Output") -> None:
     """Kept bytes of every method, then the peaks of a large model's step."""
     for case in cases.KEPT_CASES:
-        rows = {name: kept_columns(case, name, device) for name in METHODS}
-        output.write(case, rows)
+        rows = {}
+        for name in METHODS:
+            rows[name] = kept_columns(case, name, device)
+            output.write(case, rows)
         output.show(rows, str(case))
     for case in cases.PEAK_CASES:
         rows = {}

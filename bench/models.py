@@ -45,6 +45,8 @@ def bert(case: Case, attention: str, layers: int | None = None) -> nn.Module:
     torch.manual_seed(0)
     config = BertConfig.from_dict(MODELS[case.model].to_dict())
     config.num_hidden_layers = layers or config.num_hidden_layers
+    # Past keys and values shift the positions of stock models.
+    config.max_position_embeddings = max(512, case.prefix + case.tokens)
     config.hidden_dropout_prob = config.attention_probs_dropout_prob = case.dropout
     config._attn_implementation = attention
     folder = _minilm_folder()

@@ -43,6 +43,9 @@ class Step:
 
     def __call__(self) -> None:
         self.loss().backward()
+        self.update()
+
+    def update(self) -> None:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -125,9 +128,10 @@ def _measured(step: Step, idle: Callable[[], int], peak: Callable[[], int]) -> P
     step()
     gc.collect()
     before = idle()
-    step()
-    above_idle = peak() - before
     step.loss().backward()
+    gradients = _tensor_bytes([p.grad for p in step.trained if p.grad is not None])
+    step.update()
+    above_idle = peak() - before
     states = [
         value for state in step.optimizer.state.values() for value in state.values()
         if isinstance(value, Tensor)
@@ -135,7 +139,7 @@ def _measured(step: Step, idle: Callable[[], int], peak: Callable[[], int]) -> P
     return PeakMemory(
         above_idle=above_idle,
         weights=_tensor_bytes([*step.model.parameters(), *step.model.buffers()]),
-        gradients=_tensor_bytes([p.grad for p in step.trained if p.grad is not None]),
+        gradients=gradients,
         optimizer=_tensor_bytes(states),
     )
 
