@@ -6,21 +6,6 @@
 
 namespace ptv2::PTV2_LEVEL {
 
-// A sum over a row in several vectors, since one would wait for each addition.
-class RowSum {
- public:
-  PTV2_INLINE void add(int64_t column, Floats values) {
-    parts_[column / kLanes % kParts] += values;
-  }
-  PTV2_INLINE float total() const {
-    return sum_of((parts_[0] + parts_[1]) + (parts_[2] + parts_[3]));
-  }
-
- private:
-  static constexpr int kParts = 4;
-  Floats parts_[kParts] = {};
-};
-
 PTV2_INLINE DropoutRow dropout_row(const LayerNormRows& call, int64_t row) {
   const int32_t* at = call.coordinates + 2 * row;
   return {static_cast<uint32_t>(at[1]), static_cast<uint32_t>(at[0]), call.stream};
@@ -66,22 +51,22 @@ inline void add_layer_norm_rows(const LayerNormRows& call, int64_t first, int64_
     const auto* residual = static_cast<const Residual*>(call.residual) + start;
     auto* total = static_cast<Residual*>(call.total) + start;
     const int16_t* keep = keep_of_row(call, row, scratch);
-    RowSum sum;
+    Floats sum{};
     for_columns(call.columns, [&](int64_t column, auto count) {
       Floats added = load_part(input + column, count);
       if (call.bias != nullptr) added += load_part(call.bias + column, count);
       if (keep != nullptr) added = (Floats)((Ints)added & load_keep_part(keep + column));
       added = load_part(residual + column, count) + added * call.dropout.factor;
       store_part(total + column, added, count);
-      sum.add(column, load_part(total + column, count));
+      sum += load_part(total + column, count);
     });
-    const float mean = sum.total() / static_cast<float>(call.columns);
-    RowSum squares;
+    const float mean = sum_of(sum) / static_cast<float>(call.columns);
+    Floats squares{};
     for_columns(call.columns, [&](int64_t column, auto count) {
       const Floats from_mean = inside(load_part(total + column, count) - mean, count);
-      squares.add(column, from_mean * from_mean);
+      squares += from_mean * from_mean;
     });
-    const float variance = squares.total() / static_cast<float>(call.columns);
+    const float variance = sum_of(squares) / static_cast<float>(call.columns);
     call.statistics[2 * row] = mean;
     call.statistics[2 * row + 1] = 1.0f / __builtin_sqrtf(variance + call.epsilon);
     normalise_row<Residual>(call, row);
@@ -101,18 +86,18 @@ inline void add_layer_norm_backward_rows(const LayerNormRows& call, int64_t firs
     auto* grad_residual = static_cast<Residual*>(call.grad_residual) + start;
     auto* grad_input = static_cast<Input*>(call.grad_input);
     const float mean = call.statistics[2 * row], scale = call.statistics[2 * row + 1];
-    RowSum sum, product;
+    Floats sum{}, product{};
     for_columns(call.columns, [&](int64_t column, auto count) {
       Floats grad = load_part(grad_out + column, count);
       if (grad_other != nullptr) grad += load_part(grad_other + start + column, count);
       const Floats scaled = grad * load_part(call.weight + column, count);
       const Floats normal = (load_part(total + column, count) - mean) * scale;
-      sum.add(column, scaled);
-      product.add(column, scaled * normal);
+      sum += scaled;
+      product += scaled * normal;
       store(scaled_row + column, scaled);
     });
     const auto columns = static_cast<float>(call.columns);
-    const float mean_scaled = sum.total() / columns, mean_product = product.total() / columns;
+    const float mean_scaled = sum_of(sum) / columns, mean_product = sum_of(product) / columns;
     const int16_t* keep = grad_input == nullptr ? nullptr : keep_of_row(call, row, keep_scratch);
     for_columns(call.columns, [&](int64_t column, auto count) {
       const Floats normal = (load_part(total + column, count) - mean) * scale;
