@@ -173,7 +173,8 @@ def plot_training_memory(path: Path) -> Path:
         for place, peak in enumerate(peaks):
             axis.text(0, place, f" peak {float(peak):.0f} MiB", va="center", fontsize="small")
     figure.suptitle(f"memory of one training step: {rows[0]['machine']}")
-    return _save(figure, path.with_name(f"{path.stem}-memory.png"))
+    name = path.stem.replace("training-step", "training-step-memory", 1)
+    return _save(figure, path.with_name(f"{name}.png"))
 
 
 def _method_panels(
