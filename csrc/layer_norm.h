@@ -55,7 +55,7 @@ inline void add_layer_norm_rows(const LayerNormRows& call, int64_t first, int64_
     for_columns(call.columns, [&](int64_t column, auto count) {
       Floats added = load_part(input + column, count);
       if (call.bias != nullptr) added += load_part(call.bias + column, count);
-      if (keep != nullptr) added = (Floats)((Ints)added & load_keep_part(keep + column));
+      if (keep != nullptr) added = (Floats)((Ints)added & load_keep(keep + column));
       added = load_part(residual + column, count) + added * call.dropout.factor;
       store_part(total + column, added, count);
       sum += load_part(total + column, count);
@@ -105,7 +105,7 @@ inline void add_layer_norm_backward_rows(const LayerNormRows& call, int64_t firs
       Floats grad = scale * (centred - normal * mean_product);
       store_part(grad_residual + column, grad, count);
       if (grad_input == nullptr) return;
-      if (keep != nullptr) grad = (Floats)((Ints)grad & load_keep_part(keep + column));
+      if (keep != nullptr) grad = (Floats)((Ints)grad & load_keep(keep + column));
       store_part(grad_input + start + column, grad * call.dropout.factor, count);
     });
   }

@@ -12,6 +12,7 @@
 #endif
 
 #define PTV2_X86
+#define PTV2_AVX512
 #define PTV2_LEVEL avx512
 #define PTV2_VECTOR_BYTES 64
 #define PTV2_TILE_VECTORS 4

@@ -51,9 +51,10 @@ struct Step {
       return (Longs)_mm256_mul_epu32((__m256i)words, _mm256_set1_epi32(factor));
     }
 #endif
-#if defined(__AVX512F__)
+#if defined(PTV2_AVX512)
     if constexpr (bytes == 64) {
-      return (Longs)_mm512_mul_epu32((__m512i)words, _mm512_set1_epi32(factor));
+      return (Longs)_mm512_maskz_mul_epu32(PTV2_ALL_PAIRS, (__m512i)words,
+                                           _mm512_set1_epi32(factor));
     }
 #endif
 #endif
@@ -139,6 +140,9 @@ inline void fill_keep(int16_t* keep, int64_t first, int64_t count, const Dropout
 
 // -1 or 0 in every lane.
 PTV2_INLINE Ints load_keep(const int16_t* keep) {
+#if defined(PTV2_AVX512)  // as in load_floats
+  return (Ints)_mm512_maskz_cvtepi16_epi32(PTV2_ALL_LANES, load<__m256i, 2>(keep));
+#endif
   return __builtin_convertvector((load<HalfInts, 2>(keep)), Ints);
 }
 

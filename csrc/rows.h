@@ -5,14 +5,6 @@
 #include "problem.h"
 #include "vector.h"
 
-// The emulated level alone has 64-byte vectors without AVX-512. (GCC before 13 defines __AVX512F__
-// from the command line only, not from a target pragma.)
-#if defined(PTV2_X86) && PTV2_VECTOR_BYTES == 64 && (!PTV2_PAIRS || defined(PTV2_NATIVE_PAIRS))
-#define PTV2_AVX512
-// All lanes: without a mask GCC 12 warns of an uninitialised value within these intrinsics.
-#define PTV2_ALL_LANES static_cast<__mmask16>(0xFFFF)
-#endif
-
 namespace ptv2::PTV2_LEVEL {
 
 struct Whole {};  // kLanes elements
@@ -28,31 +20,16 @@ PTV2_INLINE void for_columns(int64_t columns, const Step& step) {
   if (column < columns) step(column, Part{columns - column});
 }
 
-PTV2_INLINE Floats load_part(const float* address, Whole) { return load_floats(address); }
-
-// GCC's own conversions of 16-bit lanes to a 64-byte vector go by way of two halves.
-PTV2_INLINE Floats load_part(const Bfloat16* address, Whole) {
-#if defined(PTV2_AVX512)
-  return (Floats)((Words)_mm512_maskz_cvtepu16_epi32(PTV2_ALL_LANES, load<__m256i, 2>(address))
-                  << 16);
-#else
+template <class Element>
+PTV2_INLINE Floats load_part(const Element* address, Whole) {
   return load_floats(address);
-#endif
-}
-
-PTV2_INLINE Ints load_keep_part(const int16_t* keep) {
-#if defined(PTV2_AVX512)
-  return (Ints)_mm512_maskz_cvtepi16_epi32(PTV2_ALL_LANES, load<__m256i, 2>(keep));
-#else
-  return load_keep(keep);
-#endif
 }
 
 template <class Element>
 PTV2_INLINE Floats load_part(const Element* address, Part part) {
   Element elements[kLanes] = {};
   __builtin_memcpy(elements, address, part.count * sizeof(Element));
-  return load_part(elements, Whole{});
+  return load_floats(elements);
 }
 
 template <class Element>
