@@ -58,9 +58,12 @@ def time_interleaved(
     Interleaving makes the ratios hold when the speed of a shared machine drifts. Every round has an
     order of its own, since a function finds the caches as the one before left them.
     """
-    once = {name: _time_once(function, device) for name, function in functions.items()}
-    once = {name: _time_once(function, device) for name, function in functions.items()}
-    rounds = max(least_rounds, min(200, int(seconds * 1e3 / sum(once.values()))))
+    for function in functions.values():
+        function()
+    rounds = least_rounds
+    if seconds > 0:
+        once = sum(_time_once(function, device) for function in functions.values())
+        rounds = max(least_rounds, min(200, int(seconds * 1e3 / once)))
     samples: dict[str, list[float]] = {name: [] for name in functions}
     order = list(functions)
     shuffle = random.Random(0).shuffle
