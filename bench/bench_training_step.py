@@ -123,10 +123,10 @@ def _mebibytes(count: int) -> float:
     return round(count / MEBIBYTE, 1)
 
 
-def measure_case(case: Case, device: str, rounds: int, output: "Output") -> None:
-    """Times every method, then counts its memory; rows are written after each of the two."""
+def measure_case(case: Case, chosen: list[str], device: str, rounds: int, output: "Output") -> None:
+    """Times the methods, then counts their memory; rows are written after each of the two."""
     check_gradients(small_case(case), device)
-    methods = methods_of(case)
+    methods = [name for name in methods_of(case) if name in chosen]
     steps = {name: Step(METHODS[name](case, None), case, device) for name in methods}
     timings = time_interleaved(steps, torch.device(device), seconds=0, least_rounds=rounds)
     rows = {}
@@ -214,6 +214,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--only", action="append", help="a case of any list, by its name")
+    parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
     parser.add_argument("--quick", action="store_true", help="the rows of the speed goals")
     parser.add_argument("--memory-only", action="store_true", help="no timing")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each method")
@@ -235,8 +236,9 @@ def main() -> None:
     if arguments.memory_only:
         measure_memory(device, output)
     else:
+        methods = [OURS, *(arguments.method or METHODS)]
         for case in chosen:
-            measure_case(case, device, arguments.rounds, output)
+            measure_case(case, methods, device, arguments.rounds, output)
     output.console.print(f"{output.machine}\nwritten to {output.path}")
 
 
