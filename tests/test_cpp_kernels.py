@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from ptv2_fast.ops.dropout import dropout_multiplier
+from tests import elementwise_checks
 from tests.closeness import assert_close_to_oracle
 from tests.inputs import Inputs, Shape, make_inputs
 from tests.oracle import concatenate_and_expand, magnitudes, oracle, run_backend
@@ -41,6 +42,7 @@ def check_level(level: str) -> None:
                 for name in actual._fields:
                     results = (getattr(x, name) for x in (actual, exact, plain, sizes))
                     assert_close_to_oracle(*results, name=f"{level} {shape} {name}")
+    elementwise_checks.check_level()
 
 
 def run_with_level(level: str, code: str) -> subprocess.CompletedProcess:
