@@ -1,6 +1,7 @@
 """Tiny random encoders of transformers, their batches, and prefix attention by concatenation."""
 
 import copy
+import dataclasses
 from collections.abc import Callable
 
 import pytest
@@ -11,6 +12,7 @@ from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
+from ptv2_fast.encoders.attachment import find_attachment
 from tests.closeness import assert_close_to_oracle
 
 MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "electra")
@@ -21,6 +23,8 @@ HEADS = {
     "question": transformers.AutoModelForQuestionAnswering,
     "choice": transformers.AutoModelForMultipleChoice,
 }
+DROPOUT = {"hidden_dropout_prob": 0.2, "attention_probs_dropout_prob": 0.3}
+WITHOUT_FALLBACK = {"backbone": "frozen", "strict": True}
 MAX_POSITIONS = 40  # rows of the position table
 P = 5  # virtual tokens
 
@@ -158,3 +162,18 @@ def assert_close_to_model(
     for i, tensor in enumerate(actual):
         magnitude = (rounded[i] - oracle[i]).abs() / epsilon
         assert_close_to_oracle(tensor, oracle[i], same_dtype[i], magnitude, f"result {i}")
+
+
+def step_results(model, batch, head: str = "sequence", seed: int = 1) -> list[Tensor]:
+    """The output of real tokens and all gradients, with the same draws for every call."""
+    torch.manual_seed(seed)
+    output = outputs_of(head, model(**batch)) * real_tokens(head, batch)
+    grad_out = torch.randn(output.shape).to(output.dtype)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return [output.detach(), *torch.autograd.grad(output, trained, grad_out)]
+
+
+def set_fields(model, **fields) -> None:
+    """Change how the layers of an attached model run."""
+    frozen = find_attachment(model)._frozen
+    frozen.config = dataclasses.replace(frozen.config, **fields)

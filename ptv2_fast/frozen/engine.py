@@ -5,7 +5,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ptv2_fast.frozen.block import BlockCall, BlockTensors, Dropout, run_block
+from ptv2_fast.frozen.arithmetic import BlockCall, BlockTensors, Dropout
+from ptv2_fast.frozen.block import run_block
 from ptv2_fast.frozen.layer_cache import CachedForward
 from ptv2_fast.frozen.layout import Layout
 from ptv2_fast.frozen.memory import BlockShape, choose_policies
