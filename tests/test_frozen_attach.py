@@ -189,6 +189,10 @@ def listen_inside(model) -> None:
     model.bert.encoder.layer[2].intermediate.dense.register_forward_hook(lambda *unused: None)
 
 
+def watch_attention(model) -> None:
+    model.bert.encoder.layer[0].attention.self.register_full_backward_hook(lambda *unused: None)
+
+
 def shard(model) -> None:
     class Shard(nn.Parameter):
         pass
@@ -203,7 +207,8 @@ def shard(model) -> None:
         (shard, r"layer 1: the weight of output is a .*Shard"),
         (lora_on_a_linear, r"layer 0: query is a peft\.[a-z.]*\.Linear, not a Linear"),
         (unfreeze, "layer 1: its parameters are trained"),
-        (listen_inside, "layer 2: intermediate has forward hooks"),
+        (watch_attention, "layer 0: attention.self has hooks"),
+        (listen_inside, "layer 2: intermediate.dense has hooks"),
     ],
 )
 def test_what_comes_later_falls_back_with_one_warning_or_raises(change, reason):

@@ -25,14 +25,17 @@ class FrozenLayerForward:
 
     def __init__(self, layer: nn.Module, index: int, heads: int) -> None:
         self.layer, self.index, self.heads = layer, index, heads
-        self.modules = _block_modules(layer, heads)
-        self.weights = WeightCache(self.modules)
+        self._take(_block_modules(layer, heads))
 
     def look_again(self) -> None:
         """Take over modules that were replaced since, say by those of another adapter."""
         modules = _block_modules(self.layer, self.heads)
         if modules != self.modules:
-            self.modules, self.weights = modules, WeightCache(modules)
+            self._take(modules)
+
+    def _take(self, modules: BlockModules) -> None:
+        self.modules, self.weights = modules, WeightCache(modules)
+        self.inside = _modules_inside(self.layer)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """As the layer's own forward, which runs where the engine does not."""
@@ -92,7 +95,8 @@ class FrozenBackbone:
     def undo(self) -> None:
         """Give the layers their own forward, and their parameters their own memory."""
         for forward in self._forwards:
-            del forward.layer.forward
+            if forward.layer.__dict__.get("forward") is forward:
+                del forward.layer.forward
             separate(forward.modules)
 
     def start(
@@ -159,7 +163,7 @@ class FrozenBackbone:
             activation = layer.get_submodule("intermediate").intermediate_act_fn
             if not _is_exact_gelu(activation):
                 return f"layer {index}: expected the activation 'gelu', got {activation}"
-            reason = _why_not(_block_modules(layer, 1))
+            reason = _why_not(_block_modules(layer, 1)) or _who_listens(_modules_inside(layer))
             if reason is not None:
                 return f"layer {index}: {reason}"
         return None
@@ -167,7 +171,7 @@ class FrozenBackbone:
     def _why_not_now(self) -> str | None:
         for forward in self._forwards:
             forward.look_again()
-            reason = _why_not(forward.modules)
+            reason = _why_not(forward.modules) or _who_listens(forward.inside)
             if reason is None and forward.layer.forward is not forward:
                 reason = "its forward was replaced by something else"
             for parameter in forward.modules.parameters():
@@ -227,10 +231,26 @@ def _why_not(modules: BlockModules) -> str | None:
         if not isinstance(linear, nn.Linear):
             kind = type(linear)
             return f"{name} is a {kind.__module__}.{kind.__qualname__}, not a Linear"
-        if linear._forward_hooks or linear._forward_pre_hooks or "forward" in linear.__dict__:
-            return f"{name} has forward hooks"
         if (
             is_plain(linear) and type(linear.weight) is not nn.Parameter
         ):  # sharded over devices, say
             return f"the weight of {name} is a {type(linear.weight).__qualname__}"
+    for norm in (modules.attention_norm, modules.output_norm):
+        if type(norm) is not nn.LayerNorm:
+            return f"expected a LayerNorm, got a {type(norm).__module__}.{type(norm).__qualname__}"
+    return None
+
+
+def _modules_inside(layer: nn.Module) -> list[tuple[str, nn.Module]]:
+    return [(name, module) for name, module in layer.named_modules() if module is not layer]
+
+
+def _who_listens(inside: list[tuple[str, nn.Module]]) -> str | None:
+    """A module inside a layer whose call someone watches or replaced: it will not be called."""
+    for name, module in inside:
+        own = module.__dict__
+        hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
+        backward = own["_backward_hooks"] or own["_backward_pre_hooks"]
+        if (hooks and has_foreign_hooks(module)) or backward or "forward" in own:
+            return f"{name} has hooks or a forward of someone else"
     return None
