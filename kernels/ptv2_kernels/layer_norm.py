@@ -24,8 +24,12 @@ from ptv2_kernels.tiles import chunk_mask
 
 
 @triton.jit
-def _row_offsets(ROWS: tl.constexpr, WIDTH: tl.constexpr, COLUMNS: tl.constexpr):
-    return tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, WIDTH)[None, :]
+def _locate(rows, COLUMNS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """(first row, its offset, offsets from there, mask) of this program's rows."""
+    first_row = tl.program_id(0) * ROWS
+    offsets = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, WIDTH)[None, :]
+    mask = chunk_mask(first_row, rows, ROWS, 0, WIDTH, COLUMNS)
+    return first_row, tl.cast(first_row, tl.int64) * COLUMNS, offsets, mask
 
 
 @triton.jit
@@ -87,10 +91,7 @@ def _dropout_add_layer_norm_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    first_row = tl.program_id(0) * BLOCK_ROWS
-    first = tl.cast(first_row, tl.int64) * COLUMNS
-    offsets = _row_offsets(BLOCK_ROWS, BLOCK_COLUMNS, COLUMNS)
-    mask = chunk_mask(first_row, rows, BLOCK_ROWS, 0, BLOCK_COLUMNS, COLUMNS)
+    first_row, first, offsets, mask = _locate(rows, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
     added = _load_rows(input_ptr + first, offsets, mask)
     residual = _load_rows(residual_ptr + first, offsets, mask)
     if bias_ptr is not None:
@@ -132,10 +133,7 @@ def _dropout_add_layer_norm_backward_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    first_row = tl.program_id(0) * BLOCK_ROWS
-    first = tl.cast(first_row, tl.int64) * COLUMNS
-    offsets = _row_offsets(BLOCK_ROWS, BLOCK_COLUMNS, COLUMNS)
-    mask = chunk_mask(first_row, rows, BLOCK_ROWS, 0, BLOCK_COLUMNS, COLUMNS)
+    first_row, first, offsets, mask = _locate(rows, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
     grad_out = _load_rows(grad_out_ptr + first, offsets, mask)
     if grad_other_ptr is not None:
         grad_out += _load_rows(grad_other_ptr + first, offsets, mask)
@@ -166,10 +164,7 @@ def _layer_norm_again_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_COLUMNS: tl.constexpr,
 ):
-    first_row = tl.program_id(0) * BLOCK_ROWS
-    first = tl.cast(first_row, tl.int64) * COLUMNS
-    offsets = _row_offsets(BLOCK_ROWS, BLOCK_COLUMNS, COLUMNS)
-    mask = chunk_mask(first_row, rows, BLOCK_ROWS, 0, BLOCK_COLUMNS, COLUMNS)
+    first_row, first, offsets, mask = _locate(rows, COLUMNS, BLOCK_ROWS, BLOCK_COLUMNS)
     total = _load_rows(total_ptr + first, offsets, mask)
     mean, inverse_deviation = _load_statistics(statistics_ptr, first_row, rows, BLOCK_ROWS)
     weight = _load_vector(weight_ptr, COLUMNS, BLOCK_COLUMNS)

@@ -16,7 +16,11 @@ from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, Pr
 from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone, has_foreign_hooks
-from ptv2_fast.encoders.input_checks import check_arguments, refuse_reentrant_checkpointing
+from ptv2_fast.encoders.input_checks import (
+    check_arguments,
+    input_tokens,
+    refuse_reentrant_checkpointing,
+)
 from ptv2_fast.encoders.selection import find_saved_names, trains_embeddings, trains_layers
 from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
@@ -179,8 +183,7 @@ class Attachment:
         return args, {**kwargs, STATE_ARGUMENT: state}
 
     def _start_blocks(self, arguments: dict[str, Any], state: PrefixState) -> FrozenRun | None:
-        input_ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-        tokens = embeds if input_ids is None else input_ids
+        tokens = input_tokens(arguments)
         if tokens is None:  # transformers' own error names the two arguments
             return None
         shows_layers = arguments.get("output_hidden_states")

@@ -7,6 +7,7 @@ from torch import nn
 
 from ptv2_fast.frozen.layer_cache import CachedForward, LayerCache, digest
 from ptv2_fast.frozen.layout import Layout
+from ptv2_fast.frozen.weights import versions_of
 from ptv2_fast.prefix import PTuningV2Config
 
 _DROPOUTS = ("hidden_dropout_prob", "attention_probs_dropout_prob")
@@ -42,7 +43,7 @@ class ExampleCache:
         self._modules, self._salt_parts = modules, (config.position_offset, lowest)
         place = str(config.cache_frozen_layers)
         self._cache = LayerCache(None if place == "memory" else Path(place))
-        self._salt, self._versions = "", list[tuple]()
+        self._salt, self._versions = "", ()
 
     def begin(self, arguments: dict[str, Any], layout: Layout) -> CachedForward | None:
         """Look up the sequences of a forward; None for input that is not token ids alone."""
@@ -68,7 +69,7 @@ class ExampleCache:
 
     def _current_salt(self) -> str:
         parameters = [parameter for module in self._modules for parameter in module.parameters()]
-        versions = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
+        versions = versions_of(parameters)
         if versions != self._versions:
             self._salt, self._versions = digest(parameters, repr(self._salt_parts)), versions
         return self._salt

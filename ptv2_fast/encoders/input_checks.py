@@ -32,8 +32,7 @@ def check_arguments(
             "output_attentions: expected False, got True (the fused attention never forms the "
             "probabilities)"
         )
-    input_ids, embeds = arguments.get("input_ids"), arguments.get("inputs_embeds")
-    tokens = embeds if input_ids is None else input_ids
+    tokens = input_tokens(arguments)
     if tokens is None:
         return  # transformers' own error names the two arguments
     mask = arguments.get("attention_mask")
@@ -43,7 +42,13 @@ def check_arguments(
             f"{list(mask.shape)}"
         )
     if arguments.get("position_ids") is None:
-        _check_length(input_ids, tokens.shape[1], model, family, positions_taken)
+        _check_length(arguments.get("input_ids"), tokens.shape[1], model, family, positions_taken)
+
+
+def input_tokens(arguments: dict[str, Any]) -> Tensor | None:
+    """Token ids [B, T], or the embeddings [B, T, C] that stand for them; None without either."""
+    input_ids = arguments.get("input_ids")
+    return arguments.get("inputs_embeds") if input_ids is None else input_ids
 
 
 def _check_length(

@@ -1,6 +1,5 @@
 """The packed layout of one batch: which tokens are attended, one behind the other, and back."""
 
-import functools
 from dataclasses import dataclass
 
 import torch
@@ -22,16 +21,6 @@ class Layout:
     index: Tensor | None
     cu_seqlens: Tensor
     coordinates: Tensor
-
-    @property
-    def rows(self) -> int:
-        """N."""
-        return self.coordinates.shape[0]
-
-    @functools.cached_property
-    def first_rows(self) -> Tensor:
-        """int64 [B], the row of the first token of each sequence."""
-        return self.cu_seqlens[:-1].long()
 
     def pack(self, padded: Tensor) -> Tensor:
         """[B, T, C] -> [N, C]."""

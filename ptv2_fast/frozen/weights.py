@@ -1,6 +1,7 @@
 """The frozen weights of a post-LN encoder block, in the dtype and the form its products want."""
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -156,10 +157,15 @@ class WeightCache:
         return weights
 
     def _key(self) -> tuple:
-        return tuple((p.data_ptr(), p._version, p.dtype) for p in self._modules.parameters())
+        return versions_of(self._modules.parameters())
 
     def __getstate__(self) -> dict:
         return {"_modules": self._modules, "_made": {}}
+
+
+def versions_of(parameters: Iterable[nn.Parameter]) -> tuple:
+    """Changes whenever a parameter is moved, converted or written in place (not by `.data`)."""
+    return tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
 
 
 def separate(modules: BlockModules) -> None:
