@@ -1,13 +1,16 @@
 """Reading of every format, label handling, word alignment, metrics and their errors."""
 
 import json
+from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
 import torch
 
 from ptv2_fast.tasks import DataOptions, make_task
-from ptv2_fast.tasks.sources import file_source, find_sources
+from ptv2_fast.tasks.sources import TYPED, file_source, find_sources
+from ptv2_fast.tasks.task import Examples
 from ptv2_fast.training.models import load_tokenizer
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
@@ -89,13 +92,14 @@ def test_only_the_first_sub_word_carries_the_label(tmp_path, tokenizer):
     assert tokens == ["[CLS]", "anna", "##s", "sleeps", "berlin", "[SEP]"]
     assert row["labels"] == [-100, 1, -100, 2, 0, -100]
     assert row["word_indices"] == [0, 1, 2]
+    assert row["example"] == 0
 
 
 def test_collators_pad_to_the_longest_example_of_the_batch(tmp_path, tokenizer):
     task = token_task()
     examples = task.read(file_source(write_conll(tmp_path / "data.txt", 3)))
     features = task.featurize(examples, tokenizer, task.find_labels(examples), max_length=24)
-    batch = task.collator(tokenizer)(list(features.model_inputs(tokenizer)))
+    batch = task.collator(tokenizer)(list(features.model_inputs(tokenizer, task.label_columns)))
     assert batch["input_ids"].shape == batch["labels"].shape == (3, 11)
     assert (batch["labels"][batch["attention_mask"] == 0] == -100).all()
 
@@ -122,25 +126,48 @@ def test_a_pair_of_texts_becomes_one_input_with_types(tmp_path, tokenizer):
     assert row["labels"] == 0
 
 
+def examples_of(**columns) -> Examples:
+    return Examples(TYPED, datasets.Dataset.from_dict(columns))
+
+
 def test_metrics_against_hand_counts():
     labels = ["B-LOC", "B-PER", "I-PER", "O"]
-    expected = [[-100, 1, 2, 3, 0, -100]]
+    examples = examples_of(tags=[["B-PER", "I-PER", "O", "B-LOC"]])
     # One chunk of two is right; the other chunk is cut short.
-    scores = token_task().metrics([[1, 3, 3, 0]], expected, labels)
+    scores = token_task().metrics([["B-PER", "O", "O", "B-LOC"]], examples, labels)
     assert scores == {"accuracy": 0.75, "precision": 0.5, "recall": 0.5, "f1": 0.5}
-    scores = token_task().metrics([[0, 1, 1]], [[0, 1, 0]], ["NOUN", "VERB"])
+    examples = examples_of(tags=[["NOUN", "VERB", "NOUN"]])
+    scores = token_task().metrics([["NOUN", "VERB", "VERB"]], examples, ["NOUN", "VERB"])
     assert scores["f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
-    scores = text_task().metrics([0, 0, 1], [0, 1, 1], ["no", "yes"])
+    results = [{"label": label} for label in ("no", "no", "yes")]
+    examples = examples_of(label=["no", "yes", "yes"])
+    scores = text_task().metrics(results, examples, ["no", "yes"])
     assert scores["accuracy"] == pytest.approx(2 / 3)
     assert scores["f1"] == pytest.approx(2 / 3)
 
 
-def test_described_words_that_were_cut_off_belong_to_no_entity():
+def test_words_that_were_cut_off_belong_to_no_entity_and_count_as_missed(tmp_path, tokenizer):
+    file, labels = write_conll(tmp_path / "data.txt", 1), ["B-LOC", "B-PER", "O"]
     task = token_task()
-    example = {"words": ["Anna", "Li", "saw", "Oslo"], "word_indices": [0, 1, 2]}
-    described = task.describe(example, [1, 2, 3], ["B-LOC", "B-PER", "I-PER", "O"])
-    assert described["tags"] == ["B-PER", "I-PER", "O", "O"]
-    assert described["entities"] == [{"type": "PER", "text": "Anna Li", "first": 0, "last": 1}]
+    features = task.featurize(task.read(file_source(file)), tokenizer, labels, max_length=5)
+    (result,) = task.results([[1, 2, 2]], features, labels)
+    assert result == ["B-PER", "O", "O", "O", "O"]
+    assert task.metrics([result], features.examples, labels)["recall"] == 0.5
+    described = task.describe(features.examples.table[0], result)
+    assert described["entities"] == [{"type": "PER", "text": "Anna", "first": 0, "last": 0}]
+
+
+def test_tokenized_examples_are_kept_in_a_folder(tmp_path, tokenizer):
+    file, labels = write_conll(tmp_path / "data.txt", 30), ["B-LOC", "B-PER", "O"]
+    tables = []
+    for max_length, workers in ((24, 1), (24, 1), (9, 2)):
+        task = token_task(feature_cache=str(tmp_path / "cache"), preprocessing_num_workers=workers)
+        features = task.featurize(task.read(file_source(file)), tokenizer, labels, max_length)
+        tables.append(features.table)
+    assert tables[0].to_dict() == tables[1].to_dict() != tables[2].to_dict()
+    assert [row["example"] for row in tables[2]] == list(range(30))
+    names = [{Path(file["filename"]).name for file in table.cache_files} for table in tables]
+    assert names[0] == names[1] and len(names[2]) == 2 and not names[0] & names[2]
 
 
 def test_typed_text_is_cut_into_words_and_punctuation():
@@ -152,7 +179,8 @@ def test_typed_text_is_cut_into_words_and_punctuation():
 
 def test_predictions_pick_the_labelled_positions():
     logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]])
-    assert token_task().predictions(logits, torch.tensor([[-100, 0, 0]])) == [[0, 1]]
+    outputs, batch = SimpleNamespace(logits=logits), {"labels": torch.tensor([[-100, 0, 0]])}
+    assert token_task().predictions(outputs, batch) == [[0, 1]]
 
 
 BAD_FILES = {

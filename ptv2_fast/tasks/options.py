@@ -1,11 +1,17 @@
 """Options as dataclasses that check themselves and from which the command line is built."""
 
 import dataclasses
+import difflib
 import types
 import typing
 from typing import Any
 
-TASKS = ("text-classification", "token-classification")
+from ptv2_fast.tasks.benchmarks import BENCHMARKS, Benchmark
+
+FAMILIES = (
+    "text-classification", "token-classification", "semantic-role-labeling", "multiple-choice",
+    "question-answering",
+)  # fmt: skip
 
 
 def option(default: Any, help: str, *, choices: tuple = (), aliases: tuple[str, ...] = ()) -> Any:
@@ -65,7 +71,18 @@ class Options:
 class DataOptions(Options):
     """Which task, where its examples are, and how long an input may be."""
 
-    task: str | None = option(None, "what to learn", choices=TASKS)
+    task: str | None = option(
+        None,
+        "what to learn: a published data set (`ptv2-fast tasks` lists them) or, for your own "
+        "data, one of " + ", ".join(FAMILIES),
+    )
+    data_dir: str | None = option(
+        None,
+        "folder with the official files of a published data set (default: the Hugging Face hub)",
+    )
+    template: str | None = option(
+        None, "how a published data set phrases its examples, where there is a choice"
+    )
     train_file: str | None = option(
         None,
         "training examples: .csv, .tsv, .json or .jsonl (one object a line), .parquet; for "
@@ -83,8 +100,19 @@ class DataOptions(Options):
     text_column: str = option("text", "text-classification: column of the text")
     text_pair_column: str | None = option(None, "text-classification: column of a second text")
     label_column: str = option("label", "text-classification: column of the label")
-    words_column: str = option("tokens", "token-classification: column of the words")
-    tags_column: str = option("ner_tags", "token-classification: column of their labels")
+    regression: bool = option(False, "text-classification: labels are numbers to be predicted")
+    head: str = option(
+        "linear",
+        "text-classification: a new linear layer on the first token, or the pretrained language "
+        "model's head reading label words at a mask token",
+        choices=("linear", "lm"),
+    )
+    verbalizer: str | None = option(
+        None, "with --head lm: the word of each label, as good=great,bad=terrible"
+    )
+    words_column: str = option("tokens", "token tasks: column of the words")
+    tags_column: str = option("ner_tags", "token tasks: column of their labels")
+    predicate_column: str = option("pred", "semantic-role-labeling: column of the verb's index")
     conll_word_column: int = option(0, "CoNLL files: number of the words' column, from 0")
     conll_tag_column: int = option(-1, "CoNLL files: number of the labels' column, -1 = last")
     max_length: int | None = option(
@@ -97,17 +125,74 @@ class DataOptions(Options):
         "what to do with longer examples: cut them, and say how many, or stop",
         choices=("truncate", "error"),
     )
+    doc_stride: int = option(
+        128, "question-answering: tokens that two windows of a long context share"
+    )
+    max_answer_length: int = option(30, "question-answering: longest answer in tokens")
+    n_best: int = option(20, "question-answering: how many starts and ends are combined")
+    null_score_threshold: float = option(
+        0.0, "question-answering: no answer when its score is more than this above the best one's"
+    )
     max_train_examples: int | None = option(None, "train on this many examples, drawn by the seed")
     max_eval_examples: int | None = option(
         None, "during training score only this many validation examples, drawn by the seed"
     )
+    feature_cache: str | None = option(
+        None, "folder that keeps tokenized examples for later runs (default: memory only)"
+    )
+    preprocessing_num_workers: int = option(1, "processes that tokenize")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require(self.task is not None, "task", f"one of {TASKS}")
+        known = (*FAMILIES, *BENCHMARKS)
+        if self.task not in known:
+            close = difflib.get_close_matches(str(self.task), known, n=3, cutoff=0.4)
+            hint = f"; close to it are {close}" if close else ""
+            raise ValueError(
+                f"task: expected one of {FAMILIES} or a published data set, as `ptv2-fast tasks` "
+                f"lists them, got {self.task!r}{hint}"
+            )
+        self.require(
+            self.data_dir is None or self.benchmark is not None,
+            "data_dir", f"None for the task {self.task}, which takes files or dataset",
+        )  # fmt: skip
+        templates = self.benchmark.templates if self.benchmark else ()
+        self.require(
+            self.template is None or self.template in templates,
+            "template", f"one of {templates}" if templates else f"None for the task {self.task}",
+        )  # fmt: skip
         self.require(
             self.dataset is None or self.train_file is None, "dataset", "None beside train_file"
         )
-        for name in ("max_length", "max_train_examples", "max_eval_examples"):
+        self.require(
+            self.data_dir is None or self.dataset is None, "data_dir", "None beside dataset"
+        )
+        for name in ("max_length", "max_train_examples", "max_eval_examples", "doc_stride",
+                     "max_answer_length", "n_best", "preprocessing_num_workers"):  # fmt: skip
             value = getattr(self, name)
             self.require(value is None or value >= 1, name, "None or an integer >= 1")
+
+    @property
+    def benchmark(self) -> Benchmark | None:
+        """The published data set that the task names; None for a family."""
+        return BENCHMARKS.get(str(self.task))
+
+    @property
+    def family(self) -> str:
+        """The task family."""
+        return self.benchmark.family if self.benchmark else str(self.task)
+
+    def with_benchmark_defaults(self) -> "DataOptions":
+        """These options with what the published data set sets where they have the default."""
+        changes: dict[str, Any] = {}
+        if self.benchmark is not None:
+            defaults = {f.name: f.default for f in dataclasses.fields(self)}
+            given = {name: getattr(self, name) for name in self.benchmark.options}
+            changes = {
+                name: value
+                for name, value in self.benchmark.options.items()
+                if given[name] == defaults[name]
+            }
+            if self.template is None:
+                changes["template"] = self.benchmark.templates[0]
+        return dataclasses.replace(self, **changes)

@@ -1,6 +1,7 @@
 """Reading examples from files and from the hub, with errors that name the file and the row."""
 
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import datasets
 from datasets import ClassLabel, Dataset
 
+from ptv2_fast.tasks.benchmarks import Benchmark
 from ptv2_fast.tasks.options import DataOptions
 
 _SUFFIXES = {
@@ -51,10 +53,13 @@ def file_source(path: str | Path) -> Source:
 
 
 def find_sources(options: DataOptions) -> dict[str, Source]:
-    """The sources of the splits that the options name: "train", "validation", "test".
+    """The sources of the splits that the options name: "train", "validation", "test", ….
+
+    Files and hub names that the options give come first; then, for a published data set, its
+    official files in data_dir, or its place on the hub.
 
     Raises:
-        ValueError: for a missing file, or no training data.
+        ValueError: for a missing file or split, or no training data.
     """
     splits = ("train", "validation", "test")
     if options.dataset is not None:
@@ -67,9 +72,65 @@ def find_sources(options: DataOptions) -> dict[str, Source]:
             if name
         }
     paths = {split: getattr(options, f"{split}_file") for split in splits}
-    if paths["train"] is None:
+    given = {split: file_source(path) for split, path in paths.items() if path is not None}
+    if "train" in given:
+        return given
+    benchmark = options.benchmark
+    if benchmark is None:
         raise ValueError("train_file: expected a file, or dataset=NAME, got neither")
-    return {split: file_source(path) for split, path in paths.items() if path is not None}
+    if options.data_dir is not None:
+        return _official_files(benchmark, Path(options.data_dir)) | given
+    if benchmark.hub is None:
+        raise ValueError(f"data_dir: expected the folder of {benchmark.title}, got None")
+    name, config = benchmark.hub
+    return {
+        split: Source(f"{name}[{theirs}]", hub=(name, config, theirs))
+        for split, theirs in benchmark.hub_splits.items()
+    } | given
+
+
+def _official_files(benchmark: Benchmark, folder: Path) -> dict[str, Source]:
+    """The files of a published data set in a folder, or in the folder of its title inside."""
+    if not folder.is_dir():
+        raise ValueError(f"data_dir: expected an existing folder, got {str(folder)!r}")
+    for place in (folder, folder / benchmark.title):
+        found = {
+            split: next((place / name for name in names if (place / name).is_file()), None)
+            for split, names in benchmark.files.items()
+        }
+        if found["train"] is not None:
+            break
+    for split in ("train", "validation"):
+        if found[split] is None:
+            raise ValueError(
+                f"data_dir: expected {' or '.join(benchmark.files[split])} of {benchmark.title} "
+                f"for the {split} split in {str(folder)!r}, got "
+                f"{sorted(path.name for path in folder.iterdir())[:10]}"
+            )
+    return {split: file_source(path) for split, path in found.items() if path is not None}
+
+
+def read_rows(source: Source, benchmark: Benchmark, template: str) -> Dataset:
+    """Read a split of a published data set and phrase its rows as its family takes them.
+
+    Raises:
+        ValueError: for a file that cannot be read, a row that lacks a field, or no rows.
+    """
+    assert benchmark.rows is not None
+    table = _read(source, benchmark.table)
+    names = table.column_names
+    spelt = {name: _spelt_out(table, name) for name in names}
+    rows: list[dict[str, Any]] = []
+    for index, values in enumerate(zip(*spelt.values(), strict=True)):
+        try:
+            rows += benchmark.rows(dict(zip(names, values, strict=True)), template)
+        except (KeyError, TypeError, IndexError) as error:
+            raise ValueError(
+                f"{source.name} row {index + 1}: expected a row of {benchmark.title}, got columns "
+                f"{names} ({type(error).__name__}: {error})"
+            ) from error
+    check_not_empty(source, len(rows))
+    return Dataset.from_list(rows)
 
 
 def read_columns(source: Source, columns: dict[str, str], optional: tuple = ()) -> Dataset:
@@ -86,15 +147,7 @@ def read_columns(source: Source, columns: dict[str, str], optional: tuple = ()) 
     Raises:
         ValueError: for a file that cannot be read, a missing column, or no rows.
     """
-    try:
-        table = _load(source)
-    except Exception as error:  # datasets raises its own kinds, from many libraries below it
-        if "corresponds to no data" in str(error):  # a table with a header and no rows
-            raise _empty(source) from error
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300]
-        raise ValueError(f"{source.name}: cannot be read as {source.format}: {reason}") from error
-    check_not_empty(source, len(table))
+    table = _read(source)
     kept = {ours: theirs for ours, theirs in columns.items() if theirs in table.column_names}
     for ours, theirs in columns.items():
         if ours not in kept and ours not in optional:
@@ -116,7 +169,21 @@ def _empty(source: Source) -> ValueError:
     return ValueError(f"{source.name}: expected examples, got an empty data set")
 
 
-def _load(source: Source) -> Dataset:
+def _read(source: Source, csv_options: Mapping[str, Any] | None = None) -> Dataset:
+    """The table of a source; its errors are ValueErrors that name it."""
+    try:
+        table = _load(source, csv_options or {})
+    except Exception as error:  # datasets raises its own kinds, from many libraries below it
+        if "corresponds to no data" in str(error):  # a table with a header and no rows
+            raise _empty(source) from error
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300]
+        raise ValueError(f"{source.name}: cannot be read as {source.format}: {reason}") from error
+    check_not_empty(source, len(table))
+    return table
+
+
+def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
     if source.hub is not None:
         name, config, split = source.hub
         return datasets.load_dataset(name, config, split=split)
@@ -132,8 +199,9 @@ def _load(source: Source) -> Dataset:
         if source.format == "parquet":
             return Dataset.from_parquet(path, **keep)
         # "NA", "None" and "null" are words, not missing values.
-        separator = "\t" if source.format == "tsv" else ","
-        return Dataset.from_csv(path, sep=separator, keep_default_na=False, **keep)
+        separator = "," if source.format == "csv" else "\t"
+        options = {"sep": separator, "keep_default_na": False, **csv_options}
+        return Dataset.from_csv(path, **options, **keep)
 
 
 def _spelt_out(table: Dataset, column: str) -> list:

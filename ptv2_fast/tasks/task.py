@@ -1,31 +1,45 @@
-"""What the task families share: examples with labels in, features for a model out."""
+"""What the task families share: examples with labels in, features for a model out, scores back."""
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar
 
+import datasets
 from datasets import Dataset
+from datasets.fingerprint import Hasher
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+import ptv2_fast
+from ptv2_fast.tasks.benchmarks import Benchmark
 from ptv2_fast.tasks.options import DataOptions
 from ptv2_fast.tasks.sources import Source
 
 # Makes a padded batch of rows: a BatchEncoding (transformers annotates it as a dict).
 Collator = Callable[[list[dict[str, Any]]], Any]
 
+_MAP_BATCH = 1000
+
 
 @dataclass(frozen=True)
 class Examples:
     """Examples of one source in the task's own columns, still as text.
 
-    `unit` is what messages call one of them ("row", "sentence"), counted from 1.
+    Attributes:
+        unit: what messages call one of them ("row", "sentence"), counted from 1.
+        remarks: what was odd in the source but accepted, for the user and the report.
     """
 
     source: Source
     table: Dataset
     unit: str = "row"
+    remarks: dict[str, Any] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.table)
 
     def where(self, index: int) -> str:
         """How messages call one example."""
@@ -33,35 +47,75 @@ class Examples:
 
     def select(self, indices: list[int]) -> "Examples":
         """Some of the examples, in the given order."""
-        return Examples(self.source, self.table.select(indices), f"selected {self.unit}")
+        unit = f"selected {self.unit}"
+        return Examples(self.source, self.table.select(indices), unit, self.remarks)
 
 
 @dataclass(frozen=True)
 class Features:
-    """Token ids and label numbers of examples, and how many examples were cut to fit."""
+    """What a model takes, in one or more rows an example.
+
+    Attributes:
+        table: model inputs, labels, and the column `example`: the index of the row's example.
+        examples: which they were made from.
+        truncated: how many examples were cut to fit.
+    """
 
     table: Dataset
+    examples: Examples
     truncated: int
 
     def __len__(self) -> int:
         return len(self.table)
 
-    def model_inputs(self, tokenizer: PreTrainedTokenizerBase) -> Dataset:
-        """The columns that the collator takes."""
-        wanted = (*tokenizer.model_input_names, "labels")
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each row; of its longest choice where a row holds several."""
+        return [
+            max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+            for ids in self.table["input_ids"]
+        ]
+
+    def model_inputs(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Dataset:
+        """The columns that the collator takes; `labels` are the task's label columns."""
+        wanted = (*tokenizer.model_input_names, *labels)
         return self.table.select_columns([n for n in wanted if n in self.table.column_names])
+
+    def take(self, indices: list[int]) -> "Features":
+        """The features of some of the examples."""
+        place = {index: number for number, index in enumerate(indices)}
+        rows = [row for row, index in enumerate(self.table["example"]) if index in place]
+        table = self.table.select(rows)
+        places = [place[index] for index in table["example"]]
+        table = table.remove_columns("example").add_column("example", places)
+        return Features(table, self.examples.select(indices), self.truncated)
 
 
 class Task(ABC):
-    """One task family, bound to the columns that the options name."""
+    """One task family, bound to the columns that the options name.
+
+    Args:
+        options: with the defaults of the published data set, if the task names one.
+    """
 
     name: ClassVar[str]
     model_class: ClassVar[str]  # the auto class of transformers that has its head
     peft_name: ClassVar[str]  # what PEFT calls the task
-    metric: str  # the figure that selects the best checkpoint, larger is better
+    label_columns: ClassVar[tuple[str, ...]] = ("labels",)  # of the features
+    default_metrics: ClassVar[tuple[str, ...]]
 
     def __init__(self, options: DataOptions) -> None:
         self.options = options
+
+    @property
+    def benchmark(self) -> Benchmark | None:
+        """The published data set, None for a user's own."""
+        return self.options.benchmark
+
+    @property
+    def metric(self) -> str:
+        """The figure that selects the best checkpoint, larger is better."""
+        return (self.benchmark.metrics if self.benchmark else self.default_metrics)[0]
 
     @abstractmethod
     def read(self, source: Source, labelled: bool = True) -> Examples:
@@ -86,28 +140,40 @@ class Task(ABC):
     @abstractmethod
     def tokenize(
         self,
-        examples: Examples,
+        rows: dict[str, list],
         tokenizer: PreTrainedTokenizerBase,
         label_numbers: dict[str, int] | None,
         max_length: int,
     ) -> dict[str, list]:
-        """The columns a model takes; without `label_numbers`, placeholders where labels go."""
+        """The columns a model takes; without `label_numbers`, placeholders where labels go.
+
+        Args:
+            rows: columns of some examples.
+
+        Returns:
+            The columns, `was_cut` (bool), and, when an example has several rows, `example`: the
+            index of its example in `rows`.
+        """
 
     @abstractmethod
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """Makes a batch of tensors, padded to the longest example in it."""
 
     @abstractmethod
-    def predictions(self, logits: Tensor, labels: Tensor) -> list[Any]:
-        """The predicted label numbers of a batch: per example an integer or a list of them."""
+    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[Any]:
+        """What is kept of the model's outputs on a batch, one per row."""
 
     @abstractmethod
-    def metrics(self, predicted: list, expected: list, labels: list[str]) -> dict[str, float]:
-        """Scores of predicted against expected label numbers, each in 0..1."""
+    def results(self, predicted: list, features: Features, labels: list[str]) -> list[Any]:
+        """The predictions in the task's own terms, one per example, from those of the rows."""
 
     @abstractmethod
-    def describe(self, example: dict, prediction: Any, labels: list[str]) -> dict[str, Any]:
-        """One prediction as it is printed, JSON-ready."""
+    def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
+        """Scores of results against the examples' labels; F1 and the like in 0..1."""
+
+    @abstractmethod
+    def describe(self, example: dict, result: Any) -> dict[str, Any]:
+        """One result as it is printed, JSON-ready."""
 
     def find_labels(self, examples: Examples) -> list[str]:
         """The labels that occur, sorted: by value when all are integers, else as text.
@@ -147,6 +213,9 @@ class Task(ABC):
     ) -> Features:
         """Token ids, and label numbers when `labels` are given (they are checked).
 
+        With the option feature_cache the result is kept in that folder, under a name made from the
+        examples, the tokenizer and the options.
+
         Raises:
             ValueError: for an unknown label, or, with long_input="error", an example that is
                 longer than `max_length` tokens.
@@ -155,14 +224,54 @@ class Task(ABC):
         if labels is not None:
             self.check_labels(examples, labels)
             numbers = {label: number for number, label in enumerate(labels)}
-        columns = self.tokenize(examples, tokenizer, numbers, max_length)
-        cut = columns.pop("was_cut")
-        if any(cut) and self.options.long_input == "error":
+        settings = (numbers, max_length)
+        table = examples.table.map(
+            functools.partial(_tokenize_batch, self, tokenizer, *settings),
+            with_indices=True,
+            batched=True,
+            batch_size=_MAP_BATCH,
+            remove_columns=examples.table.column_names,
+            num_proc=min(self.options.preprocessing_num_workers, len(examples)),
+            cache_file_name=self._cache_file(examples, tokenizer, settings),
+            new_fingerprint="0",  # of no use to us, and slow to compute from the tokenizer
+            desc=f"tokenizing {examples.source.name}",
+        )
+        cut = {
+            index for index, flag in zip(table["example"], table["was_cut"], strict=True) if flag
+        }
+        if cut and self.options.long_input == "error":
             raise ValueError(
-                f"{examples.where(cut.index(True))}: expected at most {max_length} tokens, got "
+                f"{examples.where(min(cut))}: expected at most {max_length} tokens, got "
                 "more (long_input='truncate' would cut it)"
             )
-        return Features(Dataset.from_dict(columns), sum(cut))
+        return Features(table.remove_columns("was_cut"), examples, len(cut))
+
+    def _cache_file(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, settings: tuple
+    ) -> str | None:
+        if self.options.feature_cache is None:
+            return None
+        folder = Path(self.options.feature_cache)
+        folder.mkdir(parents=True, exist_ok=True)
+        contents = {name: examples.table[name][:] for name in examples.table.column_names}
+        what = (
+            ptv2_fast.__version__, datasets.__version__, type(self).__name__, self.options,
+            tokenizer.backend_tokenizer.to_str(), settings, contents,
+        )  # fmt: skip
+        return str(folder / f"{Hasher.hash(what)}.arrow")
+
+
+def _tokenize_batch(
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    label_numbers: dict[str, int] | None,
+    max_length: int,
+    rows: dict[str, list],
+    indices: list[int],
+) -> dict[str, list]:
+    columns = task.tokenize(dict(rows), tokenizer, label_numbers, max_length)
+    local = columns.pop("example", range(len(indices)))
+    return {**columns, "example": [indices[index] for index in local]}
 
 
 def was_cut(encoding: Any, count: int) -> list[bool]:

@@ -1,4 +1,4 @@
-"""One label for a text, or for a pair of texts."""
+"""One label, or one number, for a text or for a pair of texts."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -8,27 +8,33 @@ from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns
-from ptv2_fast.tasks.task import Collator, Examples, Task, was_cut
+from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns, read_rows
+from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
 
 
 class TextClassification(Task):
-    """Columns: text, text_pair (when the options name one), label."""
+    """Columns: text, text_pair (when the options name one), label.
+
+    A result is {"label", "logits"}.
+    """
 
     name = "text-classification"
     model_class = "AutoModelForSequenceClassification"
     peft_name = "SEQ_CLS"
-    metric = "accuracy"
+    default_metrics = ("accuracy", "f1")
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
         if source.format == "other":
             raise ValueError(
                 f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet for {self.name}"
             )
-        columns = {"text": self.options.text_column, "label": self.options.label_column}
-        if self.options.text_pair_column is not None:
-            columns["text_pair"] = self.options.text_pair_column
-        table = read_columns(source, columns, optional=() if labelled else ("label",))
+        if self.benchmark is not None and self.benchmark.rows is not None:
+            table = read_rows(source, self.benchmark, str(self.options.template))
+        else:
+            columns = {"text": self.options.text_column, "label": self.options.label_column}
+            if self.options.text_pair_column is not None:
+                columns["text_pair"] = self.options.text_pair_column
+            table = read_columns(source, columns, optional=() if labelled else ("label",))
         examples = Examples(source, table)
         for column in ("text", "text_pair"):
             if column in table.column_names:
@@ -59,33 +65,41 @@ class TextClassification(Task):
 
     def tokenize(
         self,
-        examples: Examples,
+        rows: dict[str, list],
         tokenizer: PreTrainedTokenizerBase,
         label_numbers: dict[str, int] | None,
         max_length: int,
     ) -> dict[str, list]:
-        table = examples.table
-        pairs = table["text_pair"][:] if "text_pair" in table.column_names else None
-        encoding = tokenizer(table["text"][:], pairs, truncation=True, max_length=max_length)
+        count = len(rows["text"])
+        encoding = tokenizer(
+            rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length
+        )
         columns = dict(encoding)
         if label_numbers is None:
-            columns["labels"] = [0] * len(table)
+            columns["labels"] = [0] * count
         else:
-            columns["labels"] = [label_numbers[str(label)] for label in table["label"]]
-        return columns | {"was_cut": was_cut(encoding, len(table))}
+            columns["labels"] = [label_numbers[str(label)] for label in rows["label"]]
+        return columns | {"was_cut": was_cut(encoding, count)}
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return DataCollatorWithPadding(tokenizer)
 
-    def predictions(self, logits: Tensor, labels: Tensor) -> list[int]:
-        return logits.argmax(-1).tolist()
+    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[float]]:
+        return outputs.logits.float().tolist()
 
-    def metrics(self, predicted: list, expected: list, labels: list[str]) -> dict[str, float]:
-        macro = f1_score(
-            expected, predicted, labels=range(len(labels)), average="macro", zero_division=0
-        )
+    def results(
+        self, predicted: list, features: Features, labels: list[str]
+    ) -> list[dict[str, Any]]:
+        return [
+            {"label": labels[logits.index(max(logits))], "logits": logits} for logits in predicted
+        ]
+
+    def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
+        expected = [str(label) for label in examples.table["label"]]
+        predicted = [result["label"] for result in results]
+        macro = f1_score(expected, predicted, labels=labels, average="macro", zero_division=0)
         return {"accuracy": float(accuracy_score(expected, predicted)), "f1": float(macro)}
 
-    def describe(self, example: dict, prediction: int, labels: list[str]) -> dict[str, Any]:
+    def describe(self, example: dict, result: dict[str, Any]) -> dict[str, Any]:
         texts = {name: example[name] for name in ("text", "text_pair") if name in example}
-        return texts | {"label": labels[prediction]}
+        return texts | {"label": result["label"]}

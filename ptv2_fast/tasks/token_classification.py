@@ -19,7 +19,7 @@ from ptv2_fast.tasks.sources import (
     read_columns,
     read_conll,
 )
-from ptv2_fast.tasks.task import Collator, Examples, Task, was_cut
+from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
 
 _IGNORED = -100  # what the loss of transformers skips
 # Points, hyphens and apostrophes inside a word do not cut it.
@@ -36,7 +36,7 @@ class TokenClassification(Task):
     name = "token-classification"
     model_class = "AutoModelForTokenClassification"
     peft_name = "TOKEN_CLS"
-    metric = "f1"
+    default_metrics = ("f1", "precision", "recall")
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
         if source.format == "other":
@@ -68,57 +68,58 @@ class TokenClassification(Task):
 
     def tokenize(
         self,
-        examples: Examples,
+        rows: dict[str, list],
         tokenizer: PreTrainedTokenizerBase,
         label_numbers: dict[str, int] | None,
         max_length: int,
     ) -> dict[str, list]:
-        table = examples.table
+        count = len(rows["words"])
         encoding = tokenizer(
-            table["words"][:], is_split_into_words=True, truncation=True, max_length=max_length
+            rows["words"], is_split_into_words=True, truncation=True, max_length=max_length
         )
-        tags = table["tags"][:] if label_numbers is not None else [None] * len(table)
-        labels, word_indices = [], []
-        for index, row in enumerate(tags):
-            first_of_word = _first_sub_words(encoding.word_ids(index))
-            numbers = [_IGNORED] * len(encoding.word_ids(index))
-            for position, word in first_of_word:
-                # Without labels a zero marks the place to read the prediction from.
-                numbers[position] = 0 if label_numbers is None else label_numbers[str(row[word])]
-            labels.append(numbers)
-            word_indices.append([word for _, word in first_of_word])
-        extra = {"labels": labels, "word_indices": word_indices}
-        return dict(encoding) | extra | {"was_cut": was_cut(encoding, len(table))}
+        return dict(encoding) | {
+            **align(encoding, rows.get("tags"), label_numbers, count),
+            "was_cut": was_cut(encoding, count),
+        }
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=_IGNORED)
 
-    def predictions(self, logits: Tensor, labels: Tensor) -> list[list[int]]:
-        best = logits.argmax(-1)
-        return [row[kept].tolist() for row, kept in zip(best, labels != _IGNORED, strict=True)]
+    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[int]]:
+        best = outputs.logits.argmax(-1)
+        kept = batch["labels"] != _IGNORED
+        return [row[first].tolist() for row, first in zip(best, kept, strict=True)]
 
-    def metrics(self, predicted: list, expected: list, labels: list[str]) -> dict[str, float]:
+    def results(self, predicted: list, features: Features, labels: list[str]) -> list[list[str]]:
+        """One tag a word; words that were cut off, or of which the tokenizer makes nothing, are
+        in no chunk."""
+        outside = "O" if "O" in labels else labels[0]
+        words = features.examples.table["words"]
+        results = [[outside] * len(words[index]) for index in range(len(words))]
+        for numbers, places, example in zip(
+            predicted, features.table["word_indices"], features.table["example"], strict=True
+        ):
+            for word, number in zip(places, numbers, strict=True):
+                results[example][word] = labels[number]
+        return results
+
+    def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
         """Of whole chunks by seqeval for labels B-X and I-X; macro F1 of words for others."""
-        guessed = [[labels[number] for number in row] for row in predicted]
-        true = [[labels[n] for n in row if n != _IGNORED] for row in expected]
-        scores = {"accuracy": accuracy_score(true, guessed)}
+        true = examples.table["tags"][:]
+        scores = {"accuracy": accuracy_score(true, results)}
         if _are_chunks(labels):
             for score in (precision_score, recall_score, f1_score):
                 name = score.__name__.removesuffix("_score")
-                scores[name] = score(true, guessed, zero_division=0)
+                scores[name] = score(true, results, zero_division=0)
         else:
-            words = (list(itertools.chain.from_iterable(rows)) for rows in (true, guessed))
+            words = (list(itertools.chain.from_iterable(rows)) for rows in (true, results))
             scores["f1"] = word_f1_score(*words, average="macro", labels=labels, zero_division=0)
         return {name: float(score) for name, score in scores.items()}
 
-    def describe(self, example: dict, prediction: list[int], labels: list[str]) -> dict[str, Any]:
+    def describe(self, example: dict, result: list[str]) -> dict[str, Any]:
         words = example["words"]
-        # Words that were cut off, or of which the tokenizer makes nothing, belong to no entity.
-        tags = ["O" if "O" in labels else labels[0]] * len(words)
-        for word, number in zip(example["word_indices"], prediction, strict=True):
-            tags[word] = labels[number]
-        described = {"words": words, "tags": tags}
-        if _are_chunks(labels):
+        described: dict[str, Any] = {"words": words, "tags": result}
+        if _are_chunks(result):
             described["entities"] = [
                 {
                     "type": kind,
@@ -126,9 +127,38 @@ class TokenClassification(Task):
                     "first": first,
                     "last": last,
                 }
-                for kind, first, last in get_entities(tags)
+                for kind, first, last in get_entities(result)
             ]
         return described
+
+
+def align(
+    encoding: Any, tags: list[list[str]] | None, label_numbers: dict[str, int] | None, count: int
+) -> dict[str, list]:
+    """Label numbers at the first sub-word of each word, and which words those are.
+
+    Without labels a zero marks the place to read the prediction from.
+
+    Args:
+        encoding: of a fast tokenizer, of text split into words.
+        tags: one list a sentence.
+        count: of sentences.
+
+    Returns:
+        {"labels": numbers per token, -100 elsewhere; "word_indices": the words left in it}.
+    """
+    labels, word_indices = [], []
+    for index in range(count):
+        first_of_word = _first_sub_words(encoding.word_ids(index))
+        numbers = [_IGNORED] * len(encoding.word_ids(index))
+        for position, word in first_of_word:
+            if label_numbers is None or tags is None:
+                numbers[position] = 0
+            else:
+                numbers[position] = label_numbers[tags[index][word]]
+        labels.append(numbers)
+        word_indices.append([word for _, word in first_of_word])
+    return {"labels": labels, "word_indices": word_indices}
 
 
 def _are_chunks(labels: list[str]) -> bool:

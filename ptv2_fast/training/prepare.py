@@ -52,10 +52,9 @@ class Prepared:
         """The validation features that are scored during training."""
         whole = self.features.get("validation")
         count = self.config.data.max_eval_examples
-        if whole is None or count is None or count >= len(whole):
+        if whole is None or count is None or count >= len(whole.examples):
             return whole
-        drawn = _draw(len(whole), count, self.config.training.seed)
-        return Features(whole.table.select(drawn), whole.truncated)
+        return whole.take(_draw(len(whole.examples), count, self.config.training.seed))
 
 
 def prepare(
@@ -77,7 +76,7 @@ def prepare(
         prefix_config(config.model)  # a bad prefix is known before the data is read
     task, seed = make_task(config.data), config.training.seed
     examples = {name: task.read(source) for name, source in find_sources(config.data).items()}
-    count, total = config.data.max_train_examples, len(examples["train"].table)
+    count, total = config.data.max_train_examples, len(examples["train"])
     if count is not None and count < total:
         examples["train"] = examples["train"].select(_draw(total, count, seed))
     labels = task.find_labels(examples["train"])

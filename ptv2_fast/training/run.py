@@ -77,6 +77,7 @@ def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
         if name != "train"
     }  # fmt: skip
     return {
+        "task": prepared.config.data.task,
         "method": prepared.config.model.method,
         "model": prepared.config.model.model,
         "metrics": scores,
@@ -88,7 +89,11 @@ def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
         "step_seconds": statistics.median(clock.step_seconds) if clock.step_seconds else None,
         "kept_bytes": measure_kept_bytes(prepared, options.batch_size),
         "peak_memory_bytes": peak_memory_bytes(model.device),
+        "examples": {name: len(f.examples) for name, f in prepared.features.items()},
         "truncated_examples": {name: f.truncated for name, f in prepared.features.items()},
+        "remarks": {
+            name: f.examples.remarks for name, f in prepared.features.items() if f.examples.remarks
+        },
         "versions": {
             "ptv2_fast": ptv2_fast.__version__,
             "torch": torch.__version__,
@@ -99,9 +104,10 @@ def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
 
 def measure_kept_bytes(prepared: Prepared, batch_size: int) -> int:
     """Bytes kept for backward in a step on the first `batch_size` training examples."""
-    table = prepared.features["train"].model_inputs(prepared.tokenizer)
+    features, task = prepared.features["train"], prepared.task
+    table = features.model_inputs(prepared.tokenizer, task.label_columns)
     rows = [table[index] for index in range(min(batch_size, len(table)))]
-    batch = prepared.task.collator(prepared.tokenizer)(rows).to(prepared.model.device)
+    batch = task.collator(prepared.tokenizer)(rows).to(prepared.model.device)
     model = prepared.model.train()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=prepared.config.training.bf16):
         result = kept_bytes(lambda: model(**batch).loss, model)

@@ -20,29 +20,30 @@ def predict(
     task: Task,
     features: Features,
     tokenizer: PreTrainedTokenizerBase,
+    labels: list[str],
     batch_size: int = 32,
     bf16: bool = False,
 ) -> list[Any]:
-    """The predictions of `task`, one per example, in order.
+    """The results of `task`, one per example, in order.
 
     Runs in eval mode, in batches of similar length, and draws nothing from torch's generator.
     """
-    rows, collate = features.model_inputs(tokenizer), task.collator(tokenizer)
-    lengths = [len(ids) for ids in rows["input_ids"]]
-    order = sorted(range(len(rows)), key=lengths.__getitem__, reverse=True)
-    results: list[Any] = [None] * len(rows)
+    rows = features.model_inputs(tokenizer, task.label_columns)
+    collate = task.collator(tokenizer)
+    order = sorted(range(len(rows)), key=features.lengths.__getitem__, reverse=True)
+    predicted: list[Any] = [None] * len(rows)
     was_training = model.training
     model.eval()
     for first in range(0, len(order), batch_size):
         indices = order[first : first + batch_size]
         batch = collate([rows[i] for i in indices]).to(model.device)
-        labels = batch.pop("labels")
+        inputs = {name: t for name, t in batch.items() if name not in task.label_columns}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            logits = model(**batch).logits
-        for index, prediction in zip(indices, task.predictions(logits, labels), strict=True):
-            results[index] = prediction
+            outputs = model(**inputs)
+        for index, prediction in zip(indices, task.predictions(outputs, batch), strict=True):
+            predicted[index] = prediction
     model.train(was_training)
-    return results
+    return task.results(predicted, features, labels)
 
 
 def score(
@@ -55,8 +56,8 @@ def score(
     bf16: bool = False,
 ) -> dict[str, float]:
     """The metrics of `task` on labelled features."""
-    predicted = predict(model, task, features, tokenizer, batch_size, bf16)
-    return task.metrics(predicted, features.table["labels"][:], labels)
+    results = predict(model, task, features, tokenizer, labels, batch_size, bf16)
+    return task.metrics(results, features.examples, labels)
 
 
 def score_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> dict[str, Any]:
@@ -68,7 +69,7 @@ def score_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> dict[str,
     examples = run.task.read(file_source(path))
     features = run.task.featurize(examples, run.tokenizer, run.labels, run.max_length)
     scores = score(run.model, run.task, features, run.tokenizer, run.labels, batch_size)
-    return {**scores, "examples": len(features), "truncated_examples": features.truncated}
+    return {**scores, "examples": len(examples), "truncated_examples": features.truncated}
 
 
 def predict_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> list[dict[str, Any]]:
@@ -95,8 +96,5 @@ def _predict_examples(
     run: "TrainedRun", examples: Examples, batch_size: int
 ) -> list[dict[str, Any]]:
     features = run.task.featurize(examples, run.tokenizer, None, run.max_length)
-    found = predict(run.model, run.task, features, run.tokenizer, batch_size)
-    return [
-        run.task.describe({**examples.table[index], **features.table[index]}, one, run.labels)
-        for index, one in enumerate(found)
-    ]
+    results = predict(run.model, run.task, features, run.tokenizer, run.labels, batch_size)
+    return [run.task.describe(row, one) for row, one in zip(examples.table, results, strict=True)]

@@ -88,7 +88,7 @@ class TaskTrainer(Trainer):
     ) -> None:
         self.task, self.labels, self.validation, self.clock = task, labels, validation, clock
         self.tokenizer = tokenizer
-        self.train_lengths = [len(ids) for ids in train.table["input_ids"]]
+        self.train_lengths = train.lengths
         self.head_learning_rate = head_learning_rate
         super().__init__(
             model,

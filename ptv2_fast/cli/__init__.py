@@ -1,0 +1,41 @@
+"""The command line: ptv2-fast train | eval | predict | tasks | env, one file each.
+
+Only what a command needs is imported, inside it: `env` works without transformers, and help and
+bad options come at once.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+
+from ptv2_fast.cli import environment, score, tasks, train
+from ptv2_fast.cli.parser import BAD_INPUT, BadInput, Parser, with_dashes
+
+__all__ = ["BAD_INPUT", "main"]
+
+_COMMANDS = (train, score, tasks, environment)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command.
+
+    Returns:
+        The exit code: 0, or 2 after one line on stderr when the input is bad.
+    """
+    parser = Parser(
+        prog="ptv2-fast",
+        description="P-Tuning v2 and its baselines on Hugging Face encoders.",
+        allow_abbrev=False,
+    )
+    commands = parser.add_subparsers(metavar="command", required=True)
+    for command in _COMMANDS:
+        command.add(commands)
+    given = [with_dashes(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    parsed = vars(parser.parse_args(given))
+    run: Callable[..., None] = parsed.pop("command")
+    prog = parsed.pop("prog")
+    try:
+        run(parsed)
+    except BadInput as error:
+        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    return 0

@@ -1,0 +1,51 @@
+"""ptv2-fast env."""
+
+import os
+import platform
+import re
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from ptv2_fast.cli.parser import add_command
+
+_PACKAGES = (
+    "ptv2-fast", "torch", "triton", "transformers", "accelerate", "datasets", "tokenizers",
+    "safetensors", "numpy",
+)  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    add_command(commands, "env", _env, "print versions, devices and backends")
+
+
+def _env(options: dict[str, Any]) -> None:
+
+    import torch
+
+    from ptv2_fast.ops import backends
+
+    print(f"python        {platform.python_version()} on {platform.platform()}")
+    for package in _PACKAGES:
+        try:
+            version = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            version = "not installed"
+        print(f"{package:<13} {version}")
+    print(
+        f"processor     {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    )
+    print(f"cpu features  {torch.backends.cpu.get_cpu_capability()}")
+    print(f"cuda          {torch.version.cuda or torch.version.hip or 'not in this torch'}")
+    for device, backend in backends().items():
+        print(f"backend       {device}: {backend}")
+
+
+def _processor() -> str:
+
+    try:
+        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        match = None
+    return match[1] if match else platform.processor() or platform.machine()

@@ -1,0 +1,138 @@
+"""What the commands share: options made from dataclasses, and errors of one line."""
+
+import argparse
+import dataclasses
+import os
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+from ptv2_fast.recipes import read_recipe
+from ptv2_fast.tasks.options import Options, value_type
+from ptv2_fast.training.options import SECTIONS, RunConfig, read_config_file
+
+BAD_INPUT = 2  # the exit code
+
+
+class Parser(argparse.ArgumentParser):
+    """One line for a bad option instead of the whole usage."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+class BadInput(Exception):
+    """What the user gave cannot be used; the message says what and why."""
+
+
+def checked(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call something that raises ValueError or OSError for bad input.
+
+    Raises:
+        BadInput: instead of those.
+    """
+    try:
+        return function(*args, **kwargs)
+    except (ValueError, OSError) as error:
+        raise BadInput(error) from error
+
+
+def with_dashes(word: str) -> str:
+    """--pre_seq_len=4 -> --pre-seq-len=4; values stay as they are."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def add_command(
+    commands: Any, name: str, run: Callable, help: str, epilog: str | None = None
+) -> argparse.ArgumentParser:
+    """A command that calls `run` with its options as a dictionary."""
+    parser = commands.add_parser(
+        name,
+        help=help,
+        description=help[0].upper() + help[1:] + ".",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(command=run, prog=parser.prog)
+    return parser
+
+
+def add_run_settings(parser: argparse.ArgumentParser) -> None:
+    """--recipe, --config and every option of a run."""
+    parser.add_argument("--recipe", help="start from a recipe (`ptv2-fast tasks` lists them)")
+    parser.add_argument(
+        "--config",
+        help="options from a .json, .toml or .yaml file; those given here win; config.json of a "
+        "run repeats it",
+    )
+    for title, part in SECTIONS.items():
+        add_options(parser.add_argument_group(title), part)
+
+
+def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) -> RunConfig:
+    """The run's configuration: `before`, then the recipe's, the file's, and the options.
+
+    Args:
+        options: parsed ones, of `add_run_settings` alone.
+
+    Raises:
+        ValueError: for an unknown recipe, a bad file, an unknown option or a bad value.
+    """
+    values = dict(before or {})
+    recipe, config_file = options.pop("recipe"), options.pop("config")
+    if recipe is not None:
+        values |= read_recipe(recipe)
+    if config_file is not None:
+        values |= read_config_file(config_file)
+    return RunConfig.from_dict(values | options)
+
+
+def add_options(group: Any, part: type[Options], names: Sequence[str] | None = None) -> None:
+    """One option for each field of a dataclass; options that are not given are not set."""
+    hints = typing.get_type_hints(part)
+    for field in dataclasses.fields(part):  # type: ignore[arg-type]
+        if names is not None and field.name not in names:
+            continue
+        kind, _ = value_type(hints[field.name])
+        flags = [f"--{n.replace('_', '-')}" for n in (field.name, *field.metadata["aliases"])]
+        help_text = field.metadata["help"]
+        if names is None and field.default is not None and kind is not bool:
+            help_text += f" (default: {field.default})"
+        settings: dict[str, Any] = {"type": list_of_integers if kind is tuple else kind}
+        if kind is bool:
+            settings = {"action": argparse.BooleanOptionalAction}
+            help_text += f" (default: {'yes' if field.default else 'no'})"
+        if field.metadata["choices"]:
+            settings["choices"] = field.metadata["choices"]
+        elif kind is not bool:
+            settings["metavar"] = "TEXT" if kind is str else "N,N,..." if kind is tuple else "N"
+        group.add_argument(
+            *flags,
+            dest=field.name,
+            default=argparse.SUPPRESS,
+            help=help_text.replace("%", "%%"),
+            **settings,
+        )
+
+
+def list_of_integers(text: str) -> list[int]:
+    """6,7,8 -> [6, 7, 8]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers as 6,7,8, got {text!r}") from None
+
+
+def quieten() -> None:
+    """Leave the terminal to our own lines and the progress bars of long work."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import datasets
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()

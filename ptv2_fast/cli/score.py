@@ -1,0 +1,72 @@
+"""ptv2-fast eval and ptv2-fast predict."""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ptv2_fast.cli.parser import BadInput, add_command, add_options, checked, quieten
+from ptv2_fast.tasks.options import DataOptions
+from ptv2_fast.training import run_folder
+
+_COLUMN_OPTIONS = (
+    "text_column", "text_pair_column", "label_column", "words_column", "tags_column",
+    "predicate_column", "conll_word_column", "conll_tag_column", "long_input", "doc_stride",
+    "max_answer_length", "n_best", "null_score_threshold",
+)  # fmt: skip
+
+
+def add(commands: Any) -> None:
+    """Add both commands."""
+    evaluate = add_command(commands, "eval", _evaluate, "score a trained run on labelled data")
+    _add_run_options(evaluate)
+    evaluate.add_argument("--data", required=True, help="file of labelled examples")
+
+    predict = add_command(commands, "predict", _predict, "print predictions as JSON lines")
+    _add_run_options(predict)
+    source = predict.add_mutually_exclusive_group()
+    source.add_argument("--data", help="file of examples, labelled or not")
+    source.add_argument("--text", action="append", help="a text (a pair: two, with a tab between);"
+                        " default: one a line from stdin")  # fmt: skip
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--run", required=True, help="folder of the run")
+    parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
+    group = parser.add_argument_group("where the data differs from the run's training data")
+    add_options(group, DataOptions, _COLUMN_OPTIONS)
+
+
+def _evaluate(options: dict[str, Any]) -> None:
+    run, batch_size = _load(options)
+    from ptv2_fast.training.scoring import score_file
+
+    scores = checked(score_file, run, Path(options["data"]), batch_size)
+    print(json.dumps(scores, indent=2))
+
+
+def _predict(options: dict[str, Any]) -> None:
+    run, batch_size = _load(options)
+    from ptv2_fast.training.scoring import predict_file, predict_texts
+
+    if options["data"] is not None:
+        lines = checked(predict_file, run, Path(options["data"]), batch_size)
+    else:
+        texts = options["text"] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        lines = checked(predict_texts, run, texts, batch_size)
+    for line in lines:
+        print(json.dumps(line, ensure_ascii=False))
+
+
+def _load(options: dict[str, Any]) -> tuple[Any, int]:
+    """The run that the options name, and the batch size."""
+    if options["batch_size"] < 1:
+        raise BadInput(f"batch_size: expected an integer >= 1, got {options['batch_size']}")
+    folder = Path(options["run"])
+    checked(run_folder.read_run_config, folder)  # before the heavy imports
+    quieten()
+    from ptv2_fast.training.models import load_run
+
+    changes = {name: options[name] for name in _COLUMN_OPTIONS if name in options}
+    return checked(load_run, folder, changes), options["batch_size"]
