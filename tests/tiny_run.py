@@ -12,7 +12,7 @@ MAX_POSITIONS = 24
 PEOPLE, PLACES = ("Anna", "Bob"), ("Berlin", "Oslo")
 
 
-def save_tiny_model(folder: Path) -> str:
+def save_tiny_model(folder: Path, positions: int = MAX_POSITIONS) -> str:
     """Two layers of two heads of width 8, and a WordPiece tokenizer; returns the folder's name."""
     vocabulary = [*SPECIAL, *WORDS, "##a", "##s", "##n", "ber", "##lin"]
     tokenizer = Tokenizer(
@@ -39,7 +39,7 @@ def save_tiny_model(folder: Path) -> str:
             num_hidden_layers=2,
             num_attention_heads=2,
             intermediate_size=32,
-            max_position_embeddings=MAX_POSITIONS,
+            max_position_embeddings=positions,
             initializer_range=0.3,
         )
     ).save_pretrained(folder)
