@@ -167,7 +167,7 @@ BAD_TRAINING = {
     "missing column": (["--train-file", "{train_csv}"], "words_column: expected a column of"),
     "P": (["--num-virtual-tokens", "0"], "num_virtual_tokens: expected an integer >= 1, got 0"),
     "P takes all": (["--position-offset", "prefix", "--pre_seq_len", "24"], "num_virtual_tokens"),
-    "layers": (["--layers", "0,2"], "layers: expected indices in the range 0..1"),
+    "depth": (["--depth", "1-3"], "depth: expected layers 1 to 2, which the model has, got '1-3'"),
     "max length": (["--max-length", "25"], "max_length: expected at most 24, got 25"),
     "max length beside P": (
         ["--max-length", "24", "--position-offset", "prefix"],

@@ -231,12 +231,12 @@ def test_kept_bytes_of_p_tuning_v2_are_fewer_than_of_fine_tuning():
 
 def test_config_files_and_dictionaries_hold_the_same_options(tmp_path):
     config = RunConfig.from_dict(
-        {"task": "text-classification", "model": "m", "layers": [1, 0], "seed": 7}
+        {"task": "text-classification", "model": "m", "depth": "1-2", "seed": 7}
     )
     texts = {
         "run.json": json.dumps(config.to_dict()),
-        "run.yaml": "task: text-classification\nmodel: m\nlayers: [1, 0]\nseed: 7\n",
-        "run.toml": 'task = "text-classification"\nmodel = "m"\nlayers = [1, 0]\nseed = 7\n',
+        "run.yaml": "task: text-classification\nmodel: m\ndepth: 1-2\nseed: 7\n",
+        "run.toml": 'task = "text-classification"\nmodel = "m"\ndepth = "1-2"\nseed = 7\n',
     }
     for name, text in texts.items():
         (tmp_path / name).write_text(text)

@@ -102,14 +102,14 @@ def add_options(group: Any, part: type[Options], names: Sequence[str] | None = N
         help_text = field.metadata["help"]
         if names is None and field.default is not None and kind is not bool:
             help_text += f" (default: {field.default})"
-        settings: dict[str, Any] = {"type": list_of_integers if kind is tuple else kind}
+        settings: dict[str, Any] = {"type": kind}
         if kind is bool:
             settings = {"action": argparse.BooleanOptionalAction}
             help_text += f" (default: {'yes' if field.default else 'no'})"
         if field.metadata["choices"]:
             settings["choices"] = field.metadata["choices"]
         elif kind is not bool:
-            settings["metavar"] = "TEXT" if kind is str else "N,N,..." if kind is tuple else "N"
+            settings["metavar"] = "TEXT" if kind is str else "N"
         group.add_argument(
             *flags,
             dest=field.name,
@@ -117,14 +117,6 @@ def add_options(group: Any, part: type[Options], names: Sequence[str] | None = N
             help=help_text.replace("%", "%%"),
             **settings,
         )
-
-
-def list_of_integers(text: str) -> list[int]:
-    """6,7,8 -> [6, 7, 8]."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected integers as 6,7,8, got {text!r}") from None
 
 
 def quieten() -> None:

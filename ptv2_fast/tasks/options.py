@@ -21,11 +21,11 @@ def option(default: Any, help: str, *, choices: tuple = (), aliases: tuple[str, 
 
 
 def value_type(annotation: Any) -> tuple[type, bool]:
-    """(int | float | bool | str | tuple, whether None is allowed) of a field's annotation."""
+    """(int | float | bool | str, whether None is allowed) of a field's annotation."""
     optional = isinstance(annotation, types.UnionType)
     if optional:
         annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
-    return typing.get_origin(annotation) or annotation, optional
+    return annotation, optional
 
 
 class Options:
@@ -45,11 +45,8 @@ class Options:
             if kind is float and type(value) is int:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
-            if kind is tuple and isinstance(value, list):
-                value = tuple(value)
-                object.__setattr__(self, field.name, value)
             if type(value) is not kind:
-                expected = {tuple: "a list of integers", str: "text", bool: "true or false"}
+                expected = {str: "text", bool: "true or false"}
                 name = expected.get(kind, f"a number ({kind.__name__})")
                 raise ValueError(f"{field.name}: expected {name}, got {value!r}")
             if choices and value not in choices:

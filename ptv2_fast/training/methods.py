@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.encoders import FAMILIES, attach, max_input_tokens
 from ptv2_fast.prefix import PTuningV2Config
 from ptv2_fast.training.baselines import fine_tuning, linear_probe, prompt_tuning
+from ptv2_fast.training.depth import check_depth, parse_depth
 from ptv2_fast.training.options import ModelOptions
 
 # Takes the model, the options and token ids to start from (None with init="normal").
@@ -28,7 +29,7 @@ def prefix_config(options: ModelOptions, task_type: str | None = None) -> PTunin
         encoder_hidden_size=options.encoder_hidden_size,
         task_type=task_type,
         prefix_dropout=options.prefix_dropout,
-        layers=options.layers,
+        layers=None if options.depth is None else parse_depth(options.depth),
         position_offset=options.position_offset,
         init=options.init,
         backbone=options.backbone,
@@ -41,6 +42,8 @@ def prefix_config(options: ModelOptions, task_type: str | None = None) -> PTunin
 
 def p_tuning_v2(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
     """Deep prompt tuning (Liu et al. 2022): a prefix in front of every layer's attention."""
+    if options.depth is not None:
+        check_depth(options.depth, model.config.num_hidden_layers)
     attach(model, prefix_config(options), init_input_ids=init_ids)
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.tasks.options import DataOptions, Options, option
+from ptv2_fast.training.depth import parse_depth
 
 METHODS = ("p-tuning-v2", "fine-tuning", "linear-probe", "prompt-tuning")
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
@@ -34,8 +35,8 @@ class ModelOptions(Options):
         None, "width of that MLP (default: the model's)", aliases=("prefix_hidden_size",)
     )
     prefix_dropout: float = option(0.0, "dropout on the prefix")
-    layers: tuple[int, ...] | None = option(
-        None, "layers that get a prefix, as 6,7,8 (default: all)"
+    depth: str | None = option(
+        None, "p-tuning-v2: layers that get a prefix, counted from 1, as 1-4,9 (default: all)"
     )
     position_offset: str = option(
         "none", "'prefix': the first token stands at position P", choices=("none", "prefix")
@@ -65,7 +66,7 @@ class ModelOptions(Options):
     cache_frozen_layers: str | None = option(
         None,
         "keep what the layers below the lowest prefix compute: 'memory' or a folder; needs "
-        "--layers and --dropout 0",
+        "--depth and --dropout 0",
     )
     dropout: float | None = option(
         None, "dropout inside the encoder (default: the model's)", aliases=("hidden_dropout_prob",)
@@ -76,6 +77,11 @@ class ModelOptions(Options):
         super().__post_init__()
         self.require(self.model is not None, "model", "a folder or a name on the hub")
         self.require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "an integer >= 1")
+        if self.depth is not None:
+            parse_depth(self.depth)
+            self.require(
+                self.method == "p-tuning-v2", "depth", f"None for the method {self.method}"
+            )
         for name in ("dropout", "head_dropout", "prefix_dropout"):
             value = getattr(self, name)
             self.require(value is None or 0 <= value < 1, name, "a probability in [0, 1)")
@@ -171,10 +177,7 @@ class RunConfig:
 
     def to_dict(self) -> dict[str, dict[str, Any]]:
         """The three tables, JSON-ready."""
-        tables = dataclasses.asdict(self)
-        layers = tables["model"]["layers"]
-        tables["model"]["layers"] = None if layers is None else list(layers)
-        return tables
+        return dataclasses.asdict(self)
 
     @property
     def learning_rate(self) -> float:
