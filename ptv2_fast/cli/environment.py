@@ -2,9 +2,7 @@
 
 import os
 import platform
-import re
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 from ptv2_fast.cli.parser import add_command
@@ -21,10 +19,10 @@ def add(commands: Any) -> None:
 
 
 def _env(options: dict[str, Any]) -> None:
-
     import torch
 
     from ptv2_fast.ops import backends
+    from ptv2_fast.training.machine import processor_name
 
     print(f"python        {platform.python_version()} on {platform.platform()}")
     for package in _PACKAGES:
@@ -33,19 +31,9 @@ def _env(options: dict[str, Any]) -> None:
         except metadata.PackageNotFoundError:
             version = "not installed"
         print(f"{package:<13} {version}")
-    print(
-        f"processor     {_processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
-    )
+    threads = torch.get_num_threads()
+    print(f"processor     {processor_name()}, {os.cpu_count()} cores, {threads} threads")
     print(f"cpu features  {torch.backends.cpu.get_cpu_capability()}")
     print(f"cuda          {torch.version.cuda or torch.version.hip or 'not in this torch'}")
     for device, backend in backends().items():
         print(f"backend       {device}: {backend}")
-
-
-def _processor() -> str:
-
-    try:
-        match = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M)
-    except OSError:
-        match = None
-    return match[1] if match else platform.processor() or platform.machine()

@@ -13,6 +13,7 @@ import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.machine import describe_machine
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes
 from ptv2_fast.training.models import save_trained
 from ptv2_fast.training.prepare import Prepared
@@ -80,6 +81,7 @@ def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
         "task": prepared.config.data.task,
         "method": prepared.config.model.method,
         "model": prepared.config.model.model,
+        "metric": prepared.task.metric,
         "metrics": scores,
         "trainable_parameters": trainable,
         "total_parameters": total,
@@ -94,6 +96,7 @@ def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
         "remarks": {
             name: f.examples.remarks for name, f in prepared.features.items() if f.examples.remarks
         },
+        "machine": describe_machine(model.device),
         "versions": {
             "ptv2_fast": ptv2_fast.__version__,
             "torch": torch.__version__,
