@@ -6,6 +6,7 @@ import time
 import pytest
 import torch
 from torch import nn
+from transformers import TrainerCallback
 
 from ptv2_fast.training import trainer
 from ptv2_fast.training.baselines import trained_tensors
@@ -164,6 +165,23 @@ def test_a_time_limit_stops_training_and_the_learning_rate_decays_over_it(
     assert rates[4:] == pytest.approx([1 - k / 16 for k in range(16)], abs=0.01)
     scored = [line["step"] for line in lines if "eval_f1" in line]
     assert scored == [8, 16, 20], "every 8 seconds, and at the end"
+
+
+def test_an_exponential_schedule_multiplies_the_rates_after_each_epoch(tiny, tmp_path):
+    """24 examples in batches of 4, two to a step: three steps an epoch; prompt and head alike."""
+    config = run_config(tiny, schedule="exponential", schedule_decay=0.5, logging_steps=1,
+                        gradient_accumulation_steps=2, learning_rate=0.8,
+                        num_train_epochs=3)  # fmt: skip
+    rates = []
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **unused) -> None:
+            rates.append([group["lr"] for group in optimizer.param_groups if group["params"]])
+
+    train(prepare(config, tmp_path / "run"), [Rates()])
+    assert [sorted(set(step)) for step in rates] == [
+        [0.03 * factor, 0.8 * factor] for factor in (1, 1, 1, 0.5, 0.5, 0.5, 0.25, 0.25, 0.25)
+    ]
 
 
 def test_scoring_draws_nothing_from_the_generator_of_training(tiny, tmp_path):

@@ -10,7 +10,7 @@ from ptv2_fast.tasks.options import DataOptions, Options, option
 from ptv2_fast.training.depth import parse_depth
 
 METHODS = ("p-tuning-v2", "fine-tuning", "linear-probe", "prompt-tuning")
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup")
+SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "exponential")
 
 # Where a search has not said better. The authors' scripts use 5e-3 to 6e-2 for P-Tuning v2.
 DEFAULT_LEARNING_RATES = {
@@ -71,6 +71,9 @@ class ModelOptions(Options):
     dropout: float | None = option(
         None, "dropout inside the encoder (default: the model's)", aliases=("hidden_dropout_prob",)
     )
+    attention_dropout: float | None = option(
+        None, "dropout on the attention's probabilities (default: the same)"
+    )
     head_dropout: float | None = option(None, "dropout before the classifier (default: the same)")
 
     def __post_init__(self) -> None:
@@ -82,7 +85,7 @@ class ModelOptions(Options):
             self.require(
                 self.method == "p-tuning-v2", "depth", f"None for the method {self.method}"
             )
-        for name in ("dropout", "head_dropout", "prefix_dropout"):
+        for name in ("dropout", "attention_dropout", "head_dropout", "prefix_dropout"):
             value = getattr(self, name)
             self.require(value is None or 0 <= value < 1, name, "a probability in [0, 1)")
 
@@ -98,7 +101,8 @@ class TrainingOptions(Options):
     max_seconds: float | None = option(
         None,
         "stop after this many seconds of training steps, scoring and saving not counted; the "
-        "learning rate decays over them, so two such runs are not bit-equal",
+        "learning rate decays over them (exponential: over epochs), so two such runs are not "
+        "bit-equal",
     )
     batch_size: int = option(
         16, "examples in a step on one device", aliases=("per_device_train_batch_size",)
@@ -117,6 +121,9 @@ class TrainingOptions(Options):
     weight_decay: float = option(0.0, "of AdamW, not on biases and norms")
     warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises")
     schedule: str = option("linear", "the learning rate after that", choices=SCHEDULES)
+    schedule_decay: float = option(
+        0.95, "exponential: what the learning rate is multiplied by after each epoch"
+    )
     max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 = no clipping")
     seed: int = option(42, "of initialisation, order and dropout")
     bf16: bool = option(False, "automatic mixed precision in bfloat16")
@@ -148,6 +155,11 @@ class TrainingOptions(Options):
         for name in ("weight_decay", "max_grad_norm"):
             self.require(getattr(self, name) >= 0, name, "a number >= 0")
         self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number in [0, 1)")
+        self.require(0 < self.schedule_decay <= 1, "schedule_decay", "a number in (0, 1]")
+        self.require(
+            self.warmup_ratio == 0 or self.schedule != "exponential",
+            "warmup_ratio", "0 with the schedule exponential",
+        )  # fmt: skip
         self.require(self.save_steps is None or self.save_steps >= 0, "save_steps",
                      "None or an integer >= 0")  # fmt: skip
         self.require(0 <= self.seed < 2**32, "seed", "an integer in 0..2**32-1")

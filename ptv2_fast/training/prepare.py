@@ -155,7 +155,8 @@ def training_arguments(
         learning_rate=config.learning_rate,
         weight_decay=options.weight_decay,
         warmup_steps=options.warmup_ratio,
-        lr_scheduler_type=options.schedule,
+        # TaskTrainer multiplies the constant rate.
+        lr_scheduler_type="constant" if options.schedule == "exponential" else options.schedule,
         max_grad_norm=options.max_grad_norm,
         seed=options.seed,
         bf16=options.bf16,

@@ -46,6 +46,9 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         validation=prepared.watched,
         clock=clock,
         head_learning_rate=config.training.head_learning_rate,
+        epoch_decay=(
+            config.training.schedule_decay if config.training.schedule == "exponential" else None
+        ),
         callbacks=[_MetricsFile(folder / run_folder.METRICS), *(callbacks or [])],
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))

@@ -1,5 +1,6 @@
 """Hugging Face's Trainer with our order of batches, learning rates, time limit and scoring."""
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, cast
@@ -69,6 +70,7 @@ class TaskTrainer(Trainer):
         train, validation: features.
         clock: counts the steps' seconds.
         head_learning_rate: of what lies outside backbone, prefix and prompt; None = the same.
+        epoch_decay: multiplies the learning rates after each epoch; None = the schedule of `args`.
         callbacks: further callbacks.
     """
 
@@ -84,12 +86,13 @@ class TaskTrainer(Trainer):
         validation: Features | None,
         clock: StepClock,
         head_learning_rate: float | None = None,
+        epoch_decay: float | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.task, self.labels, self.validation, self.clock = task, labels, validation, clock
         self.tokenizer = tokenizer
         self.train_lengths = train.lengths
-        self.head_learning_rate = head_learning_rate
+        self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
         super().__init__(
             model,
             args,
@@ -100,9 +103,13 @@ class TaskTrainer(Trainer):
         )
         self.remove_callback(PrinterCallback)  # metrics.jsonl holds what it prints
 
+    @property
+    def step_size(self) -> int:
+        """Examples in an optimizer step of this process."""
+        return self.args.train_batch_size * self.args.gradient_accumulation_steps
+
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        step_size = self.args.train_batch_size * self.args.gradient_accumulation_steps
-        return LengthGroupedOrder(self.train_lengths, step_size, self.args.seed)
+        return LengthGroupedOrder(self.train_lengths, self.step_size, self.args.seed)
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -122,11 +129,15 @@ class TaskTrainer(Trainer):
         ]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        if self.clock.max_seconds is None:
+        optimizer = optimizer or self.optimizer
+        if self.epoch_decay is not None:
+            step_size = self.step_size * self.args.world_size
+            epoch = math.ceil(len(self.train_lengths) / step_size)
+            self.lr_scheduler = exponential_schedule(optimizer, self.epoch_decay, epoch)
+        elif self.clock.max_seconds is not None:
+            self.lr_scheduler = timed_schedule(self.args, optimizer, num_training_steps, self.clock)
+        else:
             return super().create_scheduler(num_training_steps, optimizer)
-        self.lr_scheduler = timed_schedule(
-            self.args, optimizer or self.optimizer, num_training_steps, self.clock
-        )
         self._created_lr_scheduler = True
         return self.lr_scheduler
 
@@ -171,6 +182,14 @@ def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
         and id(parameter) not in pretrained
         and name.split(".")[0] not in ("prefix_encoder", PROMPT)
     ]
+
+
+def exponential_schedule(optimizer: Any, decay: float, epoch: int) -> LambdaLR:
+    """The learning rates times `decay` after every `epoch` steps: the authors' schedule beside linear.
+
+    The rates depend on the number of steps alone, so that a run may resume within an epoch.
+    """
+    return LambdaLR(optimizer, lambda step: decay ** (step // epoch))
 
 
 def timed_schedule(
