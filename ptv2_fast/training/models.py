@@ -35,6 +35,8 @@ def load_pretrained(
     if options.dropout is not None:
         changes["hidden_dropout_prob"] = options.dropout
         changes["attention_probs_dropout_prob"] = options.dropout
+    if options.attention_dropout is not None:
+        changes["attention_probs_dropout_prob"] = options.attention_dropout
     if options.head_dropout is not None:
         changes["classifier_dropout"] = options.head_dropout
     assert options.model is not None
