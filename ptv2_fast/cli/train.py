@@ -54,7 +54,7 @@ def _before(folder: Path) -> dict[str, Any]:
     if not (folder / run_folder.CONFIG).is_file():
         return {}
     config, _ = run_folder.read_run_config(folder)
-    return {name: value for table in config.to_dict().values() for name, value in table.items()}
+    return config.flat()
 
 
 def _train_one(

@@ -191,6 +191,10 @@ class RunConfig:
         """The three tables, JSON-ready."""
         return dataclasses.asdict(self)
 
+    def flat(self) -> dict[str, Any]:
+        """All options in one table, JSON-ready."""
+        return {name: value for table in self.to_dict().values() for name, value in table.items()}
+
     @property
     def learning_rate(self) -> float:
         """The peak learning rate, by method when none was given."""

@@ -14,7 +14,7 @@ from transformers import (
 
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import find_sources
-from ptv2_fast.tasks.task import Features, Task
+from ptv2_fast.tasks.task import Examples, Features, Task
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.methods import longest_input, prefix_config, prepare_model
 from ptv2_fast.training.models import load_pretrained
@@ -74,16 +74,9 @@ def prepare(
     run_folder.check_output(folder, resume, overwrite)
     if config.model.method == "p-tuning-v2":
         prefix_config(config.model)  # a bad prefix is known before the data is read
-    task, seed = make_task(config.data), config.training.seed
-    examples = {name: task.read(source) for name, source in find_sources(config.data).items()}
-    count, total = config.data.max_train_examples, len(examples["train"])
-    if count is not None and count < total:
-        examples["train"] = examples["train"].select(_draw(total, count, seed))
-    labels = task.find_labels(examples["train"])
-    for part in examples.values():
-        task.check_labels(part, labels)
+    task, examples, labels = read_data(config)
 
-    set_seed(seed)
+    set_seed(config.training.seed)
     model, tokenizer = load_pretrained(config.model, task, labels)
     max_length = choose_max_length(config.data, model, config.model)
     features = {
@@ -91,8 +84,10 @@ def prepare(
     }
     prepare_model(model, config.model, features["train"].table)
     if config.training.gradient_checkpointing:
-        _checkpoint_activations(model)
-    arguments = training_arguments(config, task, features, folder)
+        checkpoint_activations(model)
+    rows = len(features["train"])
+    metric = task.metric if "validation" in features else None
+    arguments = training_arguments(config, folder, rows, metric)
     prepared = Prepared(
         config, task, model, tokenizer, labels, max_length, features, arguments, folder,
         resume, overwrite,
@@ -102,7 +97,25 @@ def prepare(
     return prepared
 
 
-def _checkpoint_activations(model: PreTrainedModel) -> None:
+def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
+    """The task, the examples of each split, and the labels of the training split.
+
+    Raises:
+        ValueError, OSError: for bad data, or a label that the training split lacks.
+    """
+    task = make_task(config.data)
+    examples = {name: task.read(source) for name, source in find_sources(config.data).items()}
+    count, total = config.data.max_train_examples, len(examples["train"])
+    if count is not None and count < total:
+        examples["train"] = examples["train"].select(_draw(total, count, config.training.seed))
+    labels = task.find_labels(examples["train"])
+    for part in examples.values():
+        task.check_labels(part, labels)
+    return task, examples, labels
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Recompute the activations of the encoder layers in the backward pass."""
     # The name changed in transformers 5.
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
@@ -123,19 +136,25 @@ def choose_max_length(data: DataOptions, model: PreTrainedModel, options: ModelO
 
 
 def training_arguments(
-    config: RunConfig, task: Task, features: dict[str, Features], folder: Path
+    config: RunConfig, folder: Path, rows: int, metric: str | None
 ) -> TrainingArguments:
     """Trainer's arguments for our options.
+
+    Args:
+        config: the run.
+        folder: of the run.
+        rows: of an epoch.
+        metric: that selects the best checkpoint; None = there is no validation split.
 
     Raises:
         ValueError: for options that do not go together, or that this machine cannot serve.
     """
     options = config.training
-    batches = math.ceil(len(features["train"]) / options.batch_size)
+    batches = math.ceil(rows / options.batch_size)
     epoch = math.ceil(batches / options.gradient_accumulation_steps)
     eval_steps = options.eval_steps or (_NEVER if options.eval_seconds else epoch)
     save_steps = eval_steps if options.save_steps is None else options.save_steps
-    has_validation = "validation" in features
+    has_validation = metric is not None
     load_best = options.load_best and has_validation and save_steps > 0
     if load_best and save_steps % eval_steps != 0:
         raise ValueError(
@@ -162,13 +181,14 @@ def training_arguments(
         bf16=options.bf16,
         use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU without it
         logging_steps=options.logging_steps,
+        logging_nan_inf_filter=False,  # StopWhenDiverged sees every loss
         eval_strategy="steps" if has_validation else "no",
         eval_steps=eval_steps,
         save_strategy="steps" if save_steps else "no",
         save_steps=save_steps or eval_steps,
         save_total_limit=2,
         load_best_model_at_end=load_best,
-        metric_for_best_model=task.metric if has_validation else None,
+        metric_for_best_model=metric,
         greater_is_better=True if has_validation else None,
         disable_tqdm=not options.progress,
         report_to="none",

@@ -13,9 +13,11 @@ import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.divergence import StopWhenDiverged
 from ptv2_fast.training.machine import describe_machine
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes
 from ptv2_fast.training.models import save_trained
+from ptv2_fast.training.options import TrainingOptions
 from ptv2_fast.training.prepare import Prepared
 from ptv2_fast.training.scoring import score
 from ptv2_fast.training.trainer import TaskTrainer
@@ -30,6 +32,9 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
 
     Returns:
         The report, as in report.json.
+
+    Raises:
+        DivergedError: when the training loss becomes infinite or NaN.
     """
     config, folder = prepared.config, prepared.folder
     checkpoint = run_folder.last_checkpoint(folder) if prepared.resume else None
@@ -49,13 +54,32 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         epoch_decay=(
             config.training.schedule_decay if config.training.schedule == "exponential" else None
         ),
-        callbacks=[_MetricsFile(folder / run_folder.METRICS), *(callbacks or [])],
+        callbacks=[
+            StopWhenDiverged(),
+            _MetricsFile(folder / run_folder.METRICS),
+            *(callbacks or []),
+        ],
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     save_trained(prepared.model, config.model.method, folder)
     report = _report(prepared, clock, trainer.state.global_step)
     run_folder.write_json(folder / run_folder.REPORT, report)
     return report
+
+
+def pace(
+    options: TrainingOptions,
+    clock: StepClock,
+    folder: Path,
+    callbacks: list[TrainerCallback] | None = None,
+) -> dict[str, Any]:
+    """The arguments of `PacedTrainer` beside the model and what it learns from."""
+    return {
+        "clock": clock,
+        "head_learning_rate": options.head_learning_rate,
+        "epoch_decay": options.schedule_decay if options.schedule == "exponential" else None,
+        "callbacks": [_MetricsFile(folder / run_folder.METRICS), *(callbacks or [])],
+    }
 
 
 class _MetricsFile(TrainerCallback):
@@ -70,35 +94,53 @@ class _MetricsFile(TrainerCallback):
 
 
 def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
-    options, model = prepared.config.training, prepared.model
-    trainable, total = get_nb_trainable_parameters(model)
-    scores = {
+    return {
+        "task": prepared.config.data.task,
+        "metric": prepared.task.metric,
+        "metrics": score_splits(prepared),
+        "saved_bytes": run_folder.saved_bytes(prepared.folder),
+        **describe_data(prepared),
+        **describe_training(prepared, clock, steps),
+    }
+
+
+def score_splits(prepared: Prepared) -> dict[str, dict[str, float]]:
+    """The metrics of every split but the training data."""
+    options = prepared.config.training
+    return {
         name: score(
-            model, prepared.task, features, prepared.tokenizer, prepared.labels,
+            prepared.model, prepared.task, features, prepared.tokenizer, prepared.labels,
             options.eval_batch_size, options.bf16,
         )
         for name, features in prepared.features.items()
         if name != "train"
     }  # fmt: skip
+
+
+def describe_data(prepared: Prepared) -> dict[str, dict[str, Any]]:
+    """What report.json says about the examples, by split."""
+    features = prepared.features.items()
     return {
-        "task": prepared.config.data.task,
+        "examples": {name: len(f.examples) for name, f in features},
+        "truncated_examples": {name: f.truncated for name, f in features},
+        "remarks": {name: f.examples.remarks for name, f in features if f.examples.remarks},
+    }
+
+
+def describe_training(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
+    """What report.json says about the model, the method, time and memory."""
+    model = prepared.model
+    trainable, total = get_nb_trainable_parameters(model)
+    return {
         "method": prepared.config.model.method,
         "model": prepared.config.model.model,
-        "metric": prepared.task.metric,
-        "metrics": scores,
         "trainable_parameters": trainable,
         "total_parameters": total,
-        "saved_bytes": run_folder.saved_bytes(prepared.folder),
         "steps": steps,
         "train_seconds": clock.seconds,
         "step_seconds": statistics.median(clock.step_seconds) if clock.step_seconds else None,
-        "kept_bytes": measure_kept_bytes(prepared, options.batch_size),
+        "kept_bytes": measure_kept_bytes(prepared, prepared.config.training.batch_size),
         "peak_memory_bytes": peak_memory_bytes(model.device),
-        "examples": {name: len(f.examples) for name, f in prepared.features.items()},
-        "truncated_examples": {name: f.truncated for name, f in prepared.features.items()},
-        "remarks": {
-            name: f.examples.remarks for name, f in prepared.features.items() if f.examples.remarks
-        },
         "machine": describe_machine(model.device),
         "versions": {
             "ptv2_fast": ptv2_fast.__version__,
