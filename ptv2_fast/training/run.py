@@ -49,16 +49,7 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         labels=prepared.labels,
         train=prepared.features["train"],
         validation=prepared.watched,
-        clock=clock,
-        head_learning_rate=config.training.head_learning_rate,
-        epoch_decay=(
-            config.training.schedule_decay if config.training.schedule == "exponential" else None
-        ),
-        callbacks=[
-            StopWhenDiverged(),
-            _MetricsFile(folder / run_folder.METRICS),
-            *(callbacks or []),
-        ],
+        **pace(config.training, clock, folder, callbacks),
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     save_trained(prepared.model, config.model.method, folder)
@@ -78,7 +69,11 @@ def pace(
         "clock": clock,
         "head_learning_rate": options.head_learning_rate,
         "epoch_decay": options.schedule_decay if options.schedule == "exponential" else None,
-        "callbacks": [_MetricsFile(folder / run_folder.METRICS), *(callbacks or [])],
+        "callbacks": [
+            StopWhenDiverged(),
+            _MetricsFile(folder / run_folder.METRICS),
+            *(callbacks or []),
+        ],
     }
 
 

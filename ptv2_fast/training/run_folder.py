@@ -1,14 +1,15 @@
 """The folder of a run: what is where, and writing that a crash cannot leave half done.
 
 config.json, metrics.jsonl and report.json; adapter/ (p-tuning-v2), model/ (fine-tuning) or
-trained.safetensors (the other methods); tokenizer/; checkpoints/.
+trained.safetensors (the other methods); tokenizer/; checkpoints/. A multi-task run keeps in
+tasks/NAME/ a folder of this form for each of its tasks, instead of what was trained.
 """
 
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ptv2_fast.training.options import RunConfig
 
@@ -20,6 +21,21 @@ MODEL = "model"
 TRAINED = "trained.safetensors"
 TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
+TASKS = "tasks"
+
+
+class Config(Protocol):
+    """The configuration of a run of one task or of several."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Any:
+        """From option values."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The tables of options, JSON-ready."""
+
+    def flat(self) -> dict[str, Any]:
+        """All options in one table, JSON-ready."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -73,30 +89,26 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
         raise ValueError(f"output: expected a run folder with {CONFIG}, got {str(folder)!r}")
 
 
-def check_same_run(folder: Path, config: RunConfig, found: dict[str, Any] | None = None) -> None:
+def check_same_run(folder: Path, config: Config, found: dict[str, Any] | None = None) -> None:
     """Check that the run in the folder was started with these options, and found the same.
 
     Args:
         folder: without a config.json there is nothing to compare with.
-        found: labels and max_length; None = not known yet.
+        config: of one task or of several.
+        found: labels, max_length and the like; None = not known yet.
 
     Raises:
         ValueError: naming what differs.
     """
     if not (folder / CONFIG).is_file():
         return
-    old_config, old_found = read_run_config(folder)
-    before: dict[str, Any] = dict(old_found)
-    now: dict[str, Any] = dict(found or old_found)
-    for old_table, table in zip(
-        old_config.to_dict().values(), config.to_dict().values(), strict=True
-    ):
-        before |= old_table
-        now |= table
+    old_config, old_found = read_run_config(folder, type(config))
+    before = old_config.flat() | old_found
+    now = config.flat() | (old_found if found is None else found)
     differences = [
-        f"{name} {before[name]!r} against {value!r}"
-        for name, value in now.items()
-        if value != before[name] and name != "progress"
+        f"{name} {before.get(name)!r} against {now.get(name)!r}"
+        for name in {**now, **before}
+        if now.get(name) != before.get(name) and name != "progress"
     ]
     if differences:
         raise ValueError(
@@ -105,21 +117,35 @@ def check_same_run(folder: Path, config: RunConfig, found: dict[str, Any] | None
         )
 
 
-def read_run_config(folder: Path) -> tuple[RunConfig, dict[str, Any]]:
+def read_run_config(folder: Path, kind: type[Config] = RunConfig) -> tuple[Any, dict[str, Any]]:
     """The options of a run, and the facts found at its start (labels, max_length).
 
+    Args:
+        folder: of the run.
+        kind: RunConfig, or the configuration of a multi-task run.
+
     Raises:
-        ValueError: when the folder holds no run, or one that cannot be read.
+        ValueError: when the folder holds no run, one that cannot be read, or one of the other kind.
     """
     content = read_json(folder / CONFIG)
+    if "tasks" in content and kind is RunConfig:
+        names = [str(single_folder(folder, task["name"])) for task in content["tasks"]]
+        raise ValueError(
+            f"run: expected the run of one task, got a multi-task run; its tasks are in {names}"
+        )
     facts = content.get("found")
     if not isinstance(facts, dict) or not {"labels", "max_length"} <= set(facts):
         raise ValueError(f"{folder / CONFIG}: expected the key 'found' with labels and max_length")
     options = {name: value for name, value in content.items() if name != "found"}
-    return RunConfig.from_dict(options), facts
+    return kind.from_dict(options), facts
 
 
-def start(folder: Path, config: RunConfig, found: dict[str, Any], overwrite: bool) -> None:
+def single_folder(folder: Path, name: str) -> Path:
+    """Where a multi-task run keeps one of its tasks in the form of a run of its own."""
+    return folder / TASKS / name
+
+
+def start(folder: Path, config: Config, found: dict[str, Any], overwrite: bool) -> None:
     """Create the folder, or empty an old run's, and write config.json."""
     if overwrite and folder.exists():
         shutil.rmtree(folder)

@@ -2,6 +2,7 @@
 
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, cast
 
@@ -18,8 +19,8 @@ from transformers import (
     get_scheduler,
 )
 
-from ptv2_fast.tasks.task import Features, Task
-from ptv2_fast.training.baselines import PROMPT
+from ptv2_fast.tasks.task import Collator, Features, Task
+from ptv2_fast.training.baselines import LORA, PROMPT
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.scoring import score
 
@@ -60,16 +61,16 @@ class LengthGroupedOrder(Sampler):
         yield from order[whole * self.batch_size :]
 
 
-class TaskTrainer(Trainer):
-    """A Trainer for one task.
+class PacedTrainer(Trainer):
+    """A Trainer with our learning rates, time limit and log; subclasses order and score.
 
     Args:
         model: prepared by a method.
         args: Trainer's own arguments.
-        task, tokenizer, labels: what the features were made with.
-        train, validation: features.
+        rows: what the collator takes a list of.
+        collate: makes a batch.
         clock: counts the steps' seconds.
-        head_learning_rate: of what lies outside backbone, prefix and prompt; None = the same.
+        head_learning_rate: of what lies outside backbone, prefix, prompt and LoRA; None = the same.
         epoch_decay: multiplies the learning rates after each epoch; None = the schedule of `args`.
         callbacks: further callbacks.
     """
@@ -79,26 +80,22 @@ class TaskTrainer(Trainer):
         model: PreTrainedModel,
         args: TrainingArguments,
         *,
-        task: Task,
-        tokenizer: PreTrainedTokenizerBase,
-        labels: list[str],
-        train: Features,
-        validation: Features | None,
+        rows: Any,
+        collate: Collator,
         clock: StepClock,
         head_learning_rate: float | None = None,
         epoch_decay: float | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.task, self.labels, self.validation, self.clock = task, labels, validation, clock
-        self.tokenizer = tokenizer
-        self.train_lengths = train.lengths
+        self.clock = clock
         self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
         super().__init__(
             model,
             args,
-            data_collator=task.collator(tokenizer),
-            train_dataset=train.table,
-            eval_dataset=None if validation is None else validation.table,
+            data_collator=collate,
+            train_dataset=rows,
+            # Trainer asks that there is one; `evaluate` does not look at it.
+            eval_dataset=None if args.eval_strategy == "no" else rows,
             callbacks=[clock, *(callbacks or [])],
         )
         self.remove_callback(PrinterCallback)  # metrics.jsonl holds what it prints
@@ -108,8 +105,13 @@ class TaskTrainer(Trainer):
         """Examples in an optimizer step of this process."""
         return self.args.train_batch_size * self.args.gradient_accumulation_steps
 
-    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
-        return LengthGroupedOrder(self.train_lengths, self.step_size, self.args.seed)
+    @abstractmethod
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """The order of the rows, of known length."""
+
+    @abstractmethod
+    def scores(self) -> dict[str, float]:
+        """The metrics of the validation examples, which draw nothing from torch's generator."""
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
@@ -132,7 +134,7 @@ class TaskTrainer(Trainer):
         optimizer = optimizer or self.optimizer
         if self.epoch_decay is not None:
             step_size = self.step_size * self.args.world_size
-            epoch = math.ceil(len(self.train_lengths) / step_size)
+            epoch = math.ceil(len(self._get_train_sampler()) / step_size)
             self.lr_scheduler = exponential_schedule(optimizer, self.epoch_decay, epoch)
         elif self.clock.max_seconds is not None:
             self.lr_scheduler = timed_schedule(self.args, optimizer, num_training_steps, self.clock)
@@ -147,13 +149,9 @@ class TaskTrainer(Trainer):
         ignore_keys: list[str] | None = None,
         metric_key_prefix: str = "eval",
     ) -> dict[str, float]:
-        """Score the validation features; torch's generator is left alone."""
-        assert self.validation is not None
+        """Score the validation examples."""
         started = time.perf_counter()
-        scores = score(
-            cast(PreTrainedModel, self.model), self.task, self.validation, self.tokenizer,
-            self.labels, self.args.eval_batch_size, self.args.bf16,
-        )  # fmt: skip
+        scores = self.scores()
         scores["runtime"] = time.perf_counter() - started
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(metrics)
@@ -167,8 +165,47 @@ class TaskTrainer(Trainer):
         super().log({**logs, "train_seconds": round(self.clock.elapsed(), 3)}, start_time)
 
 
+class TaskTrainer(PacedTrainer):
+    """A Trainer for one task.
+
+    Args:
+        model, args: see `PacedTrainer`.
+        task, tokenizer, labels: what the features were made with.
+        train, validation: features.
+        pace: the other arguments of `PacedTrainer`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        args: TrainingArguments,
+        *,
+        task: Task,
+        tokenizer: PreTrainedTokenizerBase,
+        labels: list[str],
+        train: Features,
+        validation: Features | None,
+        **pace: Any,
+    ) -> None:
+        self.task, self.labels, self.validation = task, labels, validation
+        self.tokenizer = tokenizer
+        self.train_lengths = train.lengths
+        super().__init__(model, args, rows=train.table, collate=task.collator(tokenizer), **pace)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        return LengthGroupedOrder(self.train_lengths, self.step_size, self.args.seed)
+
+    def scores(self) -> dict[str, float]:
+        """See `PacedTrainer`."""
+        assert self.validation is not None
+        return score(
+            cast(PreTrainedModel, self.model), self.task, self.validation, self.tokenizer,
+            self.labels, self.args.eval_batch_size, self.args.bf16,
+        )  # fmt: skip
+
+
 def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
-    """What trains beside prefix, prompt and pretrained weights.
+    """What trains beside prefix, prompt, LoRA and pretrained weights.
 
     That is what lies outside the backbone, and a pooler whose backbone is frozen.
     """
@@ -180,12 +217,13 @@ def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
         for name, parameter in model.named_parameters()
         if parameter.requires_grad
         and id(parameter) not in pretrained
-        and name.split(".")[0] not in ("prefix_encoder", PROMPT)
+        and not name.startswith(("prefix_encoder.", PROMPT + "."))
+        and LORA not in name
     ]
 
 
 def exponential_schedule(optimizer: Any, decay: float, epoch: int) -> LambdaLR:
-    """The learning rates times `decay` after every `epoch` steps: the authors' schedule beside linear.
+    """The learning rates times `decay` after every `epoch` steps, as the authors' tagging runs do.
 
     The rates depend on the number of steps alone, so that a run may resume within an epoch.
     """
