@@ -24,6 +24,7 @@ class Benchmark:
         hub_splits: our names of the splits -> the hub's.
         rows: published row, template -> rows of the family; None when they have its columns.
         templates: names of the ways to phrase an example; the first is the default.
+        pairs: those templates that make two texts of an example (text, text_pair).
         options: other defaults of DataOptions, such as column numbers.
         table: how a .csv, .tsv or .txt file of it is read: keyword arguments of pandas.read_csv.
         paper: the table of the P-Tuning v2 paper that has it.
@@ -39,6 +40,7 @@ class Benchmark:
     hub_splits: Mapping[str, str] = field(default_factory=dict)
     rows: Rows | None = None
     templates: tuple[str, ...] = ("default",)
+    pairs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     table: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
