@@ -56,11 +56,11 @@ def test_prompt_tuning_is_the_model_on_prompt_and_word_embeddings():
         prepare_model(model, options("prompt-tuning"))
         logits = model(**batch).logits
         assert logits.shape == (3, 11, 3)
-        (gradient,) = torch.autograd.grad(logits.square().sum(), model.prompt)
+        (gradient,) = torch.autograd.grad(logits.square().sum(), model.prompt.weight)
 
         plain = tiny_model(model_type, "token")
         plain.load_state_dict(model.state_dict(), strict=False)
-        prompt = model.prompt.detach().clone().requires_grad_()
+        prompt = model.prompt.weight.detach().clone().requires_grad_()
         words = plain.get_input_embeddings()(batch["input_ids"])
         mask = torch.cat((torch.ones(3, 5), batch["attention_mask"]), dim=1)
         embeds = torch.cat((prompt.expand(3, -1, -1), words), dim=1)
@@ -85,7 +85,18 @@ def test_a_step_moves_what_trains_and_nothing_else(method):
     prepare_model(model, options(method))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = set(trained_tensors(model))
-    new = {"p-tuning-v2": {"prefix_encoder.embedding.weight"}, "prompt-tuning": {"prompt"}}
+    places = ("l0", "l0_reverse", "l1", "l1_reverse")
+    lstm = {f"lstm_head.{kind}_{gate}_{place}" for kind in ("weight", "bias")
+            for gate in ("ih", "hh") for place in places}  # fmt: skip
+    mlp = {f"mlp_head.{layer}.{kind}" for layer in (0, 2) for kind in ("weight", "bias")}
+    self_attention = "bert.encoder.layer.{}.attention.self.{}.lora_{}.default.weight"
+    new = {
+        "p-tuning-v2": {"prefix_encoder.embedding.weight"},
+        "prompt-tuning": {"prompt.weight"},
+        "p-tuning-v1": {f"prompt.{name}" for name in ("embedding.weight", *lstm, *mlp)},
+        "lora": {self_attention.format(layer, part, half) for layer in range(3)
+                 for part in ("query", "value") for half in "AB"},
+    }  # fmt: skip
     head = {"classifier.weight", "classifier.bias", "bert.pooler.dense.weight",
             "bert.pooler.dense.bias"}  # fmt: skip
     if method == "fine-tuning":
@@ -97,7 +108,9 @@ def test_a_step_moves_what_trains_and_nothing_else(method):
     optimizer.step()
     moved = {name for name, p in model.named_parameters() if not p.equal(before[name])}
     # Rows of pads and keys' biases may have no gradient; whole tensors of a frozen part never move.
-    assert moved <= trained and new.get(method, set()) | head <= moved
+    # LoRA starts at zero: before its B has moved its A has no gradient.
+    first = {name for name in new.get(method, set()) if ".lora_A." not in name}
+    assert moved <= trained and first | head <= moved
 
 
 def test_head_parameters_are_the_head_and_a_pooler_of_a_frozen_backbone():

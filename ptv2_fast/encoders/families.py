@@ -21,6 +21,7 @@ class Family:
     encoder: str = "encoder"
     layers: str = "encoder.layer"
     attention: str = "attention.self"
+    query: str = "query"
     key: str = "key"
     value: str = "value"
     pads_keep_position: bool = False

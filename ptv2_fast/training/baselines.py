@@ -1,4 +1,4 @@
-"""What P-Tuning v2 is compared with: fine-tuning, a linear probe and shallow prompt tuning."""
+"""What P-Tuning v2 is compared with: fine-tuning, a linear probe, shallow prompts and LoRA."""
 
 import functools
 import inspect
@@ -11,9 +11,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.encoders.families import find_family
 from ptv2_fast.training.options import ModelOptions
 
-PROMPT = "prompt"
+PROMPT = "prompt"  # the module that gives the vectors in front of the input
+LORA = ".lora_"  # in the names of LoRA's parameters
 _INIT_STD = 0.02
 
 
@@ -37,22 +39,93 @@ def prompt_tuning(model: PreTrainedModel, options: ModelOptions, init_ids: Tenso
     positions 0 to P - 1. Outputs are cut back to the tokens, so that heads and labels do not see
     them. The head trains as in `linear_probe`.
     """
-    _freeze_backbone(model)
     weight = cast(Tensor, model.get_input_embeddings().weight)  # [vocabulary, hidden]
     if init_ids is None:
         values = torch.randn(options.num_virtual_tokens, weight.shape[1]) * _INIT_STD
     else:
         values = weight[init_ids.to(weight.device)].detach().clone()
-    prompt = nn.Parameter(values.to(weight.device, torch.float32))
-    model.register_parameter(PROMPT, prompt)
-    _InputPrompt(model)
+    prompt = nn.Embedding.from_pretrained(values.to(weight.device, torch.float32), freeze=False)
+    _add_prompt(model, prompt, len(values))
+
+
+def p_tuning_v1(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
+    """P-tuning (Liu et al. 2021): as `prompt_tuning`, with vectors that a small network computes.
+
+    That is PEFT's PromptEncoder: P embeddings through a bidirectional LSTM of two layers and an
+    MLP, or through an MLP of three layers alone. The prompt stands in front of the input as a whole
+    (the paper also puts parts of it inside a template) and the backbone is frozen, as in the
+    comparison of P-Tuning v2's paper. init="tokens" sets the P embeddings; else they start as
+    PEFT's.
+
+    Raises:
+        ValueError: when PEFT is not installed.
+    """
+    peft = _import_peft(options.method)
+    weight = cast(Tensor, model.get_input_embeddings().weight)  # [vocabulary, hidden]
+    config = peft.PromptEncoderConfig(
+        num_virtual_tokens=options.num_virtual_tokens,
+        token_dim=weight.shape[1],
+        num_transformer_submodules=1,
+        encoder_reparameterization_type=options.prompt_encoder.upper(),
+        encoder_hidden_size=options.encoder_hidden_size or weight.shape[1],
+    )
+    prompt = peft.PromptEncoder(config).to(weight.device)
+    if init_ids is not None:
+        prompt.embedding.weight.data.copy_(weight[init_ids.to(weight.device)])
+    _add_prompt(model, prompt, options.num_virtual_tokens)
+
+
+def lora(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
+    """LoRA (Hu et al. 2022) on the queries and values of every layer, by PEFT, in place.
+
+    The head trains as in `linear_probe`.
+
+    Raises:
+        ValueError: when PEFT is not installed, or for a model of no known family.
+    """
+    family = find_family(model.config)
+    peft = _import_peft(options.method)
+    attentions = [
+        f"{model.base_model_prefix}.{family.layers}.{index}.{family.attention}"
+        for index in range(model.config.num_hidden_layers)
+    ]
+    config = peft.LoraConfig(
+        r=options.lora_rank,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=[f"{a}.{part}" for a in attentions for part in (family.query, family.value)],
+    )
+    peft.inject_adapter_in_model(config, model)
+    _freeze_backbone(model)
+
+
+def _import_peft(method: str) -> Any:
+    try:
+        import peft
+    except ImportError:
+        raise ValueError(
+            f"method: {method!r} needs the package peft (pip install 'ptv2-fast[baselines]')"
+        ) from None
+    return peft
+
+
+def _add_prompt(model: PreTrainedModel, prompt: nn.Module, length: int) -> None:
+    model.add_module(PROMPT, prompt)
+    _freeze_backbone(model)
+    _InputPrompt(model, length)
 
 
 class _InputPrompt:
-    """The hooks of a backbone whose inputs begin with the model's prompt."""
+    """The hooks of a backbone whose inputs begin with the model's prompt.
 
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
+    Args:
+        model: with a module under the name PROMPT that takes indices [P] and gives vectors
+            [P, hidden].
+        length: P.
+    """
+
+    def __init__(self, model: PreTrainedModel, length: int) -> None:
+        self.model, self.length = model, length
         backbone = model.base_model
         self.argument_names = tuple(inspect.signature(backbone.forward).parameters)
         backbone.register_forward_pre_hook(self.prepend, with_kwargs=True)
@@ -66,9 +139,9 @@ class _InputPrompt:
         arguments = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         input_ids = arguments.pop("input_ids")
         words = self.model.get_input_embeddings()(input_ids)  # [B, T, hidden]
-        trained = self.model.get_parameter(PROMPT)
-        batch, length = len(words), len(trained)
-        prompt = trained.to(words.dtype).expand(batch, -1, -1)
+        batch, length = len(words), self.length
+        vectors = self.model.get_submodule(PROMPT)(torch.arange(length, device=words.device))
+        prompt = vectors.to(words.dtype).expand(batch, -1, -1)
         arguments["inputs_embeds"] = torch.cat((prompt, words), dim=1)
         mask = arguments.get("attention_mask")
         mask = torch.ones_like(input_ids) if mask is None else mask
@@ -81,8 +154,7 @@ class _InputPrompt:
 
     def cut_back(self, backbone: nn.Module, args: tuple, output: Any) -> Any:
         """Drop the prompt's rows, and pool the first token instead of the first prompt vector."""
-        length = len(self.model.get_parameter(PROMPT))
-        output.last_hidden_state = output.last_hidden_state[:, length:]
+        output.last_hidden_state = output.last_hidden_state[:, self.length :]
         pooler: Any = getattr(backbone, "pooler", None)
         if pooler is not None:
             output.pooler_output = pooler(output.last_hidden_state)
@@ -90,10 +162,13 @@ class _InputPrompt:
 
 
 def _freeze_backbone(model: PreTrainedModel) -> None:
-    """Freeze embeddings and encoder layers, and let checkpoints hold the rest only."""
+    """Freeze embeddings and encoder layers, and let checkpoints hold the rest only.
+
+    The rest is the head, a pooler, and what a method has added to the model before.
+    """
     model.requires_grad_(True)
     for name, parameter in model.base_model.named_parameters():
-        if not name.startswith("pooler."):
+        if not name.startswith("pooler.") and LORA not in name:
             parameter.requires_grad_(False)
     # Trainer is content when a checkpoint lacks exactly these.
     trained = trained_tensors(model)

@@ -9,7 +9,13 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.encoders import FAMILIES, attach, max_input_tokens
 from ptv2_fast.prefix import PTuningV2Config
-from ptv2_fast.training.baselines import fine_tuning, linear_probe, prompt_tuning
+from ptv2_fast.training.baselines import (
+    fine_tuning,
+    linear_probe,
+    lora,
+    p_tuning_v1,
+    prompt_tuning,
+)
 from ptv2_fast.training.depth import check_depth, parse_depth
 from ptv2_fast.training.options import ModelOptions
 
@@ -52,6 +58,8 @@ METHODS: dict[str, Method] = {
     "fine-tuning": fine_tuning,
     "linear-probe": linear_probe,
     "prompt-tuning": prompt_tuning,
+    "p-tuning-v1": p_tuning_v1,
+    "lora": lora,
 }
 
 
@@ -86,7 +94,7 @@ def longest_input(model: PreTrainedModel, options: ModelOptions) -> tuple[int, s
         limit = model.config.max_position_embeddings
     why = f"{type(model).__name__} has {limit} positions"
     shifted = options.method == "p-tuning-v2" and options.position_offset == "prefix"
-    if shifted or options.method == "prompt-tuning":
+    if shifted or options.method in ("prompt-tuning", "p-tuning-v1"):
         limit -= options.num_virtual_tokens
         reason = "position_offset='prefix'" if shifted else "the prompt"
         why += f" and {limit} remain, because {reason} takes {options.num_virtual_tokens}"

@@ -9,7 +9,9 @@ from typing import Any
 from ptv2_fast.tasks.options import DataOptions, Options, option
 from ptv2_fast.training.depth import parse_depth
 
-METHODS = ("p-tuning-v2", "fine-tuning", "linear-probe", "prompt-tuning")
+METHODS = (
+    "p-tuning-v2", "fine-tuning", "linear-probe", "prompt-tuning", "p-tuning-v1", "lora",
+)  # fmt: skip
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "exponential")
 
 # Where a search has not said better. The authors' scripts use 5e-3 to 6e-2 for P-Tuning v2.
@@ -18,6 +20,8 @@ DEFAULT_LEARNING_RATES = {
     "fine-tuning": 5e-5,
     "linear-probe": 1e-3,
     "prompt-tuning": 1e-1,
+    "p-tuning-v1": 1e-3,
+    "lora": 2e-4,
 }
 
 
@@ -32,12 +36,20 @@ class ModelOptions(Options):
     num_virtual_tokens: int = option(20, "length of the prefix or prompt", aliases=("pre_seq_len",))
     prefix_projection: bool = option(False, "compute the prefix by an MLP")
     encoder_hidden_size: int | None = option(
-        None, "width of that MLP (default: the model's)", aliases=("prefix_hidden_size",)
+        None,
+        "width of that MLP, or of the prompt encoder (default: the model's)",
+        aliases=("prefix_hidden_size",),
     )
     prefix_dropout: float = option(0.0, "dropout on the prefix")
     depth: str | None = option(
         None, "p-tuning-v2: layers that get a prefix, counted from 1, as 1-4,9 (default: all)"
     )
+    prompt_encoder: str = option(
+        "lstm", "p-tuning-v1: the network that computes the prompt", choices=("lstm", "mlp")
+    )
+    lora_rank: int = option(8, "lora: rank of the updates of queries and values")
+    lora_alpha: float = option(16.0, "lora: the updates are scaled by this over the rank")
+    lora_dropout: float = option(0.1, "lora: dropout on what goes into the updates")
     position_offset: str = option(
         "none", "'prefix': the first token stands at position P", choices=("none", "prefix")
     )
@@ -80,12 +92,15 @@ class ModelOptions(Options):
         super().__post_init__()
         self.require(self.model is not None, "model", "a folder or a name on the hub")
         self.require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "an integer >= 1")
+        self.require(self.lora_rank >= 1, "lora_rank", "an integer >= 1")
+        self.require(self.lora_alpha > 0, "lora_alpha", "a number > 0")
         if self.depth is not None:
             parse_depth(self.depth)
             self.require(
                 self.method == "p-tuning-v2", "depth", f"None for the method {self.method}"
             )
-        for name in ("dropout", "attention_dropout", "head_dropout", "prefix_dropout"):
+        for name in ("dropout", "attention_dropout", "head_dropout", "prefix_dropout",
+                     "lora_dropout"):  # fmt: skip
             value = getattr(self, name)
             self.require(value is None or 0 <= value < 1, name, "a probability in [0, 1)")
 
