@@ -13,6 +13,8 @@ __all__ = ["FAMILIES", "DataOptions", "make_task"]
 _CLASSES = {
     "text-classification": ("text_classification", "TextClassification"),
     "token-classification": ("token_classification", "TokenClassification"),
+    "semantic-role-labeling": ("semantic_roles", "SemanticRoleLabeling"),
+    "question-answering": ("question_answering", "QuestionAnswering"),
 }
 
 

@@ -83,7 +83,8 @@ class DataOptions(Options):
     train_file: str | None = option(
         None,
         "training examples: .csv, .tsv, .json or .jsonl (one object a line), .parquet; for "
-        "token-classification any other suffix is read as CoNLL columns",
+        "token-classification any other suffix is read as CoNLL columns, for "
+        "semantic-role-labeling as lines 'index words ||| labels'",
     )
     validation_file: str | None = option(None, "examples to score during and after training")
     test_file: str | None = option(None, "examples to score once, at the end")
@@ -107,14 +108,26 @@ class DataOptions(Options):
     verbalizer: str | None = option(
         None, "with --head lm: the word of each label, as good=great,bad=terrible"
     )
-    words_column: str = option("tokens", "token tasks: column of the words")
-    tags_column: str = option("ner_tags", "token tasks: column of their labels")
-    predicate_column: str = option("pred", "semantic-role-labeling: column of the verb's index")
-    conll_word_column: int = option(0, "CoNLL files: number of the words' column, from 0")
-    conll_tag_column: int = option(-1, "CoNLL files: number of the labels' column, -1 = last")
+    words_column: str | None = option(
+        None, "token tasks: column of the words (default: tokens; semantic-role-labeling: words)"
+    )
+    tags_column: str | None = option(
+        None, "token tasks: column of their labels (default: ner_tags; semantic-role-labeling: tags)"
+    )
+    predicate_column: str | None = option(
+        None, "semantic-role-labeling: column of the verb's index, from 0 (default: pred)"
+    )
+    conll_word_column: int | None = option(
+        None, "CoNLL files: number of the words' column, from 0 (default: 0, or what the "
+        "published data set has)",
+    )
+    conll_tag_column: int | None = option(
+        None, "CoNLL files: number of the labels' column, -1 = last (default: likewise, else -1)"
+    )
     max_length: int | None = option(
         None,
-        "longest input in tokens (default: what the model's positions allow)",
+        "longest input in tokens (default: as the paper for a published data set, else what the "
+        "model's positions allow)",
         aliases=("max_seq_length",),
     )
     long_input: str = option(
@@ -127,6 +140,9 @@ class DataOptions(Options):
     )
     max_answer_length: int = option(30, "question-answering: longest answer in tokens")
     n_best: int = option(20, "question-answering: how many starts and ends are combined")
+    unanswerable: bool = option(
+        True, "question-answering: questions may have no answer, and the answer may be none"
+    )
     null_score_threshold: float = option(
         0.0, "question-answering: no answer when its score is more than this above the best one's"
     )

@@ -125,6 +125,10 @@ class Task(ABC):
             ValueError: for what is missing or malformed there, or when it is empty.
         """
 
+    def trainable(self, examples: Examples) -> Examples:
+        """The labelled examples that training can use; remarks say which are left out."""
+        return examples
+
     @abstractmethod
     def from_texts(self, texts: Sequence[str]) -> Examples:
         """Examples without labels from typed texts.

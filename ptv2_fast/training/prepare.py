@@ -105,6 +105,7 @@ def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
     """
     task = make_task(config.data)
     examples = {name: task.read(source) for name, source in find_sources(config.data).items()}
+    examples["train"] = task.trainable(examples["train"])
     count, total = config.data.max_train_examples, len(examples["train"])
     if count is not None and count < total:
         examples["train"] = examples["train"].select(_draw(total, count, config.training.seed))
@@ -124,15 +125,17 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def choose_max_length(data: DataOptions, model: PreTrainedModel, options: ModelOptions) -> int:
     """The longest input in tokens: what the data options ask for, or what the model allows.
 
+    The default of a published data set gives way where the model allows less.
+
     Raises:
-        ValueError: when that is more than the positions allow, saying how many remain.
+        ValueError: when more is asked for than the positions allow, saying how many remain.
     """
     limit, why = longest_input(model, options)
     if limit < 3:  # two special tokens and one of the text
         raise ValueError(f"num_virtual_tokens: expected room for an input, got none: {why}")
     if data.max_length is not None and data.max_length > limit:
         raise ValueError(f"max_length: expected at most {limit}, got {data.max_length}; {why}")
-    return data.max_length or limit
+    return min(limit, data.with_benchmark_defaults().max_length or limit)
 
 
 def training_arguments(
