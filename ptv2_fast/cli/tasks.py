@@ -1,19 +1,276 @@
-"""ptv2-fast tasks."""
+"""ptv2-fast tasks: the rows of the paper, other published data sets, and the recipes."""
 
+import dataclasses
+import difflib
+import json
+import textwrap
+from collections.abc import Iterator
 from typing import Any
 
-from ptv2_fast.cli.parser import add_command
-from ptv2_fast.recipes import recipes
-from ptv2_fast.tasks.benchmarks import BENCHMARKS
+from ptv2_fast.cli.parser import BadInput, add_command
+from ptv2_fast.recipes import load_recipe, recipes
+from ptv2_fast.recipes.published import COLUMNS, TITLES, Figure, all_figures
+from ptv2_fast.tasks.benchmarks import BENCHMARKS, Benchmark
+
+_WIDTH = 80
+_TABLES = {
+    "Table 2": "SuperGLUE, validation sets",
+    "Table 3": "NER, question answering, semantic role labelling",
+    "Table 4": "linear layer against the language model's head (RoBERTa-large)",
+}
+_HUB = {"bert-large": "google-bert/bert-large-cased", "roberta-large": "FacebookAI/roberta-large"}
+_PRESETS = {
+    "text-classification": "preset-classification-large",
+    "multiple-choice": "preset-classification-large",
+    "token-classification": "preset-tagging-large",
+    "semantic-role-labeling": "preset-tagging-large",
+    "question-answering": "preset-qa-large",
+}
+# Of Table 4: label words for the labels that our readers give.
+_VERBALIZERS = {
+    "sst2": "1=true,0=false",
+    "rte": "entailment=true,not_entailment=false",
+    "boolq": "True=true,False=false",
+    "cb": "entailment=true,contradiction=false,neutral=neutral",
+}
+_NOTE = """\
+Data come from the Hugging Face hub, or with --data-dir from official files.
+These commands give the column PT-2. For the others add
+  FT      --method fine-tuning --learning-rate 2e-5 --num-train-epochs 10
+  PT      --method prompt-tuning
+  MPT-2   --start-from RUN, where RUN is a multi-task run of the data sets
+`ptv2-fast tasks NAME` shows one data set or recipe, with published figures.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One row of a table of the paper for one model: `words` is its command, unless `refused`."""
+
+    table: str
+    task: str
+    model: str
+    words: tuple[str, ...]
+    recipe: str | None = None
+    refused: str | None = None
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    add_command(commands, "tasks", _tasks, "list the published data sets and the recipes")
+    parser = add_command(commands, "tasks", _tasks, "list the published data sets and the recipes")
+    parser.add_argument("name", nargs="?", help="show this data set or recipe only")
+    parser.add_argument("--json", action="store_true", help="for programs")
 
 
 def _tasks(options: dict[str, Any]) -> None:
+    name = options["name"]
+    known = (*BENCHMARKS, *recipes())
+    if name is not None and name not in known:
+        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
+        hint = f"; close to it are {close}" if close else ""
+        raise BadInput(
+            f"name: expected a published data set or a recipe, got {name!r}{hint}; without a name "
+            "all are listed"
+        )
+    if options["json"]:
+        print(json.dumps(_as_json(name), indent=2))
+        return
+    lines = _overview() if name is None else _task(name) if name in BENCHMARKS else _recipe(name)
+    for line in lines:
+        print(line)
+
+
+# What there is
+
+
+def rows_of(task: str) -> list[Row]:
+    """The rows of the paper's tables for one data set, in the paper's order."""
+    rows = []
+    keys = dict.fromkeys((f.source, f.task, f.model, f.head) for f in all_figures())
+    for table, name, model, head in keys:
+        if name == task and table in _TABLES:
+            rows.append(_row(table, task, model, head))
+    return rows
+
+
+def _row(table: str, task: str, model: str, head: str) -> Row:
+    own = f"{task}-{model}"
+    if own in recipes():
+        words = ["train", "--recipe", own]
+        refused = load_recipe(own).unsupported
+    else:
+        words = ["train", "--recipe", _PRESETS[BENCHMARKS[task].family], "--task", task]
+        words += ["--model", _HUB.get(model, model)]
+        known = model in _HUB
+        refused = None if known else f"a prefix cannot be attached to {TITLES[model]} yet"
+    output = f"runs/{own}"
+    if head == "lm":
+        words += ["--head", "lm", "--verbalizer", _VERBALIZERS[task]]
+        output += "-lm"
+    words += ["--output", output]
+    return Row(table, task, model, tuple(words), own if own in recipes() else None, refused)
+
+
+def _plain(benchmark: Benchmark) -> tuple[str, ...]:
+    """The command of a data set that the paper does not have."""
+    preset, name = _PRESETS[benchmark.family], benchmark.name
+    return ("train", "--recipe", preset, "--task", name, "--output", f"runs/{name}")
+
+
+def _data_of(benchmark: Benchmark) -> str:
+    files = ", ".join("|".join(names) for names in benchmark.files.values())
+    if benchmark.hub is None:
+        return f"--data-dir with {files}"
+    name, config = benchmark.hub
+    return f"hub {name}{f' ({config})' if config else ''}, or --data-dir with {files}"
+
+
+def _as_json(name: str | None) -> dict[str, Any]:
+    tasks = [_task_json(b) for b in BENCHMARKS.values() if name in (None, b.name)]
+    chosen = [dataclasses.asdict(load_recipe(r)) for r in recipes() if name in (None, r)]
+    return {"tasks": tasks, "recipes": chosen}
+
+
+def _task_json(benchmark: Benchmark) -> dict[str, Any]:
+    name = benchmark.name
+    rows = [
+        {
+            "table": row.table,
+            "model": row.model,
+            "recipe": row.recipe,
+            "command": ["ptv2-fast", *row.words],
+            "refused": row.refused,
+        }
+        for row in rows_of(name)
+    ]
+    figures = [dataclasses.asdict(f) for f in all_figures() if f.task == name]
+    kept = ("name", "title", "suite", "family", "metrics", "templates", "hub", "files", "options")
+    return {
+        **{key: getattr(benchmark, key) for key in kept},
+        "command": ["ptv2-fast", *_plain(benchmark)],
+        "rows": rows,
+        "published": figures,
+    }
+
+
+# As text
+
+
+def _overview() -> Iterator[str]:
+    for table, title in _TABLES.items():
+        yield f"{table}: {title}"
+        for name, benchmark in BENCHMARKS.items():
+            rows = [row for row in rows_of(name) if row.table == table]
+            if rows:
+                yield ""
+                yield from _facts(benchmark)
+                yield from _commands(rows)
+        yield ""
+    yield "Not in the paper's tables"
+    in_paper = {figure.task for figure in all_figures()}
     for benchmark in BENCHMARKS.values():
-        print(f"{benchmark.name:<16} {benchmark.suite:<10} {benchmark.title}")
+        if benchmark.name not in in_paper:
+            yield ""
+            yield from _facts(benchmark)
+            yield from _command(_plain(benchmark))
+    yield ""
+    yield "Recipes, for --recipe"
+    yield ""
     for name in recipes():
-        print(f"ptv2-fast train --recipe {name} --output runs/{name}")
+        yield from _wrap(f"{name:<28}  {load_recipe(name).description}", 32, first=2)
+    yield ""
+    yield from _NOTE.splitlines()
+
+
+def _facts(benchmark: Benchmark) -> Iterator[str]:
+    metrics = ", ".join(benchmark.metrics)
+    facts = f"{benchmark.name:<11} {benchmark.title} · {benchmark.family} · {metrics}"
+    if len(benchmark.templates) > 1:
+        facts += f" · templates {', '.join(benchmark.templates)}"
+    yield from _wrap(facts, 14, first=2)
+    yield from _wrap(_data_of(benchmark), 14)
+
+
+def _commands(rows: list[Row]) -> Iterator[str]:
+    for words in dict.fromkeys(row.words for row in rows if not row.refused):
+        yield from _command(words)
+    if refused := dict.fromkeys(TITLES[row.model] for row in rows if row.refused):
+        yield f"    ({' and '.join(refused)}: not possible yet)"
+
+
+def _command(words: tuple[str, ...]) -> Iterator[str]:
+    """A command to copy: lines that are too long go on after a backslash."""
+    # An option and its value stay on one line.
+    parts = " ".join(("ptv2-fast", *words)).replace(" --", "\n--").split("\n")
+    line = " " * 4 + parts[0]
+    for part in parts[1:]:
+        if len(line) + 1 + len(part) > _WIDTH - 2:
+            yield f"{line} \\"
+            line = " " * 8 + part
+        else:
+            line += f" {part}"
+    yield line
+
+
+def _wrap(text: str, indent: int, first: int | None = None) -> list[str]:
+    start = indent if first is None else first
+    return textwrap.wrap(
+        text,
+        _WIDTH,
+        initial_indent=" " * start,
+        subsequent_indent=" " * indent,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
+
+
+def _task(name: str) -> Iterator[str]:
+    benchmark = BENCHMARKS[name]
+    yield f"{benchmark.title} ({benchmark.suite}): --task {name}"
+    yield f"  family      {benchmark.family}"
+    yield f"  metrics     {', '.join(benchmark.metrics)}; the first selects the checkpoint"
+    yield f"  templates   {', '.join(benchmark.templates)}; the first is the default"
+    if benchmark.hub:
+        splits = ", ".join(f"{ours} = {theirs}" for ours, theirs in benchmark.hub_splits.items())
+        yield f"  hub         {' '.join(filter(None, benchmark.hub))}"
+        yield from _wrap(splits, 14)
+    yield "  files that --data-dir must hold, in it or in its folder " + benchmark.title
+    for split, names in benchmark.files.items():
+        need = "" if split in ("train", "validation") else " (may be absent)"
+        yield from _wrap(f"{split:<11} {' or '.join(names)}{need}", 16, first=4)
+    if benchmark.rows is not None and benchmark.rows.__doc__:
+        yield from _wrap("phrased as  " + " ".join(benchmark.rows.__doc__.split()), 14, first=2)
+    if benchmark.options:
+        given = ", ".join(f"{key} {value}" for key, value in benchmark.options.items())
+        yield from _wrap("defaults    " + given, 14, first=2)
+    yield "  commands"
+    rows = rows_of(name)
+    yield from _commands(rows) if rows else _command(_plain(benchmark))
+    if figures := [figure for figure in all_figures() if figure.task == name]:
+        yield from _figures(figures)
+
+
+def _figures(figures: list[Figure]) -> Iterator[str]:
+    yield "  published, in percent; ? = not compared with a written source"
+    yield " " * 4 + f"{'':<46}" + "".join(f"{column:>7}" for column in COLUMNS)
+    table: dict[str, dict[str, str]] = {}
+    for f in figures:
+        head = ", lm head" if f.head == "lm" else ""
+        split = "" if f.split == "validation" else f" {f.split}"
+        source = f.source.split(" ")[0] if f.source not in _TABLES else f.source
+        label = f"{source}, {TITLES[f.model]}{head}, {f.metric}{split}"
+        table.setdefault(label, {})[f.column] = f"{f.value:.1f}{' ' if f.verified else '?'}"
+    for label, cells in table.items():
+        values = "".join(f"{cells.get(column, ''):>7}" for column in COLUMNS)
+        yield f"    {label:<46}{values}".rstrip()
+
+
+def _recipe(name: str) -> Iterator[str]:
+    recipe = load_recipe(name)
+    yield from _wrap(f"{name}: {recipe.description}", 2, first=0)
+    if recipe.unsupported:
+        yield from _wrap(recipe.unsupported, 2)
+    for option, value in recipe.options.items():
+        yield f"  {option}: {json.dumps(value)}"
+    if "task" in recipe.options and not recipe.unsupported:
+        yield from _command(("train", "--recipe", name, "--output", f"runs/{name}"))
