@@ -1,0 +1,182 @@
+"""Recipes against the authors' scripts, published figures, and what `ptv2-fast tasks` lists."""
+
+import json
+
+import pytest
+import yaml
+
+from ptv2_fast import cli
+from ptv2_fast.encoders.families import FAMILIES
+from ptv2_fast.recipes import load_recipe, read_recipe, recipes
+from ptv2_fast.recipes.published import all_figures, published
+from ptv2_fast.tasks.benchmarks import BENCHMARKS
+from ptv2_fast.training.options import RunConfig
+
+BERT_CASED, BERT, ROBERTA = "bert-large-cased", "bert-large-uncased", "roberta-large"
+# run_script/*.sh of THUDM/P-tuning-v2: model, lr, pre_seq_len, bs, epochs, dropout, seed.
+SCRIPTS = {
+    "boolq-bert-large": (BERT_CASED, 5e-3, 40, 32, 100, 0.1, 11),
+    "boolq-roberta-large": (ROBERTA, 7e-3, 8, 32, 100, 0.1, 11),
+    "conll2003-roberta-large": (ROBERTA, 3e-2, 11, 16, 30, 0.1, 11),
+    "conll2004-bert-large": (BERT, 2e-2, 128, 32, 40, 0.2, 11),
+    "conll2004-roberta-large": (ROBERTA, 6e-2, 144, 32, 80, 0.1, 11),
+    "conll2005-roberta-large": (ROBERTA, 6e-3, 224, 16, 15, 0.1, 11),
+    # Named run_conll12_bert.sh, but it trains roberta-large; the recipe keeps its promise.
+    "conll2012-bert-large": (BERT, 5e-3, 128, 16, 45, 0.1, 11),
+    "conll2012-roberta-large": (ROBERTA, 5e-3, 64, 32, 45, 0.1, 11),
+    "copa-bert-large": (BERT_CASED, 1e-2, 16, 16, 80, 0.1, 44),
+    "copa-roberta-large": (ROBERTA, 9e-3, 8, 16, 120, 0.1, 11),
+    "ontonotes-bert-large": (BERT, 1e-2, 16, 16, 30, 0.1, 11),
+    "ontonotes-roberta-large": (ROBERTA, 7e-3, 48, 16, 60, 0.1, 14),
+    "rte-bert-large": (BERT_CASED, 1e-2, 20, 32, 60, 0.1, 11),
+    "rte-roberta-large": (ROBERTA, 5e-3, 128, 32, 100, 0.1, 11),
+    "squad-roberta-large": (ROBERTA, 5e-3, 16, 8, 30, 0.2, 11),
+    "squad_v2-roberta-large": (ROBERTA, 5e-3, 8, 8, 10, 0.2, 11),
+    "wic-bert-large": (BERT_CASED, 1e-4, 20, 16, 80, 0.1, 44),
+    "wic-roberta-large": (ROBERTA, 1e-2, 8, 32, 50, 0.1, 11),
+    "wsc-bert-large": (BERT_CASED, 5e-3, 20, 16, 80, 0.1, 44),
+    "wsc-roberta-large": (ROBERTA, 1e-2, 8, 16, 10, 0.1, 44),
+}
+SUPERGLUE = ("boolq", "copa", "rte", "wic", "wsc")
+PRESETS = [name for name in recipes() if name.startswith("preset-")]
+REFUSED = [name for name in recipes() if name.endswith("-deberta-xlarge")]
+
+
+def config_of(name: str, **more) -> RunConfig:
+    return RunConfig.from_dict(read_recipe(name) | more)
+
+
+def test_every_script_has_a_recipe_and_nothing_else_is_there():
+    assert {*recipes()} == {*SCRIPTS, *PRESETS, *REFUSED}
+    assert len(SCRIPTS) == 20 and len(PRESETS) == 9 and len(REFUSED) == 7
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_recipe_says_what_the_authors_script_says(name):
+    config = config_of(name)
+    data, model, training = config.data, config.model, config.training
+    assert (
+        model.model.rpartition("/")[2], training.learning_rate, model.num_virtual_tokens,
+        training.batch_size, training.num_train_epochs, model.dropout, training.seed,
+    ) == SCRIPTS[name]  # fmt: skip
+    assert data.task == name.partition("-")[0] and data.task in BENCHMARKS
+    # Dropout of hidden states acts on the prefix too; that of the attention is the model's, 0.1.
+    assert model.prefix_dropout == model.dropout
+    assert 0.1 in (model.attention_dropout, model.dropout)
+    assert (model.method, model.position_offset) == ("p-tuning-v2", "prefix")
+    projected = name == "wic-bert-large"
+    assert (model.prefix_projection, model.encoder_hidden_size) == (
+        (True, 512) if projected else (False, None)
+    )
+    assert data.template == ("1" if projected else None)
+    assert (training.warmup_ratio, training.weight_decay, training.load_best) == (0, 0, True)
+    if data.task in SUPERGLUE:
+        assert (training.schedule, data.max_length) == ("linear", 128)
+    else:
+        assert (training.schedule, training.schedule_decay) == ("exponential", 0.95)
+        assert data.max_length == (384 if data.task.startswith("squad") else None)
+    assert model.num_virtual_tokens + (data.max_length or 128) <= 512
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_leave_the_task_to_the_user(name):
+    assert not {"task", "train_file", "dataset", "data_dir"} & set(read_recipe(name))
+    family = {"classification": "text-classification", "tagging": "token-classification",
+              "qa": "question-answering"}[name.split("-")[1]]  # fmt: skip
+    config = config_of(name, task=family)
+    assert (config.training.bf16, config.model.backbone_dtype) == (
+        (False, None) if name.endswith("minilm") else (True, "bf16")
+    )
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_deberta_is_refused_before_anything_is_loaded(name, tmp_path, capsys):
+    assert cli.main(["train", "--recipe", name, "--output", str(tmp_path / "run")]) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1 and f"recipe: {name} cannot run" in line
+    assert all(family in line.lower() for family in FAMILIES)
+    other = f"{name.partition('-')[0]}-roberta-large"
+    assert other in line
+    same = read_recipe(other) | {"model": "microsoft/deberta-xlarge"}
+    assert load_recipe(name).options == same
+
+
+def test_an_unknown_recipe_names_close_ones(tmp_path, capsys):
+    command = ["train", "--recipe", "rte-roberta", "--output", str(tmp_path / "run")]
+    assert cli.main(command) == 2
+    line = capsys.readouterr().err
+    assert line.count("\n") == 1
+    assert "got 'rte-roberta'; close to it are ['rte-roberta-large'" in line
+    with pytest.raises(ValueError, match="got 'published'"):
+        read_recipe("published")
+
+
+def test_published_figures_name_their_source_and_whether_it_was_compared():
+    cells = {
+        (f.column, f.source, f.head): (f.value, f.verified)
+        for f in published("rte", "FacebookAI/roberta-large")
+    }
+    assert cells == {
+        ("FT", "Table 2", "linear"): (86.6, True),
+        ("PT", "Table 2", "linear"): (58.8, True),
+        ("PT-2", "Table 2", "linear"): (89.5, True),
+        ("PT-2", "Table 4", "linear"): (88.4, False),
+        ("PT-2", "Table 4", "lm"): (86.6, False),
+        ("PT-2", "README of THUDM/P-tuning-v2", "linear"): (86.6, True),
+    }
+    splits = {f.split: f.value for f in published("conll2005", "roberta-large")
+              if f.source.startswith("README")}  # fmt: skip
+    assert splits == {"test_wsj": 89.4, "test_brown": 83.9}
+    (copa,) = [f for f in published("copa", "bert-large-cased") if f.best_epoch]
+    assert (copa.value, copa.best_epoch) == (77.0, 12)
+    for other in ("google-bert/bert-large-uncased-whole-word-masking", "xlm-roberta-large"):
+        assert published("rte", other) == []
+
+
+def test_figures_are_of_known_data_sets_metrics_and_splits():
+    for figure in all_figures():
+        benchmark = BENCHMARKS[figure.task]
+        assert figure.metric in benchmark.metrics, figure
+        assert figure.split in benchmark.files, figure
+        assert 0 < figure.value <= 100
+        assert len([f for f in all_figures() if f == figure]) == 1
+
+
+def listed(capsys, *words: str) -> str:
+    assert cli.main(["tasks", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_tasks_lists_a_command_for_every_row_and_every_recipe(capsys):
+    text = listed(capsys)
+    assert max(map(len, text.splitlines())) <= 80
+    commands = text.replace("\\\n", " ").split("\n")
+    commands = [line.split() for line in commands if line.startswith("    ptv2-fast")]
+    rows = {(f.task, f.model, f.head) for f in all_figures() if f.source.startswith("Table")}
+    assert len(rows) == 8 * 4 + 7 * 3 + 5  # the linear head of Table 4 is in Table 2 but for SST-2
+    for task, model, head in rows:
+        if not model.startswith(("glm", "deberta")):
+            output = f"runs/{task}-{model}{'-lm' if head == 'lm' else ''}"
+            assert any(command[-1] == output for command in commands), output
+    for task in set(BENCHMARKS) - {task for task, *_ in rows}:
+        assert any(command[-1] == f"runs/{task}" for command in commands), task
+    for name in recipes():
+        assert f"  {name}  " in text
+
+
+def test_tasks_for_programs_and_for_one_name(capsys):
+    content = json.loads(listed(capsys, "--json"))
+    assert [task["name"] for task in content["tasks"]] == list(BENCHMARKS)
+    assert [recipe["name"] for recipe in content["recipes"]] == recipes()
+    (row,) = [row for task in content["tasks"] for row in task["rows"]
+              if (row["model"], task["name"]) == ("deberta-xlarge", "squad")]  # fmt: skip
+    assert "DeBERTa" in row["refused"]
+    text = listed(capsys, "wic")
+    assert "templates   0, 1" in text and "train.jsonl" in text and "wic-bert-large" in text
+    assert "Table 2, BERT-large, accuracy                   74.9?  63.0?  75.1?" in text
+    text = listed(capsys, "wic-bert-large")
+    options = yaml.safe_load("\n".join(line for line in text.splitlines() if ": " in line[:30])
+                             .partition("\n")[2])  # fmt: skip
+    assert options == read_recipe("wic-bert-large")
+    assert cli.main(["tasks", "wicc"]) == 2
+    assert "close to it are ['wic'" in capsys.readouterr().err
