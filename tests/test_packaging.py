@@ -84,6 +84,8 @@ def test_wheel_holds_both_packages(tmp_path, with_cpp):
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {"ptv2_fast/__init__.py", "ptv2_kernels/forward.py"} <= held
     assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in held)
+    tables = {f"ptv2_fast/recipes/{p.name}" for p in (ROOT / "ptv2_fast/recipes").glob("*.yaml")}
+    assert tables <= held and "ptv2_fast/recipes/rte-roberta-large.yaml" in tables
     extension = [name for name in held if name.startswith("ptv2_fast/_C")]
     assert len(extension) == int(with_cpp)
     assert ("-cp310-abi3-" if with_cpp == "1" else "-py3-none-any") in wheel.name
