@@ -32,10 +32,13 @@ class Source:
 
     @property
     def format(self) -> str:
-        """ "csv", "tsv", "json", "parquet", "hub", or "other" for any other suffix."""
+        """ "csv", "tsv", "json", "parquet", "hub", or "other"; compressed by gzip or not."""
         if self.path is None:
             return "hub"
-        return _SUFFIXES.get(self.path.suffix.lower(), "other")
+        suffixes = [suffix.lower() for suffix in self.path.suffixes]
+        if suffixes[-1:] == [".gz"]:
+            suffixes.pop()
+        return _SUFFIXES.get(suffixes[-1] if suffixes else "", "other")
 
 
 TYPED = Source("typed text")
@@ -90,10 +93,12 @@ def find_sources(options: DataOptions) -> dict[str, Source]:
 
 
 def _official_files(benchmark: Benchmark, folder: Path) -> dict[str, Source]:
-    """The files of a published data set in a folder, or in the folder of its title inside."""
+    """The files of a published data set in a folder, or in the folder of its name inside."""
     if not folder.is_dir():
         raise ValueError(f"data_dir: expected an existing folder, got {str(folder)!r}")
-    for place in (folder, folder / benchmark.title):
+    titles = {benchmark.name, benchmark.title.lower()}
+    inside = [p for p in sorted(folder.iterdir()) if p.is_dir() and p.name.lower() in titles]
+    for place in (folder, *inside):
         found = {
             split: next((place / name for name in names if (place / name).is_file()), None)
             for split, names in benchmark.files.items()
@@ -117,7 +122,7 @@ def read_rows(source: Source, benchmark: Benchmark, template: str) -> Dataset:
         ValueError: for a file that cannot be read, a row that lacks a field, or no rows.
     """
     assert benchmark.rows is not None
-    table = _read(source, benchmark.table)
+    table = read_table(source, benchmark.table)
     names = table.column_names
     spelt = {name: _spelt_out(table, name) for name in names}
     rows: list[dict[str, Any]] = []
@@ -147,7 +152,13 @@ def read_columns(source: Source, columns: dict[str, str], optional: tuple = ()) 
     Raises:
         ValueError: for a file that cannot be read, a missing column, or no rows.
     """
-    table = _read(source)
+    return keep_columns(read_table(source), source, columns, optional)
+
+
+def keep_columns(
+    table: Dataset, source: Source, columns: dict[str, str], optional: tuple = ()
+) -> Dataset:
+    """What `read_columns` does with the table of its source."""
     kept = {ours: theirs for ours, theirs in columns.items() if theirs in table.column_names}
     for ours, theirs in columns.items():
         if ours not in kept and ours not in optional:
@@ -169,8 +180,16 @@ def _empty(source: Source) -> ValueError:
     return ValueError(f"{source.name}: expected examples, got an empty data set")
 
 
-def _read(source: Source, csv_options: Mapping[str, Any] | None = None) -> Dataset:
-    """The table of a source; its errors are ValueErrors that name it."""
+def read_table(source: Source, csv_options: Mapping[str, Any] | None = None) -> Dataset:
+    """The whole table of a source.
+
+    Args:
+        source: csv, tsv, json, parquet or hub.
+        csv_options: keyword arguments of pandas.read_csv.
+
+    Raises:
+        ValueError: for a file that cannot be read, or no rows.
+    """
     try:
         table = _load(source, csv_options or {})
     except Exception as error:  # datasets raises its own kinds, from many libraries below it
@@ -213,53 +232,3 @@ def _spelt_out(table: Dataset, column: str) -> list:
     if isinstance(inner, ClassLabel):
         return [inner.int2str(row) for row in values]
     return values
-
-
-def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict[str, list]:
-    """Read sentences from lines of blank-separated columns; an empty line ends a sentence.
-
-    Lines that begin with -DOCSTART- are skipped, and a last sentence without an empty line after
-    it counts.
-
-    Args:
-        source: a text file, UTF-8.
-        word_column, tag_column: numbers from 0, negative from the end; None = no labels.
-
-    Returns:
-        {"words": one list per sentence, "tags": the same, unless tag_column is None}.
-
-    Raises:
-        ValueError: naming the line that lacks a column, or the file without a sentence.
-    """
-    assert source.path is not None
-    words: list[list[str]] = [[]]
-    tags: list[list[str]] = [[]]
-    try:
-        lines = source.path.read_text(encoding="utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{source.name}: cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
-        fields = line.split()
-        if not fields or fields[0] == "-DOCSTART-":
-            if words[-1]:
-                words.append([])
-                tags.append([])
-            continue
-        try:
-            words[-1].append(fields[word_column])
-            if tag_column is not None:
-                tags[-1].append(fields[tag_column])
-        except IndexError:
-            wanted = (
-                f"conll_word_column {word_column}"
-                if tag_column is None
-                else f"conll_word_column {word_column} and conll_tag_column {tag_column}"
-            )
-            raise ValueError(
-                f"{source.name} line {number}: expected {wanted}, got {len(fields)} columns"
-            ) from None
-    if not words[-1]:
-        words.pop()
-        tags.pop()
-    check_not_empty(source, len(words))
-    return {"words": words} if tag_column is None else {"words": words, "tags": tags}

@@ -3,57 +3,93 @@
 import itertools
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 from datasets import Dataset
-from seqeval.metrics import accuracy_score, f1_score, precision_score, recall_score
-from seqeval.metrics.sequence_labeling import get_entities
+from seqeval.metrics import accuracy_score
+from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 from sklearn.metrics import f1_score as word_f1_score
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
-from ptv2_fast.tasks.sources import (
-    TYPED,
-    Source,
-    check_not_empty,
-    read_columns,
-    read_conll,
-)
+from ptv2_fast.tasks.conll import read_conll
+from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
 
 _IGNORED = -100  # what the loss of transformers skips
 # Points, hyphens and apostrophes inside a word do not cut it.
 _TYPED_WORD = re.compile(r"\w+(?:[.'-]\w+)*|[^\w\s]")
 _CHUNK_LABEL = re.compile("O|[BIESLU]-.+")
+_BEGIN_INSIDE = "chunks that begin with I-, as in IOB1 (labels kept as they are, chunks scored)"
 
 
 class TokenClassification(Task):
     """Columns: words, tags; both are lists of text.
 
-    The first sub-word of a word carries its label, the others and special tokens none.
+    The first sub-word of a word carries its label, the others and special tokens none. Labels are
+    taken as they are: a chunk that begins with I- is a remark, not an error, and counts as
+    conlleval counts it.
     """
 
     name = "token-classification"
+    columns: ClassVar[dict[str, str]] = {"words": "tokens", "tags": "ner_tags"}  # in tables
     model_class = "AutoModelForTokenClassification"
     peft_name = "TOKEN_CLS"
-    default_metrics = ("f1", "precision", "recall")
+    default_metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall")
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
         if source.format == "other":
-            tag_column = self.options.conll_tag_column if labelled else None
-            columns = read_conll(source, self.options.conll_word_column, tag_column)
-            return Examples(source, Dataset.from_dict(columns), unit="sentence")
-        names = {"words": self.options.words_column, "tags": self.options.tags_column}
-        table = read_columns(source, names, optional=() if labelled else ("tags",))
-        # A cell of a CSV file holds the words as text with blanks between them.
-        lists = {
-            column: [cell.split() if isinstance(cell, str) else cell for cell in table[column]]
-            for column in table.column_names
-        }
-        examples = Examples(source, Dataset.from_dict(lists))
-        for index, row in enumerate(examples.table):
-            _check_row(row, examples.where(index))
+            columns, unit = self.read_lines(source, labelled), "sentence"
+        else:
+            columns, unit = self._read_table(source, labelled), "row"
+        remarks = _remarks(columns["tags"]) if "tags" in columns else {}
+        examples = Examples(source, Dataset.from_dict(columns), unit, remarks)
+        self.check(columns, examples)
         return examples
+
+    def read_lines(self, source: Source, labelled: bool) -> dict[str, list]:
+        """The columns of a text file that is no table.
+
+        Raises:
+            ValueError: naming the line that cannot be read.
+        """
+        word_column, tag_column = self.options.conll_word_column, self.options.conll_tag_column
+        tag_column = -1 if tag_column is None else tag_column
+        return read_conll(source, word_column or 0, tag_column if labelled else None)
+
+    def _read_table(self, source: Source, labelled: bool) -> dict[str, list]:
+        names = {
+            column: getattr(self.options, f"{column}_column") or default
+            for column, default in self.columns.items()
+        }
+        table = read_columns(source, names, optional=() if labelled else ("tags",))
+        columns = {column: table[column][:] for column in table.column_names}
+        for column in {"words", "tags"} & set(columns):
+            # A cell of a CSV file holds the words as text with blanks between them.
+            columns[column] = [
+                cell.split() if isinstance(cell, str) else cell for cell in columns[column]
+            ]
+        if "tags" in columns:
+            columns["tags"] = [_as_text(cell) for cell in columns["tags"]]
+        return columns
+
+    def check(self, columns: dict[str, list], examples: Examples) -> None:
+        """Check the columns that `read` made.
+
+        Raises:
+            ValueError: naming the example that is malformed.
+        """
+        for index, words in enumerate(columns["words"]):
+            tags = columns["tags"][index] if "tags" in columns else words
+            if not _is_list_of_text(words):
+                raise ValueError(
+                    f"{examples.where(index)}: expected a list of words, got {words!r}"
+                )
+            if not _is_list_of_text(tags) or len(tags) != len(words):
+                raise ValueError(
+                    f"{examples.where(index)}: expected one label for each of {len(words)} words, "
+                    f"got {tags!r}"
+                )
 
     def from_texts(self, texts: Sequence[str]) -> Examples:
         """Words are cut at blanks and around punctuation."""
@@ -63,8 +99,14 @@ class TokenClassification(Task):
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         for index, tags in enumerate(examples.table["tags"][:]):
-            for tag in tags:
+            for tag in dict.fromkeys(tags):
                 yield index, tag
+
+    def find_labels(self, examples: Examples) -> list[str]:
+        """Also those of the published data set, which training examples may lack."""
+        published = self.benchmark.labels if self.benchmark else ()
+        found = super().find_labels(examples)
+        return sorted({*found, *published}) if published else found
 
     def tokenize(
         self,
@@ -94,8 +136,7 @@ class TokenClassification(Task):
         """One tag a word; words that were cut off, or of which the tokenizer makes nothing, are
         in no chunk."""
         outside = "O" if "O" in labels else labels[0]
-        words = features.examples.table["words"]
-        results = [[outside] * len(words[index]) for index in range(len(words))]
+        results = [[outside] * len(words) for words in features.examples.table["words"][:]]
         for numbers, places, example in zip(
             predicted, features.table["word_indices"], features.table["example"], strict=True
         ):
@@ -107,29 +148,37 @@ class TokenClassification(Task):
         """Of whole chunks by seqeval for labels B-X and I-X; macro F1 of words for others."""
         true = examples.table["tags"][:]
         scores = {"accuracy": accuracy_score(true, results)}
-        if _are_chunks(labels):
-            for score in (precision_score, recall_score, f1_score):
-                name = score.__name__.removesuffix("_score")
-                scores[name] = score(true, results, zero_division=0)
-        else:
-            words = (list(itertools.chain.from_iterable(rows)) for rows in (true, results))
-            scores["f1"] = word_f1_score(*words, average="macro", labels=labels, zero_division=0)
-        return {name: float(score) for name, score in scores.items()}
+        if are_chunks(labels):
+            return scores | chunk_scores(true, results)
+        words = (list(itertools.chain.from_iterable(rows)) for rows in (true, results))
+        f1 = word_f1_score(*words, average="macro", labels=labels, zero_division=0)
+        return {name: float(score) for name, score in (scores | {"f1": f1}).items()}
 
     def describe(self, example: dict, result: list[str]) -> dict[str, Any]:
-        words = example["words"]
-        described: dict[str, Any] = {"words": words, "tags": result}
-        if _are_chunks(result):
-            described["entities"] = [
-                {
-                    "type": kind,
-                    "text": " ".join(words[first : last + 1]),
-                    "first": first,
-                    "last": last,
-                }
-                for kind, first, last in get_entities(result)
-            ]
+        described: dict[str, Any] = {"words": example["words"], "tags": result}
+        if are_chunks(result):
+            described["entities"] = spans(example["words"], result, "type")
         return described
+
+
+def chunk_scores(true: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
+    """Precision, recall and F1 of chunks in 0..1, as conlleval computes them (Tjong Kim Sang 2000).
+
+    A chunk is right when its type, its first and its last word are.
+    """
+    scores = precision_recall_fscore_support(true, predicted, average="micro", zero_division=0)
+    return {
+        name: float(score)
+        for name, score in zip(("precision", "recall", "f1"), scores, strict=False)
+    }
+
+
+def spans(words: list[str], tags: list[str], kind: str) -> list[dict[str, Any]]:
+    """The chunks of a sentence as they are printed; `kind` is the name of their type."""
+    return [
+        {kind: name, "text": " ".join(words[first : last + 1]), "first": first, "last": last}
+        for name, first, last in get_entities(tags)
+    ]
 
 
 def align(
@@ -140,7 +189,7 @@ def align(
     Without labels a zero marks the place to read the prediction from.
 
     Args:
-        encoding: of a fast tokenizer, of text split into words.
+        encoding: of a fast tokenizer, of text split into words; of a pair, the first text counts.
         tags: one list a sentence.
         count: of sentences.
 
@@ -149,8 +198,14 @@ def align(
     """
     labels, word_indices = [], []
     for index in range(count):
-        first_of_word = _first_sub_words(encoding.word_ids(index))
-        numbers = [_IGNORED] * len(encoding.word_ids(index))
+        word_ids = [
+            word if sequence == 0 else None
+            for word, sequence in zip(
+                encoding.word_ids(index), encoding.sequence_ids(index), strict=True
+            )
+        ]
+        first_of_word = _first_sub_words(word_ids)
+        numbers = [_IGNORED] * len(word_ids)
         for position, word in first_of_word:
             if label_numbers is None or tags is None:
                 numbers[position] = 0
@@ -161,7 +216,8 @@ def align(
     return {"labels": labels, "word_indices": word_indices}
 
 
-def _are_chunks(labels: list[str]) -> bool:
+def are_chunks(labels: list[str]) -> bool:
+    """Whether all are O, B-X, I-X or another part of a chunk."""
     return all(_CHUNK_LABEL.fullmatch(label) for label in labels)
 
 
@@ -175,11 +231,24 @@ def _first_sub_words(word_ids: list[int | None]) -> list[tuple[int, int]]:
     ]
 
 
-def _check_row(row: dict, where: str) -> None:
-    words = row["words"]
-    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
-        raise ValueError(f"{where}: expected a list of words, got {words!r}")
-    if "tags" in row and (not isinstance(row["tags"], list) or len(row["tags"]) != len(words)):
-        raise ValueError(
-            f"{where}: expected one label for each of {len(words)} words, got {row['tags']!r}"
-        )
+def _is_list_of_text(cell: Any) -> bool:
+    return isinstance(cell, list) and all(isinstance(word, str) for word in cell)
+
+
+def _as_text(tags: Any) -> Any:
+    """Labels that are numbers as text."""
+    if not isinstance(tags, list):
+        return tags
+    return [str(tag) if isinstance(tag, int) else tag for tag in tags]
+
+
+def _remarks(tags: list[list[str]]) -> dict[str, Any]:
+    """How many chunks begin with I-, when there are any."""
+    if not are_chunks(list({tag for row in tags for tag in row})):
+        return {}
+    count = 0
+    for row in tags:
+        for before, tag in zip(["O", *row], row, strict=False):
+            # A chunk goes on only after B- or I- of its own type.
+            count += tag[:2] == "I-" and (before[:2] not in ("B-", "I-") or before[2:] != tag[2:])
+    return {_BEGIN_INSIDE: count} if count else {}

@@ -26,6 +26,7 @@ class Benchmark:
         templates: names of the ways to phrase an example; the first is the default.
         pairs: those templates that make two texts of an example (text, text_pair).
         options: other defaults of DataOptions, such as column numbers.
+        labels: of token tasks, those in any split; the head has them all.
         table: how a .csv, .tsv or .txt file of it is read: keyword arguments of pandas.read_csv.
         paper: the table of the P-Tuning v2 paper that has it.
     """
@@ -42,5 +43,6 @@ class Benchmark:
     templates: tuple[str, ...] = ("default",)
     pairs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
     table: Mapping[str, Any] = field(default_factory=dict)
     paper: str = ""
