@@ -12,15 +12,18 @@ __all__ = ["FAMILIES", "DataOptions", "make_task"]
 
 _CLASSES = {
     "text-classification": ("text_classification", "TextClassification"),
+    "text-regression": ("text_regression", "TextRegression"),
     "token-classification": ("token_classification", "TokenClassification"),
     "semantic-role-labeling": ("semantic_roles", "SemanticRoleLabeling"),
+    "multiple-choice": ("multiple_choice", "MultipleChoice"),
     "question-answering": ("question_answering", "QuestionAnswering"),
 }
 
 
 def make_task(options: DataOptions) -> "Task":
     """The task that the options name, bound to their columns."""
+    options = options.with_benchmark_defaults()
+    module, name = _CLASSES["text-regression" if options.regression else options.family]
     # Imported here: the command line reads the options long before it needs transformers.
-    module, name = _CLASSES[options.family]
     family = getattr(importlib.import_module(f"ptv2_fast.tasks.{module}"), name)
-    return family(options.with_benchmark_defaults())
+    return family(options)

@@ -95,9 +95,15 @@ class DataOptions(Options):
     train_split: str = option("train", "split of --dataset to train on")
     validation_split: str | None = option("validation", "split of --dataset to validate on")
     test_split: str | None = option(None, "split of --dataset to test on")
-    text_column: str = option("text", "text-classification: column of the text")
+    text_column: str = option("text", "text tasks: column of the text")
     text_pair_column: str | None = option(None, "text-classification: column of a second text")
-    label_column: str = option("label", "text-classification: column of the label")
+    choices_column: str = option(
+        "choices",
+        "multiple-choice: column of the list of choices (or one column each: choice1, choice2, …)",
+    )
+    label_column: str = option(
+        "label", "text tasks: column of the label; multiple-choice: of the right one's index from 0"
+    )
     regression: bool = option(False, "text-classification: labels are numbers to be predicted")
     head: str = option(
         "linear",
@@ -112,13 +118,15 @@ class DataOptions(Options):
         None, "token tasks: column of the words (default: tokens; semantic-role-labeling: words)"
     )
     tags_column: str | None = option(
-        None, "token tasks: column of their labels (default: ner_tags; semantic-role-labeling: tags)"
+        None,
+        "token tasks: column of their labels (default: ner_tags; semantic-role-labeling: tags)",
     )
     predicate_column: str | None = option(
         None, "semantic-role-labeling: column of the verb's index, from 0 (default: pred)"
     )
     conll_word_column: int | None = option(
-        None, "CoNLL files: number of the words' column, from 0 (default: 0, or what the "
+        None,
+        "CoNLL files: number of the words' column, from 0 (default: 0, or what the "
         "published data set has)",
     )
     conll_tag_column: int | None = option(
@@ -173,6 +181,10 @@ class DataOptions(Options):
         self.require(
             self.template is None or self.template in templates,
             "template", f"one of {templates}" if templates else f"None for the task {self.task}",
+        )  # fmt: skip
+        self.require(
+            not self.regression or self.family == "text-classification",
+            "regression", f"False for the task {self.task}",
         )  # fmt: skip
         self.require(
             self.dataset is None or self.train_file is None, "dataset", "None beside train_file"

@@ -1,19 +1,19 @@
-"""One label, or one number, for a text or for a pair of texts."""
+"""One label for a text or for a pair of texts."""
 
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
-from sklearn.metrics import accuracy_score, f1_score
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns, read_rows
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
+from ptv2_fast.tasks.text_metrics import scores
 
 
 class TextClassification(Task):
-    """Columns: text, text_pair (when the options name one), label.
+    """Columns: text, text_pair (of pairs), label; and what the figures of a published set need.
 
     A result is {"label", "logits"}.
     """
@@ -24,13 +24,13 @@ class TextClassification(Task):
     default_metrics = ("accuracy", "f1")
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
-        if source.format == "other":
-            raise ValueError(
-                f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet for {self.name}"
-            )
-        if self.benchmark is not None and self.benchmark.rows is not None:
+        if self.benchmark is not None:
             table = read_rows(source, self.benchmark, str(self.options.template))
         else:
+            if source.format == "other":
+                raise ValueError(
+                    f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet for {self.name}"
+                )
             columns = {"text": self.options.text_column, "label": self.options.label_column}
             if self.options.text_pair_column is not None:
                 columns["text_pair"] = self.options.text_pair_column
@@ -45,10 +45,17 @@ class TextClassification(Task):
                         )
         return examples
 
+    @property
+    def _takes_pairs(self) -> bool:
+        if self.benchmark is not None:
+            return self.options.template in self.benchmark.pairs
+        return self.options.text_pair_column is not None
+
     def from_texts(self, texts: Sequence[str]) -> Examples:
+        """Pairs have a tab between the two texts."""
         examples = Examples(TYPED, Dataset.from_dict({"text": list(texts)}), unit="text")
         check_not_empty(TYPED, len(texts))
-        if self.options.text_pair_column is None:
+        if not self._takes_pairs:
             return examples
         pairs = [text.split("\t") for text in texts]
         for index, pair in enumerate(pairs):
@@ -95,11 +102,9 @@ class TextClassification(Task):
         ]
 
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
-        expected = [str(label) for label in examples.table["label"]]
-        predicted = [result["label"] for result in results]
-        macro = f1_score(expected, predicted, labels=labels, average="macro", zero_division=0)
-        return {"accuracy": float(accuracy_score(expected, predicted)), "f1": float(macro)}
+        names = self.benchmark.metrics if self.benchmark else self.default_metrics
+        return scores(names, self.options.task, results, examples.table, labels)
 
     def describe(self, example: dict, result: dict[str, Any]) -> dict[str, Any]:
         texts = {name: example[name] for name in ("text", "text_pair") if name in example}
-        return texts | {"label": result["label"]}
+        return texts | {name: value for name, value in result.items() if name != "logits"}

@@ -108,7 +108,10 @@ def sample_token_ids(train_table: Dataset, count: int) -> Tensor:
     """
     ids: list[int] = []
     order = torch.randperm(len(train_table)).tolist()
-    inner = [row[1:-1] for row in train_table.select(order[:count])["input_ids"]]
+    drawn = train_table.select(order[:count])["input_ids"][:]
+    if drawn and isinstance(drawn[0][0], list):  # several choices in a row
+        drawn = [choice for row in drawn for choice in row]
+    inner = [row[1:-1] for row in drawn]
     if not any(inner):
         raise ValueError("init: expected training examples with tokens for init='tokens'")
     while len(ids) < count:

@@ -1,0 +1,71 @@
+"""One number for a text or for a pair of texts."""
+
+import math
+from typing import Any
+
+from transformers import PreTrainedTokenizerBase
+
+from ptv2_fast.tasks.task import Examples, Features
+from ptv2_fast.tasks.text_classification import TextClassification
+
+_OUTPUT = "score"
+
+
+class TextRegression(TextClassification):
+    """Columns as of TextClassification, with numbers as labels; trained with the squared error.
+
+    A result is {"score"}.
+    """
+
+    default_metrics = ("pearson", "spearmanr")
+
+    def find_labels(self, examples: Examples) -> list[str]:
+        """The name of the one output; transformers takes one output for a number to be learnt.
+
+        Raises:
+            ValueError: naming the row whose label is no number.
+        """
+        self.check_labels(examples, [_OUTPUT])
+        return [_OUTPUT]
+
+    def check_labels(self, examples: Examples, labels: list[str]) -> None:
+        """Check that every label is a number.
+
+        Raises:
+            ValueError: naming the row and the label.
+        """
+        for index, label in self.labels_of(examples):
+            if _as_number(label) is None:
+                raise ValueError(
+                    f"{examples.where(index)}: expected a number as label, got {label!r}"
+                )
+
+    def tokenize(
+        self,
+        rows: dict[str, list],
+        tokenizer: PreTrainedTokenizerBase,
+        label_numbers: dict[str, int] | None,
+        max_length: int,
+    ) -> dict[str, list]:
+        columns = super().tokenize(rows, tokenizer, None, max_length)
+        if label_numbers is None:
+            columns["labels"] = [0.0] * len(rows["text"])
+        else:
+            columns["labels"] = [float(label) for label in rows["label"]]
+        return columns
+
+    def results(
+        self, predicted: list, features: Features, labels: list[str]
+    ) -> list[dict[str, Any]]:
+        return [{_OUTPUT: logits[0]} for logits in predicted]
+
+
+def _as_number(label: Any) -> float | None:
+    """A finite number, or text that spells one; else None."""
+    if isinstance(label, bool) or not isinstance(label, int | float | str):
+        return None
+    try:
+        number = float(label)
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
