@@ -1,0 +1,167 @@
+"""Which of several texts goes with a text."""
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from datasets import Dataset
+from torch import Tensor
+from transformers import BatchEncoding, DataCollatorForMultipleChoice, PreTrainedTokenizerBase
+
+from ptv2_fast.tasks.sources import (
+    TYPED,
+    Source,
+    check_not_empty,
+    keep_columns,
+    read_rows,
+    read_table,
+)
+from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
+from ptv2_fast.tasks.text_metrics import scores
+
+_NUMBERED_CHOICE = re.compile(r"choice(\d+)")
+
+
+class MultipleChoice(Task):
+    """Columns: text, choices (a list of texts, as many in every row), label (the index of the
+    right one, from 0).
+
+    The model scores the pair (text, choice) of each choice. A result is {"label", "logits"}.
+    """
+
+    name = "multiple-choice"
+    model_class = "AutoModelForMultipleChoice"
+    peft_name = "SEQ_CLS"
+    default_metrics = ("accuracy",)
+
+    def read(self, source: Source, labelled: bool = True) -> Examples:
+        if self.benchmark is not None:
+            table = read_rows(source, self.benchmark, str(self.options.template))
+        else:
+            table = self._read_own(source, labelled)
+        examples = Examples(source, table)
+        _check_texts(examples)
+        if labelled:
+            _check_indices(examples)
+        return examples
+
+    def _read_own(self, source: Source, labelled: bool) -> Dataset:
+        """A user's table, with the choices in one column or in choice1, choice2, …."""
+        if source.format == "other":
+            raise ValueError(
+                f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet for {self.name}"
+            )
+        table, choices = read_table(source), self.options.choices_column
+        if choices not in table.column_names:
+            table = _with_choices(table, choices)
+        names = {
+            "text": self.options.text_column,
+            "choices": choices,
+            "label": self.options.label_column,
+        }
+        return keep_columns(table, source, names, optional=() if labelled else ("label",))
+
+    def from_texts(self, texts: Sequence[str]) -> Examples:
+        """A text and its choices, with tabs between."""
+        check_not_empty(TYPED, len(texts))
+        parts = [text.split("\t") for text in texts]
+        columns = {"text": [part[0] for part in parts], "choices": [part[1:] for part in parts]}
+        examples = Examples(TYPED, Dataset.from_dict(columns), unit="text")
+        _check_texts(examples)
+        return examples
+
+    def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
+        return enumerate(examples.table["label"][:])
+
+    def find_labels(self, examples: Examples) -> list[str]:
+        """The indices of the choices, whether they all occur as labels or not."""
+        return [str(index) for index in range(len(examples.table[0]["choices"]))]
+
+    def tokenize(
+        self,
+        rows: dict[str, list],
+        tokenizer: PreTrainedTokenizerBase,
+        label_numbers: dict[str, int] | None,
+        max_length: int,
+    ) -> dict[str, list]:
+        """Each column holds a list per choice, so that batches are [B, choices, T]."""
+        count, choices = len(rows["text"]), len(rows["choices"][0])
+        first = [text for text in rows["text"] for _ in range(choices)]
+        second = [choice for row in rows["choices"] for choice in row]
+        encoding = tokenizer(first, second, truncation=True, max_length=max_length)
+        flat = dict(encoding) | {"was_cut": was_cut(encoding, len(first))}
+        columns = {
+            name: [values[index : index + choices] for index in range(0, len(first), choices)]
+            for name, values in flat.items()
+        }
+        columns["was_cut"] = [any(cut) for cut in columns["was_cut"]]
+        if label_numbers is None:
+            columns["labels"] = [0] * count
+        else:
+            columns["labels"] = [label_numbers[str(label)] for label in rows["label"]]
+        return columns
+
+    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
+        collate = DataCollatorForMultipleChoice(tokenizer)
+        return lambda rows: BatchEncoding(collate(rows))
+
+    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[float]]:
+        return outputs.logits.float().tolist()
+
+    def results(
+        self, predicted: list, features: Features, labels: list[str]
+    ) -> list[dict[str, Any]]:
+        # Not by the labels: another file may have more choices than the training data.
+        return [{"label": str(logits.index(max(logits))), "logits": logits} for logits in predicted]
+
+    def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
+        names = self.benchmark.metrics if self.benchmark else self.default_metrics
+        return scores(names, self.options.task, results, examples.table, labels)
+
+    def describe(self, example: dict, result: dict[str, Any]) -> dict[str, Any]:
+        label = result["label"]
+        return {
+            "text": example["text"],
+            "choices": example["choices"],
+            "label": label,
+            "choice": example["choices"][int(label)],
+        }
+
+
+def _with_choices(table: Dataset, column: str) -> Dataset:
+    """The table with the columns choice1, choice2, … in one; as it is when it has none."""
+    found = [match for name in table.column_names if (match := _NUMBERED_CHOICE.fullmatch(name))]
+    if not found:
+        return table
+    names = [match[0] for match in sorted(found, key=lambda match: int(match[1]))]
+    choices = [list(row) for row in zip(*(table[name][:] for name in names), strict=True)]
+    return table.add_column(column, choices)
+
+
+def _check_texts(examples: Examples) -> None:
+    """Check that every row has a text and at least two choices, as many as the first row."""
+    table, expected = examples.table, 0
+    for index, (text, choices) in enumerate(zip(table["text"], table["choices"], strict=True)):
+        where = examples.where(index)
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: expected text in text, got {text!r}")
+        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+            raise ValueError(f"{where}: expected a list of texts in choices, got {choices!r}")
+        if len(choices) < 2:
+            raise ValueError(f"{where}: expected at least two choices, got {choices}")
+        expected = expected or len(choices)
+        if len(choices) != expected:
+            raise ValueError(
+                f"{where}: expected {expected} choices, as in the first, got {len(choices)}"
+            )
+
+
+def _check_indices(examples: Examples) -> None:
+    """Check that every label is the index of a choice."""
+    columns = (examples.table[name][:] for name in ("label", "choices"))
+    for index, (label, choices) in enumerate(zip(*columns, strict=True)):
+        if str(label) not in map(str, range(len(choices))):
+            raise ValueError(
+                f"{examples.where(index)}: expected the index of one of {len(choices)} choices as "
+                f"label, from 0, got {label!r}"
+            )
