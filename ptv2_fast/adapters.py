@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_adapter, write_adapter
-from ptv2_fast.encoders.attachment import Attachment, find_attachment
+from ptv2_fast.encoders.attachment import ENCODER_NAME, Attachment, find_attachment
 from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
 from ptv2_fast.prefix import PTuningV2Config
 
@@ -70,7 +70,10 @@ def load_adapter(
     """
     description, tensors = read_adapter(directory)
     config = _read_config(description, directory)
-    _check_same_model(description, model)
+    sizes: tuple[str, ...] = _MATCHED_SIZES
+    if model.base_model is not model:  # a bare model has no labels, whatever its config says
+        sizes = (*sizes, "num_labels")
+    _check_same_model(description, model, sizes)
     attachment = find_attachment(model)
     if attachment is not None:
         _check_same_config(config, attachment.config)
@@ -92,6 +95,38 @@ def load_adapter(
     return model
 
 
+def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrainedModel:
+    """Copy the prefix of an adapter into an attached model of the same encoder, whatever its head.
+
+    What else the adapter holds of the backbone (a pooler, `modules_to_save`) is copied too, where
+    the model trains it.
+
+    Args:
+        model: attached with the adapter's configuration; what is trainable stays.
+        directory: the folder `save_adapter` or Trainer wrote.
+
+    Returns:
+        The same object.
+
+    Raises:
+        ValueError: for missing or corrupt files, another encoder or configuration (naming each
+            difference), or a model that is not attached.
+    """
+    attachment = require_attachment(model)
+    description, tensors = read_adapter(directory)
+    config = _read_config(description, directory)
+    _check_same_model(description, model, _MATCHED_SIZES)
+    _check_same_config(config, attachment.config)
+    inside = (f"{ENCODER_NAME}.", f"{model.base_model_prefix}.")
+    targets = {
+        name: target
+        for name, target in attachment.select_tensors().items()
+        if name.startswith(inside) and (name in tensors or name.startswith(inside[0]))
+    }
+    _copy({name: tensors[name] for name in targets if name in tensors}, targets)
+    return model
+
+
 def _read_config(description: dict[str, Any], directory: str | os.PathLike) -> PTuningV2Config:
     needed = ("prefix_config", "model_class", "num_labels", "id2label", "problem_type")
     missing = [name for name in (*needed, *_MATCHED_SIZES) if name not in description]
@@ -104,10 +139,9 @@ def _read_config(description: dict[str, Any], directory: str | os.PathLike) -> P
     return PTuningV2Config.from_dict(description["prefix_config"])
 
 
-def _check_same_model(description: dict[str, Any], model: PreTrainedModel) -> None:
-    fields: tuple[str, ...] = _MATCHED_SIZES
-    if model.base_model is not model:  # a bare model has no labels, whatever its config says
-        fields = (*fields, "num_labels")
+def _check_same_model(
+    description: dict[str, Any], model: PreTrainedModel, fields: tuple[str, ...]
+) -> None:
     differences = [
         f"{name} {description[name]!r} against {getattr(model.config, name)!r}"
         for name in fields
@@ -145,7 +179,14 @@ def _load_tensors(
             f"adapter: expected the tensors of {type(attachment.model).__name__}, got those of "
             f"{description['model_class']}: missing {missing}, unexpected {unexpected}"
         )
+    _copy(tensors, targets)
+
+
+def _copy(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Copy tensors of the same names, or raise before the first."""
     for name, target in targets.items():
+        if name not in tensors:
+            raise ValueError(f"adapter: expected a tensor {name}, got none")
         if tensors[name].shape != target.shape:
             raise ValueError(
                 f"adapter: expected {name} of shape {list(target.shape)}, got "

@@ -58,6 +58,11 @@ class ModelOptions(Options):
         "start the prefix or prompt from N(0, 0.02) or from tokens of the training examples",
         choices=("normal", "tokens"),
     )
+    start_from: str | None = option(
+        None,
+        "p-tuning-v2: folder of a run, a multi-task run or an adapter whose prefix training starts "
+        "from, and whose head where task and labels are the same",
+    )
     backbone: str = option(
         "auto",
         "how the encoder layers run with a prefix: as frozen blocks, as transformers runs them, or "
@@ -92,6 +97,11 @@ class ModelOptions(Options):
         super().__post_init__()
         self.require(self.model is not None, "model", "a folder or a name on the hub")
         self.require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "an integer >= 1")
+        if self.start_from is not None:
+            self.require(
+                self.method == "p-tuning-v2", "start_from", f"None for the method {self.method}"
+            )
+            self.require(self.init == "normal", "init", "'normal' with start_from")
         self.require(self.lora_rank >= 1, "lora_rank", "an integer >= 1")
         self.require(self.lora_alpha > 0, "lora_alpha", "a number > 0")
         if self.depth is not None:
@@ -252,6 +262,15 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     Raises:
         ValueError: for a missing or malformed file, or unknown options.
     """
+    return flatten(read_table(path))
+
+
+def read_table(path: str | Path) -> dict[str, Any]:
+    """What a .json, .toml, .yaml or .yml file says, without what a run found.
+
+    Raises:
+        ValueError: for a missing or malformed file.
+    """
     path = Path(path)
     if not path.is_file():
         raise ValueError(f"config: expected an existing file, got {str(path)!r}")
@@ -262,7 +281,7 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"config: expected a table of options in {path}, got {values!r}")
     values.pop("found", None)  # what a run's config.json keeps beside the options
-    return flatten(values)
+    return values
 
 
 def _parsers(suffix: str) -> Any:

@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -19,6 +20,7 @@ from ptv2_fast.training import run_folder
 from ptv2_fast.training.methods import longest_input, prefix_config, prepare_model
 from ptv2_fast.training.models import load_pretrained
 from ptv2_fast.training.options import ModelOptions, RunConfig
+from ptv2_fast.training.start import find_starts, start_from
 
 # Without a limit in epochs: more than any time limit allows.
 _ENDLESS_EPOCHS = 10_000
@@ -41,11 +43,13 @@ class Prepared:
     folder: Path
     resume: bool
     overwrite: bool
+    started_from: dict[str, Any] | None = None
 
     @property
-    def found(self) -> dict:
+    def found(self) -> dict[str, Any]:
         """What config.json keeps beside the options."""
-        return {"labels": self.labels, "max_length": self.max_length}
+        found = {"labels": self.labels, "max_length": self.max_length}
+        return found if self.started_from is None else {**found, "started_from": self.started_from}
 
     @property
     def watched(self) -> Features | None:
@@ -74,6 +78,7 @@ def prepare(
     run_folder.check_output(folder, resume, overwrite)
     if config.model.method == "p-tuning-v2":
         prefix_config(config.model)  # a bad prefix is known before the data is read
+    find_starts(config.model)
     task, examples, labels = read_data(config)
 
     set_seed(config.training.seed)
@@ -83,6 +88,7 @@ def prepare(
         name: task.featurize(part, tokenizer, labels, max_length) for name, part in examples.items()
     }
     prepare_model(model, config.model, features["train"].table)
+    started_from = start_from(model, config.model, config.data)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
     rows = len(features["train"])
@@ -90,7 +96,7 @@ def prepare(
     arguments = training_arguments(config, folder, rows, metric)
     prepared = Prepared(
         config, task, model, tokenizer, labels, max_length, features, arguments, folder,
-        resume, overwrite,
+        resume, overwrite, started_from,
     )  # fmt: skip
     if resume:
         run_folder.check_same_run(folder, config, prepared.found)

@@ -94,6 +94,7 @@ def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
         "metric": prepared.task.metric,
         "metrics": score_splits(prepared),
         "saved_bytes": run_folder.saved_bytes(prepared.folder),
+        "started_from": prepared.started_from,
         **describe_data(prepared),
         **describe_training(prepared, clock, steps),
     }

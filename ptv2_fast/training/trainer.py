@@ -19,7 +19,7 @@ from transformers import (
     get_scheduler,
 )
 
-from ptv2_fast.tasks.task import Collator, Features, Task
+from ptv2_fast.tasks.task import Features, Task
 from ptv2_fast.training.baselines import LORA, PROMPT
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.scoring import score
@@ -50,15 +50,23 @@ class LengthGroupedOrder(Sampler):
     def __iter__(self) -> Iterator[int]:
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self), generator=generator).tolist()
-        width = self.batch_size * _GROUP
-        groups = [order[i : i + width] for i in range(0, len(order), width)]
-        order = [i for group in groups for i in sorted(group, key=self.lengths.__getitem__)]
-        batches = [order[i : i + self.batch_size] for i in range(0, len(order), self.batch_size)]
+        batches = batches_of_similar_length(order, self.lengths, self.batch_size)
         # A short batch stays last, or the loader would cut all batches after it elsewhere.
         whole = len(order) // self.batch_size
         for number in torch.randperm(whole, generator=generator).tolist():
             yield from batches[number]
-        yield from order[whole * self.batch_size :]
+        for batch in batches[whole:]:
+            yield from batch
+
+
+def batches_of_similar_length(
+    order: list[int], lengths: list[int], batch_size: int
+) -> list[list[int]]:
+    """The order in batches, of which the last may be short, with rows moved nearby."""
+    width = batch_size * _GROUP
+    groups = [order[i : i + width] for i in range(0, len(order), width)]
+    order = [i for group in groups for i in sorted(group, key=lengths.__getitem__)]
+    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 class PacedTrainer(Trainer):
@@ -81,7 +89,7 @@ class PacedTrainer(Trainer):
         args: TrainingArguments,
         *,
         rows: Any,
-        collate: Collator,
+        collate: Callable[[list[Any]], Any],
         clock: StepClock,
         head_learning_rate: float | None = None,
         epoch_decay: float | None = None,

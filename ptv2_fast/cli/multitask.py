@@ -1,0 +1,112 @@
+"""ptv2-fast multitask."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from ptv2_fast.cli.parser import BadInput, add_command, add_options, checked, quieten
+from ptv2_fast.cli.sweeps import add_output
+from ptv2_fast.training import run_folder
+from ptv2_fast.training.multitask_config import MultiTaskConfig, flatten_tasks, read_multitask_file
+from ptv2_fast.training.options import ModelOptions, TrainingOptions
+
+_EXAMPLE = """a configuration in YAML:
+  model: bert-base-cased
+  num_virtual_tokens: 32
+  tasks:
+    - {task: conll2003, data_dir: data/CoNLL03}
+    - {task: conll2004, data_dir: data/CoNLL04}
+    - {name: ours, task: token-classification, train_file: train.txt, validation_file: dev.txt}
+
+examples:
+  ptv2-fast multitask --config ner.yaml --output runs/multi
+  ptv2-fast eval --run runs/multi/tasks/ours --data test.txt
+  ptv2-fast train --task conll2003 --data-dir data/CoNLL03 --model bert-base-cased \\
+      --num-virtual-tokens 32 --start-from runs/multi --output runs/conll2003
+"""
+
+
+def add(commands: Any) -> None:
+    """Add the command."""
+    parser = add_command(
+        commands,
+        "multitask",
+        _multitask,
+        "train one prefix on several data sets of a task family, with a head for each",
+        _EXAMPLE,
+    )
+    run = parser.add_argument_group("run")
+    add_output(run, "run")
+    run.add_argument(
+        "--config",
+        help="options from a .json, .toml or .yaml file, with a list `tasks` of data options and "
+        "names; options given here win; config.json of a run repeats it",
+    )
+    run.add_argument(
+        "--temperature",
+        type=float,
+        metavar="N",
+        help="batches are drawn from n examples in proportion to n ** (1 / temperature): 1 = by "
+        "size, large = equally often (default: 1.0)",
+    )
+    add_options(parser.add_argument_group("model"), ModelOptions)
+    add_options(parser.add_argument_group("training"), TrainingOptions)
+
+
+def _multitask(options: dict[str, Any]) -> None:
+    folder = Path(options.pop("output"))
+    flags = {name: options.pop(name) for name in ("resume", "overwrite", "dry_run")}
+    resume, overwrite = flags["resume"], flags["overwrite"]
+    config = checked(_read_config, options, folder if resume else None)
+    checked(run_folder.check_output, folder, resume, overwrite)
+    if resume:
+        checked(run_folder.check_same_run, folder, config)
+    if resume and (folder / run_folder.REPORT).is_file():
+        print(f"{folder} is complete: see {folder / run_folder.REPORT}", file=sys.stderr)
+        return
+    _train(config, folder, **flags)
+
+
+def _read_config(options: dict[str, Any], started: Path | None) -> MultiTaskConfig:
+    """The run's configuration: that of the started run, then the file's, and the options."""
+    values: dict[str, Any] = {}
+    if started is not None and (started / run_folder.CONFIG).is_file():
+        before, _ = run_folder.read_run_config(started, MultiTaskConfig)
+        values |= flatten_tasks(before.to_dict())
+    config_file, temperature = options.pop("config"), options.pop("temperature")
+    if config_file is not None:
+        values |= read_multitask_file(config_file)
+    if temperature is not None:
+        values["temperature"] = temperature
+    return MultiTaskConfig.from_dict(values | options)
+
+
+def _train(
+    config: MultiTaskConfig, folder: Path, resume: bool, overwrite: bool, dry_run: bool
+) -> None:
+    quieten()
+    from ptv2_fast.encoders import print_trainable_parameters
+    from ptv2_fast.training.divergence import DivergedError
+    from ptv2_fast.training.multitask import prepare_tasks, train_tasks
+
+    prepared = checked(prepare_tasks, config, folder, resume=resume, overwrite=overwrite)
+    for number, (name, part) in enumerate(prepared.parts.items()):
+        for split, features in part.features.items():
+            cut = features.truncated
+            note = f", {cut} cut to {part.max_length} tokens" if cut else ""
+            print(f"{name}/{split}: {len(features.examples)} examples{note}", file=sys.stderr)
+            for remark, value in features.examples.remarks.items():
+                print(f"{name}/{split}: {remark}: {value}", file=sys.stderr)
+        print(f"{name}: {prepared.batches[number]} batches an epoch", file=sys.stderr)
+    print_trainable_parameters(prepared.model)
+    if dry_run:
+        print(json.dumps(config.to_dict(), indent=2))
+        return
+    try:
+        report = train_tasks(prepared)
+    except DivergedError as error:
+        raise BadInput(error) from error
+    for name, scores in report["metrics"].items():
+        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+    print(f"written to {folder}")

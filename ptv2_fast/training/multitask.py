@@ -1,0 +1,277 @@
+"""Multi-task P-Tuning v2: one prefix for the data sets of a family, and a head for each.
+
+The first stage of the paper's MPT-2; the second trains on one data set with the option start_from.
+Any other method works too: what it adds is shared.
+"""
+
+import dataclasses
+import statistics
+from pathlib import Path
+from typing import Any, cast
+
+import datasets
+from transformers import (
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+from ptv2_fast.tasks.task import Features
+from ptv2_fast.training import run_folder
+from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.heads import TaskHeads, take_head
+from ptv2_fast.training.methods import prefix_config, prepare_model
+from ptv2_fast.training.models import load_pretrained, save_trained
+from ptv2_fast.training.multitask_config import MultiTaskConfig
+from ptv2_fast.training.multitask_order import CombinedRows, MultiTaskOrder, batches_per_epoch
+from ptv2_fast.training.prepare import (
+    Prepared,
+    checkpoint_activations,
+    choose_max_length,
+    read_data,
+    training_arguments,
+)
+from ptv2_fast.training.run import describe_data, describe_training, pace, score_splits
+from ptv2_fast.training.scoring import score
+from ptv2_fast.training.start import find_starts, start_from
+from ptv2_fast.training.trainer import PacedTrainer
+
+MEAN = "mean"  # of the data sets' selecting metrics
+_TASK = "task_number"  # in a batch: which data set it is from
+
+
+@dataclasses.dataclass
+class PreparedTasks:
+    """A multi-task run that is ready to train; nothing has been written yet.
+
+    Attributes:
+        parts: the data sets by name; they share the model, the tokenizer and the arguments.
+        batches: of each data set in an epoch.
+    """
+
+    config: MultiTaskConfig
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    heads: TaskHeads
+    parts: dict[str, Prepared]
+    batches: list[int]
+    arguments: TrainingArguments
+    folder: Path
+    resume: bool
+    overwrite: bool
+    started_from: dict[str, Any] | None
+
+    @property
+    def found(self) -> dict[str, Any]:
+        """What config.json keeps beside the options."""
+        found = {
+            "labels": {name: part.labels for name, part in self.parts.items()},
+            "max_length": {name: part.max_length for name, part in self.parts.items()},
+        }
+        return found if self.started_from is None else {**found, "started_from": self.started_from}
+
+
+def prepare_tasks(
+    config: MultiTaskConfig, folder: Path, *, resume: bool = False, overwrite: bool = False
+) -> PreparedTasks:
+    """Check the folder, read all data, load the model and attach what the method trains.
+
+    Args:
+        config: the run.
+        folder: where `train_tasks` will write.
+        resume: go on with the run in the folder.
+        overwrite: delete the run in the folder when training starts.
+
+    Raises:
+        ValueError, OSError: for any bad input.
+    """
+    run_folder.check_output(folder, resume, overwrite)
+    if config.model.method == "p-tuning-v2":
+        prefix_config(config.model)  # a bad prefix is known before the data is read
+    find_starts(config.model)
+    singles = config.singles()
+    data = {name: read_data(single) for name, single in singles.items()}
+
+    set_seed(config.training.seed)
+    # Every head is made as for its data set alone; all but the first one's encoder is dropped.
+    model, heads = None, []
+    for task, _, labels in data.values():
+        loaded, tokenizer = load_pretrained(config.model, task, labels)
+        heads.append(take_head(loaded))
+        model = model or loaded
+    assert model is not None
+    switch = TaskHeads(model, heads)
+    lengths = {name: choose_max_length(s.data, model, s.model) for name, s in singles.items()}
+    features = {
+        name: {
+            split: task.featurize(part, tokenizer, labels, lengths[name])
+            for split, part in examples.items()
+        }
+        for name, (task, examples, labels) in data.items()
+    }
+    train = [parts["train"] for parts in features.values()]
+    prepare_model(model, config.model, _token_ids(train))
+    started_from = start_from(model, config.model, None)
+    if config.training.gradient_checkpointing:
+        checkpoint_activations(model)
+
+    size = config.training.batch_size
+    batches = batches_per_epoch([len(part) for part in train], size, config.temperature)
+    scored = any("validation" in parts for parts in features.values())
+    first = next(iter(singles.values()))
+    rows = sum(batches) * size
+    arguments = training_arguments(first, folder, rows, MEAN if scored else None)
+    parts = {
+        name: Prepared(
+            singles[name], task, model, tokenizer, labels, lengths[name], features[name], arguments,
+            run_folder.single_folder(folder, name), resume, overwrite,
+        )
+        for name, (task, _, labels) in data.items()
+    }  # fmt: skip
+    prepared = PreparedTasks(
+        config, model, tokenizer, switch, parts, batches, arguments, folder, resume, overwrite,
+        started_from,
+    )  # fmt: skip
+    if resume:
+        run_folder.check_same_run(folder, config, prepared.found)
+    return prepared
+
+
+def _token_ids(train: list[Features]) -> datasets.Dataset:
+    """The token ids of all training examples, to start a prefix from."""
+    return datasets.concatenate_datasets([part.table.select_columns("input_ids") for part in train])
+
+
+class MultiTaskTrainer(PacedTrainer):
+    """A Trainer whose batches are each from one data set and go through its head.
+
+    Args:
+        prepared: the run.
+        settings: the arguments of `PacedTrainer` beside model and data.
+    """
+
+    def __init__(self, prepared: PreparedTasks, **settings: Any) -> None:
+        self.prepared = prepared
+        self.watched = {name: part.watched for name, part in prepared.parts.items()}
+        self.collators = [
+            part.task.collator(prepared.tokenizer) for part in prepared.parts.values()
+        ]
+        tables = [
+            part.features["train"].model_inputs(prepared.tokenizer, part.task.label_columns)
+            for part in prepared.parts.values()
+        ]
+        super().__init__(
+            prepared.model,
+            prepared.arguments,
+            rows=CombinedRows(tables),
+            collate=self.collate,
+            **settings,
+        )
+
+    def collate(self, rows: list[tuple[int, dict[str, Any]]]) -> Any:
+        """A batch of one data set, and its number."""
+        numbers = {number for number, _ in rows}
+        if len(numbers) > 1:
+            raise RuntimeError(f"a batch holds rows of the data sets {sorted(numbers)}")
+        (number,) = numbers
+        batch = self.collators[number]([row for _, row in rows])
+        batch[_TASK] = number
+        return batch
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> MultiTaskOrder:
+        lengths = [part.features["train"].lengths for part in self.prepared.parts.values()]
+        return MultiTaskOrder(
+            lengths, self.prepared.batches, self.args.train_batch_size, self.args.seed
+        )
+
+    def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The loss of the head of the batch's data set."""
+        self.prepared.heads.activate(inputs.pop(_TASK))
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def scores(self) -> dict[str, float]:
+        """The metrics of every data set as NAME_METRIC, and the mean of the selecting ones."""
+        scores: dict[str, float] = {}
+        selecting: list[float] = []
+        for number, (name, part) in enumerate(self.prepared.parts.items()):
+            watched = self.watched[name]
+            if watched is None:
+                continue
+            self.prepared.heads.activate(number)
+            own = score(
+                cast(PreTrainedModel, self.model), part.task, watched, part.tokenizer, part.labels,
+                self.args.eval_batch_size, self.args.bf16,
+            )  # fmt: skip
+            scores |= {f"{name}_{metric}": value for metric, value in own.items()}
+            selecting.append(own[part.task.metric])
+        return {**scores, MEAN: statistics.fmean(selecting)}
+
+
+def train_tasks(
+    prepared: PreparedTasks, callbacks: list[TrainerCallback] | None = None
+) -> dict[str, Any]:
+    """Train, save what was trained once for each data set, score it and write the report.
+
+    Args:
+        prepared: the run; its model is the trained one afterwards.
+        callbacks: further callbacks of Trainer.
+
+    Returns:
+        The report, as in report.json.
+
+    Raises:
+        DivergedError: when the training loss becomes infinite or NaN.
+    """
+    config, folder = prepared.config, prepared.folder
+    checkpoint = run_folder.last_checkpoint(folder) if prepared.resume else None
+    run_folder.start(folder, config, prepared.found, prepared.overwrite)
+    clock = StepClock(config.training.max_seconds, config.training.eval_seconds)
+    trainer = MultiTaskTrainer(prepared, **pace(config.training, clock, folder, callbacks))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    for number in range(len(prepared.parts)):
+        _save_single(prepared, number)
+    report = _report(prepared, clock, trainer.state.global_step)
+    run_folder.write_json(folder / run_folder.REPORT, report)
+    return report
+
+
+def _save_single(prepared: PreparedTasks, number: int) -> None:
+    """Write the model of one data set as a run of that data set is written."""
+    part = list(prepared.parts.values())[number]
+    found = {**part.found, "trained_with": list(prepared.parts)}
+    run_folder.start(part.folder, part.config, found, overwrite=False)
+    part.tokenizer.save_pretrained(part.folder / run_folder.TOKENIZER)
+    with prepared.heads.alone(number) as model:
+        save_trained(model, part.config.model.method, part.folder)
+
+
+def _report(prepared: PreparedTasks, clock: StepClock, steps: int) -> dict[str, Any]:
+    metrics: dict[str, Any] = {}
+    data: dict[str, dict[str, Any]] = {}
+    tasks: dict[str, dict[str, Any]] = {}
+    for number, (name, part) in enumerate(prepared.parts.items()):
+        prepared.heads.activate(number)
+        metrics |= {f"{name}/{split}": scores for split, scores in score_splits(part).items()}
+        for key, values in describe_data(part).items():
+            data.setdefault(key, {}).update({f"{name}/{s}": v for s, v in values.items()})
+        tasks[name] = {
+            "task": part.config.data.task,
+            "metric": part.task.metric,
+            "labels": len(part.labels),
+            "batches_per_epoch": prepared.batches[number],
+        }
+    prepared.heads.activate(0)
+    first = next(iter(prepared.parts.values()))
+    return {
+        "task": first.config.data.family,
+        "tasks": tasks,
+        "temperature": prepared.config.temperature,
+        "metric": MEAN,
+        "metrics": metrics,
+        "saved_bytes": sum(run_folder.saved_bytes(p.folder) for p in prepared.parts.values()),
+        "started_from": prepared.started_from,
+        **data,
+        **describe_training(first, clock, steps),
+    }

@@ -1,0 +1,100 @@
+"""The order of multi-task training: batches of one data set each, sampled by temperature."""
+
+import bisect
+import itertools
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from ptv2_fast.training.trainer import batches_of_similar_length
+
+
+def batches_per_epoch(sizes: Sequence[int], batch_size: int, temperature: float) -> list[int]:
+    """How many batches of each data set an epoch has.
+
+    As many altogether as the data sets have, rounded up, in proportion to size ** (1 / temperature)
+    by largest remainders, and at least one each.
+
+    Args:
+        sizes: examples of the data sets.
+        batch_size: examples in a batch.
+        temperature: > 0; 1 = in proportion to the sizes, large = equally often.
+    """
+    total = math.ceil(sum(sizes) / batch_size)
+    weights = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
+    shares = [total * weight / sum(weights) for weight in weights]
+    counts = [max(1, int(share)) for share in shares]
+    by_remainder = sorted(range(len(sizes)), key=lambda i: int(shares[i]) - shares[i])
+    for number in by_remainder[: max(0, total - sum(counts))]:
+        counts[number] += 1
+    return counts
+
+
+class MultiTaskOrder(Sampler):
+    """A random order of batches, each of one data set and of examples of similar length.
+
+    Every batch is full. A data set is passed through in a random order, again and again; an epoch
+    goes on where the one before stopped, so that no example is left out for long. The order depends
+    on the seed and the epoch alone.
+
+    Args:
+        lengths: tokens of the rows of each data set.
+        batches: how many batches of each data set an epoch has.
+        batch_size: rows in a batch.
+        seed: of the order.
+    """
+
+    def __init__(
+        self, lengths: list[list[int]], batches: list[int], batch_size: int, seed: int
+    ) -> None:
+        self.lengths, self.batches = lengths, batches
+        self.batch_size, self.seed = batch_size, seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Called by the data loader."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.batches) * self.batch_size
+
+    def __iter__(self) -> Iterator[int]:
+        """Indices into the data sets one after another."""
+        batches: list[list[int]] = []
+        first = 0
+        for lengths, count in zip(self.lengths, self.batches, strict=True):
+            rows = self._draw(len(lengths), count * self.batch_size)
+            for batch in batches_of_similar_length(rows, lengths, self.batch_size):
+                batches.append([first + row for row in batch])
+            first += len(lengths)
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for number in torch.randperm(len(batches), generator=generator).tolist():
+            yield from batches[number]
+
+    def _draw(self, size: int, count: int) -> list[int]:
+        """This epoch's part of the endless passes through a data set."""
+        start = self.epoch * count
+        rows: list[int] = []
+        for number in range(start // size, (start + count - 1) // size + 1):
+            generator = torch.Generator().manual_seed(self.seed + number)
+            rows += torch.randperm(size, generator=generator).tolist()
+        skipped = start % size
+        return rows[skipped : skipped + count]
+
+
+class CombinedRows(Dataset):
+    """The rows of several tables, each with the number of its table."""
+
+    def __init__(self, tables: Sequence[Any]) -> None:
+        self.tables = tables
+        self.starts = [0, *itertools.accumulate(map(len, tables))]
+
+    def __len__(self) -> int:
+        return self.starts[-1]
+
+    def __getitem__(self, index: int) -> tuple[int, dict[str, Any]]:
+        number = bisect.bisect_right(self.starts, index) - 1
+        return number, self.tables[number][index - self.starts[number]]
