@@ -109,11 +109,11 @@ class QuestionAnswering(Task):
         _check_tokenizer(tokenizer)
         stride = self.options.doc_stride
         special = tokenizer.num_special_tokens_to_add(pair=True)
-        longest = max_length - special - stride - max(1, stride // 2)
+        longest = max_length - special - stride - (stride + 1) // 2
         if longest < 1:
             raise ValueError(
-                f"doc_stride: expected at most {max(0, (max_length - special - 1) * 2 // 3)} with "
-                f"inputs of {max_length} tokens, got {stride}"
+                f"doc_stride: expected at most {(max_length - special - 1) * 2 // 3} with inputs "
+                f"of {max_length} tokens, got {stride}"
             )
         stripped = [question.lstrip() for question in questions]
         encoding = tokenizer(stripped, add_special_tokens=False, return_offsets_mapping=True)
