@@ -1,4 +1,4 @@
-"""The command line: ptv2-fast train | eval | predict | tasks | env, one file each.
+"""The command line, one file a command.
 
 Only what a command needs is imported, inside it: `env` works without transformers, and help and
 bad options come at once.
@@ -7,12 +7,12 @@ bad options come at once.
 import sys
 from collections.abc import Callable, Sequence
 
-from ptv2_fast.cli import environment, score, tasks, train
+from ptv2_fast.cli import ablate, environment, multitask, score, tasks, train
 from ptv2_fast.cli.parser import BAD_INPUT, BadInput, Parser, with_dashes
 
 __all__ = ["BAD_INPUT", "main"]
 
-_COMMANDS = (train, score, tasks, environment)
+_COMMANDS = (train, multitask, score, ablate, tasks, environment)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

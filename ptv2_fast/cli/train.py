@@ -5,14 +5,31 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.cli.parser import add_command, add_run_settings, checked, quieten, run_config
+from ptv2_fast.cli.parser import (
+    BadInput,
+    add_command,
+    add_run_settings,
+    checked,
+    quieten,
+    run_config,
+)
+from ptv2_fast.cli.sweeps import (
+    add_output,
+    list_of_integers,
+    refuse_given,
+    rest_of,
+    run_and_print,
+    sweep_before,
+)
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.sweep_plan import SWEEP, seeds_sweep
 
 _EXAMPLE = """examples:
   ptv2-fast train --task token-classification --model bert-base-cased --output runs/ner \\
       --train-file train.txt --validation-file valid.txt --num-virtual-tokens 32
   ptv2-fast train --recipe rte-roberta-large --output runs/rte
+  ptv2-fast train --recipe rte-roberta-large --seeds 11,12,13 --output runs/rte-seeds
   ptv2-fast eval --run runs/ner --data test.txt
   ptv2-fast predict --run runs/ner --text "Angela Merkel visited Paris."
 """
@@ -22,31 +39,47 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "train", _train, "train a method on a task", _EXAMPLE)
     run = parser.add_argument_group("run")
-    run.add_argument("--output", required=True, help="folder of the run, new or empty")
+    add_output(run, "run")
     run.add_argument(
-        "--resume", action="store_true", help="go on with the interrupted run in --output"
-    )
-    run.add_argument("--overwrite", action="store_true", help="delete the run in --output first")
-    run.add_argument(
-        "--dry-run",
-        action="store_true",
-        help="check data, model and options, print the options, and train nothing",
+        "--seeds",
+        type=list_of_integers,
+        metavar="N,N,...",
+        help="one run for each seed in folders in --output, and mean and standard deviation; "
+        "with --resume the seeds may become more",
     )
     add_run_settings(parser)
 
 
 def _train(options: dict[str, Any]) -> None:
     folder = Path(options.pop("output"))
-    resume, overwrite = options.pop("resume"), options.pop("overwrite")
-    dry_run = options.pop("dry_run")
+    flags = {name: options.pop(name) for name in ("resume", "overwrite", "dry_run")}
+    seeds, resume = options.pop("seeds"), flags["resume"]
+    if seeds is not None or (resume and (folder / SWEEP).is_file()):
+        _train_sweep(options, folder, seeds, flags)
+        return
     config = checked(run_config, options, checked(_before, folder) if resume else None)
-    checked(run_folder.check_output, folder, resume, overwrite)
+    checked(run_folder.check_output, folder, resume, flags["overwrite"])
     if resume:
         checked(run_folder.check_same_run, folder, config)
     if resume and (folder / run_folder.REPORT).is_file():
         print(f"{folder} is complete: see {folder / run_folder.REPORT}", file=sys.stderr)
         return
-    _train_one(config, folder, resume, overwrite, dry_run)
+    _train_one(config, folder, **flags)
+
+
+def _train_sweep(
+    options: dict[str, Any], folder: Path, seeds: list[int] | None, flags: dict[str, bool]
+) -> None:
+    """A run for each seed, or the rest of the sweep in the folder."""
+    before = checked(sweep_before, folder) if flags["resume"] else None
+    if seeds is None:
+        assert before is not None
+        sweep = rest_of(before, options)
+    else:
+        refuse_given(options, {"seed"})
+        base = checked(run_config, options, before.base.flat() if before else None)
+        sweep = checked(seeds_sweep, base, seeds)
+    run_and_print(sweep, folder, **flags)
 
 
 def _before(folder: Path) -> dict[str, Any]:
@@ -62,6 +95,7 @@ def _train_one(
 ) -> None:
     quieten()
     from ptv2_fast.encoders import print_trainable_parameters
+    from ptv2_fast.training.divergence import DivergedError
     from ptv2_fast.training.prepare import prepare
     from ptv2_fast.training.run import train
 
@@ -76,7 +110,10 @@ def _train_one(
     if dry_run:
         print(json.dumps(config.to_dict(), indent=2))
         return
-    report = train(prepared)
+    try:
+        report = train(prepared)
+    except DivergedError as error:
+        raise BadInput(error) from error
     for name, scores in report["metrics"].items():
         print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
     print(f"written to {folder}")

@@ -67,8 +67,10 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
-    """Check that a run may use this folder; nothing is changed.
+def check_output(folder: Path, resume: bool, overwrite: bool, marker: str = CONFIG) -> None:
+    """Check that a run, or what else leaves the file `marker`, may use this folder.
+
+    Nothing is changed.
 
     Raises:
         ValueError: for a file, or a folder with content, unless `resume` or `overwrite`, and for
@@ -85,8 +87,8 @@ def check_output(folder: Path, resume: bool, overwrite: bool) -> None:
             f"output: expected a new or empty folder, got {str(folder)!r}; --resume goes on with "
             "the run in it, --overwrite deletes it"
         )
-    if not (folder / CONFIG).is_file():
-        raise ValueError(f"output: expected a run folder with {CONFIG}, got {str(folder)!r}")
+    if not (folder / marker).is_file():
+        raise ValueError(f"output: expected a run folder with {marker}, got {str(folder)!r}")
 
 
 def check_same_run(folder: Path, config: Config, found: dict[str, Any] | None = None) -> None:

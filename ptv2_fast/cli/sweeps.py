@@ -1,0 +1,113 @@
+"""What `train --seeds` and `ablate` share: options, the run of a sweep, and its means."""
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from ptv2_fast.cli.parser import BadInput, checked, quieten, run_config
+from ptv2_fast.training.sweep_plan import SWEEP, Sweep, read_sweep
+
+
+def add_output(parser: Any, what: str) -> None:
+    """--output, --resume, --overwrite and --dry-run."""
+    parser.add_argument("--output", required=True, help=f"folder of the {what}, new or empty")
+    parser.add_argument(
+        "--resume", action="store_true", help=f"go on with the interrupted {what} in --output"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"delete the {what} in --output first"
+    )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="check data, model and options, print the options, and train nothing",
+    )
+
+
+def list_of_integers(text: str) -> list[int]:
+    """11,12,13 -> [11, 12, 13]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected integers as 11,12,13, got {text!r}") from None
+
+
+def sweep_before(folder: Path) -> Sweep | None:
+    """The sweep in the folder; None when it has not begun.
+
+    Raises:
+        ValueError: when it cannot be read.
+    """
+    return read_sweep(folder) if (folder / SWEEP).is_file() else None
+
+
+def rest_of(before: Sweep, options: dict[str, Any]) -> Sweep:
+    """The sweep in the folder, with options given now, which must be those given then.
+
+    Raises:
+        BadInput: for options that the runs set themselves, or bad ones.
+    """
+    refuse_given(options, set().union(*before.changes.values()))
+    return dataclasses.replace(before, base=checked(run_config, options, before.base.flat()))
+
+
+def refuse_given(options: dict[str, Any], varied: Iterable[str]) -> None:
+    """Refuse options on the command line that the runs set themselves.
+
+    Raises:
+        BadInput: naming them.
+    """
+    both = sorted(set(varied) & set(options))
+    if both:
+        raise BadInput(f"{both[0]}: expected no value, since the runs differ in it, got "
+                       f"{options[both[0]]!r}")  # fmt: skip
+
+
+def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:
+    """Run a sweep, or check its first run, and print mean and standard deviation by setting.
+
+    Raises:
+        BadInput: for bad input; at the end, when a run failed.
+    """
+    quieten()
+    from ptv2_fast.training.prepare import prepare
+    from ptv2_fast.training.sweep import check_sweep_output, run_sweep
+    from ptv2_fast.training.sweep_results import summarize
+
+    sweep = checked(check_sweep_output, sweep, folder, resume=resume, overwrite=overwrite)
+    if dry_run:
+        name, config = next(iter(sweep.configs().items()))
+        checked(prepare, config, folder / name, resume=resume, overwrite=overwrite)
+        for name, changes in sweep.changes.items():
+            print(name, *(f"{option}={value}" for option, value in changes.items()))
+        return
+    outcome = checked(
+        run_sweep, sweep, folder, resume=resume, overwrite=overwrite,
+        announce=lambda line: print(line, file=sys.stderr),
+    )  # fmt: skip
+    for line in summary_lines(summarize(sweep, outcome)):
+        print(line)
+    print(f"written to {folder}")
+    if outcome.failures:
+        failed = "; ".join(f"{name}: {why}" for name, why in outcome.failures.items())
+        raise BadInput(f"{len(outcome.failures)} of {len(sweep.changes)} runs failed: {failed}")
+
+
+def summary_lines(summary: dict[str, Any]) -> list[str]:
+    """A line for each setting and split."""
+    lines = []
+    for group in summary["groups"]:
+        options = " ".join(f"{name}={value}" for name, value in group["options"].items())
+        for split, metrics in group["metrics"].items():
+            runs = next(iter(metrics.values()))["n"]
+            figures = ", ".join(f"{name} {_figure(found)}" for name, found in metrics.items())
+            lines.append(f"{options + ' ' if options else ''}{split} ({runs} seeds): {figures}")
+    return lines
+
+
+def _figure(found: dict[str, Any]) -> str:
+    deviation = "" if found["sd"] is None else f" ± {found['sd']:.4f}"
+    return f"{found['mean']:.4f}{deviation}"

@@ -1,0 +1,117 @@
+"""The paper's ablations as sweeps: prompt depth, length, reparameterisation and head.
+
+P-Tuning v2 (Liu et al. 2022): figure 3 adds the prompt to more and more layers, from the first up
+and from the last down; figure 4 and the appendix vary its length with and without the MLP; table 4
+sets a linear head against the language model's.
+"""
+
+from collections.abc import Sequence
+
+from transformers import AutoConfig
+
+from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.sweep_plan import Sweep, sweep_of
+
+LENGTHS = (4, 8, 16, 32, 64, 128)
+DEPTH_STEPS = 6  # as in figure 3: 4, 8, ... 24 of 24 layers
+
+
+def depth_sweep(
+    base: RunConfig, steps: int = DEPTH_STEPS, seeds: Sequence[int] | None = None
+) -> Sweep:
+    """The prefix in the first and in the last layers, more and more of them.
+
+    Args:
+        base: the run; its depth must not be set.
+        steps: how many depths from few layers to all; no more than there are layers.
+        seeds: None = the one of `base`.
+
+    Raises:
+        ValueError: for another method than p-tuning-v2, a depth in `base`, or steps out of range.
+        OSError: when the model's configuration cannot be read.
+    """
+    _require_prefix(base, "depth")
+    if base.model.depth is not None:
+        raise ValueError(
+            f"depth: expected None, since the ablation sets it, got {base.model.depth}"
+        )
+    assert base.model.model is not None
+    count = AutoConfig.from_pretrained(base.model.model).num_hidden_layers
+    if not 1 <= steps <= count:
+        raise ValueError(f"steps: expected 1 to {count}, the layers of the model, got {steps}")
+    variants = {}
+    for order, depth, layers in depths(count, steps):
+        options = {"depth": depth}
+        variants[f"{order}-{depth}"] = (options, {"order": order, "layers": layers})
+    return sweep_of("depth", base, variants, seeds)
+
+
+def depths(count: int, steps: int) -> list[tuple[str, str, int]]:
+    """(order, depth, layers) of each setting for `count` layers, figure 3 with 24 and 6.
+
+    The order is "ascending", "descending" or, once for both, "all".
+    """
+    sizes = [count * step // steps for step in range(1, steps + 1)]
+    ascending = [("ascending", _span(1, size), size) for size in sizes[:-1]]
+    descending = [("descending", _span(count - size + 1, count), size) for size in sizes[:-1]]
+    return [*ascending, *descending, ("all", _span(1, count), count)]
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first}-{last}"
+
+
+def length_sweep(
+    base: RunConfig, values: Sequence[int] = LENGTHS, seeds: Sequence[int] | None = None
+) -> Sweep:
+    """Every length with a plain table and with the MLP.
+
+    Raises:
+        ValueError: for another method than p-tuning-v2, or repeated or bad lengths.
+    """
+    _require_prefix(base, "length")
+    if not values or len(set(values)) < len(values):
+        raise ValueError(f"values: expected different lengths, got {list(values)}")
+    variants: dict[str, tuple[dict, dict]] = {}
+    for projection, name in ((False, "plain"), (True, "mlp")):
+        for value in values:
+            options = {"num_virtual_tokens": value, "prefix_projection": projection}
+            variants[f"{name}-{value}"] = (options, {})
+    return sweep_of("length", base, variants, seeds)
+
+
+def reparam_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
+    """The prefix as a plain table and computed by an MLP.
+
+    Raises:
+        ValueError: for another method than p-tuning-v2.
+    """
+    _require_prefix(base, "reparam")
+    variants: dict[str, tuple[dict, dict]] = {
+        "plain": ({"prefix_projection": False}, {}),
+        "mlp": ({"prefix_projection": True}, {}),
+    }
+    return sweep_of("reparam", base, variants, seeds)
+
+
+def head_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
+    """A new linear head against the language model's head with label words.
+
+    Raises:
+        ValueError: for a task of another family than text-classification.
+    """
+    if base.data.family != "text-classification":
+        raise ValueError(
+            f"task: expected text-classification for the ablation of the head, got {base.data.task}"
+        )
+    variants: dict[str, tuple[dict, dict]] = {
+        head: ({"head": head}, {}) for head in ("linear", "lm")
+    }
+    return sweep_of("head", base, variants, seeds)
+
+
+def _require_prefix(base: RunConfig, kind: str) -> None:
+    if base.model.method != "p-tuning-v2":
+        raise ValueError(
+            f"method: expected p-tuning-v2 for the ablation of {kind}, got {base.model.method}"
+        )

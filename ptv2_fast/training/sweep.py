@@ -1,0 +1,120 @@
+"""Several runs one after another, each an ordinary run folder inside the sweep's.
+
+<folder>/sweep.json, results.csv and summary.json, written anew after each run; <folder>/<run>/.
+"""
+
+import gc
+import shutil
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ptv2_fast.training import run_folder
+from ptv2_fast.training.divergence import DivergedError
+from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.run import train
+from ptv2_fast.training.sweep_plan import SWEEP, Sweep, read_sweep
+from ptv2_fast.training.sweep_results import Outcome, write_results
+
+
+def check_sweep_output(
+    sweep: Sweep, folder: Path, *, resume: bool = False, overwrite: bool = False
+) -> Sweep:
+    """Check that the sweep may run in this folder; nothing is changed.
+
+    Returns:
+        The sweep, joined with the one in the folder when it is resumed.
+
+    Raises:
+        ValueError: as for the folder of a run; for runs there with other options.
+    """
+    run_folder.check_output(folder, resume, overwrite, SWEEP)
+    if not resume or not (folder / SWEEP).is_file():
+        return sweep
+    sweep = sweep.joined_with(read_sweep(folder))
+    for name, config in sweep.configs().items():
+        try:
+            run_folder.check_same_run(folder / name, config)
+        except ValueError as error:
+            raise ValueError(f"{folder / name}: {error}") from error
+    return sweep
+
+
+def run_sweep(
+    sweep: Sweep,
+    folder: Path,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    announce: Callable[[str], None] = lambda line: None,
+) -> Outcome:
+    """Run what is not finished; a run that fails is recorded and the others go on.
+
+    Args:
+        sweep: the runs.
+        folder: new or empty, or a sweep's with `resume` or `overwrite`.
+        resume: keep finished runs, go on with begun ones from their last checkpoint, and add
+            those that the sweep in the folder did not have.
+        overwrite: delete the sweep in the folder first.
+        announce: is told a line about each run.
+
+    Raises:
+        ValueError: for what is wrong before the first run begins.
+    """
+    sweep = check_sweep_output(sweep, folder, resume=resume, overwrite=overwrite)
+    configs = sweep.configs()
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    sweep.write(folder)
+    outcome = Outcome()
+    for number, (name, config) in enumerate(configs.items(), 1):
+        place = f"{name} ({number} of {len(configs)})"
+        report = folder / name / run_folder.REPORT
+        if report.is_file():
+            announce(f"{place}: finished before")
+            outcome.reports[name] = run_folder.read_json(report)
+        else:
+            announce(f"{place}: begins")
+            _try_run(name, config, folder / name, outcome)
+            if name in outcome.failures:
+                announce(f"{place}: failed: {outcome.failures[name]}")
+        write_results(folder, sweep, outcome)
+    return outcome
+
+
+def _try_run(name: str, config: RunConfig, folder: Path, outcome: Outcome) -> None:
+    try:
+        outcome.reports[name] = run_once(config, folder)
+    except (ValueError, OSError, DivergedError, torch.OutOfMemoryError) as error:
+        outcome.failures[name] = one_line(error)
+    except Exception as error:
+        traceback.print_exc()  # a defect, unlike the above; it may not lose the other runs either
+        outcome.failures[name] = f"{type(error).__name__}: {one_line(error)}"
+    free_memory()
+
+
+def run_once(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """Train one run, from its last checkpoint when it has begun; returns its report.
+
+    Raises:
+        ValueError, OSError: for bad input.
+        DivergedError: when the training loss becomes infinite or NaN.
+    """
+    return train(prepare(config, folder, resume=(folder / run_folder.CONFIG).is_file()))
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error without line breaks."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def free_memory() -> None:
+    """Give back what the last run held: model and trainer refer to each other."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
