@@ -75,10 +75,17 @@ class SemanticRoleLabeling(TokenClassification):
     ) -> dict[str, list]:
         sentences = rows["words"]
         verbs = [[words[index]] for words, index in zip(sentences, rows["predicate"], strict=True)]
-        encoding = tokenizer(
-            sentences, verbs, is_split_into_words=True, truncation="only_first",
-            max_length=max_length,
-        )  # fmt: skip
+        try:
+            encoding = tokenizer(
+                sentences, verbs, is_split_into_words=True, truncation="only_first",
+                max_length=max_length,
+            )  # fmt: skip
+        except Exception as error:  # tokenizers has no kind of its own for it
+            longest = max((verb for (verb,) in verbs), key=len)
+            raise ValueError(
+                f"max_length: expected room for a word and the longest verb, {longest!r}, got "
+                f"{max_length} ({error})"
+            ) from error
         columns = dict(encoding)
         if "token_type_ids" in columns:
             columns["token_type_ids"] = [[0] * len(ids) for ids in columns["input_ids"]]

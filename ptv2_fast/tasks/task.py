@@ -11,7 +11,7 @@ import datasets
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ptv2_fast
 from ptv2_fast.tasks.benchmarks import Benchmark
@@ -73,7 +73,7 @@ class Features:
         """Tokens of each row; of its longest choice where a row holds several."""
         return [
             max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
-            for ids in self.table["input_ids"]
+            for ids in self.table["input_ids"][:]
         ]
 
     def model_inputs(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Dataset:
@@ -84,9 +84,9 @@ class Features:
     def take(self, indices: list[int]) -> "Features":
         """The features of some of the examples."""
         place = {index: number for number, index in enumerate(indices)}
-        rows = [row for row, index in enumerate(self.table["example"]) if index in place]
+        rows = [row for row, index in enumerate(self.table["example"][:]) if index in place]
         table = self.table.select(rows)
-        places = [place[index] for index in table["example"]]
+        places = [place[index] for index in table["example"][:]]
         table = table.remove_columns("example").add_column("example", places)
         return Features(table, self.examples.select(indices), self.truncated)
 
@@ -103,6 +103,7 @@ class Task(ABC):
     peft_name: ClassVar[str]  # what PEFT calls the task
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)  # of the features
     default_metrics: ClassVar[tuple[str, ...]]
+    head_is_new: ClassVar[bool] = True  # no pretrained model has one
 
     def __init__(self, options: DataOptions) -> None:
         self.options = options
@@ -179,6 +180,15 @@ class Task(ABC):
     def describe(self, example: dict, result: Any) -> dict[str, Any]:
         """One result as it is printed, JSON-ready."""
 
+    def adapt_model(  # noqa: B027 (most tasks have nothing to do here)
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str]
+    ) -> None:
+        """Fit a newly loaded model to the task, in place, before a method prepares it.
+
+        Raises:
+            ValueError: when the model, the tokenizer or the labels cannot serve the task.
+        """
+
     def find_labels(self, examples: Examples) -> list[str]:
         """The labels that occur, sorted: by value when all are integers, else as text.
 
@@ -229,19 +239,22 @@ class Task(ABC):
             self.check_labels(examples, labels)
             numbers = {label: number for number, label in enumerate(labels)}
         settings = (numbers, max_length)
+        workers = min(self.options.preprocessing_num_workers, len(examples))
         table = examples.table.map(
             functools.partial(_tokenize_batch, self, tokenizer, *settings),
             with_indices=True,
             batched=True,
             batch_size=_MAP_BATCH,
             remove_columns=examples.table.column_names,
-            num_proc=min(self.options.preprocessing_num_workers, len(examples)),
+            num_proc=workers if workers > 1 else None,  # 1 would start a process of its own
             cache_file_name=self._cache_file(examples, tokenizer, settings),
             new_fingerprint="0",  # of no use to us, and slow to compute from the tokenizer
             desc=f"tokenizing {examples.source.name}",
         )
         cut = {
-            index for index, flag in zip(table["example"], table["was_cut"], strict=True) if flag
+            index
+            for index, flag in zip(table["example"][:], table["was_cut"][:], strict=True)
+            if flag
         }
         if cut and self.options.long_input == "error":
             raise ValueError(

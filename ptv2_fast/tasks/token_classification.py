@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from datasets import Dataset
@@ -138,7 +138,7 @@ class TokenClassification(Task):
         outside = "O" if "O" in labels else labels[0]
         results = [[outside] * len(words) for words in features.examples.table["words"][:]]
         for numbers, places, example in zip(
-            predicted, features.table["word_indices"], features.table["example"], strict=True
+            predicted, features.table["word_indices"][:], features.table["example"][:], strict=True
         ):
             for word, number in zip(places, numbers, strict=True):
                 results[example][word] = labels[number]
@@ -216,9 +216,9 @@ def align(
     return {"labels": labels, "word_indices": word_indices}
 
 
-def are_chunks(labels: list[str]) -> bool:
+def are_chunks(labels: Iterable[str]) -> bool:
     """Whether all are O, B-X, I-X or another part of a chunk."""
-    return all(_CHUNK_LABEL.fullmatch(label) for label in labels)
+    return all(_CHUNK_LABEL.fullmatch(label) for label in set(labels))
 
 
 def _first_sub_words(word_ids: list[int | None]) -> list[tuple[int, int]]:
@@ -232,7 +232,7 @@ def _first_sub_words(word_ids: list[int | None]) -> list[tuple[int, int]]:
 
 
 def _is_list_of_text(cell: Any) -> bool:
-    return isinstance(cell, list) and all(isinstance(word, str) for word in cell)
+    return isinstance(cell, list) and {str}.issuperset(map(type, cell))
 
 
 def _as_text(tags: Any) -> Any:
@@ -244,7 +244,7 @@ def _as_text(tags: Any) -> Any:
 
 def _remarks(tags: list[list[str]]) -> dict[str, Any]:
     """How many chunks begin with I-, when there are any."""
-    if not are_chunks(list({tag for row in tags for tag in row})):
+    if not are_chunks({tag for row in tags for tag in row}):
         return {}
     count = 0
     for row in tags:
