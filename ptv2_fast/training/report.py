@@ -1,0 +1,163 @@
+"""The report on runs: one HTML page that loads nothing, and its figures as PNG files."""
+
+import datetime
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+import ptv2_fast
+from ptv2_fast.training import run_folder
+from ptv2_fast.training.report_compare import Comparison, Names, compare, settings_of
+from ptv2_fast.training.report_data import LeftOut, Run, find_runs, option_defaults
+from ptv2_fast.training.report_figures import Figure
+from ptv2_fast.training.report_plots import curve_figures, overview_figures
+from ptv2_fast.training.report_run_tables import (
+    machines_table,
+    option_text,
+    remarks_table,
+    run_details,
+    runs_table,
+)
+from ptv2_fast.training.report_sweeps import find_sweeps, sweep_figures, sweep_tables
+from ptv2_fast.training.report_tables import (
+    Published,
+    Table,
+    cost_of,
+    cost_table,
+    metrics_table,
+    paper_table,
+    ratio_of,
+    share,
+)
+from ptv2_fast.training.report_text import finding, joined, lead, method_name
+
+PAGE = "index.html"
+MAX_BYTES = 1_000_000
+
+
+def write_report(
+    folders: Iterable[Path], output: Path, published: Published | None = None
+) -> tuple[Path, list[LeftOut]]:
+    """Write the report on all runs in some folders.
+
+    Args:
+        folders: of runs, or with such folders in them at any depth.
+        output: folder of the page and the PNG files; files of a former report are replaced.
+        published: finds published figures to print beside ours.
+
+    Returns:
+        The page, and what it could not show.
+
+    Raises:
+        ValueError: for a path that is no folder, without a finished run, and for an output folder
+            that holds something else.
+    """
+    _check_output(output)
+    runs, left_out = find_runs(folders)
+    page, figures = render(runs, left_out, published)
+    output.mkdir(parents=True, exist_ok=True)
+    for old in output.glob("*.png"):
+        old.unlink()
+    for figure in figures:
+        (output / f"{figure.name}.png").write_bytes(figure.png)
+    run_folder.write_text(output / PAGE, page)
+    return output / PAGE, left_out
+
+
+def _check_output(output: Path) -> None:
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"output: expected a folder, got the file {str(output)!r}")
+    if output.is_dir() and any(output.iterdir()) and not (output / PAGE).is_file():
+        raise ValueError(
+            f"output: expected a new folder or one of a former report, got {str(output)!r}"
+        )
+
+
+def render(
+    runs: Sequence[Run], left_out: Sequence[LeftOut] = (), published: Published | None = None
+) -> tuple[str, list[Figure]]:
+    """The page, and its figures."""
+    names = Names(runs)
+    comparisons = compare(settings_of(runs), names)
+    sweeps = find_sweeps(runs, names)
+    curves = curve_figures(comparisons)
+    overview = overview_figures(comparisons)
+    ablations = sweep_figures(sweeps)
+    content: dict[str, Any] = {
+        "lead": lead(runs, comparisons),
+        "findings": [(f"{one.title}, {one.model}", finding(one)) for one in comparisons],
+        "tiles": tiles(runs, comparisons),
+        "paper_tables": paper_tables(comparisons, published),
+        "choices": choices(comparisons),
+        "metrics_table": metrics_table(comparisons),
+        "cost_table": cost_table(comparisons),
+        "overview": overview,
+        "curves": curves,
+        "ablations": ablations,
+        "ablation_tables": sweep_tables(sweeps),
+        "runs_table": runs_table(runs, names),
+        "details": [run_details(run) for run in runs],
+        "defaults": {name: option_text(value) for name, value in option_defaults().items()},
+        "machines": machines_table(runs),
+        "remarks": remarks_table(runs, names),
+        "left_out": left_out,
+        "date": datetime.date.today().isoformat(),
+        "version": ptv2_fast.__version__,
+    }
+    figures = [*overview, *curves, *ablations]
+    page = _template().render(content)
+    if len(page.encode()) > MAX_BYTES:
+        content["too_large"] = True  # the figures' drawings go, their words stay
+        page = _template().render(content)
+    return page, figures
+
+
+def _template() -> jinja2.Template:
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )  # fmt: skip
+    return environment.get_template("report.html")
+
+
+def paper_tables(comparisons: Sequence[Comparison], published: Published | None) -> list[Table]:
+    """One table for each model."""
+    models = dict.fromkeys(one.model for one in comparisons)
+    return [
+        paper_table(model, [one for one in comparisons if one.model == model], published)
+        for model in models
+    ]
+
+
+def tiles(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[tuple[str, str]]:
+    """A few figures for the top of the page: (figure, what it is)."""
+    found = [(str(len(runs)), "finished runs")]
+    found.append((str(len({one.title for one in comparisons})), "data sets"))
+    ratios = [ratio_of(one.scores(one.splits[0])) for one in comparisons]
+    known = [value for value in ratios if value is not None]
+    if known:
+        mean = sum(known) / len(known)
+        found.append((f"{100 * mean:.1f} %", "of fine-tuning's score by P-Tuning v2, mean"))
+    parts = [cost_of(one.settings["PT-2"], "part") for one in comparisons if "PT-2" in one.settings]
+    trained = [part for part in parts if part is not None]
+    if trained:
+        mean = sum(trained) / len(trained)
+        found.append((share(mean), "of the parameters trained by P-Tuning v2, mean"))
+    return found
+
+
+def choices(comparisons: Sequence[Comparison]) -> list[str]:
+    """Where a method was run in several settings and one had to be chosen for the tables."""
+    notes = []
+    for one in comparisons:
+        several = [
+            f"{count} settings of {method_name(name)}"
+            for name, count in one.alternatives.items()
+            if count > 1
+        ]
+        if several:
+            notes.append(f"{one.title}, {one.model}: {joined(several)}")
+    return notes
