@@ -13,6 +13,7 @@ __all__ = ["FAMILIES", "DataOptions", "make_task"]
 _CLASSES = {
     "text-classification": ("text_classification", "TextClassification"),
     "text-regression": ("text_regression", "TextRegression"),
+    "text-classification by label words": ("verbalizer", "Verbalizer"),
     "token-classification": ("token_classification", "TokenClassification"),
     "semantic-role-labeling": ("semantic_roles", "SemanticRoleLabeling"),
     "multiple-choice": ("multiple_choice", "MultipleChoice"),
@@ -21,9 +22,16 @@ _CLASSES = {
 
 
 def make_task(options: DataOptions) -> "Task":
-    """The task that the options name, bound to their columns."""
+    """The task that the options name, bound to their columns.
+
+    Raises:
+        ValueError: for options that this task does not take.
+    """
     options = options.with_benchmark_defaults()
-    module, name = _CLASSES["text-regression" if options.regression else options.family]
+    kind = "text-regression" if options.regression else options.family
+    if options.head == "lm":
+        kind = "text-classification by label words"
+    module, name = _CLASSES[kind]
     # Imported here: the command line reads the options long before it needs transformers.
     family = getattr(importlib.import_module(f"ptv2_fast.tasks.{module}"), name)
     return family(options)

@@ -187,6 +187,13 @@ class DataOptions(Options):
             "regression", f"False for the task {self.task}",
         )  # fmt: skip
         self.require(
+            self.head == "linear" or (self.family == FAMILIES[0] and not self.regression),
+            "head", "'linear' for all but text-classification with labels",
+        )  # fmt: skip
+        self.require(
+            self.verbalizer is None or self.head == "lm", "verbalizer", "None without head='lm'"
+        )
+        self.require(
             self.dataset is None or self.train_file is None, "dataset", "None beside train_file"
         )
         self.require(

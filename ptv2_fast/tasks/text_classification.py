@@ -78,15 +78,22 @@ class TextClassification(Task):
         max_length: int,
     ) -> dict[str, list]:
         count = len(rows["text"])
-        encoding = tokenizer(
-            rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length
-        )
+        encoding, cut = self.encode(rows, tokenizer, max_length)
         columns = dict(encoding)
         if label_numbers is None:
             columns["labels"] = [0] * count
         else:
             columns["labels"] = [label_numbers[str(label)] for label in rows["label"]]
-        return columns | {"was_cut": was_cut(encoding, count)}
+        return columns | {"was_cut": cut}
+
+    def encode(
+        self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
+    ) -> tuple[Any, list[bool]]:
+        """The tokenizer's encoding of the texts, and for each whether it was cut."""
+        encoding = tokenizer(
+            rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length
+        )
+        return encoding, was_cut(encoding, len(rows["text"]))
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return DataCollatorWithPadding(tokenizer)

@@ -1,6 +1,7 @@
 """Pretrained encoders with a head in, trained ones out: loading and saving for every method."""
 
 import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +23,12 @@ from ptv2_fast.training.options import ModelOptions, RunConfig
 def load_pretrained(
     options: ModelOptions, task: Task, labels: list[str]
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained encoder with a new head for the labels, and its tokenizer.
+    """The pretrained encoder with the task's head for the labels, and its tokenizer.
+
+    Warns when a head that should be pretrained is not.
 
     Raises:
-        OSError, ValueError: from transformers, for a model that cannot be loaded.
+        OSError, ValueError: for a model that cannot be loaded, or cannot serve the task.
     """
     changes: dict[str, Any] = {
         "num_labels": len(labels),
@@ -42,7 +45,16 @@ def load_pretrained(
     assert options.model is not None
     config = AutoConfig.from_pretrained(options.model, **changes)
     tokenizer = load_tokenizer(options.model)
-    model = _model_class(task).from_pretrained(options.model, config=config, dtype=torch.float32)
+    model, report = _model_class(task).from_pretrained(
+        options.model, config=config, dtype=torch.float32, output_loading_info=True
+    )
+    if report["missing_keys"] and not task.head_is_new:
+        warnings.warn(
+            f"model: {options.model} has no pretrained head for {task.model_class}; a new one is "
+            "used, which has to be trained from nothing",
+            stacklevel=2,
+        )
+    task.adapt_model(model, tokenizer, labels)
     return model, tokenizer
 
 
@@ -95,10 +107,12 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
     config, found = run_folder.read_run_config(folder)
     data = dataclasses.replace(config.data, **(changes or {}))
     task, labels, method = make_task(data), found["labels"], config.model.method
+    tokenizer = load_tokenizer(folder / run_folder.TOKENIZER)
     if method == "fine-tuning":
         directory = folder / run_folder.MODEL
         _require(directory / "config.json")
         model = _model_class(task).from_pretrained(directory, dtype=torch.float32)
+        task.adapt_model(model, tokenizer, labels)
     else:
         model, _ = load_pretrained(config.model, task, labels)
         if method == "p-tuning-v2":
@@ -107,7 +121,6 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
             _load_tensors(model, config.model, folder / run_folder.TRAINED)
     if torch.cuda.is_available():
         model.cuda()
-    tokenizer = load_tokenizer(folder / run_folder.TOKENIZER)
     return TrainedRun(config, task, model.eval(), tokenizer, labels, found["max_length"])
 
 
