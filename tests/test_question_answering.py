@@ -277,6 +277,14 @@ def test_windows_are_merged_and_the_smallest_null_score_counts():
     assert (found["text"], found["score"], found["null_score"]) == ("b", 8.0, 2.0)
 
 
+def test_blanks_that_are_tokens_are_no_answer_and_no_part_of_one():
+    starts = np.array([0, 1, 2])
+    logits = np.array([[0, 0, 9, 1], [0, 0, 9, 1]], np.float32)
+    found = find_answers([Window(logits, 1, starts, starts + 1)], "a b", 3, max_answer_length=2)
+    # " " has 18, " b" 10, "a " 9.
+    assert found["n_best"] == [{"text": "b", "score": 10.0}, {"text": "a", "score": 9.0}]
+
+
 def test_no_answer_needs_a_margin_above_the_threshold():
     found = find_answers(WINDOWS, "a b c", n_best=3, max_answer_length=30)
     for threshold, text in ((-7.0, ""), (-6.0, "b"), (0.0, "b")):  # 2 - 8 = -6 is not above -6

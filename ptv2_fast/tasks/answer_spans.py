@@ -61,7 +61,8 @@ def find_answers(
 ) -> dict[str, Any]:
     """The best answers over all windows of a context.
 
-    A span that several windows hold counts once, with its best score.
+    A span that several windows hold counts once, with its best score. Blanks around an answer,
+    which belong to the token in some tokenizers, are left off.
 
     Returns:
         {"text", "score"} of the best, "" and None when there is no span at all; "null_score", the
@@ -77,9 +78,11 @@ def find_answers(
         for start, end, score in zip(
             starts.tolist(), ends.tolist(), spans[2].tolist(), strict=True
         ):
-            found[start, end] = max(score, found.get((start, end), score))
+            # Some tokenizers make tokens of blanks; they are no answer.
+            if not context[start:end].isspace():
+                found[start, end] = max(score, found.get((start, end), score))
     best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:n_best]
-    answers = [{"text": context[start:end], "score": score} for (start, end), score in best]
+    answers = [{"text": context[start:end].strip(), "score": score} for (start, end), score in best]
     return {
         **(answers[0] if answers else {"text": "", "score": None}),
         "null_score": min(float(window.logits[:, 0].sum()) for window in windows),
