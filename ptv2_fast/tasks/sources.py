@@ -1,7 +1,8 @@
 """Reading examples from files and from the hub, with errors that name the file and the row."""
 
+import itertools
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ _SUFFIXES = {
     ".ndjson": "json",
     ".parquet": "parquet",
 }
+
+# Rows in one piece of a table: the text of a piece must stay below 2 GiB, and the passages of
+# ReCoRD, once for each entity, are more.
+_ROWS = 100_000
 
 
 @dataclass(frozen=True)
@@ -121,21 +126,27 @@ def read_rows(source: Source, benchmark: Benchmark, template: str) -> Dataset:
     Raises:
         ValueError: for a file that cannot be read, a row that lacks a field, or no rows.
     """
+    rows = _phrased(source, benchmark, template)
+    parts = []
+    while part := list(itertools.islice(rows, _ROWS)):
+        parts.append(Dataset.from_list(part))
+    check_not_empty(source, len(parts))
+    return datasets.concatenate_datasets(parts)
+
+
+def _phrased(source: Source, benchmark: Benchmark, template: str) -> Iterator[dict[str, Any]]:
     assert benchmark.rows is not None
     table = read_table(source, benchmark.table)
     names = table.column_names
     spelt = {name: _spelt_out(table, name) for name in names}
-    rows: list[dict[str, Any]] = []
     for index, values in enumerate(zip(*spelt.values(), strict=True)):
         try:
-            rows += benchmark.rows(dict(zip(names, values, strict=True)), template)
+            yield from benchmark.rows(dict(zip(names, values, strict=True)), template)
         except (KeyError, TypeError, IndexError) as error:
             raise ValueError(
                 f"{source.name} row {index + 1}: expected a row of {benchmark.title}, got columns "
                 f"{names} ({type(error).__name__}: {error})"
             ) from error
-    check_not_empty(source, len(rows))
-    return Dataset.from_list(rows)
 
 
 def read_columns(source: Source, columns: dict[str, str], optional: tuple = ()) -> Dataset:

@@ -25,16 +25,16 @@ class TextClassification(Task):
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
         if self.benchmark is not None:
-            table = read_rows(source, self.benchmark, str(self.options.template))
-        else:
-            if source.format == "other":
-                raise ValueError(
-                    f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet for {self.name}"
-                )
-            columns = {"text": self.options.text_column, "label": self.options.label_column}
-            if self.options.text_pair_column is not None:
-                columns["text_pair"] = self.options.text_pair_column
-            table = read_columns(source, columns, optional=() if labelled else ("label",))
+            template = str(self.options.template)
+            return Examples(source, read_rows(source, self.benchmark, template))
+        if source.format == "other":
+            raise ValueError(
+                f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet for {self.name}"
+            )
+        columns = {"text": self.options.text_column, "label": self.options.label_column}
+        if self.options.text_pair_column is not None:
+            columns["text_pair"] = self.options.text_pair_column
+        table = read_columns(source, columns, optional=() if labelled else ("label",))
         examples = Examples(source, table)
         for column in ("text", "text_pair"):
             if column in table.column_names:
