@@ -1,6 +1,7 @@
 """What the task families share: examples with labels in, features for a model out, scores back."""
 
 import functools
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -271,11 +272,20 @@ class Task(ABC):
         folder = Path(self.options.feature_cache)
         folder.mkdir(parents=True, exist_ok=True)
         contents = {name: examples.table[name][:] for name in examples.table.column_names}
+        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
+        for last_call in ("truncation", "padding"):  # which every call sets
+            del vocabulary[last_call]
         what = (
             ptv2_fast.__version__, datasets.__version__, type(self).__name__, self.options,
-            tokenizer.backend_tokenizer.to_str(), settings, contents,
+            _description(tokenizer), settings, contents,
         )  # fmt: skip
         return str(folder / f"{Hasher.hash(what)}.arrow")
+
+
+def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What a fast tokenizer does, without the truncation and padding that its last call set."""
+    whole = json.loads(tokenizer.backend_tokenizer.to_str())
+    return {name: part for name, part in whole.items() if name not in ("truncation", "padding")}
 
 
 def _tokenize_batch(
