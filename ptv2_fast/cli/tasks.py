@@ -26,19 +26,13 @@ _PRESETS = {
     "semantic-role-labeling": "preset-tagging-large",
     "question-answering": "preset-qa-large",
 }
-# Of Table 4: label words for the labels that our readers give.
-_VERBALIZERS = {
-    "sst2": "1=true,0=false",
-    "rte": "entailment=true,not_entailment=false",
-    "boolq": "True=true,False=false",
-    "cb": "entailment=true,contradiction=false,neutral=neutral",
-}
 _NOTE = """\
-Data come from the Hugging Face hub, or with --data-dir from official files.
+Data come from the Hugging Face hub, or from official files in --data-dir.
 These commands give the column PT-2. For the others add
   FT      --method fine-tuning --learning-rate 2e-5 --num-train-epochs 10
-  PT      --method prompt-tuning
-  MPT-2   --start-from RUN, where RUN is a multi-task run of the data sets
+  PT      --method prompt-tuning --learning-rate 0.1, or --method p-tuning-v1
+  MPT-2   --start-from RUN --init normal, RUN being made by
+          `ptv2-fast multitask` from the data sets of the family
 `ptv2-fast tasks NAME` shows one data set or recipe, with published figures.
 """
 
@@ -105,16 +99,22 @@ def _row(table: str, task: str, model: str, head: str) -> Row:
         refused = None if known else f"a prefix cannot be attached to {TITLES[model]} yet"
     output = f"runs/{own}"
     if head == "lm":
-        words += ["--head", "lm", "--verbalizer", _VERBALIZERS[task]]
+        words += ["--head", "lm"]
         output += "-lm"
-    words += ["--output", output]
+    words += [*_data_dir(BENCHMARKS[task]), "--output", output]
     return Row(table, task, model, tuple(words), own if own in recipes() else None, refused)
 
 
-def _plain(benchmark: Benchmark) -> tuple[str, ...]:
+def plain_command(benchmark: Benchmark) -> tuple[str, ...]:
     """The command of a data set that the paper does not have."""
     preset, name = _PRESETS[benchmark.family], benchmark.name
-    return ("train", "--recipe", preset, "--task", name, "--output", f"runs/{name}")
+    folder = _data_dir(benchmark)
+    return ("train", "--recipe", preset, "--task", name, *folder, "--output", f"runs/{name}")
+
+
+def _data_dir(benchmark: Benchmark) -> tuple[str, ...]:
+    """What a command needs where the data are not on the hub."""
+    return () if benchmark.hub else ("--data-dir", f"data/{benchmark.name}")
 
 
 def _data_of(benchmark: Benchmark) -> str:
@@ -147,7 +147,7 @@ def _task_json(benchmark: Benchmark) -> dict[str, Any]:
     kept = ("name", "title", "suite", "family", "metrics", "templates", "hub", "files", "options")
     return {
         **{key: getattr(benchmark, key) for key in kept},
-        "command": ["ptv2-fast", *_plain(benchmark)],
+        "command": ["ptv2-fast", *plain_command(benchmark)],
         "rows": rows,
         "published": figures,
     }
@@ -172,7 +172,7 @@ def _overview() -> Iterator[str]:
         if benchmark.name not in in_paper:
             yield ""
             yield from _facts(benchmark)
-            yield from _command(_plain(benchmark))
+            yield from _command(plain_command(benchmark))
     yield ""
     yield "Recipes, for --recipe"
     yield ""
@@ -245,7 +245,7 @@ def _task(name: str) -> Iterator[str]:
         yield from _wrap("defaults    " + given, 14, first=2)
     yield "  commands"
     rows = rows_of(name)
-    yield from _commands(rows) if rows else _command(_plain(benchmark))
+    yield from _commands(rows) if rows else _command(plain_command(benchmark))
     if figures := [figure for figure in all_figures() if figure.task == name]:
         yield from _figures(figures)
 
