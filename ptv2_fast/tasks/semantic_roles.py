@@ -27,7 +27,8 @@ class SemanticRoleLabeling(TokenClassification):
     The verb is marked as in P-Tuning v2: the sentence, the separator, the verb again, all of token
     type 0. With BERT that is [CLS] words [SEP] verb [SEP]. The separator is the model's own, so
     RoBERTa gets <s> words </s></s> verb </s>. Only the words of the sentence have labels. A
-    sentence that is too long loses its end, never the verb after it.
+    sentence that is too long loses its end, never the verb after it. The mark is a word, so two
+    equal verbs of a sentence are the same input.
     """
 
     name = "semantic-role-labeling"

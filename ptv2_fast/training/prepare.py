@@ -112,10 +112,11 @@ def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
     task = make_task(config.data)
     examples = {name: task.read(source) for name, source in find_sources(config.data).items()}
     examples["train"] = task.trainable(examples["train"])
+    # Of all training examples: the few that are drawn may lack a label of the other splits.
+    labels = task.find_labels(examples["train"])
     count, total = config.data.max_train_examples, len(examples["train"])
     if count is not None and count < total:
         examples["train"] = examples["train"].select(_draw(total, count, config.training.seed))
-    labels = task.find_labels(examples["train"])
     for part in examples.values():
         task.check_labels(part, labels)
     return task, examples, labels
