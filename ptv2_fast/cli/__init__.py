@@ -7,12 +7,12 @@ bad options come at once.
 import sys
 from collections.abc import Callable, Sequence
 
-from ptv2_fast.cli import ablate, environment, multitask, report, score, tasks, train
+from ptv2_fast.cli import ablate, environment, multitask, report, score, search, tasks, train
 from ptv2_fast.cli.parser import BAD_INPUT, BadInput, Parser, with_dashes
 
 __all__ = ["BAD_INPUT", "main"]
 
-_COMMANDS = (train, multitask, score, ablate, report, tasks, environment)
+_COMMANDS = (train, multitask, score, ablate, search, report, tasks, environment)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,0 +1,154 @@
+"""What a search varies: options by name, each with a range or a list of choices.
+
+learning_rate: {low: 0.001, high: 0.1, log: true}
+num_virtual_tokens: {choices: [8, 16, 32]}
+max_length: {low: 64, high: 256, step: 64}
+"""
+
+import dataclasses
+import typing
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+from ptv2_fast.tasks.options import value_type
+from ptv2_fast.training.options import (
+    DEFAULT_LEARNING_RATES,
+    SECTIONS,
+    RunConfig,
+    flatten,
+    read_table,
+)
+
+Space = dict[str, dict[str, Any]]
+
+# Beside "choices" alone.
+_RANGE = {"low", "high", "log", "step"}
+_WITH_PROMPT = ("p-tuning-v2", "prompt-tuning", "p-tuning-v1")
+_FEW_EPOCHS = ("fine-tuning", "lora")
+
+
+def default_space(base: RunConfig, given: Collection[str] = ()) -> Space:
+    """What is searched when no space was given, by method.
+
+    Args:
+        base: the run.
+        given: options that the user set and that therefore stay.
+
+    Raises:
+        ValueError: when nothing is left.
+    """
+    method, training = base.model.method, base.training
+    rate = DEFAULT_LEARNING_RATES[method]
+    space: Space = {"learning_rate": {"low": rate / 10, "high": rate * 10, "log": True}}
+    if method in _WITH_PROMPT:
+        space["num_virtual_tokens"] = {"choices": [8, 16, 32, 64, 128]}
+    if method == "p-tuning-v2":
+        space["prefix_projection"] = {"choices": [False, True]}
+    if method == "lora":
+        space["lora_rank"] = {"choices": [4, 8, 16, 32]}
+    if training.max_steps is None and training.max_seconds is None:
+        few = method in _FEW_EPOCHS
+        space["num_train_epochs"] = {"choices": [2, 3, 5, 10] if few else [5, 10, 20, 40]}
+    space["dropout"] = {"choices": [0.0, 0.1]}
+    space = {name: entry for name, entry in space.items() if name not in given}
+    if not space:
+        raise ValueError(
+            "space: expected an option to vary, but all of the default space were given"
+        )
+    return space
+
+
+def read_space(path: str | Path) -> Space:
+    """A space from a .yaml, .json or .toml file; `check_space` looks at its entries.
+
+    Raises:
+        ValueError: for a missing or malformed file, or unknown options.
+    """
+    try:
+        # By name and not as a whole, since `model` is both an option and a table of options.
+        return {
+            option: entry
+            for name, entry in read_table(path).items()
+            for option in flatten({name: None})
+        }
+    except ValueError as error:
+        raise ValueError(f"space: {error}") from error
+
+
+def check_space(space: Space, base: RunConfig) -> None:
+    """Check every entry, and that a run may have each of its values.
+
+    Raises:
+        ValueError: naming the option, what was expected and what was given.
+    """
+    if not space:
+        raise ValueError("space: expected at least one option to vary, got none")
+    if "task" in space:
+        raise ValueError("space: expected options of one task, got task among them")
+    for name, entry in space.items():
+        _check_entry(name, entry)
+        for value in values_of(entry):
+            try:
+                RunConfig.from_dict(base.flat() | {name: value})
+            except ValueError as error:
+                raise ValueError(f"space: {error}") from error
+
+
+def _check_entry(name: str, entry: Any) -> None:
+    def require(condition: bool, expected: str) -> None:
+        if not condition:
+            raise ValueError(f"space: {name}: expected {expected}, got {entry!r}")
+
+    require(isinstance(entry, dict), "a table with choices, or with low and high")
+    if "choices" in entry:
+        choices = entry["choices"]
+        require(set(entry) == {"choices"}, "choices alone")
+        require(isinstance(choices, list) and choices != [], "a list of choices")
+        plain = all(c is None or isinstance(c, bool | int | float | str) for c in choices)
+        require(plain, "choices that are numbers, text, true, false or null")
+        different = {(type(choice), choice) for choice in choices}
+        require(len(different) == len(choices), "different choices")
+        return
+    require({"low", "high"} <= set(entry) <= _RANGE, "low, high and perhaps log or step")
+    numbers = [entry[key] for key in ("low", "high", "step") if key in entry]
+    # YAML takes 1e-3 for text and 1.0e-3 for a number.
+    require(all(type(n) in (int, float) for n in numbers), "numbers (1.0e-3 and not 1e-3 in YAML)")
+    require(entry["low"] < entry["high"], "low below high")
+    require(isinstance(entry.get("log", False), bool), "true or false for log")
+    require(not entry.get("log") or entry["low"] > 0, "low above 0 with log")
+    require(entry.get("step", 1) > 0, "a step above 0")
+    require(not entry.get("log") or "step" not in entry, "log or step")
+    require(option_type(name) in (int, float), "choices, since the option is no number")
+
+
+def values_of(entry: dict[str, Any]) -> list[Any]:
+    """The choices, or both ends of the range."""
+    return entry["choices"] if "choices" in entry else [entry["low"], entry["high"]]
+
+
+def option_type(name: str) -> type:
+    """The type of an option's values."""
+    for part in SECTIONS.values():
+        if name in {field.name for field in dataclasses.fields(part)}:  # type: ignore[arg-type]
+            return value_type(typing.get_type_hints(part)[name])[0]
+    raise ValueError(f"{name}: no such option")
+
+
+def distributions(space: Space) -> dict[str, Any]:
+    """The space as optuna takes it."""
+    from optuna.distributions import (
+        CategoricalDistribution,
+        FloatDistribution,
+        IntDistribution,
+    )
+
+    found: dict[str, Any] = {}
+    for name, entry in space.items():
+        if "choices" in entry:
+            found[name] = CategoricalDistribution(entry["choices"])
+        elif option_type(name) is int:
+            found[name] = IntDistribution(**entry)
+        else:
+            found[name] = FloatDistribution(**entry)
+    return found

@@ -1,0 +1,220 @@
+"""Hyper-parameter search: spaces, trials that end in every way, and a search that was killed."""
+
+import csv
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import optuna
+import pytest
+import yaml
+from optuna.trial import TrialState
+
+from ptv2_fast import cli
+from ptv2_fast.training import search_trials
+from ptv2_fast.training.options import RunConfig, read_config_file
+from ptv2_fast.training.search import run_search
+from ptv2_fast.training.search_space import check_space, default_space, read_space
+from ptv2_fast.training.search_trials import Search, TrialWatch, open_study
+from tests.models import one_thread  # noqa: F401
+from tests.tiny_run import save_tiny_model, write_conll
+
+ADAPTER = "adapter/adapter_model.safetensors"
+SPACE = {
+    "learning_rate": {"low": 0.001, "high": 0.1, "log": True},
+    "num_virtual_tokens": {"choices": [4, 60]},
+}
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("tiny")
+    return {
+        "task": "token-classification",
+        "model": save_tiny_model(folder / "model"),
+        "train_file": write_conll(folder / "train.txt", 16),
+        "validation_file": write_conll(folder / "dev.txt", 8),
+        "batch_size": 4,
+        "max_steps": 8,
+    }
+
+
+def base_of(tiny, **more) -> RunConfig:
+    return RunConfig.from_dict(tiny | more)
+
+
+def command(tiny, output: Path, space: Path, *more: str) -> list[str]:
+    words = ["search", "--output", str(output), "--space", str(space), *more]
+    for name, value in tiny.items():
+        words += [f"--{name.replace('_', '-')}", str(value)]
+    return words
+
+
+def trials_of(search: Search) -> list[optuna.trial.FrozenTrial]:
+    return open_study(search).trials
+
+
+def test_the_default_space_is_what_the_method_has_and_the_user_did_not_give(tiny):
+    space = default_space(base_of(tiny | {"max_steps": None}))
+    assert list(space) == [
+        "learning_rate", "num_virtual_tokens", "prefix_projection", "num_train_epochs", "dropout"
+    ]  # fmt: skip
+    rate = space["learning_rate"]
+    assert (rate["low"], rate["high"]) == (pytest.approx(1e-3), pytest.approx(1e-1))
+    assert space["num_virtual_tokens"] == {"choices": [8, 16, 32, 64, 128]}
+    tuning = default_space(base_of(tiny, method="fine-tuning"), {"dropout"})
+    assert list(tuning) == ["learning_rate"]
+    with pytest.raises(ValueError, match="space: expected an option to vary"):
+        default_space(base_of(tiny, method="fine-tuning"), {"dropout", "learning_rate"})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("learning_rat: {choices: [1.0]}", "space: config: unknown options .*learning_rate"),
+        ("learning_rate: {low: 0.1, high: 0.01}", "learning_rate: expected low below high"),
+        ("learning_rate: {low: 1e-3, high: 0.01}", "1.0e-3 and not 1e-3 in YAML"),
+        ("learning_rate: {low: 0.0, high: 0.01, log: true}", "low above 0 with log"),
+        ("learning_rate: {low: 0.1}", "expected low, high"),
+        ("learning_rate: [0.1, 0.2]", "expected a table with choices"),
+        ("num_virtual_tokens: {low: 0, high: 4}", "num_virtual_tokens: expected an integer >= 1"),
+        ("num_virtual_tokens: {choices: [4, 4]}", "different choices"),
+        ("method: {choices: [magic]}", "method: expected one of"),
+        ("method: {low: 1, high: 2}", "the option is no number"),
+        ("task: {choices: [rte]}", "options of one task"),
+        ("{}", "at least one option"),
+    ],
+)
+def test_a_bad_space_is_refused(text, message, tiny, tmp_path):
+    (tmp_path / "space.yaml").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        check_space(read_space(tmp_path / "space.yaml"), base_of(tiny))
+
+
+def test_a_space_may_name_the_model_and_use_aliases(tiny, tmp_path):
+    (tmp_path / "space.yaml").write_text(
+        f"model: {{choices: ['{tiny['model']}', other]}}\npre_seq_len: {{low: 4, high: 8, step: 2}}"
+    )
+    space = read_space(tmp_path / "space.yaml")
+    assert list(space) == ["model", "num_virtual_tokens"]
+    check_space(space, base_of(tiny))
+
+
+def test_the_objective_is_the_best_evaluation():
+    study = optuna.create_study(direction="maximize")
+    watch = TrialWatch(study.ask(), "f1")
+    for f1 in (0.2, 0.7, math.nan, 0.5):
+        watch.on_evaluate(None, None, None, metrics={"eval_f1": f1})
+    assert watch.best == 0.7
+    assert study.trials[0].intermediate_values == {1: 0.2, 2: 0.7, 4: 0.5}
+
+
+def test_trials_go_on_and_those_with_bad_values_are_set_aside(tiny, tmp_path, capsys):
+    """A prefix of 60 shifted positions is more than the model has."""
+    folder = tmp_path / "search"
+    base = base_of(tiny, position_offset="prefix", dropout=0.0)
+    search = Search(base, SPACE, folder, trials=1)
+    run_search(search)
+    open_study(search).enqueue_trial({"learning_rate": 0.01, "num_virtual_tokens": 60})
+    open_study(search).enqueue_trial({"learning_rate": 0.1, "num_virtual_tokens": 4})
+    more = Search(base, search.space, folder, trials=3)
+    study = run_search(more)
+    assert [trial.state for trial in study.trials][1:] == [TrialState.PRUNED, TrialState.COMPLETE]
+    with open(folder / "trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows][1:] == ["pruned", "finished"]
+    assert "num_virtual_tokens: expected room for an input" in rows[1]["message"]
+
+    # The best trial's values train again to what it kept; the others kept their logs alone.
+    best = study.best_trial
+    kept = [number for number in range(3) if (folder / f"trial-{number:04d}" / ADAPTER).is_file()]
+    assert kept == [best.number]
+    assert not list(folder.rglob("checkpoints"))
+    config = read_config_file(folder / "best.yaml")
+    assert {name: config[name] for name in best.params} == best.params
+    run = ["train", "--config", str(folder / "best.yaml"), "--output", str(tmp_path / "again")]
+    assert cli.main([*run, "--no-progress"]) == 0
+    report = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert report["metrics"]["validation"]["f1"] == best.value
+    again, trained = tmp_path / "again" / ADAPTER, folder / f"trial-{best.number:04d}" / ADAPTER
+    assert again.read_bytes() == trained.read_bytes()
+
+    before = len(study.trials)
+    assert len(run_search(more).trials) == before, "there are as many as asked for"
+    for changes, message in (
+        ({"batch_size": 8}, "batch_size 4 against 8"),
+        ({"train_file": tiny["validation_file"]}, "train_file .* examples"),
+    ):
+        other = base_of(tiny, position_offset="prefix", dropout=0.0, **changes)
+        with pytest.raises(ValueError, match=message):
+            run_search(Search(other, search.space, folder, trials=3))
+    with pytest.raises(ValueError, match=r"space .*0\.2"):
+        wider = search.space | {"learning_rate": {"low": 0.001, "high": 0.2, "log": True}}
+        run_search(Search(base, wider, folder, trials=3))
+    assert len(trials_of(more)) == before
+
+
+def test_a_search_whose_trials_are_all_pruned_says_so(tiny, tmp_path, capsys, monkeypatch):
+    space = tmp_path / "space.yaml"
+    space.write_text(yaml.safe_dump({"dropout": {"choices": [0.0, 0.1]}}))
+    monkeypatch.setattr(
+        search_trials, "make_pruner", lambda prune: optuna.pruners.ThresholdPruner(lower=2.0)
+    )
+    folder = tmp_path / "search"
+    assert cli.main(command(tiny, folder, space, "--trials", "1", "--dropout", "0.1")) == 2
+    assert "dropout: expected no value, since the space varies it" in capsys.readouterr().err
+    assert not folder.exists()
+    assert cli.main(command(tiny, folder, space, "--trials", "2")) == 2
+    assert "no trial finished" in capsys.readouterr().err
+    trials = optuna.load_study(study_name="search", storage=f"sqlite:///{folder}/study.db").trials
+    assert [(trial.state, len(trial.intermediate_values)) for trial in trials] == [
+        (TrialState.PRUNED, 1), (TrialState.PRUNED, 1)
+    ]  # fmt: skip
+    assert not (folder / "trial-0001" / "report.json").exists()
+    assert not (folder / "best.yaml").exists()
+
+
+def test_a_search_needs_validation_examples(tiny, tmp_path):
+    base = base_of(tiny | {"validation_file": None})
+    with pytest.raises(ValueError, match="search: expected validation examples"):
+        run_search(Search(base, SPACE, tmp_path / "search", trials=1))
+    assert not (tmp_path / "search").exists()
+
+
+def test_a_killed_search_goes_on_with_two_workers(tiny, tmp_path, capsys):
+    """Killed in the second trial: the first stays, the second is trained again, four in the end."""
+    space, folder = tmp_path / "space.yaml", tmp_path / "search"
+    space.write_text(yaml.safe_dump({"learning_rate": SPACE["learning_rate"]}))
+    tiny = tiny | {"max_steps": 30, "eval_steps": 10, "save_steps": 0}
+    words = command(tiny, folder, space, "--trials", "4")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptv2_fast.cli", *words],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
+        stderr=subprocess.DEVNULL,
+    )
+    while not (folder / "trial-0001" / "metrics.jsonl").is_file():
+        assert process.poll() is None, "the search ended before it could be killed"
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    search = Search(base_of(tiny), {}, folder, trials=4)
+    first, second = trials_of(search)
+    assert (first.state, second.state) == (TrialState.COMPLETE, TrialState.RUNNING)
+    report = (folder / "trial-0000" / "report.json").stat().st_mtime_ns
+
+    assert cli.main([*words, "--workers", "2"]) == 0
+    trials = trials_of(search)
+    assert (folder / "trial-0000" / "report.json").stat().st_mtime_ns == report
+    assert (trials[0].value, trials[0].params) == (first.value, first.params)
+    assert trials[1].state == TrialState.FAIL
+    (retried,) = [trial for trial in trials if trial.user_attrs.get("retry_of") == 1]
+    assert retried.params == second.params
+    ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
+    assert len(ended) == 4 and len(trials) == 5
+    assert len({trial.params["learning_rate"] for trial in ended}) == 4
+    assert "best: trial" in capsys.readouterr().out
