@@ -210,6 +210,9 @@ def test_oracle_logits_give_the_published_answers(tmp_path, tokenizer, max_lengt
     ]
     scores = task.metrics(results, examples, [])
     assert scores["f1"] == scores["em"] == scores["no_answer_accuracy"] == 1.0
+    some = features.take([13, 0, 7])
+    chosen = task.results(oracle(some), some, ["start", "end"])
+    assert chosen == [results[index] for index in (13, 0, 7)]
 
 
 def test_a_question_without_room_for_a_window_is_cut_and_counted(tmp_path, tokenizer):

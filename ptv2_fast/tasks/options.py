@@ -84,7 +84,8 @@ class DataOptions(Options):
         None,
         "training examples: .csv, .tsv, .json or .jsonl (one object a line), .parquet; for "
         "token-classification any other suffix is read as CoNLL columns, for "
-        "semantic-role-labeling as lines 'index words ||| labels'",
+        "semantic-role-labeling as lines 'index words ||| labels'; for question-answering .json "
+        "and .json.gz also in SQuAD's form",
     )
     validation_file: str | None = option(None, "examples to score during and after training")
     test_file: str | None = option(None, "examples to score once, at the end")
