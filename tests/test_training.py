@@ -236,6 +236,20 @@ def test_options_that_change_the_step_still_train(changes, tiny, tmp_path):
     assert report["metrics"]["validation"]["f1"] > 0.9
 
 
+def test_a_step_of_two_batches_is_that_of_one_as_large(tiny, tmp_path):
+    """Without -100 among the labels: all sentences have the same length and one piece a word."""
+    file = tmp_path / "train.txt"
+    file.write_text("Anna B-PER\nlives O\n.  O\n\nOslo B-LOC\nloves O\nBob B-PER\n\n" * 8)
+    logged = []
+    for batch_size, count in ((8, 1), (4, 2)):
+        config = run_config(tiny, train_file=str(file), batch_size=batch_size, max_steps=1,
+                            gradient_accumulation_steps=count, logging_steps=1)  # fmt: skip
+        train(prepare(config, tmp_path / f"run{count}"))
+        first = (tmp_path / f"run{count}/metrics.jsonl").read_text().splitlines()[0]
+        logged.append([json.loads(first)[name] for name in ("loss", "grad_norm")])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-4)
+
+
 def test_kept_bytes_count_each_storage_once_and_no_parameters():
     linear = nn.Linear(8, 4)
     x = torch.randn(3, 8)

@@ -106,6 +106,9 @@ class PacedTrainer(Trainer):
             eval_dataset=None if args.eval_strategy == "no" else rows,
             callbacks=[clock, *(callbacks or [])],
         )
+        # Encoders take such arguments and ignore them, so that Trainer would add up the losses of
+        # the batches in a step where they have to be averaged.
+        self.model_accepts_loss_kwargs = False
         self.remove_callback(PrinterCallback)  # metrics.jsonl holds what it prints
 
     @property
