@@ -98,7 +98,7 @@ def render(
         "ablations": ablations,
         "ablation_tables": sweep_tables(sweeps),
         "runs_table": runs_table(runs, names),
-        "details": [run_details(run) for run in runs],
+        "details": [run_details(run, names.run(run)) for run in runs],
         "defaults": {name: option_text(value) for name, value in option_defaults().items()},
         "machines": machines_table(runs),
         "remarks": remarks_table(runs, names),

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -160,7 +161,7 @@ class Names:
         runs: all runs of the report.
     """
 
-    def __init__(self, runs: Iterable[Run]) -> None:
+    def __init__(self, runs: Sequence[Run]) -> None:
         results = [result for run in runs for result in run.results]
         self._data = {result: _data_key(result) for result in results}
         by_task: dict[str, set[frozenset]] = {}
@@ -168,6 +169,11 @@ class Names:
             by_task.setdefault(key[0], set()).add(key[1])
         self._titles = {key: _title(key, by_task[key[0]]) for key in self._data.values()}
         self._models = model_labels(result.model for result in results)
+        self.top = os.path.commonpath([run.folder.parent.absolute() for run in runs])
+
+    def run(self, run: Run) -> str:
+        """Of a run: its folder below the one that holds them all, `top`."""
+        return str(run.folder.absolute().relative_to(self.top))
 
     def title(self, result: Result) -> str:
         """Of the data set."""

@@ -32,7 +32,7 @@ VARIABLES = {INK: "ink", FAINT: "faint", PAGE: "page", _OTHER[0]: "series-other"
 _WIDTH = 4.2  # inches; readable when shrunk to a telephone's width
 _SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "ptv2-fast", "text.parse_math": False,
-    "font.size": 8.5, "font.family": "sans-serif", "axes.edgecolor": FAINT,
+    "font.size": 9.5, "font.family": "sans-serif", "axes.edgecolor": FAINT,
     "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT, "ytick.color": FAINT,
     "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False,
     "axes.spines.right": False, "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.25,
@@ -88,6 +88,8 @@ def draw_lines(
         else:
             axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.yaxis.set_major_locator(MaxNLocator(6))
+        if any(any(line.notes) for line in lines):
+            axes.margins(y=0.12)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         _legend(canvas, axes)
@@ -158,8 +160,8 @@ def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
                       capsize=2.5, elinewidth=1.0)  # fmt: skip
     below = line.style == "FT"
     for x, y, note in zip(line.x, line.y, line.notes, strict=False):
-        axes.annotate(note, (x, y), xytext=(0, -6 if below else 6), fontsize=7,
-                      textcoords="offset points", ha="center",
+        axes.annotate(note, (x, y), xytext=(5, -5 if below else 5), fontsize=8,
+                      textcoords="offset points", ha="left",
                       va="top" if below else "bottom")  # fmt: skip
 
 
@@ -167,7 +169,7 @@ def _legend(canvas: Canvas, axes: Axes) -> None:
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if handles:
         canvas.legend(handles.values(), handles.keys(), loc="outside upper left",
-                      ncols=min(4, len(handles)), columnspacing=1.2, handlelength=2.2)  # fmt: skip
+                      ncols=min(4, len(handles)), columnspacing=1.0, handlelength=1.8)  # fmt: skip
 
 
 def _figure(

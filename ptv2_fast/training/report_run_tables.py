@@ -15,7 +15,7 @@ from ptv2_fast.training.report_tables import NONE, Cell, Row, Table, percent
 class RunDetails:
     """One run at the end of the page."""
 
-    run: Run
+    name: str
     options: dict[str, str]
     command: str
 
@@ -48,10 +48,11 @@ def runs_table(runs: Sequence[Run], names: Names) -> Table:
             if result.metric in result.scores[split]
         ]
         cells = [Cell(run.column), Cell("; ".join(scores) or NONE), Cell(option_text(run.seed))]
-        cells += [Cell(option_text(run.options.get(name))) for name in differing]
-        rows.append(Row(Cell(str(run.folder), link=f"#run-{number}"), tuple(cells)))
+        values = {**run.options, "model": names.model(run.results[0])}
+        cells += [Cell(option_text(values.get(name))) for name in differing]
+        rows.append(Row(Cell(names.run(run), link=f"#run-{number}"), tuple(cells)))
     columns = {"Method": "", "Score": "in per cent", "Seed": ""} | dict.fromkeys(differing, "")
-    caption = "All runs, with the options in which they differ"
+    caption = f"All runs in {names.top}, with the options in which they differ"
     return Table(caption, "Run", columns, tuple(rows), numeric=False)
 
 
@@ -93,27 +94,27 @@ def remarks_table(runs: Sequence[Run], names: Names) -> Table:
     return Table("Remarks on the data", "Data set", columns, rows, numeric=False)
 
 
-def run_details(run: Run) -> RunDetails:
+def run_details(run: Run, name: str) -> RunDetails:
     """A run's options that are not the defaults, and the command that repeats it."""
     defaults = option_defaults()
     given = {
-        name: value
-        for name, value in run.options.items()
-        if name not in defaults or value != _plain(defaults[name])
+        option: value
+        for option, value in run.options.items()
+        if option not in defaults or value != _plain(defaults[option])
     }
     several = "tasks" in run.options
     words = ["ptv2-fast", "multitask" if several else "train", "--output", f"{run.folder}-again"]
     if several or not set(given) <= set(defaults):
         words += ["--config", str(run.folder / run_folder.CONFIG)]
     else:
-        for name, value in given.items():
-            words += _argument(name, value)
+        for option, value in given.items():
+            words += _argument(option, value)
     tasks = {f"data set {part.get('name')}": part for part in given.pop("tasks", ())}
-    options = {name: option_text(value) for name, value in given.items()}
-    for name, part in tasks.items():
+    options = {option: option_text(value) for option, value in given.items()}
+    for title, part in tasks.items():
         own = {k: v for k, v in part.items() if k != "name" and v != _plain(defaults.get(k))}
-        options[name] = ", ".join(f"{k} {option_text(v)}" for k, v in own.items())
-    return RunDetails(run, options, shlex.join(words))
+        options[title] = ", ".join(f"{k} {option_text(v)}" for k, v in own.items())
+    return RunDetails(name, options, shlex.join(words))
 
 
 def _plain(value: Any) -> Any:

@@ -96,16 +96,21 @@ def _depth(sweep: Sweep, name: str) -> Figure:
             if axes.get("order") in (order, "all"):
                 orders[order][int(axes["layers"])] = (str(axes["depth"]), score)
     styles = {"descending": "PT-2", "ascending": "FT"}
-    lines = [
-        _line(f"{order}: {words}", styles[order], {n: s for n, (_, s) in points.items()},
-              [points[n][0] for n in sorted(points)])
-        for (order, points), words in zip(
-            orders.items(), ("from the top layer", "from the bottom layer"), strict=True
-        )
-        if points
-    ]  # fmt: skip
+    lines = []
+    for order, points in orders.items():
+        # The prefix in every layer belongs to both lines and is labelled once.
+        notes = [
+            points[n][0] if order == "descending" or points[n] not in orders["descending"].values()
+            else "" for n in sorted(points)
+        ]  # fmt: skip
+        scores = {count: score for count, (_, score) in points.items()}
+        if points:
+            lines.append(_line(order, styles[order], scores, notes))
     ticks = sorted({count for points in orders.values() for count in points})
-    caption = f"Prompt depth on {sweep.title}. Labels are the layers with a prefix."
+    caption = (
+        f"Prompt depth on {sweep.title}: from the bottom layer up (ascending) and from the top "
+        "layer down (descending). Labels are the layers with a prefix."
+    )
     return draw_lines(
         name, caption, _depth_words(sweep, orders), lines, ticks=ticks,
         x_label="layers with a prefix", y_label=sweep.y_label,

@@ -1,0 +1,292 @@
+"""The report: what it reads, how it aggregates, and what the page is made of."""
+
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from ptv2_fast import cli
+from ptv2_fast.training.report import PAGE, write_report
+from ptv2_fast.training.report_compare import Names, compare, settings_of
+from ptv2_fast.training.report_data import find_runs
+from ptv2_fast.training.report_tables import cost_table, paper_table
+from tests.models import one_thread  # noqa: F401
+from tests.report_runs import write_run, write_sweep
+from tests.tiny_run import save_tiny_model, write_reviews
+
+EVIL = "<img src=x onerror=alert(1)>&\"' $x_{$"
+LANDMARKS = ("header", "nav", "main", "footer")
+
+
+def validation(accuracy: float) -> dict[str, dict[str, float]]:
+    return {"validation": {"accuracy": accuracy, "f1": 0.5}}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Every method on RTE, three seeds of P-Tuning v2, a multi-task run, sweeps, and damage."""
+    top = tmp_path_factory.mktemp("report") / "runs"
+    for seed, score in ((11, 0.60), (12, 0.70), (13, 0.80)):
+        curve = [(10, 0.5), (20, score)]
+        write_run(top / f"pt2-{seed}", validation(score), seed=seed, curve=curve)
+    more = {"trainable_parameters": 100_000, "truncated_examples": {"train": 3}}
+    curve = [(10, 0.6), (20, 0.8)]
+    write_run(top / "ft", validation(0.80), method="fine-tuning", curve=curve, report=more)
+    write_run(top / "pt", validation(0.55), method="prompt-tuning")
+    write_run(top / "lp", validation(0.50), method="linear-probe")
+    write_run(top / "evil" / "run <b> $x^", validation(0.75), method="lora", train_file=EVIL,
+              report={"remarks": {"train": {EVIL: EVIL}}})  # fmt: skip
+    started = {"folder": "multi", "trained_with": ["rte", "cb"], "head": True}
+    write_run(top / "mpt2", validation(0.85), start_from="multi", report={"started_from": started})
+    tasks = {"rte": {"task": "rte", "metric": "accuracy"}}
+    write_run(top / "multi", {"rte/validation": {"accuracy": 0.65}}, tasks=[{"name": "rte"}],
+              report={"tasks": tasks, "task": "text-classification", "metric": "mean"})  # fmt: skip
+    write_sweep(
+        top / "depth", "depth",
+        {
+            "a-2": {"depth": "1-2", "order": "ascending", "layers": 2, "seed": 11, "score": 0.3},
+            "d-2": {"depth": "3-4", "order": "descending", "layers": 2, "seed": 11, "score": 0.4},
+            "all": {"depth": "1-4", "order": "all", "layers": 4, "seed": 11, "score": 0.5},
+        },
+    )  # fmt: skip
+    write_sweep(
+        top / "reparam", "reparam",
+        {
+            "off": {"prefix_projection": False, "seed": 11, "score": 0.31},
+            "on": {"prefix_projection": True, "seed": 11, "score": 0.41},
+        },
+    )  # fmt: skip
+    stopped = write_run(top / "stopped", validation(0.99))
+    (stopped / "report.json").unlink()
+    broken = write_run(top / "broken", validation(0.99))
+    (broken / "report.json").write_text('{"task": ')
+    no_curve = write_run(top / "no-curve", validation(0.11), method="p-tuning-v1")
+    (no_curve / "metrics.jsonl").write_text("{]")
+    (top / "notes").mkdir()
+    return top
+
+
+@pytest.fixture(scope="module")
+def comparisons(folder) -> list:
+    runs, _ = find_runs([folder])
+    return compare(settings_of(runs), Names(runs))
+
+
+def published(task: str, model: str) -> list[SimpleNamespace]:
+    figure = {"metric": "accuracy", "split": "validation", "head": "linear", "source": "Table 2"}
+    return [
+        SimpleNamespace(column="FT", value=70.4, verified=True, **figure),
+        SimpleNamespace(column="PT-2", value=78.3, verified=False, **figure),
+        SimpleNamespace(column="PT", value=11.1, verified=True, **{**figure, "head": "lm"}),
+    ]
+
+
+@pytest.fixture(scope="module")
+def page(folder, tmp_path_factory) -> str:
+    output = tmp_path_factory.mktemp("page") / "report"
+    path, _ = write_report([folder], output, published)
+    assert {file.suffix for file in output.iterdir()} == {".html", ".png"}
+    assert all(file.read_bytes()[:4] == b"\x89PNG" for file in output.glob("*.png"))
+    names = {file.stem for file in output.glob("*.png")}
+    assert {"scores", "parameters", "curve-rte-seconds", "curve-rte-step", "depth-1"} <= names
+    return path.read_text(encoding="utf-8")
+
+
+EMPTY = {"meta", "link", "br"}
+
+
+class Page(HTMLParser):
+    """Collects what the tests ask of a page, and that tags are closed in order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in EMPTY:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def all(self, *tags: str) -> list[dict]:
+        return [attributes for tag, attributes in self.tags if tag in tags]
+
+
+def test_seeds_are_one_setting_with_mean_and_sample_deviation(comparisons):
+    score = comparisons[0].scores("validation")["PT-2"]
+    assert (score.count, round(score.mean, 9), round(score.deviation, 9)) == (3, 0.7, 0.1)
+    # The three seeds, and the settings of the sweeps: the one with the most seeds is shown.
+    assert comparisons[0].alternatives["PT-2"] == 1 + 3 + 2
+
+
+def test_the_better_of_two_settings_is_chosen_on_the_validation_split(tmp_path):
+    for rate, on_validation, on_test in ((1, 0.7, 0.1), (2, 0.6, 0.9)):
+        scores = {"validation": {"accuracy": on_validation}, "test": {"accuracy": on_test}}
+        write_run(tmp_path / str(rate), scores, learning_rate=rate)
+    runs, _ = find_runs([tmp_path])
+    (one,) = compare(settings_of(runs), Names(runs))
+    assert one.splits == ["test"]
+    assert one.scores("test")["PT-2"].mean == 0.1
+
+
+def test_other_data_is_another_row_and_the_folder_of_the_same_data_is_not(tmp_path):
+    write_run(tmp_path / "a", validation(0.6), data_dir="here/rte")
+    write_run(tmp_path / "b", validation(0.7), method="fine-tuning", data_dir="/there/rte")
+    write_run(tmp_path / "c", validation(0.8), method="lora")
+    write_run(tmp_path / "d", validation(0.9), data_dir="here/rte", max_train_examples=100)
+    runs, _ = find_runs([tmp_path])
+    rows = {one.title: list(one.settings) for one in compare(settings_of(runs), Names(runs))}
+    assert rows == {"RTE": ["FT", "PT-2", "LoRA"], "RTE (100 training examples)": ["PT-2"]}
+
+
+def test_cells_stand_in_the_columns_of_the_paper(comparisons):
+    table = paper_table("tiny-bert", comparisons[:1], published)
+    row = dict(zip(table.columns, table.rows[0].cells, strict=True))
+    texts = {name: cell.text for name, cell in row.items()}
+    assert texts == {
+        "FT": "80.0", "PT": "55.0", "PT-2": "70.0", "MPT-2": "85.0", "Multi-task": "65.0",
+        "LP": "50.0", "P-tuning": "11.0", "PT-2 / FT": "87.5 %",
+    }  # fmt: skip
+    assert row["PT-2"].detail == "±10.0, n=3"
+    assert [name for name, cell in row.items() if cell.best] == ["MPT-2"]
+    references = {name: cell.reference for name, cell in row.items() if cell.reference}
+    assert references == {"FT": "published 70.4", "PT-2": "published 78.3†"}
+    assert any("Table 2" in note for note in table.notes)
+    assert any(note.startswith("†") for note in table.notes)
+
+
+def test_costs_stand_beside_the_score(comparisons):
+    rows = {row.head.text: [cell.text for cell in row.cells] for row in
+            cost_table(comparisons[:1]).rows}  # fmt: skip
+    costs = ["4.3 kB", "250 ms", "90 s", "2.5 MB", "1.2 GB"]
+    assert rows["PT-2"] == ["70.0", "1,000", "1 %", *costs]
+    assert rows["FT"] == ["80.0", "100,000", "100.0 %", *costs]
+
+
+def test_the_page_says_where_p_tuning_v2_loses(page):
+    assert "P-Tuning v2 from a multi-task prefix is best with 85.0." in page
+    assert "P-Tuning v2 reaches 70.0, 87.5 % of fine-tuning&#39;s 80.0" in page
+    assert "It is behind P-Tuning v2 from a multi-task prefix too." in page
+    assert "level or ahead in 0 of 1 comparison." in page
+    assert "Upper layers are better than as many lower ones at 1 of 1 depths." in page
+
+
+def test_what_is_left_out_is_listed_with_the_reason(page, folder):
+    listed = re.sub(r"<[^>]+>", "", page[page.index('<section id="left-out"') :])
+    assert f"{folder / 'stopped'}: unfinished" in listed
+    assert f"{folder / 'broken'}: {folder / 'broken' / 'report.json'}: not valid JSON" in listed
+    assert f"{folder / 'no-curve'}: only its learning curve" in listed
+    assert "99.0" not in page
+    assert "3 of 2490 examples cut" in page
+
+
+def test_the_page_loads_nothing_and_is_small(page):
+    for attributes in Page(page).all("a", "link", "img", "use", "script", "iframe"):
+        target = attributes.get("href", attributes.get("src", ""))
+        assert target.startswith(("#", "data:")), attributes
+    assert not re.search(r"https?://|@import|<script|url\((?!#)", page)
+    assert len(page.encode()) < 1_000_000
+
+
+def test_names_of_users_are_text_in_the_page(page):
+    tags = {tag for tag, _ in Page(page).tags}
+    assert "img" not in tags
+    assert "&lt;img src=x onerror=alert(1)&gt;" in page
+    assert "run &lt;b&gt; $x^" in page
+
+
+def test_the_page_has_landmarks_headers_and_words_for_every_figure(page):
+    parsed = Page(page)
+    assert [len(parsed.all(tag)) for tag in (*LANDMARKS, "h1")] == [1] * 5
+    ids = [attributes["id"] for _, attributes in parsed.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    for attributes in parsed.all("a", "use", "section"):
+        name = attributes.get("href", attributes.get("aria-labelledby", "")).removeprefix("#")
+        assert name in ids
+    svgs, tables = parsed.all("svg"), parsed.all("table")
+    assert len(svgs) == len(parsed.all("figure")) == len(parsed.all("figcaption")) >= 5
+    for svg in svgs:
+        words = re.search(rf'<title id="{svg["aria-labelledby"]}">([^<]+)</title>', page)
+        assert svg["role"] == "img"
+        assert words is not None and re.search(r"\d", words[1])
+    assert len(tables) == len(parsed.all("caption")) >= 5
+    assert all(header.get("scope") in ("col", "row", "rowgroup") for header in parsed.all("th"))
+    regions = [a for a in parsed.all("div") if a.get("class", "").startswith("scroll")]
+    assert len(regions) == len(tables)
+    for region in regions:
+        assert region["role"] == "region" and region["tabindex"] == "0" and region["aria-label"]
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance as WCAG 2 defines it."""
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    linear = [p / 12.92 if p <= 0.04045 else ((p + 0.055) / 1.055) ** 2.4 for p in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def contrast(one: str, other: str) -> float:
+    light, dark = sorted((luminance(one), luminance(other)), reverse=True)
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_colours_keep_the_contrast_of_wcag_in_light_and_dark(page):
+    blocks = re.findall(r":root \{(.*?)\}", page, re.DOTALL)[:2]
+    for block in blocks:
+        colours = dict(re.findall(r"--([\w-]+): (#\w{6})", block))
+        for text in ("ink", "soft", "accent"):
+            for ground in ("page", "panel", "best"):
+                assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
+        series = [colour for name, colour in colours.items() if name.startswith("series")]
+        assert len(series) == 9
+        assert all(contrast(colour, colours["page"]) >= 3 for colour in series)
+
+
+def test_bad_input_is_named(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path / "none")]) == 2
+    assert "expected a folder" in capsys.readouterr().err
+    stopped = write_run(tmp_path / "runs" / "stopped", validation(0.9))
+    (stopped / "report.json").unlink()
+    output = tmp_path / "out"
+    assert cli.main(["report", str(tmp_path / "runs"), "--output", str(output)]) == 2
+    assert "expected at least one finished run" in capsys.readouterr().err
+    assert not output.exists()
+    output.mkdir()
+    (output / "thesis.tex").write_text("mine")
+    write_run(tmp_path / "runs" / "done", validation(0.9))
+    assert cli.main(["report", str(tmp_path / "runs"), "--output", str(output)]) == 2
+    assert "expected a new folder" in capsys.readouterr().err
+
+
+def test_a_trained_run_is_reported(tmp_path, capsys):
+    model = save_tiny_model(tmp_path / "model")
+    train, dev = (write_reviews(tmp_path / f"{n}.csv", c) for n, c in (("train", 16), ("dev", 8)))
+    run = tmp_path / "runs" / "reviews"
+    assert cli.main([
+        "train", "--task", "text-classification", "--model", model, "--train-file", train,
+        "--validation-file", dev, "--num-virtual-tokens", "4", "--max-steps", "4", "--eval-steps",
+        "2", "--save-steps", "0", "--no-load-best", "--no-progress", "--output", str(run),
+    ]) == 0  # fmt: skip
+    report = json.loads((run / "report.json").read_text())
+    assert report["metric"] == "accuracy"
+    assert report["machine"]["cores"] >= 1
+    capsys.readouterr()
+    command = ["report", str(tmp_path / "runs"), "--output", str(tmp_path / "out")]
+    assert cli.main(command) == 0
+    assert cli.main(command) == 0  # a report may be written anew
+    page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    accuracy = report["metrics"]["validation"]["accuracy"]
+    assert f"only P-Tuning v2 was run and reaches {100 * accuracy:.1f}" in page
+    assert "--num-virtual-tokens 4" in page
+    assert "<path" in page[page.index('<section id="curves"') : page.index('<section id="runs"')]
