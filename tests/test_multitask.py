@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
 from ptv2_fast import cli, load_adapter, save_adapter
+from ptv2_fast.adapters import load_prefix
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.heads import TaskHeads, take_head
 from ptv2_fast.training.models import load_run
@@ -19,7 +21,7 @@ from ptv2_fast.training.multitask_order import MultiTaskOrder, batches_per_epoch
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import pace
-from tests.models import attached, make_batch, one_thread, outputs_of, tiny_model  # noqa: F401
+from tests.models import P, attached, make_batch, one_thread, outputs_of, tiny_model  # noqa: F401
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
 ADAPTER = "adapter/adapter_model.safetensors"
@@ -274,6 +276,26 @@ def test_continuation_on_other_labels_takes_the_prefix_alone(trained, tiny, tmp_
     assert prepared.found["started_from"]["head"] is False
     whole = prepare(single_config(tiny, 1, start_from=str(trained)), tmp_path / "run")
     assert whole.model.classifier.weight.equal(before.model.classifier.weight)
+
+
+def test_the_prefix_of_another_label_set_brings_its_pooler_but_no_head(tmp_path):
+    save_adapter(source := attached("sequence"), tmp_path)
+    target = attached(model=tiny_model("bert", "sequence", num_labels=5))
+    head = target.classifier.weight.detach().clone()
+    load_prefix(target, tmp_path)
+    for name in ("prefix_encoder.embedding.weight", "bert.pooler.dense.weight"):
+        assert target.get_parameter(name).equal(source.get_parameter(name))
+    assert target.classifier.weight.equal(head) and target.config.num_labels == 5
+    bare = attached("bare")
+    with pytest.raises(ValueError, match="against"):
+        load_prefix(attached("bare", num_virtual_tokens=P + 1), tmp_path)
+    before = bare.prefix_encoder.embedding.weight.detach().clone()
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    del tensors["prefix_encoder.embedding.weight"]
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"expected a tensor prefix_encoder\.embedding\.weight"):
+        load_prefix(bare, tmp_path)
+    assert bare.prefix_encoder.embedding.weight.equal(before)
 
 
 BAD_START = {
