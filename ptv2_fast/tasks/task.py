@@ -272,9 +272,6 @@ class Task(ABC):
         folder = Path(self.options.feature_cache)
         folder.mkdir(parents=True, exist_ok=True)
         contents = {name: examples.table[name][:] for name in examples.table.column_names}
-        vocabulary = json.loads(tokenizer.backend_tokenizer.to_str())
-        for last_call in ("truncation", "padding"):  # which every call sets
-            del vocabulary[last_call]
         what = (
             ptv2_fast.__version__, datasets.__version__, type(self).__name__, self.options,
             _description(tokenizer), settings, contents,
