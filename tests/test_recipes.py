@@ -3,14 +3,19 @@
 import json
 
 import pytest
+import transformers
 import yaml
 
 from ptv2_fast import cli
+from ptv2_fast.cli.tasks import plain_command, rows_of
 from ptv2_fast.encoders.families import FAMILIES
 from ptv2_fast.recipes import load_recipe, read_recipe, recipes
 from ptv2_fast.recipes.published import all_figures, published
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training.options import RunConfig
+from tests import conll_files, squad_files, superglue_files
+from tests.models import one_thread  # noqa: F401
+from tests.tiny_run import save_tiny_model
 
 BERT_CASED, BERT, ROBERTA = "bert-large-cased", "bert-large-uncased", "roberta-large"
 # run_script/*.sh of THUDM/P-tuning-v2: model, lr, pre_seq_len, bs, epochs, dropout, seed.
@@ -38,6 +43,7 @@ SCRIPTS = {
     "wsc-roberta-large": (ROBERTA, 1e-2, 8, 16, 10, 0.1, 44),
 }
 SUPERGLUE = ("boolq", "copa", "rte", "wic", "wsc")
+WRITERS = superglue_files.WRITERS | conll_files.WRITERS | squad_files.WRITERS
 PRESETS = [name for name in recipes() if name.startswith("preset-")]
 REFUSED = [name for name in recipes() if name.endswith("-deberta-xlarge")]
 
@@ -171,6 +177,8 @@ def test_tasks_for_programs_and_for_one_name(capsys):
     (row,) = [row for task in content["tasks"] for row in task["rows"]
               if (row["model"], task["name"]) == ("deberta-xlarge", "squad")]  # fmt: skip
     assert "DeBERTa" in row["refused"]
+    for task in BENCHMARKS:
+        assert max(map(len, listed(capsys, task).splitlines())) <= 80, task
     text = listed(capsys, "wic")
     assert "templates   0, 1" in text and "train.jsonl" in text and "wic-bert-large" in text
     assert "Table 2, BERT-large, accuracy                   74.9?  63.0?  75.1?" in text
@@ -180,3 +188,60 @@ def test_tasks_for_programs_and_for_one_name(capsys):
     assert options == read_recipe("wic-bert-large")
     assert cli.main(["tasks", "wicc"]) == 2
     assert "close to it are ['wic'" in capsys.readouterr().err
+
+
+def commands_of(task: str) -> list[list[str]]:
+    """What `ptv2-fast tasks` says for a data set, once each, without the refused ones."""
+    rows = [list(row.words) for row in rows_of(task) if not row.refused]
+    return [*rows, list(plain_command(BENCHMARKS[task]))]
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory) -> str:
+    """With a language model's head, and the label words of Table 4 in its vocabulary."""
+    # The longest prefix of a recipe shifts an input of 64 tokens by 224 positions.
+    folder = save_tiny_model(tmp_path_factory.mktemp("tiny"), positions=300)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["true", "false", "neutral"])
+    tokenizer.save_pretrained(folder)
+    model = transformers.BertForMaskedLM.from_pretrained(folder)
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("task", BENCHMARKS)
+def test_every_listed_command_dry_runs_on_official_files(task, tiny_model, tmp_path, capsys):
+    """With a tiny model in place of the large one, which makes inputs shorter."""
+    # SQuAD's windows share 128 tokens.
+    length = "200" if task.startswith("squad") else "64"
+    data = tmp_path / "data"
+    data.mkdir()
+    WRITERS[task](data, 8)
+    for command in commands_of(task):
+        here = ["--model", tiny_model, "--data-dir", str(data), "--max-length", length, "--dry-run"]
+        words = [*command, "--output", str(tmp_path / "run"), *here]
+        assert cli.main(words) == 0, capsys.readouterr().err
+        shown = json.loads(capsys.readouterr().out.partition("\n")[2])
+        expected = read_recipe(command[command.index("--recipe") + 1])
+        chosen = {name: value for table in shown.values() for name, value in table.items()}
+        assert chosen["task"] == task
+        changed = {"model", "max_length"}
+        assert not {k for k, v in expected.items() if k not in changed and chosen[k] != v}
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        ["--method", "fine-tuning", "--learning-rate", "2e-5", "--num-train-epochs", "10"],
+        ["--method", "prompt-tuning", "--learning-rate", "0.1"],
+        ["--method", "p-tuning-v1"],
+    ],
+)
+def test_the_other_columns_of_the_table_dry_run(more, tiny_model, tmp_path, capsys):
+    WRITERS["rte"](tmp_path, 8)
+    for recipe in ("rte-roberta-large", "preset-classification-large"):
+        words = ["train", "--recipe", recipe, "--task", "rte", "--model", tiny_model, *more]
+        words += ["--data-dir", str(tmp_path), "--max-length", "64", "--dry-run"]
+        assert cli.main([*words, "--output", str(tmp_path / "run")]) == 0, capsys.readouterr().err

@@ -183,11 +183,10 @@ def _overview() -> Iterator[str]:
 
 
 def _facts(benchmark: Benchmark) -> Iterator[str]:
-    metrics = ", ".join(benchmark.metrics)
-    facts = f"{benchmark.name:<11} {benchmark.title} · {benchmark.family} · {metrics}"
+    facts = [benchmark.title, benchmark.suite, benchmark.family, ", ".join(benchmark.metrics)]
     if len(benchmark.templates) > 1:
-        facts += f" · templates {', '.join(benchmark.templates)}"
-    yield from _wrap(facts, 14, first=2)
+        facts.append(f"templates {', '.join(benchmark.templates)}")
+    yield from _wrap(f"{benchmark.name:<11} {' · '.join(facts)}", 14, first=2)
     yield from _wrap(_data_of(benchmark), 14)
 
 
@@ -228,7 +227,8 @@ def _task(name: str) -> Iterator[str]:
     benchmark = BENCHMARKS[name]
     yield f"{benchmark.title} ({benchmark.suite}): --task {name}"
     yield f"  family      {benchmark.family}"
-    yield f"  metrics     {', '.join(benchmark.metrics)}; the first selects the checkpoint"
+    metrics = f"{', '.join(benchmark.metrics)}; the first selects the checkpoint"
+    yield from _wrap(f"metrics     {metrics}", 14, first=2)
     yield f"  templates   {', '.join(benchmark.templates)}; the first is the default"
     if benchmark.hub:
         splits = ", ".join(f"{ours} = {theirs}" for ours, theirs in benchmark.hub_splits.items())
