@@ -107,10 +107,13 @@ def render(
         "version": ptv2_fast.__version__,
     }
     figures = [*overview, *curves, *ablations]
-    page = _template().render(content)
-    if len(page.encode()) > MAX_BYTES:
-        content["too_large"] = True  # the figures' drawings go, their words stay
-        page = _template().render(content)
+    names_of = [figure.name for figure in figures]
+    without_steps = [name for name in names_of if not name.endswith("-step")]
+    for drawn in (names_of, without_steps, []):
+        # Where drawings must go for the page's size, their words stay.
+        page = _template().render(content, drawn=drawn)
+        if len(page.encode()) <= MAX_BYTES:
+            break
     return page, figures
 
 

@@ -188,14 +188,19 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> Run:
 
 
 def _check_report(report: dict[str, Any]) -> None:
-    missing = [name for name in ("method", "model", "metrics") if not report.get(name)]
-    if not report.get("task") and not report.get("tasks"):
-        missing.insert(0, "task")
+    names = ("task", "method", "model", "metrics")
+    missing = [name for name in names if not report.get(name)]
     if missing:
         raise ValueError(f"report.json: expected the keys {missing}")
     metrics = report["metrics"]
-    if not isinstance(metrics, dict) or not all(isinstance(v, dict) for v in metrics.values()):
-        raise ValueError(f"report.json: expected scores by split under 'metrics', got {metrics!r}")
+    splits = metrics.values() if isinstance(metrics, dict) else [None]
+    for scores in splits:
+        values = scores.values() if isinstance(scores, dict) else [None]
+        if not all(isinstance(value, int | float) for value in values):
+            raise ValueError(f"report.json: expected scores by split in 'metrics', got {metrics!r}")
+    for name, part in (report.get("tasks") or {}).items():
+        if not isinstance(part, dict) or not {"task", "metric"} <= set(part):
+            raise ValueError(f"report.json: expected task and metric of {name!r}, got {part!r}")
 
 
 def _read_curve(path: Path) -> tuple[dict[str, Any], ...]:

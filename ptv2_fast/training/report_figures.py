@@ -201,7 +201,18 @@ def _for_page(svg: str, name: str, alt: str) -> str:
     inner = inner.replace("xlink:href", "href")
     for colour, variable in VARIABLES.items():
         inner = inner.replace(colour, f"var(--{variable})")
+    numbers = r' (?:d|x|y|width|height|transform)="[^"]*"'
+    inner = re.sub(numbers, lambda match: _shorter(match[0]), inner)
     inner = re.sub(r"\s*\n\s*", "\n", inner).strip()
     title = f'<title id="{name}-alt">{html.escape(alt)}</title>'
     opening = f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-alt">'
     return f"{opening}{title}{inner}</svg>"
+
+
+def _shorter(attribute: str) -> str:
+    """Coordinates to a tenth of a point, without line ends and what SVG lets one leave out."""
+    text = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}", attribute)
+    text = " " + " ".join(text.split())
+    if "C" not in text:
+        text = text.replace(" L ", " ")  # points after M are lines anyway
+    return text.replace(".0 ", " ").replace('.0"', '"')

@@ -1,8 +1,10 @@
 """Which figures a report has beside those of sweeps: scores, their price, learning curves."""
 
+import math
 import re
 import statistics
 from collections.abc import Sequence
+from typing import Any
 
 from ptv2_fast.training.report_compare import Comparison
 from ptv2_fast.training.report_figures import Figure, Line, draw_dots, draw_lines, draw_points
@@ -21,7 +23,11 @@ def _score_figure(comparisons: Sequence[Comparison]) -> list[Figure]:
     rows = []
     for one in comparisons:
         for split in one.splits:
-            scores = {name: 100 * score.mean for name, score in one.scores(split).items()}
+            scores = {
+                name: 100 * score.mean
+                for name, score in one.scores(split).items()
+                if math.isfinite(score.mean)
+            }
             if scores:
                 model = f", {one.model}" if len({c.model for c in comparisons}) > 1 else ""
                 extra = f", {split}" if len(one.splits) > 1 else ""
@@ -40,8 +46,9 @@ def _parameter_figure(comparisons: Sequence[Comparison]) -> list[Figure]:
         for name, score in scores.items():
             part = cost_of(one.settings[name], "part")
             if part and "FT" in scores and scores["FT"].mean:
-                pair = (100 * part, 100 * score.mean / scores["FT"].mean)
-                points.setdefault(name, []).append(pair)
+                ratio = score.mean / scores["FT"].mean
+                if math.isfinite(ratio):
+                    points.setdefault(name, []).append((100 * part, 100 * ratio))
     if len(points) < 2:
         return []
     words = []
@@ -88,13 +95,17 @@ def _curves(one: Comparison, key: str) -> list[Line]:
             points = [
                 (line[key], 100 * line[name])
                 for line in result.run.curve
-                if isinstance(line.get(name), int | float) and line.get(key) is not None
+                if _is_number(line.get(name)) and _is_number(line.get(key))
             ]
             points = points[:: max(1, len(points) // _CURVE_POINTS)]
             if points:
                 x, y = zip(*points, strict=True)
                 lines.append(Line(column, column, x, y))
     return lines
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def slug(text: str) -> str:

@@ -37,7 +37,8 @@ def runs_table(runs: Sequence[Run], names: Names) -> Table:
     differing = [
         name
         for name in dict.fromkeys(name for run in runs for name in run.options)
-        if name not in hidden and len({option_text(r.options.get(name)) for r in runs}) > 1
+        if name not in hidden
+        and len({option_text(r.options[name]) for r in runs if name in r.options}) > 1
     ]
     rows = []
     for number, run in enumerate(runs, 1):

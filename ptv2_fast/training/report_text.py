@@ -1,5 +1,6 @@
 """What a report says in sentences."""
 
+import math
 from collections.abc import Sequence
 
 from ptv2_fast.training.report_compare import Comparison, Statistic
@@ -56,13 +57,13 @@ def lead(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
 def finding(one: Comparison) -> str:
     """Which method is best on a data set, and where P-Tuning v2 stands."""
     split = one.splits[0]
-    scores = one.scores(split)
+    scores = {n: score for n, score in one.scores(split).items() if math.isfinite(score.mean)}
     what = f"{metric_name(one.metric)} on {split}"
     if not scores:
         return f"no run has {what}."
     if len(scores) == 1:
         ((name, score),) = scores.items()
-        return f"{what}: only {method_name(name)} was run and reaches {percent(score.mean)}."
+        return f"{what}: only {method_name(name)} has a score, {percent(score.mean)}."
     best = [name for name in scores if name in best_columns(scores)]
     text = f"{what}: {joined([method_name(name) for name in best])} "
     text += f"{'are' if len(best) > 1 else 'is'} best with {percent(scores[best[0]].mean)}."
@@ -82,7 +83,8 @@ def _standing(one: Comparison, scores: dict[str, Statistic], best: Sequence[str]
     if text and part is not None:
         text += f", and trains {share(part)} of the parameters"
     text += "." if text else ""
-    rivals = [n for n, s in scores.items() if n not in ("FT", "PT-2") and s.mean > own.mean]
+    named = {"FT", "PT-2", *best}
+    rivals = [n for n, score in scores.items() if n not in named and score.mean > own.mean]
     if rivals:
         text += f" It is behind {joined([method_name(name) for name in rivals])} too."
     if ratio is not None and _within_spread(own, scores["FT"]):
