@@ -9,7 +9,7 @@ import torch
 from transformers import TrainerCallback
 
 from ptv2_fast.training import trainer
-from ptv2_fast.training.baselines import trained_tensors
+from ptv2_fast.training.baselines import final_tensors, trained_tensors
 from ptv2_fast.training.depth import parse_depth
 from ptv2_fast.training.methods import METHODS, longest_input, prefix_config, prepare_model
 from ptv2_fast.training.models import load_run
@@ -182,13 +182,14 @@ def test_the_best_checkpoint_is_what_is_saved(method, tiny, tmp_path, monkeypatc
     scores, states = iter([0.1, 0.9, 0.3]), []
 
     def score(model, *unused):
-        states.append({name: t.clone() for name, t in trained_tensors(model).items()})
+        states.append({name: t.clone() for name, t in final_tensors(model).items()})
         return {"f1": next(scores)}
 
     monkeypatch.setattr(trainer, "score", score)
     config = run_config(tiny, "ner", method, max_steps=6, eval_steps=2)
     train(prepare(config, tmp_path / "run"))
     saved = trained_tensors(load_run(tmp_path / "run").model)
+    assert saved.keys() == states[1].keys()
     assert [name for name in saved if not saved[name].equal(states[1][name])] == []
     assert [name for name in saved if not saved[name].equal(states[2][name])] != []
 

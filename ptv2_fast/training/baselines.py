@@ -55,7 +55,7 @@ def p_tuning_v1(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor 
     MLP, or through an MLP of three layers alone. The prompt stands in front of the input as a whole
     (the paper also puts parts of it inside a template) and the backbone is frozen, as in the
     comparison of P-Tuning v2's paper. init="tokens" sets the P embeddings; else they start as
-    PEFT's.
+    PEFT's. A finished run keeps the vectors only.
 
     Raises:
         ValueError: when PEFT is not installed.
@@ -179,6 +179,19 @@ def _freeze_backbone(model: PreTrainedModel) -> None:
 def trained_tensors(model: nn.Module) -> dict[str, Tensor]:
     """The parameters that train, by name."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+
+
+@torch.no_grad()
+def final_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What remains of the trained tensors: of a prompt the vectors, not the network behind them."""
+    tensors = trained_tensors(model)
+    if not hasattr(model, PROMPT):
+        return tensors
+    prompt = model.get_submodule(PROMPT)
+    table = next(prompt.parameters())  # with one row for each vector, in every kind of prompt
+    vectors = prompt(torch.arange(len(table), device=table.device))
+    rest = {name: t for name, t in tensors.items() if not name.startswith(f"{PROMPT}.")}
+    return rest | {f"{PROMPT}.weight": vectors}
 
 
 def _save_checkpoint(

@@ -15,7 +15,7 @@ from ptv2_fast.adapters import load_adapter, save_adapter
 from ptv2_fast.tasks import make_task
 from ptv2_fast.tasks.task import Task
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.baselines import trained_tensors, write_tensors
+from ptv2_fast.training.baselines import final_tensors, trained_tensors, write_tensors
 from ptv2_fast.training.methods import prepare_model
 from ptv2_fast.training.options import ModelOptions, RunConfig
 
@@ -78,7 +78,7 @@ def save_trained(model: PreTrainedModel, method: str, folder: Path) -> None:
     elif method == "fine-tuning":
         model.save_pretrained(folder / run_folder.MODEL)
     else:
-        write_tensors(folder / run_folder.TRAINED, trained_tensors(model))
+        write_tensors(folder / run_folder.TRAINED, final_tensors(model))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +136,8 @@ def _require(file: Path) -> None:
 def _load_tensors(model: PreTrainedModel, options: ModelOptions, file: Path) -> None:
     """Prepare the model by its method and fill in the trained tensors."""
     _require(file)
+    if options.method == "p-tuning-v1":  # of which the vectors were kept
+        options = dataclasses.replace(options, method="prompt-tuning")
     prepare_model(model, options)
     try:
         tensors = load_file(file)
