@@ -163,6 +163,18 @@ def test_a_folder_of_the_whole_suite_is_searched_by_the_official_names(tmp_path)
         find_sources(DataOptions(task="multirc", data_dir=str(tmp_path)))
 
 
+def test_answers_to_a_question_are_drawn_together(tmp_path):
+    """Else the best of its entities, or all of its answers, would be those that were drawn."""
+    WRITERS["multirc"](tmp_path, 10)  # twenty questions of two or three answers
+    task = make_task(DataOptions(task="multirc"))
+    examples = task.read(file_source(tmp_path / "train.jsonl"))
+    drawn = examples.select(examples.draw(12, seed=0)).table["group"][:]
+    groups = examples.table["group"][:]
+    assert 12 <= len(drawn) <= 14
+    assert all(drawn.count(group) == groups.count(group) for group in drawn)
+    assert examples.draw(12, seed=0) != examples.draw(12, seed=1)
+
+
 def test_typed_text_of_a_pair_is_cut_at_the_tab():
     task = make_task(DataOptions(task="rte"))
     assert task.from_texts(["It is.\tIt was."]).table.to_list() == [

@@ -3,12 +3,14 @@
 import functools
 import json
 from abc import ABC, abstractmethod
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
+import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
 from torch import Tensor
@@ -50,6 +52,26 @@ class Examples:
         """Some of the examples, in the given order."""
         unit = f"selected {self.unit}"
         return Examples(self.source, self.table.select(indices), unit, self.remarks)
+
+    def draw(self, count: int, seed: int) -> list[int]:
+        """The indices of `count` examples, drawn by the seed.
+
+        Examples of one `group`, such as the answers to a question, are scored together and come
+        together: then whole groups are drawn until there are at least `count` examples.
+        """
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(len(self), generator=generator).tolist()
+        if "group" not in self.table.column_names:
+            return order[:count]
+        groups = self.table["group"][:]
+        members: dict[str, list[int]] = defaultdict(list)
+        for index, group in enumerate(groups):
+            members[group].append(index)
+        drawn: list[int] = []
+        for group in dict.fromkeys(groups[index] for index in order):
+            if len(drawn) < count:
+                drawn += members[group]
+        return drawn
 
 
 @dataclass(frozen=True)

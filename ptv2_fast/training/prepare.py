@@ -58,7 +58,7 @@ class Prepared:
         count = self.config.data.max_eval_examples
         if whole is None or count is None or count >= len(whole.examples):
             return whole
-        return whole.take(_draw(len(whole.examples), count, self.config.training.seed))
+        return whole.take(whole.examples.draw(count, self.config.training.seed))
 
 
 def prepare(
@@ -116,7 +116,8 @@ def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
     labels = task.find_labels(examples["train"])
     count, total = config.data.max_train_examples, len(examples["train"])
     if count is not None and count < total:
-        examples["train"] = examples["train"].select(_draw(total, count, config.training.seed))
+        drawn = examples["train"].draw(count, config.training.seed)[:count]
+        examples["train"] = examples["train"].select(drawn)
     for part in examples.values():
         task.check_labels(part, labels)
     return task, examples, labels
@@ -204,8 +205,3 @@ def training_arguments(
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
-
-
-def _draw(total: int, count: int, seed: int) -> list[int]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(total, generator=generator)[:count].tolist()
