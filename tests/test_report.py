@@ -1,7 +1,9 @@
 """The report: what it reads, how it aggregates, and what the page is made of."""
 
+import html
 import json
 import re
+import shlex
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -322,5 +324,11 @@ def test_a_trained_run_is_reported(tmp_path, capsys):
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
     accuracy = report["metrics"]["validation"]["accuracy"]
     assert f"only P-Tuning v2 has a score, {100 * accuracy:.1f}" in page
-    assert "--num-virtual-tokens 4" in page
+    command = html.unescape(re.search(r"<code>ptv2-fast (.*?)</code>", page)[1])
+    capsys.readouterr()
+    assert cli.main([*shlex.split(command), "--dry-run"]) == 0  # repeats the run
+    printed = capsys.readouterr().out
+    config = json.loads((run / "config.json").read_text())
+    del config["found"]
+    assert json.loads(printed[printed.index("{") :]) == config
     assert "<path" in page[page.index('<section id="curves"') : page.index('<section id="runs"')]
