@@ -186,8 +186,12 @@ def test_ablations_expand_to_named_runs(base, tiny):
                                 "mlp-8-seed-42"]  # fmt: skip
     assert len(length_sweep(base).axes) == 2 * 6
     assert list(reparam_sweep(base).axes) == ["plain-seed-42", "mlp-seed-42"]
-    text = RunConfig.from_dict(tiny | {"task": "text-classification"})
-    assert [c.data.head for c in head_sweep(text).configs().values()] == ["linear", "lm"]
+    words = {"task": "text-classification", "head": "lm", "verbalizer": "good=good,bad=bad"}
+    sweep = head_sweep(RunConfig.from_dict(tiny | words))
+    assert [(c.data.head, c.data.verbalizer) for c in sweep.configs().values()] == [
+        ("linear", None), ("lm", "good=good,bad=bad")
+    ]  # fmt: skip
+    assert list(sweep.axes.values()) == [{"head": head, "seed": 42} for head in ("linear", "lm")]
 
 
 def test_ablations_refuse_what_they_cannot_vary(base, tiny):

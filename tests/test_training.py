@@ -1,7 +1,9 @@
 """Methods, order of batches, learning rates, the time limit, scoring and measuring."""
 
+import gc
 import json
 import time
+import weakref
 
 import pytest
 import torch
@@ -262,6 +264,20 @@ def test_kept_bytes_count_each_storage_once_and_no_parameters():
         return (hidden[0] * hidden[1]).sum()  # keeps two views of the same storage
 
     assert kept_bytes(twice, linear) == 3 * 4 * 4
+
+
+def test_counting_kept_bytes_leaves_no_graph_behind():
+    """tanh keeps its own result, which knows its node: together they would keep each other."""
+    linear, hiddens = nn.Linear(8, 4), []
+
+    def loss() -> torch.Tensor:
+        hidden = linear(torch.randn(3, 8)).tanh()
+        hiddens.append(weakref.ref(hidden))
+        return hidden.sum()
+
+    kept_bytes(loss, linear)
+    gc.collect()
+    assert hiddens[0]() is None
 
 
 def test_kept_bytes_of_p_tuning_v2_are_fewer_than_of_fine_tuning():

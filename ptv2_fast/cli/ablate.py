@@ -62,6 +62,8 @@ def _ablate(options: dict[str, Any]) -> None:
     if before is not None and before.kind == kind and seeds is None and not settings:
         run_and_print(rest_of(before, options), folder, **flags)
         return
+    if kind == "head":
+        options["head"] = "lm"  # the verbalizer is its option
     base = checked(run_config, options, before.base.flat() if before else None)
 
     from ptv2_fast.training import ablation

@@ -42,7 +42,7 @@ def depth_sweep(
     variants = {}
     for order, depth, layers in depths(count, steps):
         options = {"depth": depth}
-        variants[f"{order}-{depth}"] = (options, {"order": order, "layers": layers})
+        variants[f"{order}-{depth}"] = (options, {**options, "order": order, "layers": layers})
     return sweep_of("depth", base, variants, seeds)
 
 
@@ -76,7 +76,7 @@ def length_sweep(
     for projection, name in ((False, "plain"), (True, "mlp")):
         for value in values:
             options = {"num_virtual_tokens": value, "prefix_projection": projection}
-            variants[f"{name}-{value}"] = (options, {})
+            variants[f"{name}-{value}"] = (options, options)
     return sweep_of("length", base, variants, seeds)
 
 
@@ -87,15 +87,22 @@ def reparam_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
         ValueError: for another method than p-tuning-v2.
     """
     _require_prefix(base, "reparam")
-    variants: dict[str, tuple[dict, dict]] = {
-        "plain": ({"prefix_projection": False}, {}),
-        "mlp": ({"prefix_projection": True}, {}),
+    variants = {
+        name: (options, options)
+        for name, options in (
+            ("plain", {"prefix_projection": False}),
+            ("mlp", {"prefix_projection": True}),
+        )
     }
     return sweep_of("reparam", base, variants, seeds)
 
 
 def head_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
     """A new linear head against the language model's head with label words.
+
+    Args:
+        base: the run; one with the head "lm" may name the words, the verbalizer.
+        seeds: None = the one of `base`.
 
     Raises:
         ValueError: for a task of another family than text-classification.
@@ -104,8 +111,10 @@ def head_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
         raise ValueError(
             f"task: expected text-classification for the ablation of the head, got {base.data.task}"
         )
+    verbalizers = {"linear": None, "lm": base.data.verbalizer}
     variants: dict[str, tuple[dict, dict]] = {
-        head: ({"head": head}, {}) for head in ("linear", "lm")
+        head: ({"head": head, "verbalizer": verbalizer}, {"head": head})
+        for head, verbalizer in verbalizers.items()
     }
     return sweep_of("head", base, variants, seeds)
 

@@ -21,12 +21,12 @@ def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
     # The storages themselves, so that none is freed and its address used again while we count.
     kept: dict[int, torch.UntypedStorage] = {}
 
-    def pack(tensor: Tensor) -> Tensor:
+    # Autograd gets nothing back: a saved output would hold its own node, and the graph never end.
+    def pack(tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         kept[storage.data_ptr()] = storage
-        return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, _no_backward):
         result = loss()
     # Only now: frozen blocks may move their weights in their first forward.
     for tensor in (*model.parameters(), *model.buffers()):
@@ -34,6 +34,10 @@ def kept_bytes(loss: Callable[[], Tensor], model: nn.Module) -> int:
     total = sum(storage.nbytes() for storage in kept.values())
     del result  # alive until here, or its graph would be gone
     return total
+
+
+def _no_backward(nothing: None) -> Tensor:
+    raise RuntimeError("kept_bytes: expected no backward pass of what is only counted")
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:

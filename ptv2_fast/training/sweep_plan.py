@@ -122,8 +122,8 @@ def sweep_of(kind: str, base: RunConfig, variants: dict[str, tuple[dict, dict]],
     Args:
         kind: what is compared.
         base: the shared options.
-        variants: by name ("" = a run is called by its seed alone), its options and what else
-            places it in a figure.
+        variants: by name ("" = a run is called by its seed alone), its options and where it
+            stands in a figure.
         seeds: None = the seed of `base`.
 
     Raises:
@@ -136,7 +136,7 @@ def sweep_of(kind: str, base: RunConfig, variants: dict[str, tuple[dict, dict]],
         for seed in seeds:
             name = f"{variant}-seed-{seed}" if variant else f"seed-{seed}"
             changes[name] = {**options, "seed": seed}
-            axes[name] = {**options, **place, "seed": seed}
+            axes[name] = {**place, "seed": seed}
     sweep = Sweep(kind, base, changes, axes)
     sweep.configs()
     return sweep
