@@ -153,6 +153,21 @@ def test_other_data_is_another_row_and_the_folder_of_the_same_data_is_not(tmp_pa
     assert rows == {"RTE": ["FT", "PT-2", "LoRA"], "RTE (100 training examples)": ["PT-2"]}
 
 
+def test_own_data_is_named_by_what_tells_it_apart(tmp_path):
+    family = {"task": "text-classification"}
+    for number, file in enumerate(("x/trec/train.csv", "x/films/train.csv", "x/films/more.csv")):
+        write_run(tmp_path / f"{number}", validation(0.6), train_file=file, **family)
+    write_run(tmp_path / "3", validation(0.6), max_train_examples=9)
+    runs, _ = find_runs([tmp_path])
+    names = Names(runs)
+    assert [names.titles(run) for run in runs] == [
+        "trec (text-classification)",
+        "films/train.csv (text-classification)",
+        "films/more.csv (text-classification)",
+        "RTE (9 training examples)",
+    ]
+
+
 def test_cells_stand_in_the_columns_of_the_paper(comparisons):
     table = paper_table("tiny-bert", comparisons[:1], published)
     row = dict(zip(table.columns, table.rows[0].cells, strict=True))

@@ -4,7 +4,7 @@ import json
 import math
 import os
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,16 @@ _DATA = (
     "data_dir", "train_file", "validation_file", "test_file", "dataset", "dataset_config",
     "train_split", "validation_split", "test_split", "max_train_examples",
 )  # fmt: skip
+
+
+# Those options of a run, in words.
+Data = frozenset[tuple[str, str]]
+# What names a user's own data, the shortest first.
+_SOURCES: tuple[Callable[[dict[str, str]], str], ...] = (
+    lambda data: data.get("dataset", ""),
+    lambda data: data.get("train_file", "").rpartition("/")[0],
+    lambda data: data.get("train_file", ""),
+)
 
 
 @dataclass(frozen=True)
@@ -164,10 +174,10 @@ class Names:
     def __init__(self, runs: Sequence[Run]) -> None:
         results = [result for run in runs for result in run.results]
         self._data = {result: _data_key(result) for result in results}
-        by_task: dict[str, set[frozenset]] = {}
-        for key in self._data.values():
-            by_task.setdefault(key[0], set()).add(key[1])
-        self._titles = {key: _title(key, by_task[key[0]]) for key in self._data.values()}
+        same: dict[str, set[Data]] = {}
+        for task, data in self._data.values():
+            same.setdefault(task, set()).add(_without_count(data))
+        self._titles = {key: _title(*key, same[key[0]]) for key in self._data.values()}
         self._models = model_labels(result.model for result in results)
         self.top = os.path.commonpath([run.folder.parent.absolute() for run in runs])
 
@@ -188,7 +198,7 @@ class Names:
         return ", ".join(self.title(result) for result in run.results)
 
 
-def _data_key(result: Result) -> tuple[str, frozenset[tuple[str, str]]]:
+def _data_key(result: Result) -> tuple[str, Data]:
     defaults = option_defaults()
     given = set()
     for name in _DATA:
@@ -198,16 +208,34 @@ def _data_key(result: Result) -> tuple[str, frozenset[tuple[str, str]]]:
     return result.task, frozenset(given)
 
 
-def _title(key: tuple[str, frozenset[tuple[str, str]]], same_task: set[frozenset]) -> str:
-    task, given = key
-    shared = frozenset.intersection(*same_task)
-    folders = {pair for other in same_task for pair in other if pair[0] == "data_dir"}
-    parts = given - shared - (folders if len(folders) == 1 else set())
-    if task not in BENCHMARKS and not parts:
-        parts = frozenset(pair for pair in given if pair[0] in ("train_file", "dataset"))
-    title = BENCHMARKS[task].title if task in BENCHMARKS else task
-    words = [text for _, text in sorted(parts)]
+def _title(task: str, data: Data, same_task: set[Data]) -> str:
+    """The name of a data set: of all that have the task, without the number of examples."""
+    whole = _without_count(data)
+    words = [text for _, text in sorted(data - whole)]
+    if task in BENCHMARKS:
+        folders = {pair for other in same_task for pair in other if pair[0] == "data_dir"}
+        parts = whole - frozenset.intersection(*same_task)
+        parts -= folders if len(folders) == 1 else set()
+        words = [*(text for _, text in sorted(parts)), *words]
+        title = BENCHMARKS[task].title
+    else:
+        title = _source(whole, same_task)
+        words = [task, *words] if title else [*(text for _, text in sorted(whole)), *words]
+        title = title or task
     return f"{title} ({', '.join(words)})" if words else title
+
+
+def _source(data: Data, same_task: set[Data]) -> str:
+    """The data set, folder or file that examples come from, if it is no other's; else nothing."""
+    for source in _SOURCES:
+        own = source(dict(data))
+        if own and [source(dict(other)) for other in same_task].count(own) == 1:
+            return own
+    return ""
+
+
+def _without_count(data: Data) -> Data:
+    return frozenset(pair for pair in data if pair[0] != "max_train_examples")
 
 
 def _data_words(name: str, value: Any) -> str:

@@ -145,7 +145,8 @@ def _printed(
     one: Comparison, split: str, published: Published | None, sources: dict[str, bool]
 ) -> dict[str, str]:
     """Column -> the published figure; adds its source, and whether any of it is unverified."""
-    if published is None or one.task not in BENCHMARKS:
+    part_of_it = one.any.first.data.get("max_train_examples") is not None
+    if published is None or one.task not in BENCHMARKS or part_of_it:
         return {}
     found: dict[str, str] = {}
     for figure in published(one.task, one.any.first.model):
