@@ -1,6 +1,7 @@
 """Hyper-parameter search: spaces, trials that end in every way, and a search that was killed."""
 
 import csv
+import importlib.util
 import json
 import math
 import os
@@ -10,6 +11,7 @@ import sys
 import time
 from pathlib import Path
 
+import filelock
 import optuna
 import pytest
 import yaml
@@ -177,6 +179,19 @@ def test_a_search_whose_trials_are_all_pruned_says_so(tiny, tmp_path, capsys, mo
     ]  # fmt: skip
     assert not (folder / "trial-0001" / "report.json").exists()
     assert not (folder / "best.yaml").exists()
+
+
+def test_one_search_at_a_time_in_a_folder_and_only_with_optuna(tiny, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "search"
+    folder.mkdir()
+    with filelock.FileLock(folder / "worker-1.lock"):  # a worker that outlived its search
+        (folder / "study.db").touch()
+        with pytest.raises(ValueError, match="a search is running in"):
+            run_search(Search(base_of(tiny), SPACE, folder, trials=1))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "space.yaml").write_text("dropout: {choices: [0.0]}")
+    assert cli.main(command(tiny, folder, tmp_path / "space.yaml")) == 2
+    assert "pip install 'ptv2-fast[search]'" in capsys.readouterr().err
 
 
 def test_a_search_needs_validation_examples(tiny, tmp_path):

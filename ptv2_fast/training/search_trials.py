@@ -5,6 +5,7 @@ import math
 import multiprocessing
 import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,9 @@ def _train_trial(
         return TrialState.PRUNED, None
     except (DivergedError, torch.OutOfMemoryError) as error:
         return TrialState.PRUNED, one_line(error)
+    except Exception as error:
+        traceback.print_exc()  # a defect; were it left to stop the search, it would at each start
+        return TrialState.PRUNED, f"{type(error).__name__}: {one_line(error)}"
     for name in ("trainable_parameters", "train_seconds"):
         trial.set_user_attr(name, report[name])
     if watch.best is None:
