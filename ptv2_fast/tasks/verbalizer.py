@@ -36,7 +36,6 @@ class Verbalizer(TextClassification):
     """
 
     model_class = "AutoModelForMaskedLM"
-    peft_name = "MASKED_LM"
     head_is_new = False
 
     def __init__(self, options: DataOptions) -> None:
