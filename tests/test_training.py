@@ -2,6 +2,7 @@
 
 import gc
 import json
+import os
 import time
 import weakref
 
@@ -13,7 +14,7 @@ from transformers import TrainerCallback
 from ptv2_fast.training import trainer
 from ptv2_fast.training.baselines import trained_tensors
 from ptv2_fast.training.clock import StepClock
-from ptv2_fast.training.measure import kept_bytes
+from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes, reset_peak_memory
 from ptv2_fast.training.methods import prepare_model, sample_token_ids
 from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig, read_config_file
 from ptv2_fast.training.prepare import prepare
@@ -278,6 +279,16 @@ def test_counting_kept_bytes_leaves_no_graph_behind():
     kept_bytes(loss, linear)
     gc.collect()
     assert hiddens[0]() is None
+
+
+def test_the_peak_of_an_earlier_run_can_be_forgotten():
+    if not os.access("/proc/self/clear_refs", os.W_OK):
+        pytest.skip("the system does not reset peaks")
+    size = 2**28
+    torch.ones(size, dtype=torch.uint8)  # of 256 MiB, given back at once
+    peak = peak_memory_bytes(torch.device("cpu"))
+    reset_peak_memory()
+    assert peak_memory_bytes(torch.device("cpu")) < peak - size // 2
 
 
 def test_kept_bytes_of_p_tuning_v2_are_fewer_than_of_fine_tuning():

@@ -1,5 +1,6 @@
 """What a training step keeps in memory for its backward pass, counted, and the process's peak."""
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,13 +42,25 @@ def _no_backward(nothing: None) -> Tensor:
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
-    """Peak memory since the start: of the allocator on a GPU, of the whole process on a CPU.
+    """Peak memory since the start or `reset_peak_memory`.
 
+    Of the allocator on a GPU, of the whole process on a CPU.
     None where the system does not tell (elsewhere than on Linux, for a CPU).
     """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return process_memory("VmHWM")
+
+
+def reset_peak_memory() -> None:
+    """Start the peaks of `peak_memory_bytes` anew, for another run in the same process.
+
+    Where the system does not allow it, a CPU's peak stays that of the whole process.
+    """
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
 def process_memory(field: str) -> int | None:

@@ -14,6 +14,7 @@ import torch
 
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.divergence import DivergedError
+from ptv2_fast.training.measure import reset_peak_memory
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
@@ -118,3 +119,4 @@ def free_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+    reset_peak_memory()
