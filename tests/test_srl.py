@@ -185,7 +185,13 @@ def test_a_run_learns_roles_scores_both_test_sets_and_predicts(model, tmp_path, 
     report = json.loads((output / "report.json").read_text())
     assert list(report["metrics"]) == ["validation", "test_wsj", "test_brown"]
     assert report["metrics"]["test_brown"]["f1_without_v"] > 0.9
+    odd = tmp_path / "odd.txt"
+    odd.write_text("1 Anna sleeps ||| I-A0 B-V\n")
     capsys.readouterr()
+    assert cli.main(["eval", "--run", str(output), "--data", str(odd)]) == 0
+    scores = json.loads(capsys.readouterr().out)
+    assert scores["examples"] == 1
+    assert list(scores["remarks"].values()) == [1]
     text = "Anna lives in Oslo . and sleeps"
     assert cli.main(["predict", "--run", str(output), "--text", f"{text}\tlives"]) == 0
     predicted = json.loads(capsys.readouterr().out)

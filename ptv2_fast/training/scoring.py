@@ -61,7 +61,7 @@ def score(
 
 
 def score_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> dict[str, Any]:
-    """The metrics of a trained run on a labelled file, and how much of it was seen.
+    """The metrics of a trained run on a labelled file, how much of it was seen, and what was odd.
 
     Raises:
         ValueError: for a missing or malformed file, or a label the run does not know.
@@ -69,7 +69,8 @@ def score_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> dict[str,
     examples = run.task.read(file_source(path))
     features = run.task.featurize(examples, run.tokenizer, run.labels, run.max_length)
     scores = score(run.model, run.task, features, run.tokenizer, run.labels, batch_size)
-    return {**scores, "examples": len(examples), "truncated_examples": features.truncated}
+    counts = {"examples": len(examples), "truncated_examples": features.truncated}
+    return scores | counts | ({"remarks": examples.remarks} if examples.remarks else {})
 
 
 def predict_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> list[dict[str, Any]]:
