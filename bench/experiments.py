@@ -22,8 +22,8 @@ from bench.measure import RESULTS
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.demo import package_file
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.sweep import run_sweep
-from ptv2_fast.training.sweep_plan import SWEEP, Sweep, sweep_of
+from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, sweep_of
+from ptv2_fast.training.sweeps.sweep import run_sweep
 
 PLAN = Path(__file__).with_suffix(".yaml")
 CSV = RESULTS / "experiments.csv"

@@ -41,7 +41,9 @@ def test_a_published_data_set_trains_scores_and_predicts(name, tiny, tmp_path, c
         assert set(BENCHMARKS[name].metrics) <= set(scores)
         assert all(isinstance(score, float) for score in scores.values())
 
-    validation = next(data / n for n in BENCHMARKS[name].files["validation"] if (data / n).is_file())
+    validation = next(
+        data / n for n in BENCHMARKS[name].files["validation"] if (data / n).is_file()
+    )
     capsys.readouterr()
     assert cli.main(["predict", "--run", str(run), "--data", str(validation)]) == 0
     lines = capsys.readouterr().out.splitlines()

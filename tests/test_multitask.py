@@ -13,11 +13,11 @@ from transformers import TrainerCallback
 from ptv2_fast import cli, load_adapter, save_adapter
 from ptv2_fast.adapters import load_prefix
 from ptv2_fast.training.clock import StepClock
-from ptv2_fast.training.heads import TaskHeads, take_head
 from ptv2_fast.training.models import load_run
-from ptv2_fast.training.multitask import MultiTaskTrainer, prepare_tasks, train_tasks
-from ptv2_fast.training.multitask_config import MultiTaskConfig
-from ptv2_fast.training.multitask_order import MultiTaskOrder, batches_per_epoch
+from ptv2_fast.training.multitask.config import MultiTaskConfig
+from ptv2_fast.training.multitask.heads import TaskHeads, take_head
+from ptv2_fast.training.multitask.order import MultiTaskOrder, batches_per_epoch
+from ptv2_fast.training.multitask.train import MultiTaskTrainer, prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import pace

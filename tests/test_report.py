@@ -11,10 +11,10 @@ from types import SimpleNamespace
 import pytest
 
 from ptv2_fast import cli
-from ptv2_fast.training.report import PAGE, write_report
-from ptv2_fast.training.report_compare import Names, compare, settings_of
-from ptv2_fast.training.report_data import find_runs
-from ptv2_fast.training.report_tables import cost_table, paper_table
+from ptv2_fast.training.report.compare import Names, compare, settings_of
+from ptv2_fast.training.report.data import find_runs
+from ptv2_fast.training.report.page import PAGE, write_report
+from ptv2_fast.training.report.tables import cost_table, paper_table
 from tests.models import one_thread  # noqa: F401
 from tests.report_runs import write_run, write_sweep
 from tests.tiny_run import save_tiny_model, write_reviews
@@ -236,7 +236,7 @@ def test_a_score_that_is_no_number_is_said_and_never_best(tmp_path):
 
 
 def test_drawings_that_make_the_page_too_large_give_way_to_words(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr("ptv2_fast.training.report.MAX_BYTES", 1)
+    monkeypatch.setattr("ptv2_fast.training.report.page.MAX_BYTES", 1)
     page, _ = write_report([folder], tmp_path / "out")
     text = page.read_text(encoding="utf-8")
     assert "<svg" not in text

@@ -18,11 +18,11 @@ import yaml
 from optuna.trial import TrialState
 
 from ptv2_fast import cli
-from ptv2_fast.training import search_trials
 from ptv2_fast.training.options import RunConfig, read_config_file
-from ptv2_fast.training.search import run_search
-from ptv2_fast.training.search_space import check_space, default_space, read_space
-from ptv2_fast.training.search_trials import Search, TrialWatch, open_study
+from ptv2_fast.training.search import trials as search_trials
+from ptv2_fast.training.search.space import check_space, default_space, read_space
+from ptv2_fast.training.search.study import run_search
+from ptv2_fast.training.search.trials import Search, TrialWatch, open_study
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 

@@ -9,19 +9,19 @@ import pytest
 from transformers import TrainerCallback
 
 from ptv2_fast import cli
-from ptv2_fast.training import sweep as sweep_module
-from ptv2_fast.training.ablation import (
+from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.run import train
+from ptv2_fast.training.sweeps import sweep as sweep_module
+from ptv2_fast.training.sweeps.ablation import (
     depth_sweep,
     depths,
     head_sweep,
     length_sweep,
     reparam_sweep,
 )
-from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.run import train
-from ptv2_fast.training.sweep import run_once, run_sweep
-from ptv2_fast.training.sweep_plan import Sweep, read_sweep, seeds_sweep, sweep_of
-from ptv2_fast.training.sweep_results import Outcome, mean_and_deviation, summarize, write_results
+from ptv2_fast.training.sweeps.plan import Sweep, read_sweep, seeds_sweep, sweep_of
+from ptv2_fast.training.sweeps.results import Outcome, mean_and_deviation, summarize, write_results
+from ptv2_fast.training.sweeps.sweep import run_once, run_sweep
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 

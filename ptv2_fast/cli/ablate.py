@@ -66,7 +66,7 @@ def _ablate(options: dict[str, Any]) -> None:
         options["head"] = "lm"  # the verbalizer is its option
     base = checked(run_config, options, before.base.flat() if before else None)
 
-    from ptv2_fast.training import ablation
+    from ptv2_fast.training.sweeps import ablation
 
     plan = getattr(ablation, f"{kind}_sweep")
     run_and_print(checked(plan, base, seeds=seeds, **settings), folder, **flags)

@@ -8,7 +8,7 @@ from typing import Any
 from ptv2_fast.cli.parser import BadInput, add_command, add_options, checked, quieten
 from ptv2_fast.cli.sweeps import add_output
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.multitask_config import MultiTaskConfig, flatten_tasks, read_multitask_file
+from ptv2_fast.training.multitask.config import MultiTaskConfig, flatten_tasks, read_multitask_file
 from ptv2_fast.training.options import ModelOptions, TrainingOptions
 
 _EXAMPLE = """a configuration in YAML:
@@ -88,7 +88,7 @@ def _train(
     quieten()
     from ptv2_fast.encoders import print_trainable_parameters
     from ptv2_fast.training.divergence import DivergedError
-    from ptv2_fast.training.multitask import prepare_tasks, train_tasks
+    from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 
     prepared = checked(prepare_tasks, config, folder, resume=resume, overwrite=overwrite)
     for number, (name, part) in enumerate(prepared.parts.items()):

@@ -32,7 +32,7 @@ def _report(options: dict[str, Any]) -> None:
     from ptv2_fast.recipes.published import published
 
     try:
-        from ptv2_fast.training.report import write_report
+        from ptv2_fast.training.report.page import write_report
     except ModuleNotFoundError as error:
         if error.name not in ("jinja2", "matplotlib"):
             raise

@@ -13,7 +13,7 @@ from ptv2_fast.cli.parser import (
     run_config,
 )
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.search_space import Space, check_space, default_space, read_space
+from ptv2_fast.training.search.space import Space, check_space, default_space, read_space
 
 _EXAMPLE = """the space file names options, each with choices or a range:
   learning_rate: {low: 0.001, high: 0.1, log: true}
@@ -61,8 +61,8 @@ def _search(options: dict[str, Any]) -> None:
         if importlib.util.find_spec(package) is None:
             raise BadInput(f"search: needs {package}: pip install 'ptv2-fast[search]'")
     quieten()
-    from ptv2_fast.training.search import Search, run_search
-    from ptv2_fast.training.search_results import BEST, best_trial, trial_folder
+    from ptv2_fast.training.search.results import BEST, best_trial, trial_folder
+    from ptv2_fast.training.search.study import Search, run_search
 
     search = checked(Search, base, space, folder, **settings)
     try:
@@ -93,6 +93,6 @@ def _space(base: RunConfig, given: set[str], space_file: str | None) -> Space:
 def _quiet_work(*arguments: Any) -> None:
     """What a worker process does."""
     quieten()
-    from ptv2_fast.training.search import work
+    from ptv2_fast.training.search.study import work
 
     work(*arguments)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.cli.parser import BadInput, checked, quieten, run_config
-from ptv2_fast.training.sweep_plan import SWEEP, Sweep, read_sweep
+from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, read_sweep
 
 
 def add_output(parser: Any, what: str) -> None:
@@ -74,8 +74,8 @@ def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry
     """
     quieten()
     from ptv2_fast.training.prepare import prepare
-    from ptv2_fast.training.sweep import check_sweep_output, run_sweep
-    from ptv2_fast.training.sweep_results import summarize
+    from ptv2_fast.training.sweeps.results import summarize
+    from ptv2_fast.training.sweeps.sweep import check_sweep_output, run_sweep
 
     sweep = checked(check_sweep_output, sweep, folder, resume=resume, overwrite=overwrite)
     if dry_run:

@@ -23,7 +23,7 @@ from ptv2_fast.cli.sweeps import (
 )
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.sweep_plan import SWEEP, seeds_sweep
+from ptv2_fast.training.sweeps.plan import SWEEP, seeds_sweep
 
 _EXAMPLE = """examples:
   ptv2-fast train --task token-classification --model bert-base-cased --output runs/ner \\

@@ -20,9 +20,9 @@ from ptv2_fast.training.divergence import DivergedError
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
-from ptv2_fast.training.search_results import tidy, trial_config, trial_folder, write_results
-from ptv2_fast.training.search_space import Space, distributions
-from ptv2_fast.training.sweep import free_memory, one_line
+from ptv2_fast.training.search.results import tidy, trial_config, trial_folder, write_results
+from ptv2_fast.training.search.space import Space, distributions
+from ptv2_fast.training.sweeps.sweep import free_memory, one_line
 
 STUDY = "study.db"
 

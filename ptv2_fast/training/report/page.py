@@ -9,19 +9,19 @@ import jinja2
 
 import ptv2_fast
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.report_compare import Comparison, Names, compare, settings_of
-from ptv2_fast.training.report_data import LeftOut, Run, find_runs, option_defaults
-from ptv2_fast.training.report_figures import Figure
-from ptv2_fast.training.report_plots import curve_figures, overview_figures
-from ptv2_fast.training.report_run_tables import (
+from ptv2_fast.training.report.compare import Comparison, Names, compare, settings_of
+from ptv2_fast.training.report.data import LeftOut, Run, find_runs, option_defaults
+from ptv2_fast.training.report.figures import Figure
+from ptv2_fast.training.report.plots import curve_figures, overview_figures
+from ptv2_fast.training.report.run_tables import (
     machines_table,
     option_text,
     remarks_table,
     run_details,
     runs_table,
 )
-from ptv2_fast.training.report_sweeps import find_sweeps, sweep_figures, sweep_tables
-from ptv2_fast.training.report_tables import (
+from ptv2_fast.training.report.sweeps import find_sweeps, sweep_figures, sweep_tables
+from ptv2_fast.training.report.tables import (
     Published,
     Table,
     cost_of,
@@ -31,7 +31,7 @@ from ptv2_fast.training.report_tables import (
     ratio_of,
     share,
 )
-from ptv2_fast.training.report_text import finding, joined, lead, method_name
+from ptv2_fast.training.report.text import finding, joined, lead, method_name
 
 PAGE = "index.html"
 MAX_BYTES = 1_000_000
@@ -123,7 +123,7 @@ def _template() -> jinja2.Template:
         loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )  # fmt: skip
-    return environment.get_template("report.html")
+    return environment.get_template("page.html")
 
 
 def paper_tables(comparisons: Sequence[Comparison], published: Published | None) -> list[Table]:

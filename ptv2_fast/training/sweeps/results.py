@@ -11,7 +11,7 @@ from typing import Any
 
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.sweep_plan import Sweep
+from ptv2_fast.training.sweeps.plan import Sweep
 
 RESULTS = "results.csv"
 SUMMARY = "summary.json"

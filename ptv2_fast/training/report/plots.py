@@ -6,10 +6,10 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
-from ptv2_fast.training.report_compare import Comparison
-from ptv2_fast.training.report_figures import Figure, Line, draw_dots, draw_lines, draw_points
-from ptv2_fast.training.report_tables import cost_of, metric_name
-from ptv2_fast.training.report_text import curve_words, finding, joined, method_name
+from ptv2_fast.training.report.compare import Comparison
+from ptv2_fast.training.report.figures import Figure, Line, draw_dots, draw_lines, draw_points
+from ptv2_fast.training.report.tables import cost_of, metric_name
+from ptv2_fast.training.report.text import curve_words, finding, joined, method_name
 
 _CURVE_POINTS = 150
 

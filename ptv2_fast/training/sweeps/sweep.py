@@ -18,8 +18,8 @@ from ptv2_fast.training.measure import reset_peak_memory
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
-from ptv2_fast.training.sweep_plan import SWEEP, Sweep, read_sweep
-from ptv2_fast.training.sweep_results import Outcome, write_results
+from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, read_sweep
+from ptv2_fast.training.sweeps.results import Outcome, write_results
 
 
 def check_sweep_output(

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from transformers import AutoConfig
 
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.sweep_plan import Sweep, sweep_of
+from ptv2_fast.training.sweeps.plan import Sweep, sweep_of
 
 LENGTHS = (4, 8, 16, 32, 64, 128)
 DEPTH_STEPS = 6  # as in figure 3: 4, 8, ... 24 of 24 layers

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
-from ptv2_fast.training.report_data import COLUMNS, Result, Run, option_defaults
+from ptv2_fast.training.report.data import COLUMNS, Result, Run, option_defaults
 
 # What two runs may differ in and still be one setting: the seed, and what leaves no mark.
 _NO_SETTING = {

@@ -12,7 +12,7 @@ from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import SECTIONS
-from ptv2_fast.training.sweep_plan import SWEEP
+from ptv2_fast.training.sweeps.plan import SWEEP
 
 # The paper's columns first; then the other baselines.
 COLUMNS = {

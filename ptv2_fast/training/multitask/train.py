@@ -21,11 +21,11 @@ from transformers import (
 from ptv2_fast.tasks.task import Features
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.clock import StepClock
-from ptv2_fast.training.heads import TaskHeads, take_head
 from ptv2_fast.training.methods import prefix_config, prepare_model
 from ptv2_fast.training.models import load_pretrained, save_trained
-from ptv2_fast.training.multitask_config import MultiTaskConfig
-from ptv2_fast.training.multitask_order import CombinedRows, MultiTaskOrder, batches_per_epoch
+from ptv2_fast.training.multitask.config import MultiTaskConfig
+from ptv2_fast.training.multitask.heads import TaskHeads, take_head
+from ptv2_fast.training.multitask.order import CombinedRows, MultiTaskOrder, batches_per_epoch
 from ptv2_fast.training.prepare import (
     Prepared,
     checkpoint_activations,

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.report_compare import Names
-from ptv2_fast.training.report_data import Run, option_defaults
-from ptv2_fast.training.report_tables import NONE, Cell, Row, Table, percent
+from ptv2_fast.training.report.compare import Names
+from ptv2_fast.training.report.data import Run, option_defaults
+from ptv2_fast.training.report.tables import NONE, Cell, Row, Table, percent
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,10 @@ from optuna.trial import TrialState
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
-from ptv2_fast.training.search_results import tidy, write_results
-from ptv2_fast.training.search_space import values_of
-from ptv2_fast.training.search_trials import STUDY, Search, open_study, train_trials, work
-from ptv2_fast.training.sweep import free_memory
+from ptv2_fast.training.search.results import tidy, write_results
+from ptv2_fast.training.search.space import values_of
+from ptv2_fast.training.search.trials import STUDY, Search, open_study, train_trials, work
+from ptv2_fast.training.sweeps.sweep import free_memory
 
 # Options that change no result.
 _NEUTRAL = {"progress", "preprocessing_num_workers", "feature_cache"}

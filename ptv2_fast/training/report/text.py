@@ -3,9 +3,9 @@
 import math
 from collections.abc import Sequence
 
-from ptv2_fast.training.report_compare import Comparison, Statistic
-from ptv2_fast.training.report_data import COLUMNS, Run
-from ptv2_fast.training.report_tables import (
+from ptv2_fast.training.report.compare import Comparison, Statistic
+from ptv2_fast.training.report.data import COLUMNS, Run
+from ptv2_fast.training.report.tables import (
     best_columns,
     cost_of,
     metric_name,

@@ -1,0 +1,1 @@
+"""One prefix for several data sets of a task family, and a head for each."""

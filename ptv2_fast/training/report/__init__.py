@@ -1,0 +1,1 @@
+"""The HTML report: what runs found, compared on one page."""

@@ -1,0 +1,1 @@
+"""Search for the options that score best on the validation split, with optuna."""
