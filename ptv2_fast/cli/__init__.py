@@ -4,6 +4,7 @@ Only what a command needs is imported, inside it: `env` works without transforme
 bad options come at once.
 """
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -35,7 +36,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     prog = parsed.pop("prog")
     try:
         run(parsed)
+        sys.stdout.flush()
     except BadInput as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
         return BAD_INPUT
+    except BrokenPipeError:  # the reader of our lines has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0

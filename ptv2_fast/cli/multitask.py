@@ -1,12 +1,12 @@
 """ptv2-fast multitask."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.cli.parser import BadInput, add_command, add_options, checked, quieten
+from ptv2_fast.cli.parser import add_command, add_options, checked, quieten
 from ptv2_fast.cli.sweeps import add_output
+from ptv2_fast.cli.train import print_features, train_and_print
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig, flatten_tasks, read_multitask_file
 from ptv2_fast.training.options import ModelOptions, TrainingOptions
@@ -85,28 +85,11 @@ def _read_config(options: dict[str, Any], started: Path | None) -> MultiTaskConf
 def _train(
     config: MultiTaskConfig, folder: Path, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
-    quieten()
-    from ptv2_fast.encoders import print_trainable_parameters
-    from ptv2_fast.training.divergence import DivergedError
+    quieten(config.training.progress)
     from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 
     prepared = checked(prepare_tasks, config, folder, resume=resume, overwrite=overwrite)
     for number, (name, part) in enumerate(prepared.parts.items()):
-        for split, features in part.features.items():
-            cut = features.truncated
-            note = f", {cut} cut to {part.max_length} tokens" if cut else ""
-            print(f"{name}/{split}: {len(features.examples)} examples{note}", file=sys.stderr)
-            for remark, value in features.examples.remarks.items():
-                print(f"{name}/{split}: {remark}: {value}", file=sys.stderr)
+        print_features(part, f"{name}/")
         print(f"{name}: {prepared.batches[number]} batches an epoch", file=sys.stderr)
-    print_trainable_parameters(prepared.model)
-    if dry_run:
-        print(json.dumps(config.to_dict(), indent=2))
-        return
-    try:
-        report = train_tasks(prepared)
-    except DivergedError as error:
-        raise BadInput(error) from error
-    for name, scores in report["metrics"].items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
-    print(f"written to {folder}")
+    train_and_print(train_tasks, prepared, folder, dry_run)

@@ -119,12 +119,13 @@ def add_options(group: Any, part: type[Options], names: Sequence[str] | None = N
         )
 
 
-def quieten() -> None:
-    """Leave the terminal to our own lines and the progress bars of long work."""
+def quieten(progress: bool = False) -> None:
+    """Leave the terminal to our own lines and, with `progress`, the bars of long work."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers
 
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    datasets.disable_progress_bars()
+    if not progress:
+        datasets.disable_progress_bars()

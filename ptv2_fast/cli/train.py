@@ -2,8 +2,9 @@
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ptv2_fast.cli.parser import (
     BadInput,
@@ -24,6 +25,9 @@ from ptv2_fast.cli.sweeps import (
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.sweeps.plan import SWEEP, seeds_sweep
+
+if TYPE_CHECKING:
+    from ptv2_fast.training.prepare import Prepared
 
 _EXAMPLE = """examples:
   ptv2-fast train --task token-classification --model bert-base-cased --output runs/ner \\
@@ -93,22 +97,37 @@ def _before(folder: Path) -> dict[str, Any]:
 def _train_one(
     config: RunConfig, folder: Path, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
-    quieten()
-    from ptv2_fast.encoders import print_trainable_parameters
-    from ptv2_fast.training.divergence import DivergedError
+    quieten(config.training.progress)
     from ptv2_fast.training.prepare import prepare
     from ptv2_fast.training.run import train
 
     prepared = checked(prepare, config, folder, resume=resume, overwrite=overwrite)
-    for name, features in prepared.features.items():
+    print_features(prepared)
+    train_and_print(train, prepared, folder, dry_run)
+
+
+def print_features(prepared: "Prepared", prefix: str = "") -> None:
+    """How many examples each split has, how many were cut, and what was odd in its source."""
+    for split, features in prepared.features.items():
         cut = features.truncated
         note = f", {cut} cut to {prepared.max_length} tokens" if cut else ""
-        print(f"{name}: {len(features.examples)} examples{note}", file=sys.stderr)
+        print(f"{prefix}{split}: {len(features.examples)} examples{note}", file=sys.stderr)
         for remark, value in features.examples.remarks.items():
-            print(f"{name}: {remark}: {value}", file=sys.stderr)
+            print(f"{prefix}{split}: {remark}: {value}", file=sys.stderr)
+
+
+def train_and_print(train: Callable, prepared: Any, folder: Path, dry_run: bool) -> None:
+    """Train and print the scores; a dry run prints the options instead.
+
+    Raises:
+        BadInput: when the loss is no number any more.
+    """
+    from ptv2_fast.encoders import print_trainable_parameters
+    from ptv2_fast.training.divergence import DivergedError
+
     print_trainable_parameters(prepared.model)
     if dry_run:
-        print(json.dumps(config.to_dict(), indent=2))
+        print(json.dumps(prepared.config.to_dict(), indent=2))
         return
     try:
         report = train(prepared)

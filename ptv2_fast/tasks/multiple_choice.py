@@ -31,7 +31,6 @@ class MultipleChoice(Task):
 
     name = "multiple-choice"
     model_class = "AutoModelForMultipleChoice"
-    peft_name = "SEQ_CLS"
     default_metrics = ("accuracy",)
 
     def read(self, source: Source, labelled: bool = True) -> Examples:

@@ -35,7 +35,6 @@ class QuestionAnswering(Task):
 
     name = "question-answering"
     model_class = "AutoModelForQuestionAnswering"
-    peft_name = "QUESTION_ANS"
     label_columns = ("start_positions", "end_positions")
     default_metrics = ("f1", "em")
 

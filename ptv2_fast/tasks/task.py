@@ -123,7 +123,6 @@ class Task(ABC):
 
     name: ClassVar[str]
     model_class: ClassVar[str]  # the auto class of transformers that has its head
-    peft_name: ClassVar[str]  # what PEFT calls the task
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)  # of the features
     default_metrics: ClassVar[tuple[str, ...]]
     head_is_new: ClassVar[bool] = True  # no pretrained model has one

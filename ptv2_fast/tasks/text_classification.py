@@ -20,7 +20,6 @@ class TextClassification(Task):
 
     name = "text-classification"
     model_class = "AutoModelForSequenceClassification"
-    peft_name = "SEQ_CLS"
     default_metrics = ("accuracy", "f1")
 
     def read(self, source: Source, labelled: bool = True) -> Examples:

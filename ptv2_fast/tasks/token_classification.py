@@ -34,7 +34,6 @@ class TokenClassification(Task):
     name = "token-classification"
     columns: ClassVar[dict[str, str]] = {"words": "tokens", "tags": "ner_tags"}  # in tables
     model_class = "AutoModelForTokenClassification"
-    peft_name = "TOKEN_CLS"
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall")
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
