@@ -84,6 +84,7 @@ def test_an_interrupted_sweep_keeps_what_is_done_and_goes_on(base, alone, tmp_pa
 
     outcome = run_sweep(sweep, folder, resume=True)
     assert list(outcome.reports) == ["seed-11", "seed-12"] and not outcome.failures
+    assert not list(folder.glob("*/checkpoints"))
     assert (folder / "seed-11" / "report.json").stat().st_mtime_ns == finished
     # From the checkpoint of step 4, after another run in the process: the run of seed 12 alone.
     assert (folder / "seed-12" / ADAPTER).read_bytes() == (alone / ADAPTER).read_bytes()

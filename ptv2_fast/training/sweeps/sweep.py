@@ -102,11 +102,15 @@ def _try_run(name: str, config: RunConfig, folder: Path, outcome: Outcome) -> No
 def run_once(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Train one run, from its last checkpoint when it has begun; returns its report.
 
+    Its checkpoints are deleted at the end: with fine-tuning they would fill a disk.
+
     Raises:
         ValueError, OSError: for bad input.
         DivergedError: when the training loss becomes infinite or NaN.
     """
-    return train(prepare(config, folder, resume=(folder / run_folder.CONFIG).is_file()))
+    report = train(prepare(config, folder, resume=(folder / run_folder.CONFIG).is_file()))
+    shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
+    return report
 
 
 def one_line(error: Exception) -> str:
