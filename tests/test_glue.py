@@ -81,6 +81,13 @@ def test_mnli_is_validated_on_both_parts(tmp_path):
     }  # fmt: skip
 
 
+def test_the_test_file_of_mnli_has_no_labels(tmp_path):
+    (tmp_path / "test.tsv").write_text("index\tsentence1\tsentence2\n0\ta film\tthe film\n")
+    task = make_task(DataOptions(task="mnli"))
+    examples = task.read(file_source(tmp_path / "test.tsv"), labelled=False)
+    assert examples.table[0] == {"text": "a film", "text_pair": "the film", "label": None}
+
+
 def test_mrpc_as_microsoft_ships_it(tmp_path):
     """With a byte order mark in front."""
     lines = "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\r\n1\t7\t8\tHe said \"no.\tIt's it.\r\n"

@@ -37,7 +37,8 @@ def test_choices_in_a_list_or_in_columns_are_the_same(tmp_path):
     table += [f"{r['label']},{r['choices'][1]},{r['text']},{r['choices'][0]}" for r in ROWS]
     (tmp_path / "b.csv").write_text("\n".join(table) + "\n")
     numbered = task.read(file_source(tmp_path / "b.csv"))
-    assert numbered.table.to_list() == listed.table.to_list() == ROWS
+    assert listed.table.to_list() == ROWS
+    assert numbered.table.to_list() == [{**row, "label": str(row["label"])} for row in ROWS]
     assert task.find_labels(listed.select([0])) == ["0", "1"]
 
 

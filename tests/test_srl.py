@@ -67,6 +67,15 @@ def test_official_files_give_every_verb(tmp_path, name, splits):
     assert len(labels) == {"conll2005": 106, "conll2012": 116, "propbank": 111}[name]
 
 
+def test_a_verbs_index_in_a_table_is_a_number(tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text("words,pred,tags\nI ran,1,B-ARG0 B-V\n")
+    assert role_task().read(file_source(file)).table["predicate"][:] == [1]
+    file.write_text("words,pred,tags\nI ran,ran,B-ARG0 B-V\n")
+    with pytest.raises(ValueError, match=r"row 1: expected the index of a verb .* got 'ran'"):
+        role_task().read(file_source(file))
+
+
 def test_compressed_json_lines_are_read(tmp_path):
     WRITERS["propbank"](tmp_path, 3)
     plain = tmp_path / "train.jsonl"

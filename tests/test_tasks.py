@@ -80,6 +80,30 @@ def test_numbers_and_words_that_look_missing_are_labels(tmp_path):
     assert task.find_labels(examples) == ["-1", "9", "10"]
 
 
+def test_cells_of_a_table_are_read_as_they_are_spelt(tmp_path):
+    """Also where only rows far down show that a column does not hold numbers."""
+    file = tmp_path / "data.csv"
+    cells = ["01", "1", *["1"] * 25_000, "true", "TRUE", "1.0"]
+    file.write_text("text,label\n" + "".join(f"42,{cell}\n" for cell in cells))
+    examples = text_task().read(file_source(file))
+    assert examples.table["label"][:] == cells
+    assert set(examples.table["text"]) == {"42"}
+    file.write_text("tokens,ner_tags\n42,7\n")
+    assert token_task().read(file_source(file)).table[0] == {"words": ["42"], "tags": ["7"]}
+
+
+@pytest.mark.parametrize(
+    ("labels", "expected"),
+    [
+        (["10", "01", "1"], ["01", "1", "10"]),
+        (["x\u00b2", "\u00b2"], ["x\u00b2", "\u00b2"]),
+        (["--1", "2"], ["--1", "2"]),
+    ],
+)
+def test_labels_have_one_order(labels, expected):
+    assert text_task().find_labels(examples_of(label=labels)) == expected
+
+
 def test_only_the_first_sub_word_carries_the_label(tmp_path, tokenizer):
     file = tmp_path / "data.txt"
     file.write_text("Annas B-PER\nsleeps O\nberlin B-LOC\n")

@@ -38,6 +38,15 @@ class SemanticRoleLabeling(TokenClassification):
     def read_lines(self, source: Source, labelled: bool) -> dict[str, list]:
         return read_role_lines(source, labelled)
 
+    def _read_table(self, source: Source, labelled: bool) -> dict[str, list]:
+        columns = super()._read_table(source, labelled)
+        # A cell of a CSV file is text.
+        columns["predicate"] = [
+            int(cell) if isinstance(cell, str) and cell.isdecimal() else cell
+            for cell in columns["predicate"]
+        ]
+        return columns
+
     def check(self, columns: dict[str, list], examples: Examples) -> None:
         super().check(columns, examples)
         for index, (words, predicate) in enumerate(

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pandas
 from datasets import ClassLabel, Dataset
 
 from ptv2_fast.tasks.benchmarks import Benchmark
@@ -142,7 +143,7 @@ def _phrased(source: Source, benchmark: Benchmark, template: str) -> Iterator[di
     for index, values in enumerate(zip(*spelt.values(), strict=True)):
         try:
             yield from benchmark.rows(dict(zip(names, values, strict=True)), template)
-        except (KeyError, TypeError, IndexError) as error:
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(
                 f"{source.name} row {index + 1}: expected a row of {benchmark.title}, got columns "
                 f"{names} ({type(error).__name__}: {error})"
@@ -220,18 +221,18 @@ def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
     path = str(source.path)
     if not Path(path).stat().st_size:
         return Dataset.from_dict({})
+    if source.format in ("csv", "tsv", "other"):
+        # Cells stay as they are spelt: "NA" is a word, "01" and "true" are labels.
+        separator = "," if source.format == "csv" else "\t"
+        options = {"sep": separator, "dtype": str, "na_filter": False, **csv_options}
+        return Dataset.from_pandas(pandas.read_csv(path, **options), preserve_index=False)
     # Read into memory and drop the cache: a user's file is small beside the model, and a second
     # copy in the home folder would outlive it.
     with tempfile.TemporaryDirectory() as cache:
         keep: dict[str, Any] = {"cache_dir": cache, "keep_in_memory": True}
         if source.format == "json":
             return Dataset.from_json(path, **keep)
-        if source.format == "parquet":
-            return Dataset.from_parquet(path, **keep)
-        # "NA", "None" and "null" are words, not missing values.
-        separator = "," if source.format == "csv" else "\t"
-        options = {"sep": separator, "keep_default_na": False, **csv_options}
-        return Dataset.from_csv(path, **options, **keep)
+        return Dataset.from_parquet(path, **keep)
 
 
 def _spelt_out(table: Dataset, column: str) -> list:

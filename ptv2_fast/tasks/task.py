@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
@@ -25,6 +26,7 @@ from ptv2_fast.tasks.sources import Source
 Collator = Callable[[list[dict[str, Any]]], Any]
 
 _MAP_BATCH = 1000
+_INTEGER = re.compile(r"-?\d+")
 
 
 @dataclass(frozen=True)
@@ -224,8 +226,8 @@ class Task(ABC):
             raise ValueError(
                 f"{examples.source.name}: expected at least two labels, got {sorted(found)}"
             )
-        numeric = all(label.lstrip("-").isdigit() for label in found)
-        return sorted(found, key=int) if numeric else sorted(found)
+        numeric = all(_INTEGER.fullmatch(label) for label in found)
+        return sorted(sorted(found), key=int if numeric else None)  # "1" and "01" are two labels
 
     def check_labels(self, examples: Examples, labels: list[str]) -> None:
         """Check that every label is known.
