@@ -24,7 +24,7 @@ NER = (
             "validation": ("valid.txt", "dev.txt", "eng.testa"),
             "test": ("test.txt", "eng.testb"),
         },
-        hub=("eriktks/conll2003", None),
+        hub=("lhoestq/conll2003", None),
         hub_splits={"train": "train", "validation": "validation", "test": "test"},
         labels=bio_labels("LOC MISC ORG PER"),
         paper="Table 3",
