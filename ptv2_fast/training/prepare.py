@@ -167,11 +167,12 @@ def training_arguments(
     save_steps = eval_steps if options.save_steps is None else options.save_steps
     has_validation = metric is not None
     load_best = options.load_best and has_validation and save_steps > 0
-    if load_best and save_steps % eval_steps != 0:
-        raise ValueError(
-            f"save_steps: expected a multiple of eval_steps {eval_steps} with load_best, got "
-            f"{save_steps}"
+    if load_best and save_steps != eval_steps:
+        # Trainer knows the best step of all; when that one was not saved, it keeps a worse one.
+        expected = (
+            "None beside eval_seconds" if eval_steps == _NEVER else f"eval_steps {eval_steps}"
         )
+        raise ValueError(f"save_steps: expected {expected} with load_best, got {save_steps}")
     epochs = options.num_train_epochs
     if epochs is None:
         epochs = 3 if options.max_seconds is None else _ENDLESS_EPOCHS
