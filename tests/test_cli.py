@@ -132,7 +132,9 @@ def test_a_killed_run_resumes_to_the_adapter_of_an_uninterrupted_one(tiny, tmp_p
     # A checkpoint that a crash cut short.
     (killed / "checkpoints" / "checkpoint-39").mkdir()
     assert cli.main(train_arguments(tiny, whole, *options)) == 0
-    assert cli.main(["train", "--output", str(killed), "--resume"]) == 0
+    neutral = ["--feature-cache", str(tmp_path / "cache")]
+    assert cli.main(["train", "--output", str(killed), "--resume", *neutral]) == 0
+    assert not (killed / "checkpoints").exists()
     name = "adapter/adapter_model.safetensors"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
     steps = [
@@ -178,7 +180,14 @@ BAD_TRAINING = {
     "number": (["--learning-rate", "fast"], "--learning-rate: invalid float value: 'fast'"),
     "sign": (["--learning-rate=-1"], "learning_rate: expected None or a number > 0"),
     "unknown option": (["--lerning-rate", "1"], "--lerning-rate"),
-    "save steps": (["--eval-steps", "4", "--save-steps", "6"], "save_steps: expected a multiple"),
+    "save steps": (
+        ["--eval-steps", "4", "--save-steps", "8"],
+        "save_steps: expected eval_steps 4 with load_best, got 8",
+    ),
+    "save steps without eval steps": (
+        ["--eval-seconds", "4", "--save-steps", "8"],
+        "save_steps: expected None beside eval_seconds with load_best, got 8",
+    ),
     "resume": (["--resume", "--overwrite"], "expected one of resume and overwrite"),
 }
 

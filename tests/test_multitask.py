@@ -2,6 +2,7 @@
 
 import collections
 import copy
+import dataclasses
 import json
 from pathlib import Path
 
@@ -227,7 +228,10 @@ def test_a_killed_run_resumes_to_the_same_bits(method, tiny, tmp_path):
     train_tasks(prepare_tasks(config, whole))
     with pytest.raises(KeyboardInterrupt):
         train_tasks(prepare_tasks(config, killed), [Kill()])
-    train_tasks(prepare_tasks(config, killed, resume=True))
+    cache = str(tmp_path / "cache")
+    tasks = tuple(dataclasses.replace(task, feature_cache=cache) for task in config.tasks)
+    train_tasks(prepare_tasks(dataclasses.replace(config, tasks=tasks), killed, resume=True))
+    assert not (killed / "checkpoints").exists()
     file = ADAPTER if method == "p-tuning-v2" else "trained.safetensors"
     for name in ("first", "second"):
         paths = [folder / "tasks" / name / file for folder in (whole, killed)]

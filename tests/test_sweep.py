@@ -128,6 +128,13 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tiny, tmp_path, capsys, 
     assert list(summary["failures"]) == ["long-seed-1", "wild-seed-1"]
     assert [len(group["finished"]) for group in summary["groups"]] == [0, 0, 1]
 
+    # What is finished stays in the table while the runs before it are tried again.
+    tables = []
+    run_sweep(sweep, tmp_path / "sweep", resume=True,
+              announce=lambda line: tables.append(rows(tmp_path / "sweep")))  # fmt: skip
+    assert [row["name"] for row in tables[0]] == ["fine-seed-1"]
+    assert len(rows(tmp_path / "sweep")) == 3
+
 
 def test_mean_and_deviation_over_the_seeds_of_each_setting(base, tmp_path):
     """0.5, 0.6, 0.9: mean 2/3, squared distances 1/36 + 1/225 + 49/900 = 78/900, over 2."""

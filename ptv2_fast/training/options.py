@@ -12,6 +12,8 @@ from ptv2_fast.training.depth import parse_depth
 METHODS = (
     "p-tuning-v2", "fine-tuning", "linear-probe", "prompt-tuning", "p-tuning-v1", "lora",
 )  # fmt: skip
+# Options that change no result: runs may go on with others.
+NEUTRAL_OPTIONS = frozenset({"progress", "feature_cache", "preprocessing_num_workers"})
 SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "exponential")
 
 # Where a search has not said better. The authors' scripts use 5e-3 to 6e-2 for P-Tuning v2.
@@ -161,7 +163,9 @@ class TrainingOptions(Options):
         None, "score after this many seconds of training steps instead"
     )
     save_steps: int | None = option(
-        None, "steps between two checkpoints (default: as eval_steps); 0 = no checkpoints"
+        None,
+        "steps between two checkpoints (default: as eval_steps, and nothing else with "
+        "--load-best); 0 = no checkpoints, the run ends with its last step",
     )
     load_best: bool = option(
         True, "end with the checkpoint that scores best on the validation set, not the last"

@@ -54,7 +54,7 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     save_trained(prepared.model, config.model.method, folder)
     report = _report(prepared, clock, trainer.state.global_step)
-    run_folder.write_json(folder / run_folder.REPORT, report)
+    run_folder.finish(folder, report)
     return report
 
 

@@ -1,8 +1,9 @@
 """The folder of a run: what is where, and writing that a crash cannot leave half done.
 
 config.json, metrics.jsonl and report.json; adapter/ (p-tuning-v2), model/ (fine-tuning) or
-trained.safetensors (the other methods); tokenizer/; checkpoints/. A multi-task run keeps in
-tasks/NAME/ a folder of this form for each of its tasks, instead of what was trained.
+trained.safetensors (the other methods); tokenizer/; checkpoints/ until the run is finished. A
+multi-task run keeps in tasks/NAME/ a folder of this form for each of its tasks, instead of what was
+trained.
 """
 
 import json
@@ -11,7 +12,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -110,7 +111,7 @@ def check_same_run(folder: Path, config: Config, found: dict[str, Any] | None = 
     differences = [
         f"{name} {before.get(name)!r} against {now.get(name)!r}"
         for name in {**now, **before}
-        if now.get(name) != before.get(name) and name != "progress"
+        if now.get(name) != before.get(name) and name.rpartition(".")[2] not in NEUTRAL_OPTIONS
     ]
     if differences:
         raise ValueError(
@@ -153,6 +154,12 @@ def start(folder: Path, config: Config, found: dict[str, Any], overwrite: bool) 
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, {**config.to_dict(), "found": found})
+
+
+def finish(folder: Path, report: dict[str, Any]) -> None:
+    """Write report.json, and delete the checkpoints: with fine-tuning they would fill a disk."""
+    write_json(folder / REPORT, report)
+    shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
 def last_checkpoint(folder: Path) -> Path | None:

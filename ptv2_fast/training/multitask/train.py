@@ -233,7 +233,7 @@ def train_tasks(
     for number in range(len(prepared.parts)):
         _save_single(prepared, number)
     report = _report(prepared, clock, trainer.state.global_step)
-    run_folder.write_json(folder / run_folder.REPORT, report)
+    run_folder.finish(folder, report)
     return report
 
 

@@ -10,13 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
+from ptv2_fast.training.options import NEUTRAL_OPTIONS
 from ptv2_fast.training.report.data import COLUMNS, Result, Run, option_defaults
 
 # What two runs may differ in and still be one setting: the seed, and what leaves no mark.
-_NO_SETTING = {
-    "seed", "progress", "logging_steps", "save_steps", "feature_cache",
-    "preprocessing_num_workers",
-}  # fmt: skip
+_NO_SETTING = NEUTRAL_OPTIONS | {"seed", "logging_steps", "save_steps"}
 # What makes two runs' data different.
 _DATA = (
     "data_dir", "train_file", "validation_file", "test_file", "dataset", "dataset_config",

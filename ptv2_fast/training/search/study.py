@@ -17,15 +17,12 @@ import optuna
 from optuna.trial import TrialState
 
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.search.results import tidy, write_results
 from ptv2_fast.training.search.space import values_of
 from ptv2_fast.training.search.trials import STUDY, Search, open_study, train_trials, work
 from ptv2_fast.training.sweeps.sweep import free_memory
-
-# Options that change no result.
-_NEUTRAL = {"progress", "preprocessing_num_workers", "feature_cache"}
 
 # work(search, metric, until, number) of a worker process.
 Worker = Callable[[Search, str, float | None, int], None]
@@ -102,7 +99,7 @@ def _facts(search: Search) -> dict[str, Any]:
     fixed = {
         name: value
         for name, value in search.base.flat().items()
-        if name not in _NEUTRAL and name not in search.space
+        if name not in NEUTRAL_OPTIONS and name not in search.space
     }
     sizes = {name: len(features.examples) for name, features in prepared.features.items()}
     facts = {

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 
 SWEEP = "sweep.json"
 
@@ -79,7 +79,7 @@ class Sweep:
         differences = [
             f"{name} {old[name]!r} against {value!r}"
             for name, value in new.items()
-            if value != old[name] and name not in changed | {"progress"}
+            if value != old[name] and name not in changed | NEUTRAL_OPTIONS
         ]
         if differences:
             raise ValueError(

@@ -72,18 +72,22 @@ def run_sweep(
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     sweep.write(folder)
-    outcome = Outcome()
+    # All of them first, so that a row stays in results.csv while a run before it is repeated.
+    reports = {name: folder / name / run_folder.REPORT for name in configs}
+    outcome = Outcome(
+        {n: run_folder.read_json(file) for n, file in reports.items() if file.is_file()}
+    )
+    if outcome.reports:
+        write_results(folder, sweep, outcome)
     for number, (name, config) in enumerate(configs.items(), 1):
         place = f"{name} ({number} of {len(configs)})"
-        report = folder / name / run_folder.REPORT
-        if report.is_file():
+        if name in outcome.reports:
             announce(f"{place}: finished before")
-            outcome.reports[name] = run_folder.read_json(report)
-        else:
-            announce(f"{place}: begins")
-            _try_run(name, config, folder / name, outcome)
-            if name in outcome.failures:
-                announce(f"{place}: failed: {outcome.failures[name]}")
+            continue
+        announce(f"{place}: begins")
+        _try_run(name, config, folder / name, outcome)
+        if name in outcome.failures:
+            announce(f"{place}: failed: {outcome.failures[name]}")
         write_results(folder, sweep, outcome)
     return outcome
 
@@ -102,15 +106,11 @@ def _try_run(name: str, config: RunConfig, folder: Path, outcome: Outcome) -> No
 def run_once(config: RunConfig, folder: Path) -> dict[str, Any]:
     """Train one run, from its last checkpoint when it has begun; returns its report.
 
-    Its checkpoints are deleted at the end: with fine-tuning they would fill a disk.
-
     Raises:
         ValueError, OSError: for bad input.
         DivergedError: when the training loss becomes infinite or NaN.
     """
-    report = train(prepare(config, folder, resume=(folder / run_folder.CONFIG).is_file()))
-    shutil.rmtree(folder / run_folder.CHECKPOINTS, ignore_errors=True)
-    return report
+    return train(prepare(config, folder, resume=(folder / run_folder.CONFIG).is_file()))
 
 
 def one_line(error: Exception) -> str:
