@@ -1,6 +1,7 @@
 """Named entities: official files, labels as they are, sub-words and truncation, chunk scores."""
 
 import json
+import re
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -80,6 +81,25 @@ def test_columns_are_cut_at_tabs_where_there_are_any(tmp_path):
     assert columns["tags"] == [["B-LOC", "O", "O"], ["B-LOC"]]
 
 
+def test_a_no_break_space_cuts_no_column(tmp_path):
+    file = tmp_path / "data.txt"
+    file.write_text("10\xa0000 B-QTY\n\xa0 O\n")
+    columns = token_task().read(file_source(file)).table.to_dict()
+    assert columns == {"words": [["10\xa0000", ""]], "tags": [["B-QTY", "O"]]}
+
+
+@pytest.mark.parametrize("line", ["sleeps", "sleeps\t"])
+def test_a_line_without_a_label_is_an_error_when_labels_are_wanted(tmp_path, line):
+    file = tmp_path / "data.txt"
+    file.write_text(f"Anna B-PER\n{line}\n")
+    with pytest.raises(
+        ValueError, match=r"data.txt line 2: expected conll_word_column 0 and conll_tag_"
+    ):
+        token_task().read(file_source(file))
+    words = token_task().read(file_source(file), labelled=False).table["words"][0]
+    assert words == ["Anna", "sleeps"]
+
+
 def test_labels_that_are_numbers_become_text(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"tokens": ["Anna", "sleeps"], "ner_tags": [1, 0]}) + "\n")
@@ -112,9 +132,9 @@ def test_labels_of_another_kind_have_no_chunks_to_remark_on(tmp_path):
 def test_chunk_scores_are_those_that_seqeval_publishes(tmp_path):
     """The example of seqeval's README: F1 0.50, accuracy 0.80."""
     task = token_task()
-    true = "O O O B-MISC I-MISC I-MISC O\n\nB-PER I-PER O"
+    true = "O O O B-MISC I-MISC I-MISC O\n\nB-PER I-PER O\n"
     file = tmp_path / "data.txt"
-    file.write_text(true.replace(" ", "\n"))
+    file.write_text("".join(f"a {tag}\n" if tag else "\n" for tag in re.split("[ \n]", true)))
     predicted = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
     scores = task.metrics(predicted, task.read(file_source(file)), ["B-PER", "O"])
     assert scores == {"accuracy": 0.8, "precision": 0.5, "recall": 0.5, "f1": 0.5}

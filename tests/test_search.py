@@ -18,6 +18,7 @@ import yaml
 from optuna.trial import TrialState
 
 from ptv2_fast import cli
+from ptv2_fast.training import run, trainer
 from ptv2_fast.training.options import RunConfig, read_config_file
 from ptv2_fast.training.search import trials as search_trials
 from ptv2_fast.training.search.space import check_space, default_space, read_space
@@ -107,13 +108,23 @@ def test_a_space_may_name_the_model_and_use_aliases(tiny, tmp_path):
     check_space(space, base_of(tiny))
 
 
-def test_the_objective_is_the_best_evaluation():
+def test_evaluations_are_reported_but_for_those_that_are_no_number():
     study = optuna.create_study(direction="maximize")
     watch = TrialWatch(study.ask(), "f1")
     for f1 in (0.2, 0.7, math.nan, 0.5):
         watch.on_evaluate(None, None, None, metrics={"eval_f1": f1})
-    assert watch.best == 0.7
     assert study.trials[0].intermediate_values == {1: 0.2, 2: 0.7, 4: 0.5}
+
+
+def test_a_trials_value_is_the_score_of_what_it_kept(tiny, tmp_path, monkeypatch):
+    """The last step is kept here, though an earlier evaluation was better."""
+    scores = iter([0.9, 0.3])
+    monkeypatch.setattr(trainer, "score", lambda *unused: {"f1": next(scores)})
+    monkeypatch.setattr(run, "score", lambda *unused: {"f1": 0.4})
+    base = base_of(tiny, max_steps=4, eval_steps=2, save_steps=0)
+    (trial,) = run_search(Search(base, SPACE, tmp_path / "search", trials=1)).trials
+    assert trial.intermediate_values == {1: 0.9, 2: 0.3}
+    assert trial.value == 0.4
 
 
 def test_trials_go_on_and_those_with_bad_values_are_set_aside(tiny, tmp_path, capsys):
@@ -139,8 +150,8 @@ def test_trials_go_on_and_those_with_bad_values_are_set_aside(tiny, tmp_path, ca
     assert not list(folder.rglob("checkpoints"))
     config = read_config_file(folder / "best.yaml")
     assert {name: config[name] for name in best.params} == best.params
-    run = ["train", "--config", str(folder / "best.yaml"), "--output", str(tmp_path / "again")]
-    assert cli.main([*run, "--no-progress"]) == 0
+    words = ["train", "--config", str(folder / "best.yaml"), "--output", str(tmp_path / "again")]
+    assert cli.main([*words, "--no-progress"]) == 0
     report = json.loads((tmp_path / "again" / "report.json").read_text())
     assert report["metrics"]["validation"]["f1"] == best.value
     again, trained = tmp_path / "again" / ADAPTER, folder / f"trial-{best.number:04d}" / ADAPTER

@@ -24,20 +24,24 @@ def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict
         {"words": one list per sentence, "tags": the same, unless tag_column is None}.
 
     Raises:
-        ValueError: naming the line that lacks a column, or the file without a sentence.
+        ValueError: naming the line that lacks a column or has one for both, or the file without a
+            sentence.
     """
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
     for number, line in _lines(source):
-        if not line or _DOCUMENT_LINE.match(line):
+        if not line.strip() or _DOCUMENT_LINE.match(line):
             if words[-1]:
                 words.append([])
                 tags.append([])
             continue
-        fields = line.split("\t") if "\t" in line else line.split()
+        fields = line.split("\t") if "\t" in line else _at_blanks(line)
+        places = range(len(fields))
         try:
             words[-1].append(fields[word_column].strip())
             if tag_column is not None:
+                if places[tag_column] == places[word_column]:
+                    raise IndexError  # a line without a label: the last column is the word
                 tags[-1].append(fields[tag_column].strip())
         except IndexError:
             wanted = f"conll_word_column {word_column}"
@@ -73,10 +77,10 @@ def read_role_lines(source: Source, labelled: bool) -> dict[str, list]:
     if labelled:
         columns["tags"] = []
     for number, line in _lines(source):
-        if not line:
+        if not line.strip():
             continue
         sentence, _, tag_text = line.partition("|||")
-        index, *words = sentence.split() or [""]
+        index, *words = _at_blanks(sentence) or [""]
         if not index.isdecimal() or not words:
             raise ValueError(
                 f"{source.name} line {number}: expected the index of a verb, words, ||| and "
@@ -96,6 +100,11 @@ def read_role_lines(source: Source, labelled: bool) -> dict[str, list]:
     return columns
 
 
+def _at_blanks(text: str) -> list[str]:
+    """Not split(): words may hold no-break spaces, or be one."""
+    return [part for part in re.split(r"[ \t]", text) if part]
+
+
 def _lines(source: Source) -> Iterator[tuple[int, str]]:
     """The lines without blanks at their end, counted from 1."""
     assert source.path is not None
@@ -105,4 +114,4 @@ def _lines(source: Source) -> Iterator[tuple[int, str]]:
     except UnicodeDecodeError as error:
         raise ValueError(f"{source.name}: cannot be read as UTF-8 text: {error}") from error
     for number, line in enumerate(lines, 1):
-        yield number, line.rstrip()
+        yield number, line.rstrip(" \t")

@@ -94,13 +94,12 @@ def train_trials(search: Search, study: optuna.Study, metric: str, until: float 
             trial = _next_trial(search, study, until)
         if trial is None:
             return
-        watch = TrialWatch(trial, metric)
-        state, message = _train_trial(search, trial, watch)
+        state, value, message = _train_trial(search, trial, metric)
         free_memory()
         with _locked(search):
             if message is not None:
                 trial.set_user_attr("message", message)
-            study.tell(trial, watch.best if state == TrialState.COMPLETE else None, state)
+            study.tell(trial, value, state)
             tidy(study, search.folder)
             write_results(study, search.base, metric, search.folder)
             _announce(study, trial, metric)
@@ -125,43 +124,43 @@ def _next_trial(search: Search, study: optuna.Study, until: float | None) -> opt
 
 
 def _train_trial(
-    search: Search, trial: optuna.Trial, watch: "TrialWatch"
-) -> tuple[TrialState, str | None]:
-    """Train a trial; returns its state and, unless it finished or was pruned, what was wrong."""
+    search: Search, trial: optuna.Trial, metric: str
+) -> tuple[TrialState, float | None, str | None]:
+    """Train a trial; returns its state and its value, or what was wrong unless it was pruned.
+
+    The value is the score of what the run keeps on all validation examples, as in its report: that
+    of its best evaluation may be on fewer, or of a step that was not kept.
+    """
     try:
         config = trial_config(search.base, trial.params, progress=False)
         prepared = prepare(config, trial_folder(search.folder, trial.number))
     except (ValueError, OSError) as error:
-        return TrialState.PRUNED, one_line(error)
+        return TrialState.PRUNED, None, one_line(error)
     # A search looks at the validation examples alone.
     prepared.features = {name: prepared.features[name] for name in ("train", "validation")}
     try:
-        report = train(prepared, [watch])
+        report = train(prepared, [TrialWatch(trial, metric)])
     except optuna.TrialPruned:
-        return TrialState.PRUNED, None
+        return TrialState.PRUNED, None, None
     except (DivergedError, torch.OutOfMemoryError) as error:
-        return TrialState.PRUNED, one_line(error)
+        return TrialState.PRUNED, None, one_line(error)
     except Exception as error:
         traceback.print_exc()  # a defect; were it left to stop the search, it would at each start
-        return TrialState.PRUNED, f"{type(error).__name__}: {one_line(error)}"
+        return TrialState.PRUNED, None, f"{type(error).__name__}: {one_line(error)}"
     for name in ("trainable_parameters", "train_seconds"):
         trial.set_user_attr(name, report[name])
-    if watch.best is None:
-        return TrialState.PRUNED, f"no evaluation gave a number for {watch.metric}"
-    return TrialState.COMPLETE, None
+    value = report["metrics"]["validation"][metric]
+    if not math.isfinite(value):
+        return TrialState.PRUNED, None, f"{metric} is {value}"
+    return TrialState.COMPLETE, value, None
 
 
 class TrialWatch(TrainerCallback):
-    """Reports each evaluation to the study and stops a trial that is to be pruned.
-
-    Attributes:
-        best: the metric's best value so far.
-    """
+    """Reports each evaluation to the study and stops a trial that is to be pruned."""
 
     def __init__(self, trial: optuna.Trial, metric: str) -> None:
         self.trial, self.metric = trial, metric
         self.evaluations = 0
-        self.best: float | None = None
 
     def on_evaluate(
         self,
@@ -174,7 +173,6 @@ class TrialWatch(TrainerCallback):
         self.evaluations += 1
         value = float((metrics or {})[f"eval_{self.metric}"])
         if math.isfinite(value):
-            self.best = value if self.best is None else max(self.best, value)
             self.trial.report(value, self.evaluations)
             if self.trial.should_prune():
                 raise optuna.TrialPruned
