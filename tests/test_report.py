@@ -195,7 +195,7 @@ def test_costs_stand_beside_the_score(comparisons):
 def test_the_page_says_where_p_tuning_v2_loses(page):
     assert "P-Tuning v2 from a multi-task prefix is best with 85.0." in page
     assert "P-Tuning v2 reaches 70.0, 87.5 % of fine-tuning&#39;s 80.0" in page
-    assert "level or ahead in 0 of 1 comparison." in page
+    assert "level or ahead in none of 1 comparison." in page
     assert "Upper layers are better than as many lower ones at 1 of 1 depths." in page
 
 

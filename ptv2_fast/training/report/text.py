@@ -49,7 +49,7 @@ def lead(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
         ahead = sum(value >= 1 for value in ratios)
         text += (
             f" P-Tuning v2 reaches {reach} of fine-tuning's score; it is level or ahead in "
-            f"{ahead} of {_count(len(ratios), 'comparison')}."
+            f"{ahead or 'none'} of {_count(len(ratios), 'comparison')}."
         )
     return text
 
