@@ -9,6 +9,7 @@ that it holds already.
 import argparse
 import csv
 import dataclasses
+import io
 import json
 import math
 import shlex
@@ -26,6 +27,7 @@ from ptv2_fast.training.demo import package_file
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.report.data import find_runs
 from ptv2_fast.training.sweeps import ablation
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, sweep_of
 from ptv2_fast.training.sweeps.sweep import run_sweep
@@ -136,33 +138,40 @@ def read_plan(data: Path, output: Path) -> tuple[dict[str, Experiment], dict[str
     return experiments, multitask
 
 
-def rows(name: str, folder: Path, data: Path) -> Iterator[dict[str, Any]]:
-    """The finished runs of an experiment as rows of the CSV file."""
-    for file in sorted(folder.glob(f"*/{run_folder.REPORT}")):
-        report = run_folder.read_json(file)
-        config, _ = run_folder.read_run_config(file.parent)
-        options, metric = config.flat(), report["metric"]
-        scores = {
-            f"{split}_{key}": value
-            for split, values in report["metrics"].items()
-            for key, value in values.items()
-        }
-        yield {
-            "experiment": name,
-            "run": file.parent.name,
-            "task": options["task"],
-            "method": options["method"],
-            "seed": options["seed"],
-            "metric": metric,
-            "validation": scores.get(f"validation_{metric}"),
-            "test": scores.get(f"test_{metric}"),
-            **{cost: report[cost] for cost in _COSTS},
-            "scores": json.dumps({key: round(value, 5) for key, value in scores.items()}),
-            "threads": report["machine"]["threads"],
-            "processor": report["machine"]["processor"],
-            "versions": json.dumps(report["versions"]),
-            "command": command(config, data),
-        }
+def rows(output: Path, data: Path) -> Iterator[dict[str, Any]]:
+    """The finished runs as rows of the CSV file, one for each task of a multi-task run.
+
+    Raises:
+        ValueError: where there is none.
+    """
+    for run in find_runs([output])[0]:
+        name = run.folder.relative_to(output).parts[0]
+        report = run.report
+        several = "tasks" in report
+        for result in run.results:
+            scores = {
+                f"{split}_{key}": value
+                for split, values in result.scores.items()
+                for key, value in values.items()
+            }
+            yield {
+                "experiment": name,
+                "run": result.data["name"] if several else run.folder.name,
+                "task": result.task,
+                "method": report["method"],
+                "seed": run.seed,
+                "metric": result.metric,
+                "validation": scores.get(f"validation_{result.metric}"),
+                "test": scores.get(f"test_{result.metric}"),
+                **{cost: report.get(cost) for cost in _COSTS},
+                "scores": json.dumps({key: round(value, 5) for key, value in scores.items()}),
+                "threads": report["machine"]["threads"],
+                "processor": report["machine"]["processor"],
+                "versions": json.dumps(report["versions"]),
+                "command": f"python -m bench.experiments DATA runs {name}"
+                if several
+                else command(RunConfig.from_dict(run.options), data),
+            }
 
 
 def command(config: RunConfig, data: Path) -> str:
@@ -182,18 +191,18 @@ def command(config: RunConfig, data: Path) -> str:
 
 def write_csv(output: Path, data: Path) -> None:
     """Replace the rows of every experiment in `output`, keep the others'."""
-    found = {folder.parent.name for folder in output.glob(f"*/{SWEEP}")}
+    new = list(rows(output, data))
+    found = {row["experiment"] for row in new}
     kept = []
     if CSV.is_file():
         with CSV.open(encoding="utf-8", newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["experiment"] not in found]
-    new = [row for name in sorted(found) for row in rows(name, output / name, data)]
     table = sorted([*kept, *new], key=lambda row: (row["experiment"], row["run"]))
-    if table:
-        with CSV.open("w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(table[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(table)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(table)
+    run_folder.write_text(CSV, text.getvalue())
 
 
 def main() -> None:
