@@ -170,6 +170,18 @@ def test_metrics_against_hand_counts():
     assert scores["f1"] == pytest.approx(2 / 3)
 
 
+def test_some_of_the_examples_keep_their_results(tmp_path, tokenizer):
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\nanna,a\nbob,b\noslo,c\n")
+    task, labels = text_task(), ["a", "b", "c"]
+    features = task.featurize(task.read(file_source(file)), tokenizer, labels, max_length=8)
+    some = features.take([2, 0])
+    right = [[float(place == label) for place in range(3)] for label in some.table["labels"]]
+    results = task.results(right, some, labels)
+    assert [result["label"] for result in results] == ["c", "a"]
+    assert task.metrics(results, some.examples, labels)["accuracy"] == 1
+
+
 def test_words_that_were_cut_off_belong_to_no_entity_and_count_as_missed(tmp_path, tokenizer):
     file, labels = write_conll(tmp_path / "data.txt", 1), ["B-LOC", "B-PER", "O"]
     task = token_task()

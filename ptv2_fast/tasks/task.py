@@ -107,11 +107,12 @@ class Features:
         return self.table.select_columns([n for n in wanted if n in self.table.column_names])
 
     def take(self, indices: list[int]) -> "Features":
-        """The features of some of the examples."""
-        place = {index: number for number, index in enumerate(indices)}
-        rows = [row for row, index in enumerate(self.table["example"][:]) if index in place]
-        table = self.table.select(rows)
-        places = [place[index] for index in table["example"][:]]
+        """The features of some of the examples, in the given order."""
+        rows_of: dict[int, list[int]] = defaultdict(list)
+        for row, index in enumerate(self.table["example"][:]):
+            rows_of[index].append(row)
+        table = self.table.select([row for index in indices for row in rows_of[index]])
+        places = [place for place, index in enumerate(indices) for _ in rows_of[index]]
         table = table.remove_columns("example").add_column("example", places)
         return Features(table, self.examples.select(indices), self.truncated)
 
