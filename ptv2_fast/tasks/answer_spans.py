@@ -78,8 +78,8 @@ def find_answers(
         for start, end, score in zip(
             starts.tolist(), ends.tolist(), spans[2].tolist(), strict=True
         ):
-            # Some tokenizers make tokens of blanks; they are no answer.
-            if not context[start:end].isspace():
+            # Some tokenizers make tokens of blanks, which may lose them; they are no answer.
+            if context[start:end].strip():
                 found[start, end] = max(score, found.get((start, end), score))
     best = sorted(found.items(), key=lambda item: (-item[1], item[0]))[:n_best]
     answers = [{"text": context[start:end].strip(), "score": score} for (start, end), score in best]
