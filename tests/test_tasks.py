@@ -12,6 +12,7 @@ from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import TYPED, file_source, find_sources
 from ptv2_fast.tasks.task import Examples
 from ptv2_fast.training.models import load_tokenizer
+from tests.superglue_files import WRITERS
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
 
@@ -69,6 +70,24 @@ def test_a_data_set_of_the_hub_form_gives_names_for_class_numbers(tmp_path):
     (source,) = find_sources(options).values()
     examples = make_task(options).read(source)
     assert examples.table["label"][:] == ["pos", "neg", "pos"]
+
+
+def test_files_that_are_given_go_before_other_sources(tmp_path):
+    own = Path(write_reviews(tmp_path / "own.csv", 4))
+    WRITERS["rte"](tmp_path / "RTE", 2)
+    hub = DataOptions(task="text-classification", dataset="imdb", validation_file=str(own))
+    folder = DataOptions(task="rte", data_dir=str(tmp_path), train_file=str(own))
+    sources = find_sources(hub)
+    assert (sources["train"].name, sources["validation"].path) == ("imdb[train]", own)
+    sources = find_sources(folder)
+    assert (sources["train"].path, sources["validation"].path.name) == (own, "val.jsonl")
+
+
+def test_one_column_may_serve_twice(tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text("text,label\na,b\n")
+    examples = text_task(text_pair_column="text").read(file_source(file))
+    assert examples.table[0] == {"text": "a", "label": "b", "text_pair": "a"}
 
 
 def test_numbers_and_words_that_look_missing_are_labels(tmp_path):
@@ -221,6 +240,11 @@ def test_predictions_pick_the_labelled_positions():
 
 BAD_FILES = {
     "empty": ("data.csv", "", "empty data set"),
+    "long rows": (
+        "data.csv",
+        "text,label\na, b,x\nc, d,y\n",
+        "expected rows of 2 cells, .* got more",
+    ),
     "header only": ("data.csv", "text,label\n", "empty data set"),
     "no column": ("data.csv", "sentence,label\na,b\n", "text_column: expected a column of"),
     "no label": ("data.csv", "text,label\na,x\nb,\n", "row 2: expected a label"),

@@ -90,7 +90,7 @@ class DataOptions(Options):
     validation_file: str | None = option(None, "examples to score during and after training")
     test_file: str | None = option(None, "examples to score once, at the end")
     dataset: str | None = option(
-        None, "instead of files: a data set of the Hugging Face hub, or a folder of that form"
+        None, "instead of train_file: a data set of the Hugging Face hub, or a folder of that form"
     )
     dataset_config: str | None = option(None, "which configuration of --dataset")
     train_split: str = option("train", "split of --dataset to train on")

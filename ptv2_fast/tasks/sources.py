@@ -64,38 +64,39 @@ def file_source(path: str | Path) -> Source:
 def find_sources(options: DataOptions) -> dict[str, Source]:
     """The sources of the splits that the options name: "train", "validation", "test", ….
 
-    Files and hub names that the options give come first; then, for a published data set, its
-    official files in data_dir, or its place on the hub.
+    Files that the options give come first; then the splits of `dataset` or the official files in
+    data_dir; then, without a training file, a published data set's place on the hub.
 
     Raises:
         ValueError: for a missing file or split, or no training data.
     """
     splits = ("train", "validation", "test")
-    if options.dataset is not None:
-        names = {split: getattr(options, f"{split}_split") for split in splits}
-        return {
-            split: Source(
-                f"{options.dataset}[{name}]", hub=(options.dataset, options.dataset_config, name)
-            )
-            for split, name in names.items()
-            if name
-        }
     paths = {split: getattr(options, f"{split}_file") for split in splits}
     given = {split: file_source(path) for split, path in paths.items() if path is not None}
+    benchmark = options.benchmark
+    if options.dataset is not None:
+        names = {split: getattr(options, f"{split}_split") for split in splits}
+        return _hub_splits(options.dataset, options.dataset_config, names) | given
+    if options.data_dir is not None:
+        assert benchmark is not None
+        return _official_files(benchmark, Path(options.data_dir)) | given
     if "train" in given:
         return given
-    benchmark = options.benchmark
     if benchmark is None:
         raise ValueError("train_file: expected a file, or dataset=NAME, got neither")
-    if options.data_dir is not None:
-        return _official_files(benchmark, Path(options.data_dir)) | given
     if benchmark.hub is None:
         raise ValueError(f"data_dir: expected the folder of {benchmark.title}, got None")
-    name, config = benchmark.hub
+    return _hub_splits(*benchmark.hub, benchmark.hub_splits) | given
+
+
+def _hub_splits(
+    name: str, config: str | None, splits: Mapping[str, str | None]
+) -> dict[str, Source]:
     return {
         split: Source(f"{name}[{theirs}]", hub=(name, config, theirs))
-        for split, theirs in benchmark.hub_splits.items()
-    } | given
+        for split, theirs in splits.items()
+        if theirs
+    }
 
 
 def _official_files(benchmark: Benchmark, folder: Path) -> dict[str, Source]:
@@ -178,7 +179,6 @@ def keep_columns(
                 f"{ours}_column: expected a column of {source.name}, got {theirs!r}; it has "
                 f"{table.column_names}"
             )
-    table = table.select_columns(list(kept.values()))
     return Dataset.from_dict({ours: _spelt_out(table, theirs) for ours, theirs in kept.items()})
 
 
@@ -225,7 +225,13 @@ def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
         # Cells stay as they are spelt: "NA" is a word, "01" and "true" are labels.
         separator = "," if source.format == "csv" else "\t"
         options = {"sep": separator, "dtype": str, "na_filter": False, **csv_options}
-        return Dataset.from_pandas(pandas.read_csv(path, **options), preserve_index=False)
+        frame = pandas.read_csv(path, **options)
+        if not isinstance(frame.index, pandas.RangeIndex):
+            # The first cells would be the names of the rows, and the others move to the left.
+            raise ValueError(
+                f"expected rows of {len(frame.columns)} cells, as the header, got more"
+            )
+        return Dataset.from_pandas(frame, preserve_index=False)
     # Read into memory and drop the cache: a user's file is small beside the model, and a second
     # copy in the home folder would outlive it.
     with tempfile.TemporaryDirectory() as cache:
