@@ -100,6 +100,15 @@ def test_a_line_without_a_label_is_an_error_when_labels_are_wanted(tmp_path, lin
     assert words == ["Anna", "sleeps"]
 
 
+@pytest.mark.parametrize("lines", ["EU NNP B-NP B-ORG\nin IN O\n", "# id 7\nEU NNP B-NP B-ORG\n"])
+def test_all_lines_of_a_sentence_have_as_many_columns(tmp_path, lines):
+    """Or the last column of a line is another one, or of a comment."""
+    file = tmp_path / "data.txt"
+    file.write_text(f"Oslo B-LOC\n\n{lines}")
+    with pytest.raises(ValueError, match=r"data.txt line 4: expected .* columns as the sentence"):
+        token_task().read(file_source(file))
+
+
 def test_labels_that_are_numbers_become_text(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"tokens": ["Anna", "sleeps"], "ner_tags": [1, 0]}) + "\n")
@@ -138,6 +147,18 @@ def test_chunk_scores_are_those_that_seqeval_publishes(tmp_path):
     predicted = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
     scores = task.metrics(predicted, task.read(file_source(file)), ["B-PER", "O"])
     assert scores == {"accuracy": 0.8, "precision": 0.5, "recall": 0.5, "f1": 0.5}
+
+
+def test_last_and_only_words_of_chunks_end_them(tmp_path):
+    """BILOU: two people one behind the other, of which the second is missed."""
+    sentence = [("Anna", "B-PER"), ("Berg", "L-PER"), ("Bob", "U-PER"), ("Kay", "U-PER")]
+    task = token_task()
+    examples = task.read(file_source(write_tagged(tmp_path / "data.txt", sentence)))
+    predicted = ["B-PER", "L-PER", "O", "U-PER"]
+    scores = task.metrics([predicted], examples, ["B-PER", "L-PER", "O", "U-PER"])
+    assert (scores["precision"], scores["recall"]) == (1, pytest.approx(2 / 3))
+    entities = task.describe(examples.table[0], examples.table[0]["tags"])["entities"]
+    assert [entity["text"] for entity in entities] == ["Anna Berg", "Bob", "Kay"]
 
 
 def test_the_head_has_all_published_labels_and_no_other_is_accepted(tmp_path):

@@ -24,11 +24,12 @@ def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict
         {"words": one list per sentence, "tags": the same, unless tag_column is None}.
 
     Raises:
-        ValueError: naming the line that lacks a column or has one for both, or the file without a
-            sentence.
+        ValueError: naming the line that lacks a column, has one for both, or has labels and more or
+            fewer columns than the first of its sentence; or the file without a sentence.
     """
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
+    width = 0
     for number, line in _lines(source):
         if not line.strip() or _DOCUMENT_LINE.match(line):
             if words[-1]:
@@ -36,17 +37,20 @@ def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict
                 tags.append([])
             continue
         fields = line.split("\t") if "\t" in line else _at_blanks(line)
+        if not words[-1]:
+            width = len(fields)
         places = range(len(fields))
         try:
             words[-1].append(fields[word_column].strip())
             if tag_column is not None:
-                if places[tag_column] == places[word_column]:
-                    raise IndexError  # a line without a label: the last column is the word
+                # A line without a label, whose last column is another, or a comment.
+                if places[tag_column] == places[word_column] or len(fields) != width:
+                    raise IndexError
                 tags[-1].append(fields[tag_column].strip())
         except IndexError:
             wanted = f"conll_word_column {word_column}"
             if tag_column is not None:
-                wanted += f" and conll_tag_column {tag_column}"
+                wanted += f" and conll_tag_column {tag_column}, {width} columns as the sentence has"
             raise ValueError(
                 f"{source.name} line {number}: expected {wanted}, got {len(fields)} columns"
             ) from None

@@ -165,7 +165,8 @@ def chunk_scores(true: list[list[str]], predicted: list[list[str]]) -> dict[str,
 
     A chunk is right when its type, its first and its last word are.
     """
-    scores = precision_recall_fscore_support(true, predicted, average="micro", zero_division=0)
+    both = ([_as_seqeval(tags) for tags in rows] for rows in (true, predicted))
+    scores = precision_recall_fscore_support(*both, average="micro", zero_division=0)
     return {
         name: float(score)
         for name, score in zip(("precision", "recall", "f1"), scores, strict=False)
@@ -176,7 +177,7 @@ def spans(words: list[str], tags: list[str], kind: str) -> list[dict[str, Any]]:
     """The chunks of a sentence as they are printed; `kind` is the name of their type."""
     return [
         {kind: name, "text": " ".join(words[first : last + 1]), "first": first, "last": last}
-        for name, first, last in get_entities(tags)
+        for name, first, last in get_entities(_as_seqeval(tags))
     ]
 
 
@@ -218,6 +219,12 @@ def align(
 def are_chunks(labels: Iterable[str]) -> bool:
     """Whether all are O, B-X, I-X or another part of a chunk."""
     return all(_CHUNK_LABEL.fullmatch(label) for label in set(labels))
+
+
+def _as_seqeval(tags: list[str]) -> list[str]:
+    """The last word of a chunk (L) and the only one (U) as seqeval calls them."""
+    names = {"L": "E", "U": "S"}
+    return [names.get(tag[0], tag[0]) + tag[1:] for tag in tags]
 
 
 def _first_sub_words(word_ids: list[int | None]) -> list[tuple[int, int]]:
