@@ -99,6 +99,7 @@ BAD_ROWS = {
     "one choice": ({"choices": ["a"]}, "row 2: expected at least two choices, got"),
     "three": ({"choices": ["a", "b", "c"]}, "row 2: expected 2 choices, as in the first, got 3"),
     "empty cell": ({"choices": ["a", None]}, "row 2: expected a list of texts in choices"),
+    "blank cell": ({"choices": ["a", ""]}, "row 2: expected a list of texts in choices"),
     "no text": ({"text": None}, "row 2: expected text in text, got None"),
 }
 

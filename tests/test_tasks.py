@@ -250,6 +250,7 @@ BAD_FILES = {
     "no label": ("data.csv", "text,label\na,x\nb,\n", "row 2: expected a label"),
     "broken": ("data.jsonl", '{"text": "a"', "cannot be read as json"),
     "not text": ("data.jsonl", '{"text": 3, "label": "x"}\n', "row 1: expected text in text"),
+    "no text": ("data.csv", "text,label\na,x\n ,x\n", "row 2: expected text in text, got ' '"),
     "suffix": ("data.xml", "<a/>", "expected .csv, .tsv, .json, .jsonl or .parquet"),
     "one label": ("data.csv", "text,label\na,x\nb,x\n", r"at least two labels, got \['x'\]"),
 }
@@ -287,6 +288,17 @@ def test_words_and_tags_of_unequal_number_name_the_row(tmp_path):
     file = tmp_path / "data.csv"
     file.write_text("tokens,ner_tags\nAnna sleeps,B-PER O\nOslo,B-LOC O\n")
     with pytest.raises(ValueError, match=r"data.csv row 2: expected one label for each of 1 words"):
+        token_task().read(file_source(file))
+
+
+def test_typed_texts_and_sentences_without_words_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="typed text text 2: expected text in text, got ''"):
+        text_task().from_texts(["a", ""])
+    with pytest.raises(ValueError, match="typed text text 1: expected text in text_pair, got ''"):
+        text_task(text_pair_column="other").from_texts(["a\t"])
+    file = tmp_path / "data.csv"
+    file.write_text("tokens,ner_tags\nAnna,B-PER\n,\n")
+    with pytest.raises(ValueError, match=r"row 2: expected a list of words, got \[\]"):
         token_task().read(file_source(file))
 
 

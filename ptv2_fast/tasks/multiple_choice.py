@@ -142,9 +142,11 @@ def _check_texts(examples: Examples) -> None:
     table, expected = examples.table, 0
     for index, (text, choices) in enumerate(zip(table["text"], table["choices"], strict=True)):
         where = examples.where(index)
-        if not isinstance(text, str):
+        if not isinstance(text, str) or not text.strip():
             raise ValueError(f"{where}: expected text in text, got {text!r}")
-        if not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+        if not isinstance(choices, list) or not all(
+            isinstance(choice, str) and choice.strip() for choice in choices
+        ):
             raise ValueError(f"{where}: expected a list of texts in choices, got {choices!r}")
         if len(choices) < 2:
             raise ValueError(f"{where}: expected at least two choices, got {choices}")

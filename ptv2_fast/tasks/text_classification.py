@@ -34,15 +34,7 @@ class TextClassification(Task):
         if self.options.text_pair_column is not None:
             columns["text_pair"] = self.options.text_pair_column
         table = read_columns(source, columns, optional=() if labelled else ("label",))
-        examples = Examples(source, table)
-        for column in ("text", "text_pair"):
-            if column in table.column_names:
-                for index, text in enumerate(table[column]):
-                    if not isinstance(text, str):
-                        raise ValueError(
-                            f"{examples.where(index)}: expected text in {column}, got {text!r}"
-                        )
-        return examples
+        return _checked(Examples(source, table))
 
     @property
     def _takes_pairs(self) -> bool:
@@ -52,10 +44,10 @@ class TextClassification(Task):
 
     def from_texts(self, texts: Sequence[str]) -> Examples:
         """Pairs have a tab between the two texts."""
-        examples = Examples(TYPED, Dataset.from_dict({"text": list(texts)}), unit="text")
         check_not_empty(TYPED, len(texts))
+        examples = Examples(TYPED, Dataset.from_dict({"text": list(texts)}), unit="text")
         if not self._takes_pairs:
-            return examples
+            return _checked(examples)
         pairs = [text.split("\t") for text in texts]
         for index, pair in enumerate(pairs):
             if len(pair) != 2:
@@ -64,7 +56,8 @@ class TextClassification(Task):
                     f"{texts[index]!r}"
                 )
         first, second = zip(*pairs, strict=True)
-        return Examples(TYPED, Dataset.from_dict({"text": first, "text_pair": second}), "text")
+        table = Dataset.from_dict({"text": first, "text_pair": second})
+        return _checked(Examples(TYPED, table, unit="text"))
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         return enumerate(examples.table["label"][:])
@@ -114,3 +107,15 @@ class TextClassification(Task):
     def describe(self, example: dict, result: dict[str, Any]) -> dict[str, Any]:
         texts = {name: example[name] for name in ("text", "text_pair") if name in example}
         return texts | {name: value for name, value in result.items() if name != "logits"}
+
+
+def _checked(examples: Examples) -> Examples:
+    """The examples, of which every text is one and not blank."""
+    texts = (name for name in examples.table.column_names if name != "label")
+    for column in texts:
+        for index, text in enumerate(examples.table[column]):
+            if not isinstance(text, str) or not text.strip():
+                raise ValueError(
+                    f"{examples.where(index)}: expected text in {column}, got {text!r}"
+                )
+    return examples

@@ -80,7 +80,7 @@ class TokenClassification(Task):
         """
         for index, words in enumerate(columns["words"]):
             tags = columns["tags"][index] if "tags" in columns else words
-            if not _is_list_of_text(words):
+            if not words or not _is_list_of_text(words):
                 raise ValueError(
                     f"{examples.where(index)}: expected a list of words, got {words!r}"
                 )
