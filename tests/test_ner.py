@@ -86,6 +86,9 @@ def test_a_no_break_space_cuts_no_column(tmp_path):
     file.write_text("10\xa0000 B-QTY\n\xa0 O\n")
     columns = token_task().read(file_source(file)).table.to_dict()
     assert columns == {"words": [["10\xa0000", ""]], "tags": [["B-QTY", "O"]]}
+    table = tmp_path / "data.csv"
+    table.write_text("tokens,ner_tags\n10\xa0000 km,B-QTY O\n")
+    assert token_task().read(file_source(table)).table[0]["words"] == ["10\xa0000", "km"]
 
 
 @pytest.mark.parametrize("line", ["sleeps", "sleeps\t"])

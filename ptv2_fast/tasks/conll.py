@@ -36,7 +36,7 @@ def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict
                 words.append([])
                 tags.append([])
             continue
-        fields = line.split("\t") if "\t" in line else _at_blanks(line)
+        fields = line.split("\t") if "\t" in line else at_blanks(line)
         if not words[-1]:
             width = len(fields)
         places = range(len(fields))
@@ -84,7 +84,7 @@ def read_role_lines(source: Source, labelled: bool) -> dict[str, list]:
         if not line.strip():
             continue
         sentence, _, tag_text = line.partition("|||")
-        index, *words = _at_blanks(sentence) or [""]
+        index, *words = at_blanks(sentence) or [""]
         if not index.isdecimal() or not words:
             raise ValueError(
                 f"{source.name} line {number}: expected the index of a verb, words, ||| and "
@@ -104,9 +104,9 @@ def read_role_lines(source: Source, labelled: bool) -> dict[str, list]:
     return columns
 
 
-def _at_blanks(text: str) -> list[str]:
-    """Not split(): words may hold no-break spaces, or be one."""
-    return [part for part in re.split(r"[ \t]", text) if part]
+def at_blanks(text: str) -> list[str]:
+    """The parts between blanks; unlike split(), words may hold no-break spaces, or be one."""
+    return [part for part in re.split(r"[ \t\r\n]", text) if part]
 
 
 def _lines(source: Source) -> Iterator[tuple[int, str]]:

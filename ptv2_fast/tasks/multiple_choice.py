@@ -46,10 +46,6 @@ class MultipleChoice(Task):
 
     def _read_own(self, source: Source, labelled: bool) -> Dataset:
         """A user's table, with the choices in one column or in choice1, choice2, …."""
-        if source.format == "other":
-            raise ValueError(
-                f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet for {self.name}"
-            )
         table, choices = read_table(source), self.options.choices_column
         if choices not in table.column_names:
             table = _with_choices(table, choices)

@@ -197,11 +197,13 @@ def read_table(source: Source, csv_options: Mapping[str, Any] | None = None) -> 
 
     Args:
         source: csv, tsv, json, parquet or hub.
-        csv_options: keyword arguments of pandas.read_csv.
+        csv_options: keyword arguments of pandas.read_csv; with them other suffixes are read as tsv.
 
     Raises:
         ValueError: for a file that cannot be read, or no rows.
     """
+    if source.format == "other" and csv_options is None:
+        raise ValueError(f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet")
     try:
         table = _load(source, csv_options or {})
     except Exception as error:  # datasets raises its own kinds, from many libraries below it

@@ -26,10 +26,6 @@ class TextClassification(Task):
         if self.benchmark is not None:
             template = str(self.options.template)
             return Examples(source, read_rows(source, self.benchmark, template))
-        if source.format == "other":
-            raise ValueError(
-                f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet for {self.name}"
-            )
         columns = {"text": self.options.text_column, "label": self.options.label_column}
         if self.options.text_pair_column is not None:
             columns["text_pair"] = self.options.text_pair_column

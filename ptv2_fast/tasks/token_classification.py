@@ -12,7 +12,7 @@ from sklearn.metrics import f1_score as word_f1_score
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
-from ptv2_fast.tasks.conll import read_conll
+from ptv2_fast.tasks.conll import at_blanks, read_conll
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
 
@@ -66,7 +66,7 @@ class TokenClassification(Task):
         for column in {"words", "tags"} & set(columns):
             # A cell of a CSV file holds the words as text with blanks between them.
             columns[column] = [
-                cell.split() if isinstance(cell, str) else cell for cell in columns[column]
+                at_blanks(cell) if isinstance(cell, str) else cell for cell in columns[column]
             ]
         if "tags" in columns:
             columns["tags"] = [_as_text(cell) for cell in columns["tags"]]

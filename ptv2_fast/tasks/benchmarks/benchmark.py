@@ -28,7 +28,6 @@ class Benchmark:
         options: other defaults of DataOptions, such as column numbers.
         labels: of token tasks, those in any split; the head has them all.
         table: how a .csv, .tsv or .txt file of it is read: keyword arguments of pandas.read_csv.
-        paper: the table of the P-Tuning v2 paper that has it.
     """
 
     name: str
@@ -45,4 +44,3 @@ class Benchmark:
     options: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     table: Mapping[str, Any] = field(default_factory=dict)
-    paper: str = ""

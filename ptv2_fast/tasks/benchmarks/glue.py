@@ -110,7 +110,7 @@ GLUE = (
     ),
     _benchmark(
         "sst2", "SST-2", sentences(("sentence", "label"), classes=("negative", "positive")),
-        pairs=(), paper="Table 4",
+        pairs=(),
     ),
     _benchmark(
         "stsb", "STS-B", similarity, metrics=("pearson", "spearmanr"), options={"regression": True}

@@ -27,7 +27,6 @@ NER = (
         hub=("lhoestq/conll2003", None),
         hub_splits={"train": "train", "validation": "validation", "test": "test"},
         labels=bio_labels("LOC MISC ORG PER"),
-        paper="Table 3",
     ),
     # Roth and Yih 2004, in the files of Bekoulis et al. 2018, which also hold relations.
     Benchmark(
@@ -43,7 +42,6 @@ NER = (
         },
         options={"conll_word_column": 1, "conll_tag_column": 2},
         labels=bio_labels("Loc Org Other Peop"),
-        paper="Table 3",
     ),
     # Pradhan et al. 2013.
     Benchmark(
@@ -62,6 +60,5 @@ NER = (
             "CARDINAL DATE EVENT FAC GPE LANGUAGE LAW LOC MONEY NORP ORDINAL ORG PERCENT PERSON "
             "PRODUCT QUANTITY TIME WORK_OF_ART"
         ),
-        paper="Table 3",
     ),
 )

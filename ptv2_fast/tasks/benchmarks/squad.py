@@ -15,7 +15,6 @@ SQUAD = (
         hub=("rajpurkar/squad", None),
         hub_splits=_SPLITS,
         options={"max_length": 384, "unanswerable": False},
-        paper="Table 3",
     ),
     Benchmark(
         name="squad_v2",
@@ -27,6 +26,5 @@ SQUAD = (
         hub=("rajpurkar/squad_v2", None),
         hub_splits=_SPLITS,
         options={"max_length": 384},
-        paper="Table 3",
     ),
 )

@@ -54,7 +54,6 @@ SRL = (
             "test_brown": ("conll05.test.brown.txt", "conll2005.test.brown.txt"),
         },
         labels=_CONLL2005_LABELS,
-        paper="Table 3",
     ),
     # Pradhan et al. 2012, in the same form.
     Benchmark(
@@ -69,7 +68,6 @@ SRL = (
             "test": ("conll2012.test.txt", "conll12.test.txt"),
         },
         labels=_CONLL2012_LABELS,
-        paper="Table 3",
     ),
     # One JSON object a verb: words, pred (its index), tags; other keys are not read.
     Benchmark(

@@ -150,7 +150,6 @@ def _benchmark(name: str, title: str, rows: Rows, **more: Any) -> Benchmark:
         hub=("aps/super_glue", name),
         hub_splits={"train": "train", "validation": "validation"},
         rows=rows,
-        paper="Table 2",
         **values,
     )
 
