@@ -145,6 +145,7 @@ def test_a_label_that_is_no_number_names_its_row(tmp_path, label):
         task.find_labels(task.read(file_source(file)))
 
 
-def test_only_text_classification_takes_numbers():
-    with pytest.raises(ValueError, match="regression: expected False for the task multiple-choice"):
-        DataOptions(task="multiple-choice", regression=True)
+@pytest.mark.parametrize("task", ["multiple-choice", "cola"])
+def test_only_text_classification_takes_numbers(task):
+    with pytest.raises(ValueError, match=f"regression: expected False for the task {task}"):
+        DataOptions(task=task, regression=True)

@@ -63,7 +63,7 @@ def test_every_answer_of_multirc_is_a_row():
     questions = [
         {"question": "Who?", "idx": 7, "answers": [
             {"text": "Ann", "label": 1, "idx": 0}, {"text": "Bob", "label": 0, "idx": 1}]},
-        {"question": "Where?", "idx": 8, "answers": [{"text": "Here", "label": 1, "idx": 2}]},
+        {"question": "Where?", "idx": 8, "answers": [{"text": "Here", "label": True, "idx": 2}]},
     ]  # fmt: skip
     rows = rows_of("multirc", {"idx": 3, "passage": {"text": "P.", "questions": questions}})
     assert [tuple(row.values()) for row in rows] == [

@@ -183,8 +183,9 @@ class DataOptions(Options):
             self.template is None or self.template in templates,
             "template", f"one of {templates}" if templates else f"None for the task {self.task}",
         )  # fmt: skip
+        has_numbers = self.benchmark is not None and "regression" in self.benchmark.options
         self.require(
-            not self.regression or self.family == "text-classification",
+            not self.regression or self.task == FAMILIES[0] or has_numbers,
             "regression", f"False for the task {self.task}",
         )  # fmt: skip
         self.require(

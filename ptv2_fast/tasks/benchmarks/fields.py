@@ -21,8 +21,9 @@ def class_label(value: Any, classes: Sequence[str] = ()) -> str | None:
 
     Args:
         value: true, 1, "entailment", ….
-        classes: how the hub calls the labels 0, 1, … of the official files.
+        classes: how the hub calls the labels 0, 1, … of the official files; also true and false.
     """
     if value is None:
         return None
-    return str(classes.index(value)) if value in classes else str(value)
+    name = str(value)
+    return str(classes.index(name)) if name in classes else name
