@@ -245,6 +245,11 @@ BAD_FILES = {
         "text,label\na, b,x\nc, d,y\n",
         "expected rows of 2 cells, .* got more",
     ),
+    "quotes": (
+        "data.tsv",
+        'text\tlabel\n"a\tx\nb" c\ty\n',
+        "expected no tab inside a cell, got one",
+    ),
     "header only": ("data.csv", "text,label\n", "empty data set"),
     "no column": ("data.csv", "sentence,label\na,b\n", "text_column: expected a column of"),
     "no label": ("data.csv", "text,label\na,x\nb,\n", "row 2: expected a label"),

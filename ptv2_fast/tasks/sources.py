@@ -233,6 +233,9 @@ def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
             raise ValueError(
                 f"expected rows of {len(frame.columns)} cells, as the header, got more"
             )
+        if separator == "\t" and frame.stack().str.contains(separator).any():
+            # Two rows in one, or more: quotation marks that are text were taken for those of cells.
+            raise ValueError("expected no tab inside a cell, got one between quotation marks")
         return Dataset.from_pandas(frame, preserve_index=False)
     # Read into memory and drop the cache: a user's file is small beside the model, and a second
     # copy in the home folder would outlive it.
