@@ -118,5 +118,5 @@ def test_missing_columns_and_typed_text_without_choices_are_errors(tmp_path):
     file = write_lines(tmp_path / "data.jsonl", [{"text": "a", "label": 0, "option1": "b"}])
     with pytest.raises(ValueError, match=r"choices_column: expected a column .* got 'choices'"):
         task.read(file_source(file))
-    with pytest.raises(ValueError, match="typed text text 1: expected at least two choices"):
+    with pytest.raises(ValueError, match="typed text 1: expected at least two choices"):
         task.from_texts(["Anna sleeps."])

@@ -180,7 +180,7 @@ def test_typed_text_of_a_pair_is_cut_at_the_tab():
     assert task.from_texts(["It is.\tIt was."]).table.to_list() == [
         {"text": "It is.", "text_pair": "It was."}
     ]
-    with pytest.raises(ValueError, match="typed text text 1: expected two texts with a tab"):
+    with pytest.raises(ValueError, match="typed text 1: expected two texts with a tab"):
         task.from_texts(["It is."])
     one = make_task(DataOptions(task="wic"))
     assert one.from_texts(["A key."]).table.to_list() == [{"text": "A key."}]

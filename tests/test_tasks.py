@@ -297,9 +297,9 @@ def test_words_and_tags_of_unequal_number_name_the_row(tmp_path):
 
 
 def test_typed_texts_and_sentences_without_words_are_errors(tmp_path):
-    with pytest.raises(ValueError, match="typed text text 2: expected text in text, got ''"):
+    with pytest.raises(ValueError, match="typed text 2: expected text in text, got ''"):
         text_task().from_texts(["a", ""])
-    with pytest.raises(ValueError, match="typed text text 1: expected text in text_pair, got ''"):
+    with pytest.raises(ValueError, match="typed text 1: expected text in text_pair, got ''"):
         text_task(text_pair_column="other").from_texts(["a\t"])
     file = tmp_path / "data.csv"
     file.write_text("tokens,ner_tags\nAnna,B-PER\n,\n")

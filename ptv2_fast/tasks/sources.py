@@ -47,7 +47,7 @@ class Source:
         return _SUFFIXES.get(suffixes[-1] if suffixes else "", "other")
 
 
-TYPED = Source("typed text")
+TYPED = Source("typed")
 
 
 def file_source(path: str | Path) -> Source:
