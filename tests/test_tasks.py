@@ -90,6 +90,19 @@ def test_one_column_may_serve_twice(tmp_path):
     assert examples.table[0] == {"text": "a", "label": "b", "text_pair": "a"}
 
 
+def test_words_without_labels_can_be_predicted_but_not_learnt(tmp_path):
+    tags = datasets.Sequence(datasets.ClassLabel(names=["O", "B-PER"]))
+    features = datasets.Features({"tokens": datasets.Sequence(datasets.Value("string")),
+                                  "ner_tags": tags})  # fmt: skip
+    rows = {"tokens": [["Oslo"], ["Anna"]], "ner_tags": [[1], [-1]]}
+    file = tmp_path / "test.parquet"
+    datasets.Dataset.from_dict(rows, features=features).to_parquet(file)
+    examples = token_task().read(file_source(file), labelled=False)
+    assert examples.table.to_dict() == {"words": [["Oslo"], ["Anna"]]}
+    with pytest.raises(ValueError, match=r"parquet row 2: expected one label for each of 1"):
+        token_task().read(file_source(file))
+
+
 def test_numbers_and_words_that_look_missing_are_labels(tmp_path):
     file = tmp_path / "data.csv"
     file.write_text("text,label\nNA,10\nnull,9\nNone,-1\n")
@@ -304,6 +317,14 @@ def test_typed_texts_and_sentences_without_words_are_errors(tmp_path):
     file = tmp_path / "data.csv"
     file.write_text("tokens,ner_tags\nAnna,B-PER\n,\n")
     with pytest.raises(ValueError, match=r"row 2: expected a list of words, got \[\]"):
+        token_task().read(file_source(file))
+
+
+@pytest.mark.parametrize("tags", [None, [None], [1.5], [["O"]]])
+def test_labels_that_are_no_text_name_the_row(tmp_path, tags):
+    file = tmp_path / "data.jsonl"
+    file.write_text(json.dumps({"tokens": ["Anna"], "ner_tags": tags}) + "\n")
+    with pytest.raises(ValueError, match=r"data.jsonl row 1: expected one label for each of 1"):
         token_task().read(file_source(file))
 
 

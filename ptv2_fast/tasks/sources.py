@@ -253,5 +253,5 @@ def _spelt_out(table: Dataset, column: str) -> list:
         return [None if value is None or value < 0 else feature.int2str(value) for value in values]
     inner = getattr(feature, "feature", None)
     if isinstance(inner, ClassLabel):
-        return [inner.int2str(row) for row in values]
+        return [row and [None if n < 0 else inner.int2str(n) for n in row] for row in values]
     return values

@@ -1,5 +1,6 @@
 """One label for each word of a sentence (named entities, parts of speech, chunks)."""
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable, Iterator, Sequence
@@ -41,10 +42,9 @@ class TokenClassification(Task):
             columns, unit = self.read_lines(source, labelled), "sentence"
         else:
             columns, unit = self._read_table(source, labelled), "row"
-        remarks = _remarks(columns["tags"]) if "tags" in columns else {}
-        examples = Examples(source, Dataset.from_dict(columns), unit, remarks)
+        examples = Examples(source, Dataset.from_dict(columns), unit)
         self.check(columns, examples)
-        return examples
+        return dataclasses.replace(examples, remarks=_remarks(columns.get("tags", [])))
 
     def read_lines(self, source: Source, labelled: bool) -> dict[str, list]:
         """The columns of a text file that is no table.
@@ -60,8 +60,9 @@ class TokenClassification(Task):
         names = {
             column: getattr(self.options, f"{column}_column") or default
             for column, default in self.columns.items()
+            if labelled or column != "tags"
         }
-        table = read_columns(source, names, optional=() if labelled else ("tags",))
+        table = read_columns(source, names)
         columns = {column: table[column][:] for column in table.column_names}
         for column in {"words", "tags"} & set(columns):
             # A cell of a CSV file holds the words as text with blanks between them.
