@@ -285,11 +285,8 @@ def test_bad_text_files_are_one_clear_error(tmp_path, case):
     assert name in str(raised.value)
 
 
-def test_bad_conll_files_name_the_line(tmp_path):
+def test_a_conll_file_without_a_sentence_is_empty(tmp_path):
     file = tmp_path / "data.txt"
-    file.write_text("Anna B-PER\nsleeps\n")
-    with pytest.raises(ValueError, match=r"data.txt line 2: expected .*conll_tag_column 1"):
-        token_task(conll_tag_column=1).read(file_source(file))
     file.write_text("\n\n-DOCSTART- O\n")
     with pytest.raises(ValueError, match="empty data set"):
         token_task().read(file_source(file))
