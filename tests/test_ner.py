@@ -112,6 +112,16 @@ def test_all_lines_of_a_sentence_have_as_many_columns(tmp_path, lines):
         token_task().read(file_source(file))
 
 
+def test_other_columns_may_be_empty(tmp_path):
+    file = tmp_path / "data.txt"
+    file.write_text("Oslo\tB-LOC\tQ585\nsleeps\tO\t\n")
+    with pytest.raises(ValueError, match=r"line 2: expected .*conll_tag_column -1"):
+        token_task().read(file_source(file))
+    file.write_text("Oslo\tB-LOC\tQ585\nsleeps\tO\t\n\nhere O \n")
+    examples = token_task(conll_tag_column=1).read(file_source(file))
+    assert examples.table["tags"][:] == [["B-LOC", "O"], ["O"]]
+
+
 def test_labels_that_are_numbers_become_text(tmp_path):
     file = tmp_path / "data.jsonl"
     file.write_text(json.dumps({"tokens": ["Anna", "sleeps"], "ner_tags": [1, 0]}) + "\n")

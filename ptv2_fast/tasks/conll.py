@@ -24,8 +24,9 @@ def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict
         {"words": one list per sentence, "tags": the same, unless tag_column is None}.
 
     Raises:
-        ValueError: naming the line that lacks a column, has one for both, or has labels and more or
-            fewer columns than the first of its sentence; or the file without a sentence.
+        ValueError: naming the line that lacks a column or, where labels are wanted, has no label,
+            has it where the word is, or has more or fewer columns than the first of its sentence;
+            or the file without a sentence.
     """
     words: list[list[str]] = [[]]
     tags: list[list[str]] = [[]]
@@ -36,23 +37,25 @@ def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict
                 words.append([])
                 tags.append([])
             continue
-        fields = line.split("\t") if "\t" in line else at_blanks(line)
+        fields = line.split("\t") if "\t" in line.rstrip(" \t") else at_blanks(line)
         if not words[-1]:
             width = len(fields)
         places = range(len(fields))
         try:
             words[-1].append(fields[word_column].strip())
             if tag_column is not None:
+                tag = fields[tag_column].strip()
+                same = places[tag_column] == places[word_column]
                 # A line without a label, whose last column is another, or a comment.
-                if places[tag_column] == places[word_column] or len(fields) != width:
+                if not tag or same or len(fields) != width:
                     raise IndexError
-                tags[-1].append(fields[tag_column].strip())
+                tags[-1].append(tag)
         except IndexError:
             wanted = f"conll_word_column {word_column}"
             if tag_column is not None:
                 wanted += f" and conll_tag_column {tag_column}, {width} columns as the sentence has"
             raise ValueError(
-                f"{source.name} line {number}: expected {wanted}, got {len(fields)} columns"
+                f"{source.name} line {number}: expected {wanted}, got {fields}"
             ) from None
     if not words[-1]:
         words.pop()
@@ -110,12 +113,11 @@ def at_blanks(text: str) -> list[str]:
 
 
 def _lines(source: Source) -> Iterator[tuple[int, str]]:
-    """The lines without blanks at their end, counted from 1."""
+    """The lines, counted from 1."""
     assert source.path is not None
     try:
         # Not splitlines(): it also cuts at characters that occur inside words.
         lines = source.path.read_text(encoding="utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source.name}: cannot be read as UTF-8 text: {error}") from error
-    for number, line in enumerate(lines, 1):
-        yield number, line.rstrip(" \t")
+    yield from enumerate(lines, 1)
