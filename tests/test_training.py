@@ -14,8 +14,10 @@ from transformers import TrainerCallback
 from ptv2_fast.training import trainer
 from ptv2_fast.training.baselines import trained_tensors
 from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.divergence import DivergedError
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes, reset_peak_memory
 from ptv2_fast.training.methods import prepare_model, sample_token_ids
+from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig, read_config_file
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
@@ -227,6 +229,62 @@ def test_a_run_ends_with_its_best_checkpoint(tiny, tmp_path, monkeypatch):
     for name, tensor in trained_tensors(prepared.model).items():
         assert tensor.equal(states[1][name]), name
     assert not tensor.equal(states[2][name])
+
+
+@pytest.mark.parametrize("limit", ["max_steps", "max_seconds"])
+def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
+    limit, tiny, tmp_path, monkeypatch
+):
+    """In the middle of an epoch, and resumed in a folder of another name."""
+    scores, states = iter([0.9, 0.3, 0.2, 0.1]), []
+
+    def score(model, *unused):
+        states.append({k: v.clone() for k, v in trained_tensors(model).items()})
+        return {"f1": next(scores)}
+
+    def killed(*unused):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "score", score)
+    monkeypatch.setattr("ptv2_fast.training.run.StepClock", FakeClock)
+    config = run_config(tiny, eval_steps=2, save_steps=2, **{limit: 8})
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr("ptv2_fast.training.run.save_trained", killed)
+        train(prepare(config, tmp_path / "run"))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    prepared = prepare(config, tmp_path / "moved", resume=True)
+    assert train(prepared)["steps"] == 8
+    for name, tensor in trained_tensors(prepared.model).items():
+        assert tensor.equal(states[0][name]), name
+
+
+def test_a_run_that_diverges_after_its_last_logged_loss_keeps_nothing(tiny, tmp_path):
+    config = run_config(tiny, learning_rate=1e38, max_grad_norm=0.0, max_steps=5)
+    with pytest.raises(DivergedError, match=r"the trained .*prefix_encoder"):
+        train(prepare(config, tmp_path / "run"))
+    assert not (tmp_path / "run" / "adapter").exists()
+
+
+def test_a_model_that_was_cut_short_while_it_was_saved_is_no_finished_run(tiny, tmp_path):
+    prepared = prepare(run_config(tiny, method="fine-tuning", max_steps=1), tmp_path / "run")
+
+    def cut_short(folder):
+        type(prepared.model).save_pretrained(prepared.model, folder)
+        (folder / "model.safetensors").write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    prepared.model.save_pretrained = cut_short
+    with pytest.raises(KeyboardInterrupt):
+        train(prepared)
+    with pytest.raises(ValueError, match="run: expected a finished run"):
+        load_run(tmp_path / "run")
+
+
+def test_training_stops_at_the_first_of_its_limits(tiny, tmp_path):
+    """24 examples in batches of 4: six steps an epoch."""
+    for epochs, steps, expected in ((1.5, 100, 9), (3, 4, 4)):
+        config = run_config(tiny, num_train_epochs=epochs, max_steps=steps)
+        assert prepare(config, tmp_path / "run").arguments.max_steps == expected
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,11 @@ class StepClock(TrainerCallback, ExportableState):
         running = 0.0 if self._started is None else time.perf_counter() - self._started
         return self.seconds + running
 
+    @property
+    def over(self) -> bool:
+        """Whether the limit is reached."""
+        return self.max_seconds is not None and self.seconds >= self.max_seconds
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **unused: Any
     ) -> None:
@@ -57,9 +62,8 @@ class StepClock(TrainerCallback, ExportableState):
         self.step_seconds.append(time.perf_counter() - self._started)
         self.seconds += self.step_seconds[-1]
         self._started = None
-        over = self.max_seconds is not None and self.seconds >= self.max_seconds
-        control.should_training_stop |= over
+        control.should_training_stop |= self.over
         interval = self.eval_seconds
-        if over or (interval and self.seconds // interval > before // interval):
+        if self.over or (interval and self.seconds // interval > before // interval):
             control.should_evaluate |= args.eval_strategy != IntervalStrategy.NO
             control.should_save |= args.save_strategy != SaveStrategy.NO

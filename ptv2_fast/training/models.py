@@ -1,6 +1,8 @@
 """Pretrained encoders with a head in, trained ones out: loading and saving for every method."""
 
 import dataclasses
+import os
+import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -76,7 +78,10 @@ def save_trained(model: PreTrainedModel, method: str, folder: Path) -> None:
     if method == "p-tuning-v2":
         save_adapter(model, folder / run_folder.ADAPTER)
     elif method == "fine-tuning":
-        model.save_pretrained(folder / run_folder.MODEL)
+        temporary = folder / f"{run_folder.MODEL}.tmp"
+        model.save_pretrained(temporary)
+        shutil.rmtree(folder / run_folder.MODEL, ignore_errors=True)
+        os.replace(temporary, folder / run_folder.MODEL)
     else:
         write_tensors(folder / run_folder.TRAINED, final_tensors(model))
 

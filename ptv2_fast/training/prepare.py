@@ -173,13 +173,15 @@ def training_arguments(
             "None beside eval_seconds" if eval_steps == _NEVER else f"eval_steps {eval_steps}"
         )
         raise ValueError(f"save_steps: expected {expected} with load_best, got {save_steps}")
-    epochs = options.num_train_epochs
+    epochs, max_steps = options.num_train_epochs, options.max_steps
+    if epochs is not None and max_steps is not None:  # Trainer would pass over the epochs
+        max_steps = min(max_steps, math.ceil(epochs * epoch))
     if epochs is None:
         epochs = 3 if options.max_seconds is None else _ENDLESS_EPOCHS
     return TrainingArguments(
         output_dir=str(folder / run_folder.CHECKPOINTS),
         num_train_epochs=epochs,
-        max_steps=options.max_steps or -1,
+        max_steps=max_steps or -1,
         per_device_train_batch_size=options.batch_size,
         per_device_eval_batch_size=options.eval_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,

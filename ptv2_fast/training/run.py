@@ -13,7 +13,7 @@ import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.clock import StepClock
-from ptv2_fast.training.divergence import StopWhenDiverged
+from ptv2_fast.training.divergence import StopWhenDiverged, require_finite
 from ptv2_fast.training.machine import describe_machine
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes
 from ptv2_fast.training.models import save_trained
@@ -34,7 +34,7 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         The report, as in report.json.
 
     Raises:
-        DivergedError: when the training loss becomes infinite or NaN.
+        DivergedError: when the training loss or what was trained becomes infinite or NaN.
     """
     config, folder = prepared.config, prepared.folder
     checkpoint = run_folder.last_checkpoint(folder) if prepared.resume else None
@@ -52,6 +52,7 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         **pace(config.training, clock, folder, callbacks),
     )
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    require_finite(prepared.model)
     save_trained(prepared.model, config.model.method, folder)
     report = _report(prepared, clock, trainer.state.global_step)
     run_folder.finish(folder, report)
@@ -71,10 +72,20 @@ def pace(
         "epoch_decay": options.schedule_decay if options.schedule == "exponential" else None,
         "callbacks": [
             StopWhenDiverged(),
+            _BestCheckpoint(),
             _MetricsFile(folder / run_folder.METRICS),
             *(callbacks or []),
         ],
     }
+
+
+class _BestCheckpoint(TrainerCallback):
+    """Finds the best checkpoint of a resumed run again, whatever its folder is called now."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
+        if best.is_dir():
+            state.best_model_checkpoint = str(best)
 
 
 class _MetricsFile(TrainerCallback):

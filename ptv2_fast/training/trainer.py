@@ -124,6 +124,13 @@ class PacedTrainer(Trainer):
     def scores(self) -> dict[str, float]:
         """The metrics of the validation examples, which draw nothing from torch's generator."""
 
+    def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
+        """No batch when training is over already: Trainer takes a step before it asks."""
+        if self.state.global_step >= self.state.max_steps or self.clock.over:
+            self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(*args)
+
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         optimizer = super().create_optimizer(model)
         if self.head_learning_rate is not None:

@@ -21,6 +21,7 @@ from transformers import (
 from ptv2_fast.tasks.task import Features
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.divergence import require_finite
 from ptv2_fast.training.methods import prefix_config, prepare_model
 from ptv2_fast.training.models import load_pretrained, save_trained
 from ptv2_fast.training.multitask.config import MultiTaskConfig
@@ -222,7 +223,7 @@ def train_tasks(
         The report, as in report.json.
 
     Raises:
-        DivergedError: when the training loss becomes infinite or NaN.
+        DivergedError: when the training loss or what was trained becomes infinite or NaN.
     """
     config, folder = prepared.config, prepared.folder
     checkpoint = run_folder.last_checkpoint(folder) if prepared.resume else None
@@ -230,6 +231,7 @@ def train_tasks(
     clock = StepClock(config.training.max_seconds, config.training.eval_seconds)
     trainer = MultiTaskTrainer(prepared, **pace(config.training, clock, folder, callbacks))
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    require_finite(prepared.model)
     for number in range(len(prepared.parts)):
         _save_single(prepared, number)
     report = _report(prepared, clock, trainer.state.global_step)
