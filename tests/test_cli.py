@@ -1,5 +1,6 @@
 """The command line end to end on tiny data, interrupted runs, and bad input."""
 
+import io
 import json
 import os
 import signal
@@ -86,6 +87,13 @@ def test_predict_tags_typed_sentences_and_files_without_labels(trained, tmp_path
     assert json.loads(capsys.readouterr().out) == typed
 
 
+def test_predict_answers_each_line_of_stdin(trained, capsys, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("Anna lives in Oslo.\n\nBob\n"))
+    assert cli.main(["predict", "--run", str(trained)]) == 0
+    lines = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [len(line["words"]) for line in lines] == [5, 0, 1]
+
+
 @pytest.mark.parametrize(
     ("method", "learning_rate"),
     [("fine-tuning", 0.01), ("linear-probe", 0.05), ("prompt-tuning", 0.01)],
@@ -168,6 +176,10 @@ BAD_TRAINING = {
     "missing model": (["--model", "/nowhere"], "/nowhere"),
     "missing column": (["--train-file", "{train_csv}"], "words_column: expected a column of"),
     "P": (["--num-virtual-tokens", "0"], "num_virtual_tokens: expected an integer >= 1, got 0"),
+    "width": (
+        ["--method", "p-tuning-v1", "--encoder-hidden-size", "0"],
+        "encoder_hidden_size: expected None or an integer >= 1, got 0",
+    ),
     "P takes all": (["--position-offset", "prefix", "--pre_seq_len", "24"], "num_virtual_tokens"),
     "depth": (["--depth", "1-3"], "depth: expected layers 1 to 2, which the model has, got '1-3'"),
     "max length": (["--max-length", "25"], "max_length: expected at most 24, got 25"),
@@ -219,6 +231,8 @@ def test_an_existing_folder_is_left_alone(trained, tiny, tmp_path, capsys):
     line = fails_with_one_line(train_arguments(tiny, tmp_path, "--overwrite"), capsys)
     assert "expected a run folder" in line
     assert (tmp_path / "precious.txt").read_text() == "mine"
+    line = fails_with_one_line(train_arguments(tiny, tiny["model"], "--overwrite"), capsys)
+    assert "expected a run folder" in line, "a pretrained model has a config.json too"
 
 
 def test_bad_config_files_name_the_file_and_the_option(tiny, tmp_path, capsys):
@@ -230,6 +244,12 @@ def test_bad_config_files_name_the_file_and_the_option(tiny, tmp_path, capsys):
             "unknown options ['max_lenght']; close to 'max_lenght' are",
         ),
         ("c.json", '{"seed": ', "c.json cannot be read"),
+        ("e.yaml", "on: 1", "unknown options ['True']"),
+        (
+            "f.yaml",
+            "num_virtual_tokens: 4\npre_seq_len: 8",
+            "expected every option once, got ['num_virtual_tokens'] more often",
+        ),
         ("d.ini", "seed = 1", "expected .json, .toml, .yaml or .yml, got '.ini'"),
     ):
         (tmp_path / name).write_text(content)

@@ -53,7 +53,7 @@ def _predict(options: dict[str, Any]) -> None:
     if options["data"] is not None:
         lines = checked(predict_file, run, Path(options["data"]), batch_size)
     else:
-        texts = options["text"] or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        texts = options["text"] or [line.rstrip("\n") for line in sys.stdin]
         lines = checked(predict_texts, run, texts, batch_size)
     for line in lines:
         print(json.dumps(line, ensure_ascii=False))

@@ -99,6 +99,8 @@ class ModelOptions(Options):
         super().__post_init__()
         self.require(self.model is not None, "model", "a folder or a name on the hub")
         self.require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "an integer >= 1")
+        width = self.encoder_hidden_size
+        self.require(width is None or width >= 1, "encoder_hidden_size", "None or an integer >= 1")
         if self.start_from is not None:
             self.require(
                 self.method == "p-tuning-v2", "start_from", f"None for the method {self.method}"
@@ -122,7 +124,7 @@ class TrainingOptions(Options):
     """How long, how fast and with which seed."""
 
     num_train_epochs: float | None = option(
-        None, "passes over the data (default: 3, or no limit with --max-seconds)"
+        None, "passes over the data (default: 3, or no limit with --max-steps or --max-seconds)"
     )
     max_steps: int | None = option(None, "stop after this many optimizer steps")
     max_seconds: float | None = option(
@@ -241,23 +243,25 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
     """Options in one table under their own names; those in data, model and training move up.
 
     Raises:
-        ValueError: for a name that is no option or alias of one.
+        ValueError: for a name that is no option or alias of one, or an option given twice.
     """
-    flat: dict[str, Any] = {}
+    given: list[tuple[str, Any]] = []
     for name, value in values.items():
         # "model" is both a table and an option.
-        if name in SECTIONS and isinstance(value, dict):
-            flat.update(value)
-        else:
-            flat[name] = value
+        is_table = name in SECTIONS and isinstance(value, dict)
+        given += value.items() if is_table else [(name, value)]
     known = {alias: name for part in SECTIONS.values() for alias, name in part.names().items()}
-    flat = {name.replace("-", "_"): value for name, value in flat.items()}
-    unknown = sorted(set(flat) - set(known))
+    names = [str(name).replace("-", "_") for name, _ in given]
+    unknown = sorted(set(names) - set(known))
     if unknown:
         close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.5)
         hint = f"; close to {unknown[0]!r} are {close}" if close else ""
         raise ValueError(f"config: unknown options {unknown}{hint}")
-    return {known[name]: value for name, value in flat.items()}
+    names = [known[name] for name in names]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"config: expected every option once, got {twice} more often")
+    return {name: value for name, (_, value) in zip(names, given, strict=True)}
 
 
 def read_config_file(path: str | Path) -> dict[str, Any]:

@@ -88,7 +88,10 @@ def check_output(folder: Path, resume: bool, overwrite: bool, marker: str = CONF
             f"output: expected a new or empty folder, got {str(folder)!r}; --resume goes on with "
             "the run in it, --overwrite deletes it"
         )
-    if not (folder / marker).is_file():
+    is_run = (folder / marker).is_file()
+    if is_run and marker == CONFIG:  # the folder of a pretrained model has a file of this name
+        is_run = "found" in read_json(folder / marker)
+    if not is_run:
         raise ValueError(f"output: expected a run folder with {marker}, got {str(folder)!r}")
 
 
