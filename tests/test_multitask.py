@@ -132,6 +132,8 @@ def test_numbers_of_batches_follow_the_sizes_and_the_temperature():
     assert batches_per_epoch([100, 25, 5], 5, temperature=1e3) == [9, 9, 8]
     assert batches_per_epoch([1000, 1], 10, temperature=1) == [100, 1]
     assert batches_per_epoch([1, 1, 1], 10, temperature=1) == [1, 1, 1]
+    # 0.9, 2.6, 2.5 of 6: a data set that got its one batch has no remainder left.
+    assert batches_per_epoch([9, 26, 25], 10, temperature=1) == [1, 3, 2]
 
 
 def test_batches_are_of_one_data_set_and_no_example_is_left_out():
@@ -345,6 +347,7 @@ def test_bad_configurations_name_what_is_wrong(tiny):
         ([first, reviews], "one family.*'text-classification': 'text-classification'"),
         ([first, {**second, "name": "first"}], "a name of its own for each"),
         ([first, {**second, "name": "a/b"}], r"names of letters.*\['a/b'\]"),
+        ([first, {**second, "name": 2004}], r"names of letters.*\[2004\]"),
         ([first, {**second, "seed": 1}], r"expected data options in the list, got \['seed'\]"),
         ([first, {**second, "trian_file": "x"}], "close to 'trian_file'"),
     ):

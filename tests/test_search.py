@@ -86,7 +86,13 @@ def test_the_default_space_is_what_the_method_has_and_the_user_did_not_give(tiny
         ("learning_rate: {low: 0.1}", "expected low, high"),
         ("learning_rate: [0.1, 0.2]", "expected a table with choices"),
         ("num_virtual_tokens: {low: 0, high: 4}", "num_virtual_tokens: expected an integer >= 1"),
+        (
+            "num_virtual_tokens: {low: 4, high: 8, step: 0.5}",
+            "num_virtual_tokens: expected integers",
+        ),
+        ("learning_rate: {low: 0.1, high: .inf}", "learning_rate: expected finite numbers"),
         ("num_virtual_tokens: {choices: [4, 4]}", "different choices"),
+        ("pre_seq_len: {choices: [4]}\nnum_virtual_tokens: {choices: [8]}", "every option once"),
         ("method: {choices: [magic]}", "method: expected one of"),
         ("method: {low: 1, high: 2}", "the option is no number"),
         ("task: {choices: [rte]}", "options of one task"),

@@ -44,7 +44,7 @@ class MultiTaskConfig:
                 f"tasks: expected at least two data sets and a name for each, got {self.names} for "
                 f"{len(self.tasks)}"
             )
-        bad = [name for name in self.names if not _NAME.fullmatch(str(name))]
+        bad = [n for n in self.names if not isinstance(n, str) or not _NAME.fullmatch(n)]
         if bad:
             raise ValueError(f"tasks: expected names of letters, digits, - and _, got {bad}")
         if len(set(self.names)) < len(self.names):

@@ -27,7 +27,7 @@ def batches_per_epoch(sizes: Sequence[int], batch_size: int, temperature: float)
     weights = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
     shares = [total * weight / sum(weights) for weight in weights]
     counts = [max(1, int(share)) for share in shares]
-    by_remainder = sorted(range(len(sizes)), key=lambda i: int(shares[i]) - shares[i])
+    by_remainder = sorted(range(len(sizes)), key=lambda i: counts[i] - shares[i])
     for number in by_remainder[: max(0, total - sum(counts))]:
         counts[number] += 1
     return counts

@@ -6,6 +6,7 @@ max_length: {low: 64, high: 256, step: 64}
 """
 
 import dataclasses
+import math
 import typing
 from collections.abc import Collection
 from pathlib import Path
@@ -66,12 +67,9 @@ def read_space(path: str | Path) -> Space:
         ValueError: for a missing or malformed file, or unknown options.
     """
     try:
-        # By name and not as a whole, since `model` is both an option and a table of options.
-        return {
-            option: entry
-            for name, entry in read_table(path).items()
-            for option in flatten({name: None})
-        }
+        table = read_table(path)
+        # The names alone, since `model` is both an option and a table of options.
+        return dict(zip(flatten(dict.fromkeys(table)), table.values(), strict=True))
     except ValueError as error:
         raise ValueError(f"space: {error}") from error
 
@@ -114,12 +112,15 @@ def _check_entry(name: str, entry: Any) -> None:
     numbers = [entry[key] for key in ("low", "high", "step") if key in entry]
     # YAML takes 1e-3 for text and 1.0e-3 for a number.
     require(all(type(n) in (int, float) for n in numbers), "numbers (1.0e-3 and not 1e-3 in YAML)")
+    require(all(map(math.isfinite, numbers)), "finite numbers")
     require(entry["low"] < entry["high"], "low below high")
     require(isinstance(entry.get("log", False), bool), "true or false for log")
     require(not entry.get("log") or entry["low"] > 0, "low above 0 with log")
     require(entry.get("step", 1) > 0, "a step above 0")
     require(not entry.get("log") or "step" not in entry, "log or step")
-    require(option_type(name) in (int, float), "choices, since the option is no number")
+    kind = option_type(name)
+    require(kind in (int, float), "choices, since the option is no number")
+    require(kind is float or all(type(n) is int for n in numbers), "integers")
 
 
 def values_of(entry: dict[str, Any]) -> list[Any]:
