@@ -205,6 +205,9 @@ def test_one_search_at_a_time_in_a_folder_and_only_with_optuna(tiny, tmp_path, c
         (folder / "study.db").touch()
         with pytest.raises(ValueError, match="a search is running in"):
             run_search(Search(base_of(tiny), SPACE, folder, trials=1))
+    (folder / "study.db").write_text("not a database")
+    with pytest.raises(ValueError, match="study: expected a database"):
+        run_search(Search(base_of(tiny), SPACE, folder, trials=1))
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     (tmp_path / "space.yaml").write_text("dropout: {choices: [0.0]}")
     assert cli.main(command(tiny, folder, tmp_path / "space.yaml")) == 2

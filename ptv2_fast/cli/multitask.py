@@ -6,7 +6,7 @@ from typing import Any
 
 from ptv2_fast.cli.parser import add_command, add_options, checked, quieten
 from ptv2_fast.cli.sweeps import add_output
-from ptv2_fast.cli.train import print_features, train_and_print
+from ptv2_fast.cli.train import is_complete, print_features, train_and_print
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig, flatten_tasks, read_multitask_file
 from ptv2_fast.training.options import ModelOptions, TrainingOptions
@@ -57,15 +57,9 @@ def add(commands: Any) -> None:
 def _multitask(options: dict[str, Any]) -> None:
     folder = Path(options.pop("output"))
     flags = {name: options.pop(name) for name in ("resume", "overwrite", "dry_run")}
-    resume, overwrite = flags["resume"], flags["overwrite"]
-    config = checked(_read_config, options, folder if resume else None)
-    checked(run_folder.check_output, folder, resume, overwrite)
-    if resume:
-        checked(run_folder.check_same_run, folder, config)
-    if resume and (folder / run_folder.REPORT).is_file():
-        print(f"{folder} is complete: see {folder / run_folder.REPORT}", file=sys.stderr)
-        return
-    _train(config, folder, **flags)
+    config = checked(_read_config, options, folder if flags["resume"] else None)
+    if not is_complete(config, folder, flags["resume"], flags["overwrite"]):
+        _train(config, folder, **flags)
 
 
 def _read_config(options: dict[str, Any], started: Path | None) -> MultiTaskConfig:

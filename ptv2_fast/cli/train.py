@@ -62,13 +62,24 @@ def _train(options: dict[str, Any]) -> None:
         _train_sweep(options, folder, seeds, flags)
         return
     config = checked(run_config, options, checked(_before, folder) if resume else None)
-    checked(run_folder.check_output, folder, resume, flags["overwrite"])
-    if resume:
-        checked(run_folder.check_same_run, folder, config)
-    if resume and (folder / run_folder.REPORT).is_file():
+    if not is_complete(config, folder, resume, flags["overwrite"]):
+        _train_one(config, folder, **flags)
+
+
+def is_complete(config: run_folder.Config, folder: Path, resume: bool, overwrite: bool) -> bool:
+    """Check the folder before the heavy imports; say so when the run in it has been finished.
+
+    Raises:
+        BadInput: for a folder that cannot be used, or the run of other options.
+    """
+    checked(run_folder.check_output, folder, resume, overwrite)
+    if not resume:
+        return False
+    checked(run_folder.check_same_run, folder, config)
+    complete = (folder / run_folder.REPORT).is_file()
+    if complete:
         print(f"{folder} is complete: see {folder / run_folder.REPORT}", file=sys.stderr)
-        return
-    _train_one(config, folder, **flags)
+    return complete
 
 
 def _train_sweep(

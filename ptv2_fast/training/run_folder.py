@@ -6,6 +6,8 @@ multi-task run keeps in tasks/NAME/ a folder of this form for each of its tasks,
 trained.
 """
 
+import csv
+import io
 import json
 import os
 import shutil
@@ -49,6 +51,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Write JSON the same way."""
     write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_csv(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write a table the same way; what a row lacks is left empty."""
+    table = io.StringIO()
+    columns = dict.fromkeys(name for row in rows for name in row)
+    writer = csv.DictWriter(table, list(columns), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(path, table.getvalue())
 
 
 def read_json(path: Path) -> dict[str, Any]:

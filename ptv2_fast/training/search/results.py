@@ -1,7 +1,5 @@
 """What a search leaves: trials.csv, best.yaml, and the weights of the best trial alone."""
 
-import csv
-import io
 import shutil
 from pathlib import Path
 from typing import Any
@@ -68,12 +66,7 @@ def write_results(study: optuna.Study, base: RunConfig, metric: str, folder: Pat
     """Write trials.csv and, when a trial has finished, best.yaml; each is replaced as a whole."""
     trials = study.get_trials(deepcopy=False)
     rows = [_row(trial, metric) for trial in trials if trial.state != TrialState.WAITING]
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    run_folder.write_text(folder / TRIALS, table.getvalue())
+    run_folder.write_csv(folder / TRIALS, rows)
     best = best_trial(study)
     if best is not None:
         head = f"# Trial {best.number} of {len(rows)}: {metric} {best.value}\n"

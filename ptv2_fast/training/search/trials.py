@@ -14,6 +14,7 @@ import numpy
 import optuna
 import torch
 from optuna.trial import TrialState
+from sqlalchemy.exc import DatabaseError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptv2_fast.training.divergence import DivergedError
@@ -61,11 +62,18 @@ class Search:
 
 
 def open_study(search: Search) -> optuna.Study:
-    """The study in the folder, a new one when there is none."""
+    """The study in the folder, a new one when there is none.
+
+    Raises:
+        ValueError: when the file is no database.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{search.folder / STUDY}", engine_kwargs={"connect_args": {"timeout": 120}}
-    )
+    file = search.folder / STUDY
+    settings = {"connect_args": {"timeout": 120}}
+    try:
+        storage = optuna.storages.RDBStorage(f"sqlite:///{file}", engine_kwargs=settings)
+    except DatabaseError as error:
+        raise ValueError(f"study: expected a database, got {file} ({error.orig})") from error
     return optuna.create_study(
         storage=storage,
         study_name="search",

@@ -1,8 +1,6 @@
 """What a sweep found: results.csv, a row a run, and summary.json, means over seeds."""
 
-import csv
 import dataclasses
-import io
 import json
 import math
 import statistics
@@ -37,13 +35,7 @@ class Outcome:
 
 def write_results(folder: Path, sweep: Sweep, outcome: Outcome) -> None:
     """Write both files anew; each is replaced as a whole."""
-    rows = result_rows(sweep, outcome)
-    columns = list(dict.fromkeys(name for row in rows for name in row))
-    table = io.StringIO()
-    writer = csv.DictWriter(table, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    run_folder.write_text(folder / RESULTS, table.getvalue())
+    run_folder.write_csv(folder / RESULTS, result_rows(sweep, outcome))
     run_folder.write_json(folder / SUMMARY, summarize(sweep, outcome))
 
 
