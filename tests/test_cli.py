@@ -227,6 +227,8 @@ def test_an_existing_folder_is_left_alone(trained, tiny, tmp_path, capsys):
     assert "--resume goes on" in line
     line = fails_with_one_line(train_arguments(tiny, trained, "--resume", "--seed", "1"), capsys)
     assert {file: file.stat().st_mtime_ns for file in trained.rglob("*")} == before
+    line = fails_with_one_line(train_arguments(tiny, f"{tiny['train']}/run"), capsys)
+    assert f"expected a folder, got the file '{tiny['train']}'" in line
     (tmp_path / "precious.txt").write_text("mine")
     line = fails_with_one_line(train_arguments(tiny, tmp_path, "--overwrite"), capsys)
     assert "expected a run folder" in line

@@ -259,6 +259,13 @@ def test_ablate_from_the_command_line(tiny, tmp_path, capsys):
     content = json.loads((tmp_path / "runs" / "sweep.json").read_text())
     assert content["kind"] == "reparam"
     assert content["runs"]["mlp-seed-42"] == {"prefix_projection": True, "seed": 42}
+    words = arguments(tiny, "ablate", "length", "--output", output + "2", "--max-steps", "1")
+    assert cli.main([*words, "--values", "3"]) == 0
+    capsys.readouterr()
+    more = ["--output", output + "2", "--resume", "--seeds", "7", "--dry-run"]
+    assert cli.main(["ablate", "length", *more]) == 0
+    runs = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    assert runs == ["plain-3-seed-42", "mlp-3-seed-42", "plain-3-seed-7", "mlp-3-seed-7"]
     assert cli.main(["ablate", "depth", "--output", output, "--resume", "--steps", "1"]) == 2
     assert "expected the sweep of reparam" in capsys.readouterr().err
 

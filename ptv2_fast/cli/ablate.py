@@ -38,7 +38,12 @@ def add(commands: Any) -> None:
     parser.add_argument("kind", choices=tuple(_VARIED), help="what is varied")
     run = parser.add_argument_group("ablation")
     add_output(run, "ablation")
-    run.add_argument("--seeds", type=list_of_integers, metavar="N,N,...", help="seeds of each run")
+    run.add_argument(
+        "--seeds",
+        type=list_of_integers,
+        metavar="N,N,...",
+        help="seeds of each run; with --resume they may become more",
+    )
     run.add_argument("--steps", type=int, metavar="N", help="depth: how many depths (default: 6)")
     run.add_argument(
         "--values", type=list_of_integers, metavar="N,N,...",
@@ -59,8 +64,8 @@ def _ablate(options: dict[str, Any]) -> None:
                            f"{settings[name]!r}")  # fmt: skip
     refuse_given(options, (*_VARIED[kind], *(() if seeds is None else ("seed",))))
     before = checked(sweep_before, folder) if flags["resume"] else None
-    if before is not None and before.kind == kind and seeds is None and not settings:
-        run_and_print(rest_of(before, options), folder, **flags)
+    if before is not None and before.kind == kind and not settings:
+        run_and_print(rest_of(before, options, seeds), folder, **flags)
         return
     if kind == "head":
         options["head"] = "lm"  # the verbalizer is its option

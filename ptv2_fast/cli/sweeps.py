@@ -44,14 +44,19 @@ def sweep_before(folder: Path) -> Sweep | None:
     return read_sweep(folder) if (folder / SWEEP).is_file() else None
 
 
-def rest_of(before: Sweep, options: dict[str, Any]) -> Sweep:
+def rest_of(before: Sweep, options: dict[str, Any], seeds: list[int] | None) -> Sweep:
     """The sweep in the folder, with options given now, which must be those given then.
+
+    Its settings get these seeds; None = those that they had.
 
     Raises:
         BadInput: for options that the runs set themselves, or bad ones.
     """
     refuse_given(options, set().union(*before.changes.values()))
-    return dataclasses.replace(before, base=checked(run_config, options, before.base.flat()))
+    base = checked(run_config, options, before.base.flat())
+    if seeds is not None:
+        return checked(before.with_seeds, base, seeds)
+    return dataclasses.replace(before, base=base)
 
 
 def refuse_given(options: dict[str, Any], varied: Iterable[str]) -> None:

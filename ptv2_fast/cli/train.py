@@ -87,13 +87,11 @@ def _train_sweep(
 ) -> None:
     """A run for each seed, or the rest of the sweep in the folder."""
     before = checked(sweep_before, folder) if flags["resume"] else None
-    if seeds is None:
-        assert before is not None
-        sweep = rest_of(before, options)
+    if before is not None:
+        sweep = rest_of(before, options, seeds)
     else:
         refuse_given(options, {"seed"})
-        base = checked(run_config, options, before.base.flat() if before else None)
-        sweep = checked(seeds_sweep, base, seeds)
+        sweep = checked(seeds_sweep, checked(run_config, options), seeds)
     run_and_print(sweep, folder, **flags)
 
 

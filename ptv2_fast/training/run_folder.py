@@ -86,11 +86,14 @@ def check_output(folder: Path, resume: bool, overwrite: bool, marker: str = CONF
     Nothing is changed.
 
     Raises:
-        ValueError: for a file, or a folder with content, unless `resume` or `overwrite`, and for
-            `overwrite` of a folder that is no run.
+        ValueError: for a file, a folder that cannot be written, one with content unless `resume`
+            or `overwrite`, and for `overwrite` of a folder that is no run.
     """
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"output: expected a folder, got the file {str(folder)!r}")
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"output: expected a folder, got the file {str(nearest)!r}")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"output: expected a folder that can be written, got {str(nearest)!r}")
     if resume and overwrite:
         raise ValueError("resume: expected one of resume and overwrite, got both")
     if not folder.exists() or not any(folder.iterdir()):

@@ -63,6 +63,22 @@ class Sweep:
         }  # fmt: skip
         run_folder.write_json(folder / SWEEP, content)
 
+    def with_seeds(self, base: RunConfig, seeds: Sequence[int]) -> "Sweep":
+        """The settings of this sweep with other seeds.
+
+        Raises:
+            ValueError: for repeated seeds, or a bad value of an option.
+        """
+        variants = {}
+        for name, axes in self.axes.items():
+            variant = name.removesuffix(f"seed-{axes['seed']}").removesuffix("-")
+            parts = [
+                {option: value for option, value in part.items() if option != "seed"}
+                for part in (self.changes[name], axes)
+            ]
+            variants[variant] = (parts[0], parts[1])
+        return sweep_of(self.kind, base, variants, seeds)
+
     def joined_with(self, before: "Sweep") -> "Sweep":
         """This sweep and the runs of an earlier one in the same folder, the earlier ones first.
 
