@@ -23,7 +23,7 @@ from ptv2_fast.training.options import ModelOptions
 Method = Callable[[PreTrainedModel, ModelOptions, Tensor | None], None]
 
 
-def prefix_config(options: ModelOptions, task_type: str | None = None) -> PTuningV2Config:
+def prefix_config(options: ModelOptions) -> PTuningV2Config:
     """The prefix that the options describe.
 
     Raises:
@@ -33,7 +33,6 @@ def prefix_config(options: ModelOptions, task_type: str | None = None) -> PTunin
         num_virtual_tokens=options.num_virtual_tokens,
         prefix_projection=options.prefix_projection,
         encoder_hidden_size=options.encoder_hidden_size,
-        task_type=task_type,
         prefix_dropout=options.prefix_dropout,
         layers=None if options.depth is None else parse_depth(options.depth),
         position_offset=options.position_offset,
