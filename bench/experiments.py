@@ -9,7 +9,6 @@ that it holds already.
 import argparse
 import csv
 import dataclasses
-import io
 import json
 import math
 import shlex
@@ -198,11 +197,7 @@ def write_csv(output: Path, data: Path) -> None:
         with CSV.open(encoding="utf-8", newline="") as file:
             kept = [row for row in csv.DictReader(file) if row["experiment"] not in found]
     table = sorted([*kept, *new], key=lambda row: (row["experiment"], row["run"]))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(table[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    run_folder.write_text(CSV, text.getvalue())
+    run_folder.write_csv(CSV, table)
 
 
 def main() -> None:

@@ -88,7 +88,8 @@ def predict_texts(
     """The predictions of a trained run for typed texts, as dictionaries.
 
     Raises:
-        ValueError: for an empty text, or one that is no pair where the run needs pairs.
+        ValueError: for a blank text, except where words are labelled, and for one that is no pair
+            where the run needs pairs.
     """
     return _predict_examples(run, run.task.from_texts(texts), batch_size)
 
