@@ -64,7 +64,9 @@ def main() -> None:
     with CSV.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
             experiments.setdefault(row["experiment"], []).append(row)
-    print(f"| | {' | '.join(_METHODS)} | PT-2 / FT: score | step | kept bytes | training |")
+    ratios = "v2 / fine-tuning: score | step | kept bytes | training"
+    print(f"| | {' | '.join(_METHODS)} | {ratios} |")
+    print("|" + "---|" * (len(_METHODS) + 5))
     for name, rows in experiments.items():
         print("\n".join(lines(name, rows)))
 
