@@ -10,7 +10,7 @@ import statistics
 from collections.abc import Iterator, Sequence
 
 from bench.experiments import CSV
-from ptv2_fast.training.report.compare import Statistic
+from ptv2_fast.training.statistic import Statistic
 
 Row = dict[str, str]
 

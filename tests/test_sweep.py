@@ -11,6 +11,7 @@ from transformers import TrainerCallback
 from ptv2_fast import cli
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.run import train
+from ptv2_fast.training.statistic import Statistic
 from ptv2_fast.training.sweeps import sweep as sweep_module
 from ptv2_fast.training.sweeps.ablation import (
     depth_sweep,
@@ -20,7 +21,7 @@ from ptv2_fast.training.sweeps.ablation import (
     reparam_sweep,
 )
 from ptv2_fast.training.sweeps.plan import Sweep, read_sweep, seeds_sweep, sweep_of
-from ptv2_fast.training.sweeps.results import Outcome, mean_and_deviation, summarize, write_results
+from ptv2_fast.training.sweeps.results import Outcome, summarize, write_results
 from ptv2_fast.training.sweeps.sweep import run_once, run_sweep
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
@@ -149,7 +150,7 @@ def test_mean_and_deviation_over_the_seeds_of_each_setting(base, tmp_path):
     assert (found["n"], found["mean"]) == (3, pytest.approx(2 / 3))
     assert found["sd"] == pytest.approx(math.sqrt(78 / 900 / 2))
     assert eight["metrics"]["validation"]["f1"] == {"n": 1, "mean": 0.25, "sd": None}
-    assert mean_and_deviation([1.0, math.nan])["sd"] is None
+    assert Statistic.of([1.0, math.nan]).deviation is None
 
     write_results(tmp_path, sweep, outcome)
     table = rows(tmp_path)

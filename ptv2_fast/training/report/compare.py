@@ -3,7 +3,6 @@
 import json
 import math
 import os
-import statistics
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training.options import NEUTRAL_OPTIONS
 from ptv2_fast.training.report.data import COLUMNS, Result, Run, option_defaults
+from ptv2_fast.training.statistic import Statistic
 
 # What two runs may differ in and still be one setting: the seed, and what leaves no mark.
 _NO_SETTING = NEUTRAL_OPTIONS | {"seed", "logging_steps", "save_steps"}
@@ -30,23 +30,6 @@ _SOURCES: tuple[Callable[[dict[str, str]], str], ...] = (
     lambda data: data.get("train_file", "").rpartition("/")[0],
     lambda data: data.get("train_file", ""),
 )
-
-
-@dataclass(frozen=True)
-class Statistic:
-    """Mean and, of two values or more, sample standard deviation."""
-
-    mean: float
-    deviation: float | None
-    count: int
-
-    @classmethod
-    def of(cls, values: Sequence[float]) -> "Statistic | None":
-        """None without values."""
-        if not values:
-            return None
-        deviation = statistics.stdev(values) if len(values) > 1 else None
-        return cls(statistics.fmean(values), deviation, len(values))
 
 
 @dataclass(frozen=True, eq=False)

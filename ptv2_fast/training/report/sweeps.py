@@ -5,11 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.training.report.compare import Names, Setting, Statistic, settings_of
+from ptv2_fast.training.report.compare import Names, Setting, settings_of
 from ptv2_fast.training.report.data import Run
 from ptv2_fast.training.report.figures import Figure, Line, draw_lines
 from ptv2_fast.training.report.tables import Cell, Row, Table, best_columns, metric_name, percent
 from ptv2_fast.training.report.tables import score_cell as cell
+from ptv2_fast.training.statistic import Statistic
 
 _PROJECTION = {False: "prefix itself", True: "computed by an MLP"}
 _HEAD = {"linear": "linear layer on [CLS]", "lm": "language-model head, label words"}

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
-from ptv2_fast.training.report.compare import Comparison, Setting, Statistic
+from ptv2_fast.training.report.compare import Comparison, Setting
 from ptv2_fast.training.report.data import COLUMNS
+from ptv2_fast.training.statistic import Statistic
 
 # (task, model) -> the published figures; as ptv2_fast.recipes.published.published.
 Published = Callable[[str, str], Sequence[Any]]

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 
-from ptv2_fast.training.report.compare import Comparison, Statistic
+from ptv2_fast.training.report.compare import Comparison
 from ptv2_fast.training.report.data import COLUMNS, Run
 from ptv2_fast.training.report.tables import (
     best_columns,
@@ -13,6 +13,7 @@ from ptv2_fast.training.report.tables import (
     ratio_of,
     share,
 )
+from ptv2_fast.training.statistic import Statistic
 
 _NAMES = {
     "FT": "fine-tuning", "PT": "prompt tuning", "PT-2": "P-Tuning v2",

@@ -2,13 +2,12 @@
 
 import dataclasses
 import json
-import math
-import statistics
 from pathlib import Path
 from typing import Any
 
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.statistic import Statistic
 from ptv2_fast.training.sweeps.plan import Sweep
 
 RESULTS = "results.csv"
@@ -113,13 +112,12 @@ def _spread(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, di
             for name, value in metrics.items():
                 values.setdefault(split, {}).setdefault(name, []).append(value)
     return {
-        split: {name: mean_and_deviation(found) for name, found in metrics.items()}
+        split: {name: _summary(found) for name, found in metrics.items()}
         for split, metrics in values.items()
     }
 
 
-def mean_and_deviation(values: list[float]) -> dict[str, Any]:
-    """n, mean and sample standard deviation (n - 1 below; None for one value)."""
-    finite = all(map(math.isfinite, values))
-    deviation = statistics.stdev(values) if len(values) > 1 and finite else None
-    return {"n": len(values), "mean": statistics.fmean(values), "sd": deviation}
+def _summary(values: list[float]) -> dict[str, Any]:
+    found = Statistic.of(values)
+    assert found is not None
+    return {"n": found.count, "mean": found.mean, "sd": found.deviation}
