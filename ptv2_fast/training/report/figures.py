@@ -168,8 +168,11 @@ def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
 def _legend(canvas: Canvas, axes: Axes) -> None:
     handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     if handles:
-        canvas.legend(handles.values(), handles.keys(), loc="outside upper left",
-                      ncols=min(4, len(handles)), columnspacing=1.0, handlelength=1.8)  # fmt: skip
+        columns = min(5, len(handles))
+        # Matplotlib fills column by column; the entries are to be read row by row.
+        labels = [label for c in range(columns) for label in list(handles)[c::columns]]
+        canvas.legend([handles[label] for label in labels], labels, loc="outside upper left",
+                      ncols=columns, columnspacing=1.0, handlelength=1.8)  # fmt: skip
 
 
 def _figure(
