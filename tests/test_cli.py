@@ -1,5 +1,6 @@
 """The command line end to end on tiny data, interrupted runs, and bad input."""
 
+import dataclasses
 import io
 import json
 import os
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from ptv2_fast import cli
+from ptv2_fast.training.options import METHODS_OF_OPTION, ModelOptions
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll, write_reviews
 
@@ -156,6 +158,18 @@ def test_a_complete_run_is_not_trained_again(trained, capsys):
     assert cli.main(["train", "--output", str(trained), "--resume"]) == 0
     assert "is complete" in capsys.readouterr().err
     assert (trained / "report.json").stat().st_mtime_ns == before
+
+
+def test_options_that_the_method_does_not_read_are_named(tiny, tmp_path, capsys):
+    assert set(METHODS_OF_OPTION) <= {field.name for field in dataclasses.fields(ModelOptions)}
+    arguments = train_arguments(tiny, tmp_path / "run", "--method", "linear-probe", "--dry-run",
+                                "--lora-rank", "4")  # fmt: skip
+    assert cli.main(arguments) == 0
+    notes = [line for line in capsys.readouterr().err.splitlines() if line.startswith("note: ")]
+    assert notes == [
+        f"note: {option} has no effect on the method linear-probe"
+        for option in ("--num-virtual-tokens", "--init", "--lora-rank")
+    ]
 
 
 def fails_with_one_line(arguments: list[str], capsys) -> str:

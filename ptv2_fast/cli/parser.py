@@ -3,13 +3,14 @@
 import argparse
 import dataclasses
 import os
+import sys
 import typing
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.tasks.options import Options, value_type
-from ptv2_fast.training.options import SECTIONS, RunConfig, read_config_file
+from ptv2_fast.training.options import METHODS_OF_OPTION, SECTIONS, RunConfig, read_config_file
 
 BAD_INPUT = 2  # the exit code
 
@@ -76,6 +77,9 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
 def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) -> RunConfig:
     """The run's configuration: `before`, then the recipe's, the file's, and the options.
 
+    Says on stderr which of the options the method does not read; a recipe or a file may hold
+    options of other methods.
+
     Args:
         options: parsed ones, of `add_run_settings` alone.
 
@@ -88,7 +92,13 @@ def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) ->
         values |= read_recipe(recipe)
     if config_file is not None:
         values |= read_config_file(config_file)
-    return RunConfig.from_dict(values | options)
+    config = RunConfig.from_dict(values | options)
+    method = config.model.method
+    for name in options:
+        if method not in METHODS_OF_OPTION.get(name, (method,)):
+            flag = f"--{name.replace('_', '-')}"
+            print(f"note: {flag} has no effect on the method {method}", file=sys.stderr)
+    return config
 
 
 def add_options(group: Any, part: type[Options], names: Sequence[str] | None = None) -> None:

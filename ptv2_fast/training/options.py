@@ -25,6 +25,20 @@ DEFAULT_LEARNING_RATES = {
     "p-tuning-v1": 1e-3,
     "lora": 2e-4,
 }
+# Options that only some methods read.
+_PROMPTS = ("p-tuning-v2", "prompt-tuning", "p-tuning-v1")
+METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
+    "num_virtual_tokens": _PROMPTS,
+    "init": _PROMPTS,
+    "encoder_hidden_size": ("p-tuning-v2", "p-tuning-v1"),
+    "prompt_encoder": ("p-tuning-v1",),
+    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora",)),
+    **dict.fromkeys(
+        ("prefix_projection", "prefix_dropout", "depth", "position_offset", "start_from",
+         "backbone", "recompute", "memory_budget", "backbone_dtype", "cache_frozen_layers"),
+        ("p-tuning-v2",),
+    ),
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
