@@ -244,11 +244,12 @@ def test_an_existing_folder_is_left_alone(trained, tiny, tmp_path, capsys):
     line = fails_with_one_line(train_arguments(tiny, f"{tiny['train']}/run"), capsys)
     assert f"expected a folder, got the file '{tiny['train']}'" in line
     (tmp_path / "precious.txt").write_text("mine")
-    line = fails_with_one_line(train_arguments(tiny, tmp_path, "--overwrite"), capsys)
-    assert "expected a run folder" in line
+    for flag in ("--overwrite", "--resume", "--no-progress"):
+        line = fails_with_one_line(train_arguments(tiny, tmp_path, flag), capsys)
+        assert "or a run folder with" in line and "--resume" not in line
     assert (tmp_path / "precious.txt").read_text() == "mine"
     line = fails_with_one_line(train_arguments(tiny, tiny["model"], "--overwrite"), capsys)
-    assert "expected a run folder" in line, "a pretrained model has a config.json too"
+    assert "or a run folder with" in line, "a pretrained model has a config.json too"
 
 
 def test_bad_config_files_name_the_file_and_the_option(tiny, tmp_path, capsys):

@@ -98,16 +98,19 @@ def check_output(folder: Path, resume: bool, overwrite: bool, marker: str = CONF
         raise ValueError("resume: expected one of resume and overwrite, got both")
     if not folder.exists() or not any(folder.iterdir()):
         return
+    is_run = (folder / marker).is_file()
+    if is_run and marker == CONFIG:  # the folder of a pretrained model has a file of this name
+        is_run = "found" in read_json(folder / marker)
+    if not is_run:
+        raise ValueError(
+            f"output: expected a new or empty folder, or a run folder with {marker}, got "
+            f"{str(folder)!r}"
+        )
     if not resume and not overwrite:
         raise ValueError(
             f"output: expected a new or empty folder, got {str(folder)!r}; --resume goes on with "
             "the run in it, --overwrite deletes it"
         )
-    is_run = (folder / marker).is_file()
-    if is_run and marker == CONFIG:  # the folder of a pretrained model has a file of this name
-        is_run = "found" in read_json(folder / marker)
-    if not is_run:
-        raise ValueError(f"output: expected a run folder with {marker}, got {str(folder)!r}")
 
 
 def check_same_run(folder: Path, config: Config, found: dict[str, Any] | None = None) -> None:
