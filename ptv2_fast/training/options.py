@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -196,7 +197,7 @@ class TrainingOptions(Options):
         for name in ("num_train_epochs", "max_steps", "max_seconds", "learning_rate",
                      "head_learning_rate", "eval_steps", "eval_seconds"):  # fmt: skip
             value = getattr(self, name)
-            self.require(value is None or value > 0, name, "None or a number > 0")
+            self.require(value is None or 0 < value < math.inf, name, "None or a number > 0")
         for name in ("weight_decay", "max_grad_norm"):
             self.require(getattr(self, name) >= 0, name, "a number >= 0")
         self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number in [0, 1)")
