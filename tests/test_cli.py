@@ -205,7 +205,10 @@ BAD_TRAINING = {
     "task": (["--task", "chess"], "task: expected one of"),
     "number": (["--learning-rate", "fast"], "--learning-rate: invalid float value: 'fast'"),
     "sign": (["--learning-rate=-1"], "learning_rate: expected None or a number > 0"),
-    "infinite": (["--learning-rate", "inf"], "learning_rate: expected None or a number > 0, got inf"),
+    "infinite": (
+        ["--learning-rate", "inf"],
+        "learning_rate: expected None or a number > 0, got inf",
+    ),
     "unknown option": (["--lerning-rate", "1"], "--lerning-rate"),
     "save steps": (
         ["--eval-steps", "4", "--save-steps", "8"],
