@@ -96,7 +96,7 @@ def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) ->
     method = config.model.method
     for name in options:
         if method not in METHODS_OF_OPTION.get(name, (method,)):
-            flag = f"--{name.replace('_', '-')}"
+            flag = with_dashes(f"--{name}")
             print(f"note: {flag} has no effect on the method {method}", file=sys.stderr)
     return config
 
@@ -108,7 +108,7 @@ def add_options(group: Any, part: type[Options], names: Sequence[str] | None = N
         if names is not None and field.name not in names:
             continue
         kind, _ = value_type(hints[field.name])
-        flags = [f"--{n.replace('_', '-')}" for n in (field.name, *field.metadata["aliases"])]
+        flags = [with_dashes(f"--{n}") for n in (field.name, *field.metadata["aliases"])]
         help_text = field.metadata["help"]
         if names is None and field.default is not None and kind is not bool:
             help_text += f" (default: {field.default})"

@@ -26,7 +26,7 @@ DEFAULT_LEARNING_RATES = {
     "p-tuning-v1": 1e-3,
     "lora": 2e-4,
 }
-# Options that only some methods read.
+# Options that only some methods read. Not here: depth and start_from, which others refuse.
 _PROMPTS = ("p-tuning-v2", "prompt-tuning", "p-tuning-v1")
 METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
     "num_virtual_tokens": _PROMPTS,
@@ -35,8 +35,8 @@ METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
     "prompt_encoder": ("p-tuning-v1",),
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora",)),
     **dict.fromkeys(
-        ("prefix_projection", "prefix_dropout", "depth", "position_offset", "start_from",
-         "backbone", "recompute", "memory_budget", "backbone_dtype", "cache_frozen_layers"),
+        ("prefix_projection", "prefix_dropout", "position_offset", "backbone", "recompute",
+         "memory_budget", "backbone_dtype", "cache_frozen_layers"),
         ("p-tuning-v2",),
     ),
 }  # fmt: skip

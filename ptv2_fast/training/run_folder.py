@@ -86,8 +86,8 @@ def check_output(folder: Path, resume: bool, overwrite: bool, marker: str = CONF
     Nothing is changed.
 
     Raises:
-        ValueError: for a file, a folder that cannot be written, one with content unless `resume`
-            or `overwrite`, and for `overwrite` of a folder that is no run.
+        ValueError: for a file, a folder that cannot be written, one with content that is no run,
+            and for a run unless `resume` or `overwrite`.
     """
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not nearest.is_dir():
