@@ -8,7 +8,7 @@ the seeds is best there, as in the report.
 import csv
 import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from bench.experiments import CSV
 from ptv2_fast.training.statistic import Statistic
@@ -46,32 +46,52 @@ def score(rows: Sequence[Row]) -> str:
     return f"{found.mean:.1f}{deviation}"
 
 
-def lines(name: str, rows: Sequence[Row]) -> Iterator[str]:
-    """A row where methods are compared, else a row a variant."""
-    variants = chosen(rows)
-    if not {"fine-tuning", "p-tuning-v2"} <= set(variants):
-        for variant, runs in variants.items():
-            yield f"| {name}, {variant} | {score(runs)} |"
-        return
+def compare(name: str, variants: dict[str, list[Row]]) -> str:
+    """A row of the table of methods."""
     prefix, full = variants["p-tuning-v2"], variants["fine-tuning"]
     split = "test" if prefix[0]["test"] else "validation"
     cells = [score(variants[method]) if method in variants else "" for method in _METHODS]
     cells.append(f"{100 * mean(prefix, split) / mean(full, split):.1f} %")
     for cost in ("step_seconds", "kept_bytes", "train_seconds"):
         cells.append(f"{mean(prefix, cost) / mean(full, cost):.2f}")
-    yield f"| {name} ({prefix[0]['metric']}, {split}) | {' | '.join(cells)} |"
+    return table_row(f"{name} ({prefix[0]['metric']}, {split})", cells)
+
+
+def beside(experiments: dict[str, dict[str, list[Row]]]) -> Iterator[str]:
+    """A table of experiments with the same variants: a column each."""
+    yield from head("", experiments)
+    for variant in next(iter(experiments.values())):
+        yield table_row(variant, [score(found[variant]) for found in experiments.values()])
+
+
+def head(corner: str, columns: Iterable[str]) -> Iterator[str]:
+    columns = list(columns)
+    yield table_row(corner, columns)
+    yield "|" + "---|" * (len(columns) + 1)
+
+
+def table_row(name: str, cells: Iterable[str]) -> str:
+    return f"| {' | '.join((name, *cells))} |"
 
 
 def main() -> None:
-    experiments: dict[str, list[Row]] = {}
+    rows: dict[str, list[Row]] = {}
     with CSV.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            experiments.setdefault(row["experiment"], []).append(row)
-    ratios = "v2 / fine-tuning: score | step | kept bytes | training"
-    print(f"| | {' | '.join(_METHODS)} | {ratios} |")
-    print("|" + "---|" * (len(_METHODS) + 5))
-    for name, rows in experiments.items():
-        print("\n".join(lines(name, rows)))
+            rows.setdefault(row["experiment"], []).append(row)
+    print(
+        *head("", (*_METHODS, "v2 / fine-tuning: score", "step", "kept bytes", "training")),
+        sep="\n",
+    )
+    others: dict[frozenset[str], dict[str, dict[str, list[Row]]]] = {}
+    for name, runs in rows.items():
+        variants = chosen(runs)
+        if {"fine-tuning", "p-tuning-v2"} <= set(variants):
+            print(compare(name, variants))
+        else:
+            others.setdefault(frozenset(variants), {})[name] = variants
+    for experiments in others.values():
+        print("", *beside(experiments), sep="\n")
 
 
 if __name__ == "__main__":
