@@ -79,6 +79,7 @@ def draw_lines(
         axes = canvas.subplots()
         for line in lines:
             _draw_line(axes, line, markers)
+        _draw_notes(axes, lines)
         if logarithmic:
             axes.set_xscale("log", base=2)
         if ticks:
@@ -158,11 +159,20 @@ def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
     if line.deviations is not None and any(line.deviations):
         axes.errorbar(line.x, line.y, line.deviations, color=colour, linestyle="none",
                       capsize=2.5, elinewidth=1.0)  # fmt: skip
-    below = line.style == "FT"
-    for x, y, note in zip(line.x, line.y, line.notes, strict=False):
-        axes.annotate(note, (x, y), xytext=(5, -5 if below else 5), fontsize=8,
-                      textcoords="offset points", ha="left",
-                      va="top" if below else "bottom")  # fmt: skip
+
+
+def _draw_notes(axes: Axes, lines: Sequence[Line]) -> None:
+    """Above the highest point of a place, below the others."""
+    highest: dict[float, float] = {}
+    for line in lines:
+        for x, y in zip(line.x, line.y, strict=True):
+            highest[x] = max(y, highest.get(x, y))
+    for line in lines:
+        for x, y, note in zip(line.x, line.y, line.notes, strict=False):
+            below = y < highest[x]
+            axes.annotate(note, (x, y), xytext=(5, -5 if below else 5), fontsize=8,
+                          textcoords="offset points", ha="left",
+                          va="top" if below else "bottom")  # fmt: skip
 
 
 def _legend(canvas: Canvas, axes: Axes) -> None:
