@@ -13,6 +13,7 @@ import pytest
 from ptv2_fast import cli
 from ptv2_fast.training.report.compare import Names, compare, settings_of
 from ptv2_fast.training.report.data import find_runs
+from ptv2_fast.training.report.figures import draw_dots
 from ptv2_fast.training.report.page import PAGE, write_report
 from ptv2_fast.training.report.tables import cost_table, paper_table
 from tests.models import one_thread  # noqa: F401
@@ -249,6 +250,14 @@ def test_the_page_loads_nothing_and_is_small(page):
         assert target.startswith(("#", "data:")), attributes
     assert not re.search(r"https?://|@import|<script|url\((?!#)", page)
     assert len(page.encode()) < 1_000_000
+
+
+def test_a_long_name_leaves_room_for_the_scores():
+    name = "corpus of my own (question-answering, 2000 training examples)"
+    figure = draw_dots("scores", "", "", [(name, {"FT": 50.0, "PT-2": 60.0})], "score")
+    drawn = re.findall(r"<text[^>]*>([^<]*)</text>", figure.svg)
+    assert name not in drawn  # in one line
+    assert name.replace(" ", "") in "".join(drawn).replace(" ", "")
 
 
 def test_names_of_users_are_text_in_the_page(page):

@@ -2,7 +2,9 @@
 
 import html
 import io
+import itertools
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +32,7 @@ VARIABLES = {INK: "ink", FAINT: "faint", PAGE: "page", _OTHER[0]: "series-other"
     colour: f"series-{name.lower()}" for name, (colour, _, _) in STYLES.items()
 }
 _WIDTH = 4.2  # inches; readable when shrunk to a telephone's width
+_LABEL = 22  # characters in a line of a row's label
 _SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "ptv2-fast", "text.parse_math": False,
     "font.size": 9.5, "font.family": "sans-serif", "axes.edgecolor": FAINT,
@@ -102,27 +105,33 @@ def draw_dots(
     name: str, caption: str, alt: str, rows: Sequence[tuple[str, dict[str, float]]], x_label: str
 ) -> Figure:
     """One row a task, one dot a column of the table."""
+    labels = [textwrap.fill(label, _LABEL) for label, _ in rows]
+    # A row of one or two lines is one high, each further line adds a half.
+    heights = [max(1.0, (label.count("\n") + 1) / 2) for label in labels]
+    ends = list(itertools.accumulate(heights))
+    places = [end - height / 2 for end, height in zip(ends, heights, strict=True)]
 
     def draw(canvas: Canvas) -> None:
         axes = canvas.subplots()
         columns = list(dict.fromkeys(column for _, values in rows for column in values))
-        for place, (_, values) in enumerate(rows):
+        for place, (_, values) in zip(places, rows, strict=True):
             axes.plot([min(values.values()), max(values.values())], [place, place],
                       color=FAINT, linewidth=1.0, zorder=1)  # fmt: skip
         for column in columns:
-            points = [(v[column], place) for place, (_, v) in enumerate(rows) if column in v]
+            points = [(v[column], place) for place, (_, v) in zip(places, rows, strict=True)
+                      if column in v]  # fmt: skip
             colour, marker, _ = STYLES.get(column, _OTHER)
             axes.plot(*zip(*points, strict=True), linestyle="none", marker=marker, color=colour,
                       markersize=7, label=column, markeredgecolor=PAGE,
                       markeredgewidth=0.7)  # fmt: skip
-        axes.set_yticks(range(len(rows)), [label for label, _ in rows])
-        axes.set_ylim(len(rows) - 0.5, -0.5)
+        axes.set_yticks(places, labels, fontsize=8.5, linespacing=1.1)
+        axes.set_ylim(ends[-1], 0.0)
         axes.grid(axis="y", visible=False)
         axes.xaxis.set_major_locator(MaxNLocator(6))
         axes.set_xlabel(x_label)
         _legend(canvas, axes)
 
-    return _figure(name, caption, alt, draw, 1.2 + 0.28 * len(rows))
+    return _figure(name, caption, alt, draw, 1.2 + 0.32 * ends[-1])
 
 
 def draw_points(
