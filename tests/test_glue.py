@@ -100,6 +100,30 @@ def test_mrpc_as_microsoft_ships_it(tmp_path):
     ]
 
 
+def test_rows_of_qqp_that_a_line_break_tore_are_left_out_and_listed(tmp_path):
+    """As in the official train.tsv; a question may be empty."""
+    lines = [
+        "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
+        '1\t2\t3\tWho?\t\t0',
+        '4\t5\t6\t"Was it real?',
+        '"\tDid it happen?\t0',
+        "7\t8\t9\tWhy?\tHow?\t1",
+    ]  # fmt: skip
+    (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
+    task = make_task(DataOptions(task="qqp"))
+    examples = task.read(file_source(tmp_path / "train.tsv"))
+    assert examples.table.to_list() == [
+        {"text": "Who?", "text_pair": "", "label": "0"},
+        {"text": "Why?", "text_pair": "How?", "label": "1"},
+    ]
+    assert examples.remarks == {"torn rows left out": {"rows": 2, "numbers": [2, 3]}}
+    # A prediction for each line of the file; and a file without labels is an error, not empty.
+    assert len(task.read(file_source(tmp_path / "train.tsv"), labelled=False)) == 4
+    (tmp_path / "none.tsv").write_text("\n".join(lines[:1] + lines[2:4]) + "\n")
+    with pytest.raises(ValueError, match="row 1: expected a label"):
+        task.find_labels(task.read(file_source(tmp_path / "none.tsv")))
+
+
 def test_a_number_is_learnt_and_predicted(tmp_path, capsys):
     """The made-up pairs of 0.25 and 4.25 differ in their second sentence."""
     WRITERS["stsb"](tmp_path / "STS-B", 24)

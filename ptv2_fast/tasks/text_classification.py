@@ -1,5 +1,6 @@
 """One label for a text or for a pair of texts."""
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -10,6 +11,8 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns, read_rows
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
 from ptv2_fast.tasks.text_metrics import scores
+
+_LISTED = 20  # row numbers in a remark
 
 
 class TextClassification(Task):
@@ -25,7 +28,8 @@ class TextClassification(Task):
     def read(self, source: Source, labelled: bool = True) -> Examples:
         if self.benchmark is not None:
             template = str(self.options.template)
-            return Examples(source, read_rows(source, self.benchmark, template))
+            examples = Examples(source, read_rows(source, self.benchmark, template))
+            return _whole(examples) if labelled and self.benchmark.torn_rows else examples
         columns = {"text": self.options.text_column, "label": self.options.label_column}
         if self.options.text_pair_column is not None:
             columns["text_pair"] = self.options.text_pair_column
@@ -103,6 +107,17 @@ class TextClassification(Task):
     def describe(self, example: dict, result: dict[str, Any]) -> dict[str, Any]:
         texts = {name: example[name] for name in ("text", "text_pair") if name in example}
         return texts | {name: value for name, value in result.items() if name != "logits"}
+
+
+def _whole(examples: Examples) -> Examples:
+    """Without the rows that lack a label, which the remarks list; as they are when all lack one."""
+    labels = examples.table["label"][:]
+    torn = [index + 1 for index, label in enumerate(labels) if label == ""]
+    if len(torn) in (0, len(labels)):
+        return examples
+    whole = examples.select([index for index, label in enumerate(labels) if label != ""])
+    remark = {"torn rows left out": {"rows": len(torn), "numbers": torn[:_LISTED]}}
+    return dataclasses.replace(whole, remarks=whole.remarks | remark)
 
 
 def _checked(examples: Examples) -> Examples:

@@ -28,6 +28,8 @@ class Benchmark:
         options: other defaults of DataOptions, such as column numbers.
         labels: of token tasks, those in any split; the head has them all.
         table: how a .csv, .tsv or .txt file of it is read: keyword arguments of pandas.read_csv.
+        torn_rows: whether the official files have rows that a line break in a text tore in two;
+            neither half has a label.
     """
 
     name: str
@@ -44,3 +46,4 @@ class Benchmark:
     options: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
     table: Mapping[str, Any] = field(default_factory=dict)
+    torn_rows: bool = False

@@ -103,6 +103,7 @@ GLUE = (
             classes=("not_duplicate", "duplicate"),
         ),
         metrics=("accuracy", "f1"),
+        torn_rows=True,
     ),
     _benchmark(
         "glue-rte", "RTE", sentences(("sentence1", "sentence2", "label")),
