@@ -104,11 +104,11 @@ def test_rows_of_qqp_that_a_line_break_tore_are_left_out_and_listed(tmp_path):
     """As in the official train.tsv; a question may be empty."""
     lines = [
         "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate",
-        '1\t2\t3\tWho?\t\t0',
+        "1\t2\t3\tWho?\t\t0",
         '4\t5\t6\t"Was it real?',
         '"\tDid it happen?\t0',
         "7\t8\t9\tWhy?\tHow?\t1",
-    ]  # fmt: skip
+    ]
     (tmp_path / "train.tsv").write_text("\n".join(lines) + "\n")
     task = make_task(DataOptions(task="qqp"))
     examples = task.read(file_source(tmp_path / "train.tsv"))

@@ -11,7 +11,7 @@ from datasets import Dataset, Sequence, Value
 from datasets import Features as Schema
 
 from ptv2_fast.tasks.sources import Source, check_not_empty, read_columns
-from ptv2_fast.tasks.task import Examples
+from ptv2_fast.tasks.task import LISTED, Examples
 
 NOT_IN_CONTEXT = -1
 _SCHEMA = Schema(
@@ -23,7 +23,6 @@ _SCHEMA = Schema(
         "answer_starts": Sequence(Value("int64")),
     }
 )
-_LISTED = 20  # ids in a remark
 
 
 def read_questions(source: Source, labelled: bool, unanswerable: bool) -> Examples:
@@ -106,7 +105,7 @@ def trainable(examples: Examples) -> Examples:
 def _remarks(found: dict[str, list[str]]) -> dict[str, Any]:
     """The number of questions of each kind, and the first of their ids."""
     return {
-        kind: {"questions": len(ids), "ids": ids[:_LISTED]} for kind, ids in found.items() if ids
+        kind: {"questions": len(ids), "ids": ids[:LISTED]} for kind, ids in found.items() if ids
     }
 
 

@@ -25,6 +25,7 @@ from ptv2_fast.tasks.sources import Source
 # Makes a padded batch of rows: a BatchEncoding (transformers annotates it as a dict).
 Collator = Callable[[list[dict[str, Any]]], Any]
 
+LISTED = 20  # how many examples a remark names; it counts all
 _MAP_BATCH = 1000
 _INTEGER = re.compile(r"-?\d+")
 

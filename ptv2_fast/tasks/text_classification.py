@@ -9,10 +9,8 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns, read_rows
-from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
+from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
 from ptv2_fast.tasks.text_metrics import scores
-
-_LISTED = 20  # row numbers in a remark
 
 
 class TextClassification(Task):
@@ -116,7 +114,7 @@ def _whole(examples: Examples) -> Examples:
     if len(torn) in (0, len(labels)):
         return examples
     whole = examples.select([index for index, label in enumerate(labels) if label != ""])
-    remark = {"torn rows left out": {"rows": len(torn), "numbers": torn[:_LISTED]}}
+    remark = {"torn rows left out": {"rows": len(torn), "numbers": torn[:LISTED]}}
     return dataclasses.replace(whole, remarks=whole.remarks | remark)
 
 
