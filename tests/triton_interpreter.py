@@ -1,7 +1,8 @@
 """Repairs and checks of Triton's interpreter, which runs the kernels on machines without a GPU.
 
-Triton 3.9 multiplies the bit patterns of bf16 in `tl.dot`, truncates float32 to bf16, and notices
-no access outside a tensor. Import after TRITON_INTERPRET is set.
+It multiplies the bit patterns of bf16 in `tl.dot`, truncates float32 to bf16, and notices no access
+outside a tensor; that of Triton 3.6 cannot count to a tensor with numpy 2.4. Import after
+TRITON_INTERPRET is set.
 """
 
 from collections.abc import Iterator
@@ -67,6 +68,13 @@ def repair_interpreter() -> None:
         patched_modules.clear()
         return original_launch(self, *args, **kwargs)
 
+    original_patch = interpreter._patch_lang_tensor
+
+    def repaired_patch(tensor, *scope):
+        original_patch(tensor, *scope)
+        tensor.__index__ = lambda self: self.handle.data.item()
+
+    interpreter._patch_lang_tensor = repaired_patch
     InterpreterBuilder.create_dot = repaired_dot
     InterpreterBuilder.cast_impl = repaired_cast
     InterpreterBuilder.create_fp_to_fp = repaired_fp_to_fp

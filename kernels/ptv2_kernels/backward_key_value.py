@@ -20,7 +20,7 @@ from ptv2_kernels.tiles import (
     store_tile,
     zero_tile,
 )
-from ptv2_kernels.visibility import load_context, seeing_rows, shown_columns, unmasked_columns
+from ptv2_kernels.visibility import hide_from_rows, load_context, seeing_rows, unmasked_columns
 
 
 @tunable
@@ -88,11 +88,9 @@ def _grad_key_value_kernel(
                 query_tile, key_tile, extras, sequence, head, first_row, first_column,
                 row_count, column_count, scale_log2, INPUT_PRECISION,
             )  # fmt: skip
-            shown = shown_columns(
-                extras, None, context, first_row, first_column, BLOCK_QUERIES, BLOCK_KEYS
-            )
+            scores = hide_from_rows(scores, extras, context, first_row, first_column)
             dropped, grad_scores = recompute(
-                scores, factor, shown, value_tile, grad_out_tile, statistics, extras, seed,
+                scores, factor, value_tile, grad_out_tile, statistics, extras, seed,
                 sequence * heads + head, first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
             )  # fmt: skip
             value_gradient = add_product(

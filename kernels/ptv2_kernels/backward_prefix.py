@@ -120,7 +120,7 @@ def _grad_prefix_kernel(
                     query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
                 )
                 dropped, grad_scores = recompute(
-                    scores, factor, None, value_tile, grad_out_tile, statistics, extras, seed,
+                    scores, factor, value_tile, grad_out_tile, statistics, extras, seed,
                     sequence * heads + head, first_row, first_column, PREFIX_STREAM,
                     INPUT_PRECISION,
                 )  # fmt: skip

@@ -30,7 +30,7 @@ from ptv2_kernels.tiles import (
     store_tile,
     zero_tile,
 )
-from ptv2_kernels.visibility import load_context, seen_columns, shown_tokens
+from ptv2_kernels.visibility import hide_behind, hide_tokens, load_context, seen_columns
 
 
 @tunable
@@ -93,9 +93,9 @@ def _grad_query_kernel(
             scores, factor = prefix_scores(
                 query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
             )
-            shown = (tl.arange(0, BLOCK_PREFIX) < length - first_column)[None, :]
+            scores = hide_behind(scores, length - first_column)
             _, grad_scores = recompute(
-                scores, factor, shown, value_tile, grad_out_tile, statistics, extras, seed,
+                scores, factor, value_tile, grad_out_tile, statistics, extras, seed,
                 sequence_head, first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
             )  # fmt: skip
             accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
@@ -113,16 +113,16 @@ def _grad_query_kernel(
                 key, value, start, kv_head, first_column, column_count,
                 BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS, part == 0,
             )  # fmt: skip
-            shown = shown_tokens(
-                extras, sequence, context, first_row, first_column, column_count, tokens,
-                BLOCK_QUERIES, BLOCK_KEYS, part == 0,
-            )  # fmt: skip
             scores, factor = token_scores(
                 query_tile, key_tile, extras, sequence, head, first_row, first_column,
                 row_count, column_count, scale_log2, INPUT_PRECISION,
             )  # fmt: skip
+            scores = hide_tokens(
+                scores, extras, sequence, context, first_row, first_column, column_count, tokens,
+                part == 0,
+            )  # fmt: skip
             _, grad_scores = recompute(
-                scores, factor, shown, value_tile, grad_out_tile, statistics, extras, seed,
+                scores, factor, value_tile, grad_out_tile, statistics, extras, seed,
                 sequence_head, first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
             )  # fmt: skip
             accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)

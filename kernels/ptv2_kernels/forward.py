@@ -44,7 +44,7 @@ from ptv2_kernels.tiles import (
     store_tile,
     zero_tile,
 )
-from ptv2_kernels.visibility import load_context, seen_columns, shown_tokens
+from ptv2_kernels.visibility import hide_behind, hide_tokens, load_context, seen_columns
 
 
 @tunable
@@ -103,9 +103,9 @@ def _prefix_attention_forward_kernel(
             scores, factor = prefix_scores(
                 query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
             )
-            shown = (tl.arange(0, BLOCK_PREFIX) < length - first_column)[None, :]
+            scores = hide_behind(scores, length - first_column)
             state = attend(
-                state, scores, factor, shown, value_tile, extras, seed, sequence_head,
+                state, scores, factor, value_tile, extras, seed, sequence_head,
                 first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
             )  # fmt: skip
         state = state[0], state[1], undropped_prefix(state[2], extras)
@@ -122,16 +122,16 @@ def _prefix_attention_forward_kernel(
                 key, value, start, kv_head, first_column, column_count,
                 BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS, part == 0,
             )  # fmt: skip
-            shown = shown_tokens(
-                extras, sequence, context, first_row, first_column, column_count, tokens,
-                BLOCK_QUERIES, BLOCK_KEYS, part == 0,
-            )  # fmt: skip
             scores, factor = token_scores(
                 query_tile, key_tile, extras, sequence, head, first_row, first_column,
                 row_count, column_count, scale_log2, INPUT_PRECISION,
             )  # fmt: skip
+            scores = hide_tokens(
+                scores, extras, sequence, context, first_row, first_column, column_count, tokens,
+                part == 0,
+            )  # fmt: skip
             state = attend(
-                state, scores, factor, shown, value_tile, extras, seed, sequence_head,
+                state, scores, factor, value_tile, extras, seed, sequence_head,
                 first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
             )  # fmt: skip
 

@@ -81,7 +81,7 @@ def token_scores(
 
 @triton.jit
 def attend(
-    state, scores, factor, shown, value, extras, seed, sequence_head, first_row, first_column,
+    state, scores, factor, value, extras, seed, sequence_head, first_row, first_column,
     STREAM: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov & Gimelshein 2018), and of what it weighs.
@@ -90,8 +90,6 @@ def attend(
     column keeps a finite pivot, hence no NaN.
     """
     running_max, running_sum, accumulator = state
-    if shown is not None:
-        scores = tl.where(shown, scores, float("-inf"))
     new_max = tl.maximum(running_max, tl.max(scores, axis=1) * factor)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
     probabilities = tl.exp2(scores * factor - pivot[:, None])
@@ -109,7 +107,7 @@ def attend(
 
 @triton.jit
 def recompute(
-    scores, factor, shown, value, grad_out, statistics, extras, seed, sequence_head,
+    scores, factor, value, grad_out, statistics, extras, seed, sequence_head,
     first_row, first_column, STREAM: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Dropped probabilities and unscaled gradients of the scores of one tile, both float32.
@@ -119,8 +117,6 @@ def recompute(
     """
     lse_log2, delta = statistics
     probabilities = tl.exp2(scores * factor - lse_log2[:, None])
-    if shown is not None:
-        probabilities = tl.where(shown, probabilities, 0.0)
     grad_probabilities = inner_products(grad_out, value, INPUT_PRECISION)
     if STREAM == PREFIX_STREAM and extras.prefix_threshold is not None:
         grad_probabilities = grad_probabilities * extras.prefix_multiplier

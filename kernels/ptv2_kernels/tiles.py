@@ -79,29 +79,27 @@ def chunk_mask(
     WIDTH: tl.constexpr,
     HEAD_DIM: tl.constexpr,
 ):
-    """None: the whole tile. A row_count of None stands for enough rows."""
-    mask = None
-    if row_count is not None:
-        mask = (tl.arange(0, ROWS) < row_count - first_row)[:, None]
+    """What of a chunk is inside: rows below row_count, columns below HEAD_DIM."""
+    mask = (tl.arange(0, ROWS) < row_count - first_row)[:, None]
     if FIRST + WIDTH > HEAD_DIM:
-        mask = both(mask, (FIRST + tl.arange(0, WIDTH) < HEAD_DIM)[None, :])
+        mask = mask & (FIRST + tl.arange(0, WIDTH) < HEAD_DIM)[None, :]
     return mask
 
 
 @triton.jit
-def both(condition, other):
-    if condition is None:
-        return other
-    else:
-        return condition & other
-
-
-@triton.jit
-def load_masked(pointers, mask):
-    if mask is None:
-        return tl.load(pointers)
-    else:
+def load_chunk(
+    pointers, first_row, row_count,
+    ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """Zeros outside; a row_count of None stands for enough rows."""
+    if row_count is not None:
+        mask = chunk_mask(first_row, row_count, ROWS, FIRST, WIDTH, HEAD_DIM)
         return tl.load(pointers, mask=mask, other=0.0)
+    elif FIRST + WIDTH > HEAD_DIM:
+        inside = (FIRST + tl.arange(0, WIDTH) < HEAD_DIM)[None, :]
+        return tl.load(pointers, mask=inside, other=0.0)
+    else:
+        return tl.load(pointers)
 
 
 @triton.jit
@@ -127,10 +125,10 @@ def load_tile(
         pointers = chunk_pointers(
             tensor, start, head, first_row, ROWS, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk]
         )
-        mask = chunk_mask(
-            first_row, row_count, ROWS, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk], HEAD_DIM
+        loaded = load_chunk(
+            pointers, first_row, row_count, ROWS, chunk * BLOCK_DIMS[0], BLOCK_DIMS[chunk], HEAD_DIM
         )
-        tile = widened(tile, load_masked(pointers, mask))
+        tile = widened(tile, loaded)
     return tile
 
 
@@ -173,8 +171,14 @@ def store_tile(
 def zero_tile(ROWS: tl.constexpr, BLOCK_DIMS: tl.constexpr):
     tile = ()
     for chunk in tl.static_range(len(BLOCK_DIMS)):
-        tile = widened(tile, tl.zeros((ROWS, BLOCK_DIMS[chunk]), tl.float32))
+        tile = widened(tile, zeros(ROWS, BLOCK_DIMS[chunk]))
     return tile
+
+
+@triton.jit
+def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """A shape of constants; elements of a tuple are plain numbers up to Triton 3.7."""
+    return tl.zeros((ROWS, COLUMNS), tl.float32)
 
 
 @triton.jit

@@ -3,8 +3,6 @@
 import triton
 import triton.language as tl
 
-from ptv2_kernels.tiles import both
-
 SCANNED_AT_ONCE = tl.constexpr(512)
 
 
@@ -86,37 +84,40 @@ def unmasked_columns(extras, sequence, first_column, tokens, mask_stride, COLUMN
 
 
 @triton.jit
-def shown_columns(
-    extras, unmasked, context, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr
-):
-    """[ROWS, COLUMNS]: `unmasked`, and what context length and window show each row; None = all."""
-    rows = first_row + tl.arange(0, ROWS)
-    columns = first_column + tl.arange(0, COLUMNS)
-    if unmasked is None:
-        shown = None
-    else:
-        shown = unmasked[None, :]
-    if extras.context_lengths_ptr is not None:
-        shown = both(shown, (columns < context)[None, :] | (columns[None, :] <= rows[:, None]))
-    if extras.window is not None:
-        distance = rows[:, None] - columns[None, :]
-        shown = both(shown, (distance <= extras.window) & (distance >= -extras.window))
-    return shown
+def hide_behind(scores, column_count):
+    """Scores with -inf from a column on."""
+    inside = (tl.arange(0, scores.shape[1]) < column_count)[None, :]
+    return tl.where(inside, scores, float("-inf"))
 
 
 @triton.jit
-def shown_tokens(
-    extras, sequence, context, first_row, first_column, column_count, mask_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr, WHOLE: tl.constexpr,
+def hide_from_rows(scores, extras, context, first_row, first_column):
+    """Scores of one tile of tokens with -inf where context length or window hides the column."""
+    rows = (first_row + tl.arange(0, scores.shape[0]))[:, None]
+    columns = (first_column + tl.arange(0, scores.shape[1]))[None, :]
+    if extras.context_lengths_ptr is not None:
+        scores = tl.where((columns < context) | (columns <= rows), scores, float("-inf"))
+    if extras.window is not None:
+        distance = rows - columns
+        near = (distance <= extras.window) & (distance >= -extras.window)
+        scores = tl.where(near, scores, float("-inf"))
+    return scores
+
+
+@triton.jit
+def hide_tokens(
+    scores, extras, sequence, context, first_row, first_column, column_count, mask_stride,
+    WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """What each row sees of one tile of tokens; None = all, as in a WHOLE tile."""
+    """Scores of one tile of tokens with -inf where a row does not see it; it sees a WHOLE tile."""
     if WHOLE:
-        return None
+        return scores
     else:
         unmasked = unmasked_columns(
-            extras, sequence, first_column, column_count, mask_stride, COLUMNS
+            extras, sequence, first_column, column_count, mask_stride, scores.shape[1]
         )
-        return shown_columns(extras, unmasked, context, first_row, first_column, ROWS, COLUMNS)
+        scores = tl.where(unmasked[None, :], scores, float("-inf"))
+        return hide_from_rows(scores, extras, context, first_row, first_column)
 
 
 @triton.jit
