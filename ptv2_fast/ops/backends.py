@@ -2,7 +2,8 @@
 
 import torch
 
-from ptv2_fast.ops.registration import CPP_IMPORT_ERROR, HAS_TRITON, KERNEL_DTYPES, triton_serves
+from ptv2_fast.ops.registration import CPP_IMPORT_ERROR, HAS_TRITON, KERNEL_DTYPES
+from ptv2_fast.ops.triton_calls import triton_serves
 
 
 def _describe_cpu() -> str:

@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.ops.dropout import row_dropout_multiplier
-from ptv2_fast.ops.registration import HAS_TRITON, library, triton_serves
+from ptv2_fast.ops.registration import HAS_TRITON, library
+from ptv2_fast.ops.triton_calls import with_fallback
 
 _DROPOUT = "Tensor? seed, Tensor? coordinates, float dropout_p, int stream"
 SCHEMAS = {
@@ -175,13 +176,11 @@ def _fake_layer_norm_again(total, *rest):
     return torch.empty_like(total)
 
 
-def _gpu(name: str, definition):
-    def launch(tensor, *arguments):
-        if not triton_serves(tensor.device):
-            return definition(tensor, *arguments)
+def _triton(name: str) -> Callable:
+    def launch(*arguments):
         from ptv2_kernels import elementwise
 
-        return getattr(elementwise, "launch_" + name)(tensor, *arguments)
+        return getattr(elementwise, "launch_" + name)(*arguments)
 
     return launch
 
@@ -202,4 +201,4 @@ for _name, (_definition, _fake) in _IMPLEMENTATIONS.items():
     library.impl(_name, _definition, "CompositeExplicitAutograd")
     if HAS_TRITON:
         for _key in ("CUDA", "XPU"):
-            library.impl(_name, _gpu(_name, _definition), _key)
+            library.impl(_name, with_fallback(_name, _triton(_name), _definition), _key)

@@ -13,6 +13,7 @@ from ptv2_fast.ops.layout import empty_gradients, empty_lse, empty_token_major, 
 from ptv2_fast.ops.options import SCHEMA, Options
 from ptv2_fast.ops.reference import reference_attention, reference_gradients
 from ptv2_fast.ops.split import split_backward, split_forward, split_serves
+from ptv2_fast.ops.triton_calls import with_fallback
 
 try:
     import ptv2_fast._C  # registers the C++ operators for CPU  # noqa: F401
@@ -98,13 +99,6 @@ def _default_backward(grad_out, *arguments):
     return (_split_backward if serves else _reference_backward)(grad_out, *arguments)
 
 
-def triton_serves(device: torch.device) -> bool:
-    """Triton compiles tensor-core code for compute capability 8.0 and later only."""
-    if device.type != "cuda" or torch.version.hip is not None:
-        return True
-    return torch.cuda.get_device_capability(device) >= (8, 0)
-
-
 def _triton_forward(*arguments):
     from ptv2_kernels.forward import launch_forward
 
@@ -115,16 +109,6 @@ def _triton_backward(*arguments):
     from ptv2_kernels.backward import launch_backward
 
     return launch_backward(*arguments)
-
-
-def _gpu_forward(query, *arguments):
-    forward = _triton_forward if triton_serves(query.device) else _default_forward
-    return forward(query, *arguments)
-
-
-def _gpu_backward(grad_out, *arguments):
-    backward = _triton_backward if triton_serves(grad_out.device) else _default_backward
-    return backward(grad_out, *arguments)
 
 
 library = torch.library.Library("ptv2", "DEF")
@@ -152,6 +136,9 @@ _register_pair("_split", _split_forward, _split_backward)
 _register_pair("_cpp", None, None)
 _register_pair("_triton", _triton_forward, _triton_backward)
 if HAS_TRITON:
-    for dispatch_key in ("CUDA", "XPU"):
-        library.impl("prefix_attention_forward", _gpu_forward, dispatch_key)
-        library.impl("prefix_attention_backward", _gpu_backward, dispatch_key)
+    for name, launch, fallback in (
+        ("prefix_attention_forward", _triton_forward, _default_forward),
+        ("prefix_attention_backward", _triton_backward, _default_backward),
+    ):
+        for dispatch_key in ("CUDA", "XPU"):
+            library.impl(name, with_fallback(name, launch, fallback), dispatch_key)
