@@ -2,6 +2,7 @@
 
 import csv
 import functools
+import importlib.metadata
 import os
 import platform
 import random
@@ -90,10 +91,22 @@ def _processor_name() -> str:
     return f"{fields.get('model name', platform.machine())} {family}".strip()
 
 
-def _commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
-    return done.stdout.strip() or "unknown"
+def _printed_by(*command: str) -> str:
+    """The first line that a command prints; "unknown" where it is not there or fails."""
+    try:
+        done = subprocess.run(command, cwd=RESULTS.parent, capture_output=True, text=True)
+    except OSError:
+        return "unknown"
+    return (
+        (done.stdout.strip().splitlines() or ["unknown"])[0] if done.returncode == 0 else "unknown"
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
 
 
 def machine_columns(device: torch.device) -> dict[str, str]:
@@ -101,7 +114,8 @@ def machine_columns(device: torch.device) -> dict[str, str]:
     from ptv2_fast import backends
 
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
+        driver = _printed_by("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+        name = f"{torch.cuda.get_device_name(device)}, driver {driver}"
     else:
         name = f"{_processor_name()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
     served = next(text for key, text in backends().items() if key.startswith(device.type))
@@ -109,7 +123,9 @@ def machine_columns(device: torch.device) -> dict[str, str]:
         "machine": name,
         "backend": served,
         "torch": torch.__version__,
-        "commit": _commit(),
+        "triton": _version("triton"),
+        "transformers": _version("transformers"),
+        "commit": _printed_by("git", "describe", "--always", "--dirty"),
         "date": date.today().isoformat(),
     }
 
