@@ -1,10 +1,13 @@
-"""The ways to compute prefix attention that bench_attention puts side by side.
+"""The ways to compute prefix attention that the benchmarks put side by side.
 
-A way takes (query, key, value, prefix_key, prefix_value) and gives out [B, H, T, D]. Those that
-concatenate expand the prefix to the batch first, as PEFT does; masks are made beforehand.
+A way takes (query, key, value, prefix_key, prefix_value) and gives out, all padded [B, H, T, D] or
+all packed [N, H, D]. Those that concatenate per sequence expand the prefix to the batch first, as
+PEFT does; masks and index tensors are made beforehand.
 """
 
+import importlib.util
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from ptv2_fast import prefix_attention
 from tests.inputs import Inputs
 
-OURS = "ptv2-fast"
+OURS, OURS_PACKED = "ptv2-fast", "ptv2-fast packed"
 SDPA_KERNELS = {  # each forced, beside the one that torch chooses for "concat+sdpa"
     "concat+flash": SDPBackend.FLASH_ATTENTION,
     "concat+cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -25,39 +28,80 @@ CONCATENATING = {
     "cpu": ("concat+sdpa", "concat+eager"),
     "cuda": ("concat+sdpa", "concat+eager", *SDPA_KERNELS),
 }
-OTHERS = {
-    "cpu": (*CONCATENATING["cpu"], "split"),
-    "cuda": (*CONCATENATING["cuda"], "split", "flex"),
-}
+PACKED = ("flex", "varlen", "flash-attn varlen")
+LIKE = dict.fromkeys(PACKED, OURS_PACKED)  # what a way is compared with, where not OURS
 
 Way = Callable[..., Tensor]
-Call = Callable[[], object]
 
 
-def providers(inputs: Inputs, dropout_p: float) -> dict[str, Way]:
-    """Every way that can serve these inputs, as far as that is known without a try."""
-    device = inputs.query.device.type
+@dataclass(frozen=True)
+class Call:
+    """One way on its inputs.
+
+    Args:
+        run: computes its results: out, or the gradients of its five inputs.
+        is_packed: which layout they have.
+    """
+
+    run: Callable[[], tuple[Tensor, ...]]
+    is_packed: bool
+
+
+def ways_of(device: torch.device) -> tuple[str, ...]:
+    """Every way on a kind of device, ours first."""
+    if device.type == "cpu":
+        return (OURS, OURS_PACKED, *CONCATENATING["cpu"], "split")
+    return (OURS, OURS_PACKED, *CONCATENATING["cuda"], "split", *PACKED)
+
+
+def providers(packed: Inputs, dropout_p: float, backend: str | None = None) -> dict[str, Way]:
+    """Every way that can serve these inputs, as far as that is known without a try.
+
+    Args:
+        packed: inputs in the packed layout; their `padded` is the other one.
+        dropout_p: of the probabilities.
+        backend: of ours.
+    """
+    padded = packed.padded
+    on_gpu = packed.query.device.type == "cuda"
+    options = {"dropout_p": dropout_p, "backend": backend}
 
     def ours(*tensors: Tensor) -> Tensor:
-        return prefix_attention(*tensors, key_mask=inputs.key_mask, dropout_p=dropout_p)
+        return prefix_attention(*tensors, key_mask=padded.key_mask, **options)
+
+    def ours_packed(*tensors: Tensor) -> Tensor:
+        lengths = {"cu_seqlens": packed.cu_seqlens, "max_seqlen": packed.max_seqlen}
+        return prefix_attention(*tensors, **lengths, **options)
 
     def split(*tensors: Tensor) -> Tensor:
-        return prefix_attention(*tensors, key_mask=inputs.key_mask, backend="split")
+        return prefix_attention(*tensors, key_mask=padded.key_mask, backend="split")
 
     found = {
         OURS: ours,
-        "concat+sdpa": _concat_sdpa(inputs, dropout_p),
-        "concat+eager": _concat_eager(inputs, dropout_p),
+        OURS_PACKED: ours_packed,
+        "concat+sdpa": _concat_sdpa(padded, dropout_p),
+        "concat+eager": _concat_eager(padded, dropout_p),
     }
-    if device == "cuda":
+    if on_gpu:
         for name, kernel in SDPA_KERNELS.items():
-            if kernel != SDPBackend.FLASH_ATTENTION or inputs.key_mask is None:
+            if kernel != SDPBackend.FLASH_ATTENTION or padded.key_mask is None:
                 found[name] = _with_kernel(kernel, found["concat+sdpa"])
     if dropout_p == 0:
         found["split"] = split
-        if device == "cuda":
-            torch.compiler.reset()  # or dynamo gives up after eight shapes
-            found["flex"] = torch.compile(flex(inputs), dynamic=False)
+    if on_gpu:
+        found |= _packed_peers(packed, dropout_p)
+    return found
+
+
+def _packed_peers(packed: Inputs, dropout_p: float) -> dict[str, Way]:
+    found: dict[str, Way] = {}
+    if dropout_p == 0:
+        torch.compiler.reset()  # or dynamo gives up after eight shapes
+        found["flex"] = flex(packed, lambda function: torch.compile(function, dynamic=False))
+        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+            found["varlen"] = _varlen(packed, _torch_varlen())
+    if importlib.util.find_spec("flash_attn") is not None:
+        found["flash-attn varlen"] = _varlen(packed, _flash_attn_varlen(dropout_p))
     return found
 
 
@@ -113,54 +157,88 @@ def _concat_eager(inputs: Inputs, dropout_p: float) -> Way:
     return concat_eager
 
 
-def flex(inputs: Inputs) -> Way:
-    """FlexAttention over the prefix with batch-1 K/V, and over the tokens, merged by their lse."""
-    from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
-
-    batch, _, queries, _ = inputs.query.shape
-    tokens, prefix_length = inputs.key.shape[2], inputs.prefix_key.shape[1]
-    device = inputs.query.device
-    lengths = torch.full((batch,), tokens, device=device)
-    if inputs.key_mask is not None:
-        lengths = inputs.key_mask.sum(dim=1)  # right padding only
-
-    def is_token(sequence, head, query_index, key_index):
-        return key_index < lengths[sequence]
-
-    def always(sequence, head, query_index, key_index):
-        return key_index >= 0
-
-    # Batch-1 K/V want a mask of the query's batch.
-    prefix_mask = create_block_mask(always, batch, None, queries, prefix_length, device=device)
-    token_mask = None
-    if inputs.key_mask is not None:
-        token_mask = create_block_mask(is_token, batch, None, queries, tokens, device=device)
-
-    def segment(query, key, value, mask):
-        out, auxiliary = flex_attention(
-            query, key, value, block_mask=mask, return_aux=AuxRequest(lse=True)
-        )
-        return out, auxiliary.lse  # [B, H, T, D], [B, H, T]
-
-    def flex_merged(query, key, value, prefix_key, prefix_value):
-        prefix_out, prefix_lse = segment(query, prefix_key[None], prefix_value[None], prefix_mask)
-        token_out, token_lse = segment(query, key, value, token_mask)
-        weight = torch.sigmoid(prefix_lse - token_lse)[..., None]
-        return (prefix_out * weight + token_out * (1 - weight)).to(query.dtype)
-
-    return flex_merged
+def _sequence_of_row(packed: Inputs) -> Tensor:
+    """int64 [N]"""
+    lengths = packed.cu_seqlens.diff().long()
+    return torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
 
 
-def timed_calls(inputs: Inputs, dropout_p: float, backward: bool) -> dict[str, Call]:
+def flex(packed: Inputs, compiled: Callable[[Callable], Callable]) -> Way:
+    """FlexAttention over the batch as one sequence: a mask shows each row the prefix and its own.
+
+    `compiled` is applied to flex_attention.
+    """
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    rows, prefix_length = packed.query.shape[0], packed.prefix_key.shape[1]
+    sequence = _sequence_of_row(packed)
+
+    def is_seen(batch, head, query_index, key_index):
+        token = (key_index - prefix_length).clamp(min=0)
+        return (key_index < prefix_length) | (sequence[token] == sequence[query_index])
+
+    mask = create_block_mask(
+        is_seen, None, None, rows, prefix_length + rows, device=packed.query.device
+    )
+    attention = compiled(flex_attention)
+
+    def flex_packed(query, key, value, prefix_key, prefix_value):
+        keys = torch.cat((prefix_key, key.transpose(0, 1)), dim=1)[None]
+        values = torch.cat((prefix_value, value.transpose(0, 1)), dim=1)[None]
+        out = attention(query.transpose(0, 1)[None], keys, values, block_mask=mask)
+        return out[0].transpose(0, 1)
+
+    return flex_packed
+
+
+def _varlen(packed: Inputs, attention: Callable[..., Tensor]) -> Way:
+    """Attention over sequences of unequal length, each with a copy of the prefix in front."""
+    prefix_length = packed.prefix_key.shape[1]
+    lengths = packed.cu_seqlens.diff()
+    first = torch.arange(prefix_length, device=lengths.device)
+    rows = torch.arange(packed.query.shape[0], device=lengths.device) + prefix_length
+    # Rows of [prefix ; tokens], the prefix again before every sequence.
+    parts = rows.split(lengths.tolist())
+    index = torch.cat([row for part in parts for row in (first, part)])
+    steps = prefix_length * torch.arange(len(lengths) + 1, device=lengths.device)
+    cu_keys = (packed.cu_seqlens + steps).int()
+    longest = packed.max_seqlen
+
+    def varlen(query, key, value, prefix_key, prefix_value):
+        keys = torch.cat((prefix_key.transpose(0, 1), key))[index]
+        values = torch.cat((prefix_value.transpose(0, 1), value))[index]
+        ends = (packed.cu_seqlens, cu_keys, longest, longest + prefix_length)
+        return attention(query, keys, values, *ends)
+
+    return varlen
+
+
+def _torch_varlen() -> Callable[..., Tensor]:
+    from torch.nn.attention.varlen import varlen_attn
+
+    return varlen_attn
+
+
+def _flash_attn_varlen(dropout_p: float) -> Callable[..., Tensor]:
+    from flash_attn import flash_attn_varlen_func
+
+    return lambda *arguments: flash_attn_varlen_func(*arguments, dropout_p=dropout_p)
+
+
+def timed_calls(
+    packed: Inputs, dropout_p: float, backward: bool, backend: str | None = None
+) -> dict[str, Call]:
     """A call of every way: the forward alone, or with the gradients of all five inputs."""
-    leaves = [tensor.requires_grad_(backward) for tensor in inputs.tensors]
 
-    def call(way: Way) -> Call:
+    def make(name: str, way: Way) -> Call:
+        is_packed = name == OURS_PACKED or name in PACKED
+        inputs = packed if is_packed else packed.padded
+        leaves = [tensor.requires_grad_(backward) for tensor in inputs.tensors]
         if not backward:
-            return lambda: (way(*leaves),)
-        return lambda: torch.autograd.grad(way(*leaves), leaves, inputs.grad_out)
+            return Call(lambda: (way(*leaves),), is_packed)
+        return Call(lambda: torch.autograd.grad(way(*leaves), leaves, inputs.grad_out), is_packed)
 
-    return {name: call(way) for name, way in providers(inputs, dropout_p).items()}
+    return {name: make(name, way) for name, way in providers(packed, dropout_p, backend).items()}
 
 
 def running_calls(
@@ -168,20 +246,21 @@ def running_calls(
 ) -> tuple[dict[str, Call], dict[str, str]]:
     """The calls that run, and for each other one the first line of its error.
 
-    Without dropout a way is also left out when its result is far from ours, which tells another
-    function, not another rounding.
+    Without dropout a way is also left out when its result is far from ours in the same layout,
+    which tells another function, not another rounding.
     """
-    expected = calls[OURS]()
-    running, refusals = {OURS: calls[OURS]}, {}
+    ours = (OURS, OURS_PACKED)
+    expected = {calls[name].is_packed: calls[name].run() for name in ours}
+    running, refusals = {name: calls[name] for name in ours}, {}
     for name, call in calls.items():
-        if name == OURS:
+        if name in ours:
             continue
         try:
-            results = call()
-        except (RuntimeError, ValueError) as error:
+            results = call.run()
+        except (RuntimeError, ValueError, NotImplementedError) as error:
             refusals[name] = (str(error).splitlines() or [type(error).__name__])[0]
             continue
-        if dropout_p == 0 and not _agree(results, expected):
+        if dropout_p == 0 and not _agree(results, expected[call.is_packed]):
             refusals[name] = "its result is not ours"
             continue
         running[name] = call

@@ -76,6 +76,8 @@ def time_interleaved(
 
 
 def _summary(times: list[float]) -> Timing:
+    if len(times) == 1:
+        return Timing(times[0], times[0], times[0])
     deciles = statistics.quantiles(times, n=10, method="inclusive")
     return Timing(statistics.median(times), deciles[1], deciles[7])
 

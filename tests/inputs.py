@@ -178,7 +178,7 @@ def make_inputs(
         query, key, value, *prefix, key_mask, dropout_seed, grad_out, context_lengths, window,
         grad_lse, prefix_index, prefix_lengths, _bias(bias, shape, dtype, generator),
     )  # fmt: skip
-    return _to(_packed(made, strides) if packed else made, device)
+    return packed_inputs(made, device, strides) if packed else _to(made, device)
 
 
 def _bias(kind: str, shape: Shape, dtype: torch.dtype, generator: torch.Generator) -> Tensor | None:
@@ -192,8 +192,8 @@ def _bias(kind: str, shape: Shape, dtype: torch.dtype, generator: torch.Generato
     return bias
 
 
-def _packed(padded: Inputs, strides: str) -> Inputs:
-    """Right-padded inputs in the packed layout; pad rows get no gradient."""
+def packed_inputs(padded: Inputs, device: str, strides: str = "hf") -> Inputs:
+    """Right-padded inputs in the packed layout, on a device; pad rows get no gradient."""
     inside = padded.key_mask[:, None, :, None]
     padded = dataclasses.replace(
         padded,
@@ -219,7 +219,7 @@ def _packed(padded: Inputs, strides: str) -> Inputs:
     changed = {name: pack(getattr(made, name)) for name in ("query", "key", "value", "grad_out")}
     if made.grad_lse is not None:
         changed["grad_lse"] = made.pack_rows(made.grad_lse)
-    return dataclasses.replace(made, **changed)
+    return _to(dataclasses.replace(made, **changed), device)
 
 
 def _to(inputs: Inputs, device: str) -> Inputs:

@@ -5,8 +5,9 @@ import torch
 
 from ptv2_fast.ops.attention import prefix_attention
 from ptv2_kernels.backward_prefix import count_splits
-from ptv2_kernels.configs import ARCHITECTURES, KERNELS, shipped_config, tile_widths
+from ptv2_kernels.configs import ARCHITECTURES, shipped_config, tile_widths
 from ptv2_kernels.forward import launch_forward
+from ptv2_kernels.measured import KERNELS
 from tests.inputs import Shape, make_inputs
 from tests.oracle import run_backend
 from tests.test_prefix_attention import check

@@ -7,7 +7,7 @@
 Needs the source tree (PYTHONPATH=.:kernels), torch and triton, and for whole models transformers;
 no C++ extension, no network. Each stage writes OUTPUT/STAGE.csv, a row as it comes, and ends by
 itself after --minutes; the same call then goes on with what is left. What fails is a row. `tune`
-also writes OUTPUT/tuned-ARCHITECTURE.json, which belongs into kernels/ptv2_kernels/tuned/.
+also writes OUTPUT/tuned-ARCHITECTURE.json, which belongs into kernels/ptv2_kernels/measured/.
 
 Exit code: 0; 1 when something failed; 2 when a stage cannot run on this machine.
 """
@@ -51,7 +51,10 @@ def main() -> int:
     arguments = parse()
     console = Console(width=200, soft_wrap=True, highlight=False)
     device = torch.device("cpu" if arguments.dry_run else "cuda")
-    options = Options(tuple(arguments.without), arguments.seconds, str(arguments.output.resolve()))
+    # A rehearsal's times mean nothing.
+    seconds, rounds = (0.0, 1) if arguments.dry_run else (arguments.seconds, 5)
+    folder = str(arguments.output.resolve())
+    options = Options(tuple(arguments.without), seconds, rounds, folder)
     unable, failed = [], 0
     for stage in arguments.stages:
         reason = why_not(stage, arguments.dry_run)

@@ -174,4 +174,5 @@ class StageRun:
 
 
 def one_line(unit: str, row: Row) -> str:
-    return f"{unit}: " + ", ".join(f"{name} {value}" for name, value in row.items() if value != "")
+    values = ", ".join(f"{name} {value}" for name, value in row.items() if value != "")
+    return f"{unit}: {values}"[:250]

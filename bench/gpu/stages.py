@@ -27,12 +27,13 @@ class Options:
 
     Args:
         without: names of ways or methods to leave out.
-        seconds: measuring time per row.
+        seconds: measuring time per row; rounds: at least so many.
         output: folder of the results.
     """
 
     without: tuple[str, ...] = ()
     seconds: float = 0.5
+    rounds: int = 5
     output: str = "."
 
 

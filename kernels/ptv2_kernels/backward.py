@@ -136,9 +136,7 @@ def launch_backward(
             *shared,
             **call.sizes,
             scale_log2=call.scale * LOG2_E,
-            **launch_options(
-                "query", query, prefix_key.shape[2], call.extras.prefix_threshold is not None
-            ),
+            **launch_options("query", query, call.extras, prefix_key.shape[2]),
         )
     if needs_key_value and targets[1].numel():
         _grad_key_value_kernel[
@@ -151,7 +149,7 @@ def launch_backward(
             *shared,
             **call.sizes,
             scale_log2=call.scale * LOG2_E,
-            **launch_options("key_value", query, biased=call.extras.bias_ptr is not None),
+            **launch_options("key_value", query, call.extras),
         )
     if needs_prefix:
         of_prefix = launch_backward_prefix(

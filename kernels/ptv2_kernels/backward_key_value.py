@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from ptv2_kernels.arguments import RUNTIME_SIZES
-from ptv2_kernels.configs import tunable
 from ptv2_kernels.dropout import TOKEN_STREAM, load_seed
 from ptv2_kernels.softmax import LN_2, load_statistics, recompute, token_scores, undropped
 from ptv2_kernels.tiles import (
@@ -23,7 +22,6 @@ from ptv2_kernels.tiles import (
 from ptv2_kernels.visibility import hide_from_rows, load_context, seeing_rows, unmasked_columns
 
 
-@tunable
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _grad_key_value_kernel(
     query,

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ptv2_kernels.arguments import LOG2_E, RUNTIME_SIZES, Call, Strided, strided
-from ptv2_kernels.configs import COMPILER_OPTIONS, INTERPRETED, launch_options, tunable
+from ptv2_kernels.configs import COMPILER_OPTIONS, INTERPRETED, launch_options
 from ptv2_kernels.dropout import PREFIX_STREAM, load_seed
 from ptv2_kernels.softmax import (
     LN_2,
@@ -47,7 +47,6 @@ def reading_rows(extras, sequence, bank_row, row_count):
     return row_count
 
 
-@tunable
 @triton.jit(do_not_specialize=[*RUNTIME_SIZES, "batch", "bank_rows", "sequences_per_split"])
 def _grad_prefix_kernel(
     query,
@@ -216,10 +215,8 @@ def launch_backward_prefix(
     size = grad_prefix_key.numel()
     if size == 0:
         return grad_prefix_key, grad_prefix_value
-    options = launch_options(
-        "prefix", query, prefix_length, call.extras.prefix_threshold is not None
-    )
-    prefix_tiles = triton.cdiv(prefix_length, options.get("BLOCK_KEYS", 32))
+    options = launch_options("prefix", query, call.extras, prefix_length)
+    prefix_tiles = triton.cdiv(prefix_length, options["BLOCK_KEYS"])
     programs = kv_heads * prefix_tiles * bank_rows
     splits = count_splits(call.batch, programs, _multiprocessors(query.device))
     partial = query.new_empty(splits, 2, *prefix_key.shape, dtype=torch.float32)

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from ptv2_kernels.arguments import RUNTIME_SIZES
-from ptv2_kernels.configs import tunable
 from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
 from ptv2_kernels.softmax import (
     LN_2,
@@ -33,7 +32,6 @@ from ptv2_kernels.tiles import (
 from ptv2_kernels.visibility import hide_behind, hide_tokens, load_context, seen_columns
 
 
-@tunable
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _grad_query_kernel(
     query,

@@ -1,41 +1,24 @@
-"""Launch configurations: one per (kernel, head_dim class, element size, architecture).
+"""Launch configurations of the kernels: measured ones where there are any (measured.py), else
+those below, chosen by compiling ahead of time (registers, spills, shared memory).
 
-PTV2_AUTOTUNE=1 tunes over a list instead, by triton.autotune with results cached on disk. Tiles do
-not depend on the number of tokens: equal sequences give equal bits whatever they are batched with.
-Chosen by compiling ahead of time (registers, spills, shared memory); not yet timed on a GPU.
+Tiles do not depend on the number of tokens or sequences, nor on the layout: equal sequences give
+equal bits whatever they are batched with.
 """
 
 import dataclasses
+import functools
 import os
-from dataclasses import dataclass
 
 import torch
 import triton
 from triton.runtime import driver
 
-AUTOTUNE = os.environ.get("PTV2_AUTOTUNE") == "1"
+from ptv2_kernels.arguments import Extras
+from ptv2_kernels.measured import Config, Workload, measured_configs
+
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # The default of triton turns to False in 3.10; the interpreter takes no compiler options.
 COMPILER_OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
-KERNELS = ("forward", "query", "key_value", "prefix")
-
-
-@dataclass(frozen=True)
-class Config:
-    block_queries: int
-    block_keys: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-    def options(self) -> dict[str, int]:
-        options = {
-            "BLOCK_QUERIES": self.block_queries,
-            "BLOCK_KEYS": self.block_keys,
-            "num_warps": self.num_warps,
-            "num_stages": self.num_stages,
-        }
-        return options if self.maxnreg is None else {**options, "maxnreg": self.maxnreg}
 
 
 def head_dim_class(head_dim: int) -> int:
@@ -148,51 +131,40 @@ def row_options(columns: int) -> dict[str, object]:
     return options | {"num_warps": num_warps} | COMPILER_OPTIONS
 
 
-def candidate_configs() -> list[triton.Config]:
-    """What PTV2_AUTOTUNE=1 chooses from."""
-    return [
-        triton.Config(
-            {"BLOCK_QUERIES": queries, "BLOCK_KEYS": keys}, num_warps=warps, num_stages=stages
-        )
-        for queries, keys in ((32, 32), (64, 32), (64, 64), (128, 64))
-        for warps in (4, 8)
-        for stages in (1, 2, 3)
-    ]
-
-
-def tunable(kernel):
-    """Wraps a jit function for autotuning when it is asked for."""
-    if not AUTOTUNE:
-        return kernel
-    key = ["HEAD_DIM", "INPUT_PRECISION"]
-    return triton.autotune(configs=candidate_configs(), key=key, cache_results=True)(kernel)
+@functools.cache
+def chosen_config(workload: Workload, architecture: str | int) -> Config:
+    """The measured configuration of a kernel, or else the shipped one."""
+    measured = measured_configs(architecture).get(workload.key)
+    if measured is not None:
+        return measured
+    return shipped_config(workload.kernel, workload.width, workload.element_size, architecture)
 
 
 def launch_options(
     kernel: str,
     query: torch.Tensor,
+    extras: Extras,
     prefix_length: int | None = None,
-    prefix_dropout: bool = False,
-    biased: bool = False,
 ) -> dict[str, object]:
     """Keyword arguments of a launch: blocks, warps, stages, precision of float32 products.
 
     `prefix_length`: for the kernels that read the prefix.
     """
-    head_dim = query.shape[-1]
-    options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIMS": tile_widths(head_dim)}
-    # None tells autotuning 16-bit products, which have one precision, from those of float32.
-    options["INPUT_PRECISION"] = (
-        input_precision(architecture()) if query.element_size() == 4 else None
-    )
-    config = shipped_config(kernel, head_dim, query.element_size(), architecture())
-    if biased and kernel == "key_value" and architecture() == 90:
+    head_dim, element_size = query.shape[-1], query.element_size()
+    widths = tile_widths(head_dim)
+    options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIMS": widths}
+    # Products of 16 bits have one precision.
+    options["INPUT_PRECISION"] = input_precision(architecture()) if element_size == 4 else None
+    has_dropout = extras.threshold is not None
+    prefix_dropout = extras.prefix_threshold is not None
+    workload = Workload(kernel, sum(widths), element_size, has_dropout, prefix_length)
+    config = chosen_config(workload, architecture())
+    if extras.bias_ptr is not None and kernel == "key_value" and architecture() == 90:
         # A tile of the bias is one more in registers: 64 keys spill inside the loop there.
         config = dataclasses.replace(config, block_keys=32)
     if prefix_dropout and kernel == "prefix" and architecture() == 100:
         config = dataclasses.replace(config, block_queries=32)
-    if not AUTOTUNE:
-        options |= config.options()
+    options |= config.options()
     if prefix_length is not None:
         # Dropped tiles of the prefix, and sums of one sequence, are more in registers.
         widest = min(config.block_keys, 32) if prefix_dropout else config.block_keys
@@ -204,7 +176,7 @@ def prefix_options(kernel: str, prefix_length: int, block_keys: int) -> dict[str
     """Tiles over the prefix, as short as it allows: few columns are computed in vain."""
     block = min(block_keys, max(16, triton.next_power_of_2(prefix_length)))
     if kernel == "prefix":
-        return {} if AUTOTUNE else {"BLOCK_KEYS": block}
+        return {"BLOCK_KEYS": block}
     if prefix_length == 0:
         block = 0
     return {"BLOCK_PREFIX": block, "ONE_PREFIX_TILE": prefix_length <= block}

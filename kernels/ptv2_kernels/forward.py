@@ -21,7 +21,7 @@ from ptv2_kernels.arguments import (
     row_grid,
     strided,
 )
-from ptv2_kernels.configs import launch_options, tunable
+from ptv2_kernels.configs import launch_options
 from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
 from ptv2_kernels.softmax import (
     LN_2,
@@ -47,7 +47,6 @@ from ptv2_kernels.tiles import (
 from ptv2_kernels.visibility import hide_behind, hide_tokens, load_context, seen_columns
 
 
-@tunable
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
 def _prefix_attention_forward_kernel(
     query,
@@ -175,8 +174,6 @@ def launch_forward(
         call.extras,
         **call.sizes,
         scale_log2=call.scale * LOG2_E,
-        **launch_options(
-            "forward", query, prefix_key.shape[2], call.extras.prefix_threshold is not None
-        ),
+        **launch_options("forward", query, call.extras, prefix_key.shape[2]),
     )
     return out, lse
