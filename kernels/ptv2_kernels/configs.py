@@ -86,6 +86,8 @@ _TABLES = {
         "prefix": ((64, 32, 4, 1), (64, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1), (32, 32, 4, 1)),
     },
 }
+# A tile of the bias is one more in registers: 64 keys spill inside the loop here.
+BIAS_SPILLS = {"forward": (80, 86, 89), "key_value": (80, 86, 89, 90)}
 ARCHITECTURES = ("amd", 80, 86, 89, 90, 100, 120)  # NVIDIA's by compute capability
 
 
@@ -159,10 +161,12 @@ def launch_options(
     prefix_dropout = extras.prefix_threshold is not None
     workload = Workload(kernel, sum(widths), element_size, has_dropout, prefix_length)
     config = chosen_config(workload, architecture())
-    if extras.bias_ptr is not None and kernel == "key_value" and architecture() == 90:
-        # A tile of the bias is one more in registers: 64 keys spill inside the loop there.
+    if extras.bias_ptr is not None and architecture() in BIAS_SPILLS.get(kernel, ()):
         config = dataclasses.replace(config, block_keys=32)
-    if prefix_dropout and kernel == "prefix" and architecture() == 100:
+    if prefix_dropout and kernel == "prefix" and sum(widths) > 64:
+        # Sums of one sequence beside those of all of them: twice the registers of a wide head.
+        config = dataclasses.replace(config, block_queries=32, block_keys=16, num_warps=8)
+    elif prefix_dropout and kernel == "prefix" and architecture() == 100:
         config = dataclasses.replace(config, block_queries=32)
     options |= config.options()
     if prefix_length is not None:
