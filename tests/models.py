@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 from collections.abc import Callable
 
 import pytest
@@ -124,10 +125,11 @@ def concatenated_forward(
         cache.update(key.expand(rows, *key.shape), value.expand(rows, *value.shape), layer)
     ones = mask.new_ones(*mask.shape[:-1], prefix.shape[3])
     positions = {} if shifted else {"position_ids": unshifted_positions(model, input_ids)}
+    takes_cache = "cache" in inspect.signature(model.base_model.forward).parameters
     return model(
         input_ids=input_ids,
         attention_mask=torch.cat((ones, mask), dim=-1),
-        past_key_values=cache,
+        **{"cache" if takes_cache else "past_key_values": cache},
         **positions,
     )
 

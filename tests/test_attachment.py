@@ -75,6 +75,27 @@ def state_of(model) -> tuple:
     return hooks, flags, own, sorted(vars(model))
 
 
+class WordsOnly(torch.nn.Module):
+    """Embeddings without positions."""
+
+    def __init__(self, words: torch.nn.Embedding) -> None:
+        super().__init__()
+        self.word_embeddings = words
+
+    def forward(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
+        return self.word_embeddings(input_ids)
+
+
+def test_embeddings_that_shift_no_positions_are_refused_with_an_offset():
+    model = tiny_model()
+    model.bert.embeddings = WordsOnly(model.bert.embeddings.word_embeddings)
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"position_offset: expected 'none'.* WordsOnly that"):
+        ptv2_fast.attach(model, PTuningV2Config(position_offset="prefix"))
+    assert state_of(model) == before
+    attached(model=model)
+
+
 def test_detach_restores_the_model(tmp_path):
     model = tiny_model()
     model.bert.embeddings.word_embeddings.weight.requires_grad_(False)

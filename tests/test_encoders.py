@@ -11,6 +11,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders import max_input_tokens
+from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from tests.models import (
     HEADS,
     MAX_POSITIONS,
@@ -160,7 +161,7 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(lengths, use_reentr
         return torch.autograd.grad(model(**batch).logits.square().sum(), table)[0]
 
     whole = gradient()
-    model.activation_checkpointing_enable({"use_reentrant": use_reentrant})
+    checkpoint_activations(model, use_reentrant)
     if use_reentrant:
         with pytest.warns(UserWarning, match="switched to use_reentrant=False"):
             gradient()
@@ -173,7 +174,7 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(lengths, use_reentr
 
 def test_layers_below_the_lowest_prefix_have_no_backward_pass():
     model = attached(layers=[2], backbone="hook").train()
-    model.activation_checkpointing_enable()  # makes the embeddings require grad
+    checkpoint_activations(model)  # makes the embeddings require grad
     calls = count_calls(model)
     output = model(**make_batch(), output_hidden_states=True)
     assert [h.requires_grad for h in output.hidden_states[1:]] == [False, False, True]
@@ -280,6 +281,7 @@ def test_pads_of_roberta_take_no_position():
     [
         ({"output_attentions": True}, "output_attentions: expected False"),
         ({"past_key_values": object()}, "past_key_values: expected None"),
+        ({"cache": object()}, "cache: expected None"),
         ({"attention_mask": torch.ones(3, 1, 11, 11)}, r"attention_mask: expected shape \[B, T\]"),
         ({"attention_mask": torch.ones(3, 10)}, r"= \[3, 11\], got \[3, 10\]"),
         ({"encoder_hidden_states": torch.ones(3, 2, 16)}, "encoder_hidden_states: expected None"),

@@ -1,6 +1,7 @@
 """What attach makes of frozen blocks: other weights, dtypes and layers, and when it falls back."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
+from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from ptv2_fast.frozen import engine
 from ptv2_fast.frozen.memory import POLICIES
 from ptv2_fast.training.measure import kept_bytes
@@ -30,10 +32,32 @@ def test_checkpointing_flags_choose_a_policy_and_train_the_prefix():
     before = kept_bytes(lambda: model(**batch).logits.sum(), model)
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
-        model.gradient_checkpointing_enable({"use_reentrant": True})
+        checkpoint_activations(model, use_reentrant=True)
         for actual, expected in zip(step_results(model, batch), whole, strict=True):
             assert torch.equal(actual, expected)
         assert kept_bytes(lambda: model(**batch).logits.sum(), model) < 0.6 * before
+
+
+def test_checkpointing_goes_around_frozen_blocks_of_copies_and_comes_back_for_the_others():
+    model, batch = attached(model=tiny_model(**DROPOUT)).train(), make_batch()
+    whole = step_results(model, batch)
+    checkpoint_activations(model)
+    model.disable_input_require_grads()  # a hook of transformers that cannot be pickled
+    layers = model.bert.encoder.layer
+    functions = [layer._gradient_checkpointing_func for layer in layers]
+    step_results(model, batch)
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        for actual, expected in zip(step_results(twin, batch), whole, strict=True):
+            assert torch.equal(actual, expected)
+    calls = []
+    for layer in layers:  # takes the hook path
+        layer.attention.self.query.register_forward_hook(lambda *unused: calls.append(1))
+    with pytest.warns(UserWarning, match="runs without frozen blocks"):
+        results = step_results(model, batch)
+    assert len(calls) == 2 * len(layers)
+    assert all(gradient.abs().max() > 0 for gradient in results[1:])
+    ptv2_fast.detach(model)
+    assert [layer._gradient_checkpointing_func for layer in layers] == functions
 
 
 @pytest.mark.parametrize("change", ["load", "detach", "convert", "copy"])

@@ -1,5 +1,6 @@
 """The plain Trainer of transformers on an attached model: checkpoints, resume, best model."""
 
+import dataclasses
 import logging
 
 import pytest
@@ -136,9 +137,11 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
 @pytest.mark.parametrize("use_reentrant", [None, True])
 @pytest.mark.filterwarnings("ignore:reentrant gradient checkpointing:UserWarning")
 def test_gradient_checkpointing_trains_the_same_prefix(tmp_path, padded, use_reentrant):
-    checkpointing = {"activation_checkpointing": True}
+    names = [field.name for field in dataclasses.fields(TrainingArguments)]
+    name = "activation" if "activation_checkpointing" in names else "gradient"
+    checkpointing = {f"{name}_checkpointing": True}
     if use_reentrant:
-        checkpointing["activation_checkpointing_kwargs"] = {"use_reentrant": True}
+        checkpointing[f"{name}_checkpointing_kwargs"] = {"use_reentrant": True}
     results = []
     for arguments in ({}, checkpointing):
         trainer = make_trainer(tmp_path, padded=padded, save_strategy="no", **arguments)

@@ -13,14 +13,11 @@ from transformers import PreTrainedModel
 import ptv2_fast
 from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
 from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone, has_foreign_hooks
-from ptv2_fast.encoders.input_checks import (
-    check_arguments,
-    input_tokens,
-    refuse_reentrant_checkpointing,
-)
+from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
 from ptv2_fast.encoders.selection import find_saved_names, trains_embeddings, trains_layers
 from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
@@ -54,8 +51,11 @@ class Attachment:
         self.layers = family.layer_modules(self.backbone)
         self.enabled = True
         self._head_reads_first_only = False  # while the model's own head is being computed
-        # The signature is read here because torch.compile cannot trace inspect.
+        # Signatures are read here because torch.compile cannot trace inspect.
         self.argument_names = tuple(inspect.signature(self.backbone.forward).parameters)
+        self._offset_argument = ""
+        if self.config.position_offset == "prefix":
+            self._offset_argument = family.offset_argument(self.backbone)
 
         # Nothing is changed before the last of these lines, which may raise.
         self.saved_names = find_saved_names(model, family, self.config.modules_to_save)
@@ -238,7 +238,7 @@ class Attachment:
             first = self.model.config.pad_token_id + 1 + self.positions_taken
             positions = torch.arange(first, first + embeds.shape[1], device=embeds.device)
             return args, {**kwargs, "position_ids": positions.expand(embeds.shape[:2])}
-        return args, {**kwargs, "past_key_values_length": self.positions_taken}
+        return args, {**kwargs, self._offset_argument: self.positions_taken}
 
     def before_first_layer(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]

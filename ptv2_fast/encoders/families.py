@@ -1,9 +1,13 @@
 """The encoders that can carry a prefix: one row per `model_type` of transformers."""
 
+import inspect
 from dataclasses import dataclass
 
 from torch import nn
 from transformers import PretrainedConfig
+
+# How many positions a cache takes: the newest name first.
+_OFFSET_ARGUMENTS = ("cache_length", "past_key_values_length")
 
 
 @dataclass(frozen=True)
@@ -31,6 +35,23 @@ class Family:
         """Longest input, in tokens, that the position table of the backbone serves."""
         reserved = config.pad_token_id + 1 if self.pads_keep_position else 0
         return config.max_position_embeddings - reserved
+
+    def offset_argument(self, backbone: nn.Module) -> str:
+        """The argument of the embeddings' forward that shifts the positions of all tokens.
+
+        Raises:
+            ValueError: when the forward takes none of the names that versions of transformers use.
+        """
+        embeddings = backbone.get_submodule(self.embeddings)
+        arguments = inspect.signature(embeddings.forward).parameters
+        for name in _OFFSET_ARGUMENTS:
+            if name in arguments:
+                return name
+        raise ValueError(
+            "position_offset: expected 'none' for embeddings whose positions cannot be shifted, "
+            f"got 'prefix' for a {type(embeddings).__name__} that takes none of "
+            f"{list(_OFFSET_ARGUMENTS)}"
+        )
 
     def layer_modules(self, backbone: nn.Module) -> list[nn.Module]:
         """The encoder layers in order."""

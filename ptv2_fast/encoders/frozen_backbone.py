@@ -8,6 +8,11 @@ from torch import Tensor, nn
 from transformers.activations import GELUActivation
 
 from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.checkpointing import (
+    checkpoint_unless_frozen,
+    is_checkpointed,
+    restore_checkpointing,
+)
 from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.frozen.engine import FrozenRun
@@ -20,7 +25,7 @@ class FrozenLayerForward:
     """Takes the place of an encoder layer's `forward`.
 
     The module stays and is called as ever, so that hidden states are recorded and hooks of others
-    run; gradient checkpointing, which sits in the replaced forward, does not.
+    run; gradient checkpointing does not (checkpointing.py).
     """
 
     def __init__(self, layer: nn.Module, index: int, heads: int) -> None:
@@ -98,6 +103,7 @@ class FrozenBackbone:
             if forward.layer.__dict__.get("forward") is forward:
                 del forward.layer.forward
             separate(forward.modules)
+        restore_checkpointing(self.layers)
 
     def start(
         self,
@@ -136,8 +142,10 @@ class FrozenBackbone:
             return None
         shows_layers = shows_layers or any(has_foreign_hooks(layer) for layer in self.layers)
         policy = self.config.recompute
-        if policy == "none" and any(_is_checkpointed(layer) for layer in self.layers):
-            policy = "block"
+        if any(is_checkpointed(layer) for layer in self.layers):
+            checkpoint_unless_frozen(self.layers)
+            if policy == "none":
+                policy = "block"
         lowest = 0 if state.keep_input_gradient else min(state.layers, default=len(self.layers))
         cached = None
         if self.cache is not None and self.cache.lowest == lowest and not shows_layers:
@@ -194,10 +202,6 @@ def has_foreign_hooks(module: nn.Module) -> bool:
     hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
     ours = ("ptv2_fast.", "transformers.")
     return any(not getattr(hook, "__module__", "").startswith(ours) for hook in hooks)
-
-
-def _is_checkpointed(layer: nn.Module) -> bool:
-    return layer.training and getattr(layer, "gradient_checkpointing", False)
 
 
 def _is_exact_gelu(activation: object) -> bool:

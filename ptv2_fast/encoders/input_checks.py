@@ -1,15 +1,19 @@
 """What an attached model refuses at the start of a forward, each with one clear error."""
 
-import functools
-import warnings
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.families import Family
 
-_UNSERVED_ARGUMENTS = ("past_key_values", "encoder_hidden_states", "encoder_attention_mask")
+# Versions of transformers name the cache differently.
+_UNSERVED_ARGUMENTS = (
+    "cache",
+    "past_key_values",
+    "encoder_hidden_states",
+    "encoder_attention_mask",
+)
 
 
 def check_arguments(
@@ -66,21 +70,3 @@ def _check_length(
             f"input_ids: expected at most {limit - taken} tokens, got {length}; "
             f"{type(model).__name__} has {limit} positions and {limit - taken} remain{reason}"
         )
-
-
-def refuse_reentrant_checkpointing(layers: list[nn.Module]) -> None:
-    """Turn reentrant checkpointing off with a warning.
-
-    It gives no gradient to what a layer gets by keyword, and that is the prefix.
-    """
-    for layer in layers:
-        if not getattr(layer, "gradient_checkpointing", False):
-            continue
-        function = getattr(layer, "_gradient_checkpointing_func", None)
-        if isinstance(function, functools.partial) and function.keywords.get("use_reentrant", True):
-            warnings.warn(
-                "reentrant gradient checkpointing would not train the prefix: switched to "
-                "use_reentrant=False",
-                stacklevel=2,
-            )
-            function.keywords["use_reentrant"] = False

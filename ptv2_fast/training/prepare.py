@@ -13,6 +13,7 @@ from transformers import (
     set_seed,
 )
 
+from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import find_sources
 from ptv2_fast.tasks.task import Examples, Features, Task
@@ -121,13 +122,6 @@ def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
     for part in examples.values():
         task.check_labels(part, labels)
     return task, examples, labels
-
-
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Recompute the activations of the encoder layers in the backward pass."""
-    # The name changed in transformers 5.
-    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
-    enable({"use_reentrant": False})
 
 
 def choose_max_length(data: DataOptions, model: PreTrainedModel, options: ModelOptions) -> int:

@@ -131,8 +131,9 @@ class PacedTrainer(Trainer):
             return [], None
         return super().get_batch_samples(*args)
 
-    def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
-        optimizer = super().create_optimizer(model)
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """As Trainer's, whose arguments depend on the version of transformers."""
+        optimizer = super().create_optimizer(*args, **kwargs)
         if self.head_learning_rate is not None:
             head = {id(p) for p in head_parameters(cast(PreTrainedModel, self.model))}
             optimizer.param_groups[:] = [

@@ -18,6 +18,7 @@ from transformers import (
     set_seed,
 )
 
+from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from ptv2_fast.tasks.task import Features
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.clock import StepClock
@@ -29,7 +30,6 @@ from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import CombinedRows, MultiTaskOrder, batches_per_epoch
 from ptv2_fast.training.prepare import (
     Prepared,
-    checkpoint_activations,
     choose_max_length,
     read_data,
     training_arguments,
