@@ -75,6 +75,15 @@ def attached(head: str = "sequence", model_type: str = "bert", model=None, **fie
     return model
 
 
+# Some versions of transformers build XLM-R for choices without the pooler that its head reads.
+MODELS = [
+    (model_type, head)
+    for model_type in MODEL_TYPES
+    for head in HEADS
+    if head != "choice" or getattr(tiny_model(model_type, head).base_model, "pooler", True)
+]
+
+
 def make_batch(head: str = "sequence", lengths=(11, 7, 4), width: int = 11) -> dict[str, Tensor]:
     """Right-padded ids and mask, [B, T], or [B, 2, T] for multiple choice."""
     input_ids = torch.randint(2, 60, (len(lengths), width))

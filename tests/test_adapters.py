@@ -10,8 +10,7 @@ from transformers import AutoModel
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from tests.models import (
-    HEADS,
-    MODEL_TYPES,
+    MODELS,
     make_batch,
     one_thread,  # noqa: F401
     outputs_of,
@@ -48,8 +47,7 @@ def saved(tmp_path):
     return tmp_path, model
 
 
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("model_type", "head"), MODELS)
 def test_a_round_trip_is_bit_exact(model_type, head, tmp_path):
     model, batch = attached(model_type, head), make_batch(head)
     ptv2_fast.save_adapter(model, tmp_path)

@@ -13,9 +13,9 @@ from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders import max_input_tokens
 from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from tests.models import (
-    HEADS,
     MAX_POSITIONS,
     MODEL_TYPES,
+    MODELS,
     P,
     assert_close_to_model,
     attached,
@@ -51,8 +51,7 @@ def assert_equals_concatenation(plain, model, batch, head: str, shifted: bool) -
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "hook"])
-@pytest.mark.parametrize("head", HEADS)
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize(("model_type", "head"), MODELS)
 def test_outputs_and_prefix_gradients_equal_concatenation(model_type, head, backbone):
     plain = tiny_model(model_type, head)
     model = attached(head, model=copy.deepcopy(plain), backbone=backbone)

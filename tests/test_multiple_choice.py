@@ -9,7 +9,7 @@ from ptv2_fast import cli
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import file_source
 from ptv2_fast.training.models import load_tokenizer
-from tests.models import one_thread  # noqa: F401
+from tests.models import one_thread, tiny_model  # noqa: F401
 from tests.superglue_files import WRITERS
 from tests.tiny_run import save_tiny_model
 
@@ -102,6 +102,13 @@ BAD_ROWS = {
     "blank cell": ({"choices": ["a", ""]}, "row 2: expected a list of texts in choices"),
     "no text": ({"text": None}, "row 2: expected text in text, got None"),
 }
+
+
+def test_a_model_without_the_pooler_of_its_head_is_refused():
+    model = tiny_model(head="choice")
+    model.bert.pooler = None
+    with pytest.raises(ValueError, match=r"model: .* got a BertForMultipleChoice without"):
+        make_task(DataOptions(task=TASK)).adapt_model(model, None, [])
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)

@@ -24,6 +24,7 @@ from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
 
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
 ENCODER_NAME = "prefix_encoder"
+IGNORED_KEYS = "_keys_to_ignore_on_save"
 
 
 def find_attachment(model: nn.Module) -> "Attachment | None":
@@ -68,7 +69,8 @@ class Attachment:
             self._make_cache(encoder),
         )
         self._old_requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
-        self._old_ignored_keys = model._keys_to_ignore_on_save
+        # Empty where the model has that of its class.
+        self._old_ignored_keys = {k: v for k, v in vars(model).items() if k == IGNORED_KEYS}
         self._old_configs = _give_own_configs(model)
         model.set_attn_implementation(ATTENTION_NAME)
         frozen_names = [name for name in model.state_dict() if name not in set(self.saved_names)]
@@ -149,7 +151,8 @@ class Attachment:
         delattr(model, ENCODER_NAME)
         delattr(model, ATTACHMENT_ATTRIBUTE)
         del model.save_pretrained
-        model._keys_to_ignore_on_save = self._old_ignored_keys
+        del model._keys_to_ignore_on_save
+        vars(model).update(self._old_ignored_keys)
         for module, config in self._old_configs:
             module.config = config
         self._frozen.undo()

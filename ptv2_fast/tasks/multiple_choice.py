@@ -4,9 +4,15 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import transformers
 from datasets import Dataset
 from torch import Tensor
-from transformers import BatchEncoding, DataCollatorForMultipleChoice, PreTrainedTokenizerBase
+from transformers import (
+    BatchEncoding,
+    DataCollatorForMultipleChoice,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from ptv2_fast.tasks.sources import (
     TYPED,
@@ -32,6 +38,16 @@ class MultipleChoice(Task):
     name = "multiple-choice"
     model_class = "AutoModelForMultipleChoice"
     default_metrics = ("accuracy",)
+
+    def adapt_model(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str]
+    ) -> None:
+        if getattr(model.base_model, "pooler", True) is None:
+            raise ValueError(
+                "model: expected one with the pooler that the head for choices reads, got a "
+                f"{type(model).__name__} without (transformers {transformers.__version__} builds "
+                "it so; a newer version may not)"
+            )
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
         if self.benchmark is not None:
