@@ -13,6 +13,8 @@ from ptv2_fast import PTuningV2Config
 from tests.models import make_batch, one_thread, tiny_model  # noqa: F401
 
 STEPS = 6
+# What transformers calls deprecated must not reach a user by our doing.
+pytestmark = pytest.mark.filterwarnings("error::FutureWarning")
 
 
 class Examples(torch.utils.data.Dataset):
