@@ -1,5 +1,6 @@
 """The encoders of the training benchmark and the ways to train them."""
 
+import inspect
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,6 +89,12 @@ def _lora(case: Case, layers: int | None) -> nn.Module:
     return _peft(case, "sdpa", layers, config)
 
 
+def cache_argument(backbone: nn.Module | type[nn.Module]) -> str:
+    """What this version of transformers calls the past keys and values of a backbone's forward."""
+    takes_cache = "cache" in inspect.signature(backbone.forward).parameters
+    return "cache" if takes_cache else "past_key_values"
+
+
 class OriginalRecipe(nn.Module):
     """P-Tuning v2 as its authors wrote it: the prefix is repeated for every sequence, goes through
     dropout, and enters an eager BERT as past keys and values."""
@@ -95,6 +102,7 @@ class OriginalRecipe(nn.Module):
     def __init__(self, model: nn.Module, prefix_length: int) -> None:
         super().__init__()
         self.model, config = model, model.config
+        self.cache_argument = cache_argument(model.base_model)
         model.bert.requires_grad_(False)
         self.prefix_encoder = nn.Embedding(
             prefix_length, 2 * config.num_hidden_layers * config.hidden_size
@@ -112,7 +120,7 @@ class OriginalRecipe(nn.Module):
             input_ids=input_ids,
             attention_mask=torch.cat((prefix_mask, attention_mask), dim=1),
             labels=labels,
-            past_key_values=DynamicCache([(layer[0], layer[1]) for layer in past]),
+            **{self.cache_argument: DynamicCache([(layer[0], layer[1]) for layer in past])},
         )
 
 

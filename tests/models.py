@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 from collections.abc import Callable
 
 import pytest
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache, PreTrainedModel
 
 import ptv2_fast
+from bench.models import cache_argument
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders.attachment import find_attachment
 from tests.closeness import assert_close_to_oracle
@@ -134,11 +134,10 @@ def concatenated_forward(
         cache.update(key.expand(rows, *key.shape), value.expand(rows, *value.shape), layer)
     ones = mask.new_ones(*mask.shape[:-1], prefix.shape[3])
     positions = {} if shifted else {"position_ids": unshifted_positions(model, input_ids)}
-    takes_cache = "cache" in inspect.signature(model.base_model.forward).parameters
     return model(
         input_ids=input_ids,
         attention_mask=torch.cat((ones, mask), dim=-1),
-        **{"cache" if takes_cache else "past_key_values": cache},
+        **{cache_argument(model.base_model): cache},
         **positions,
     )
 
