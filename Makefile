@@ -1,4 +1,5 @@
-# Every target makes .venv and installs what it needs when missing. Needs Python >= 3.10 and a C++ compiler.
+# Every target makes .venv and installs what it needs when missing. Needs Python >= 3.10 and a C++ compiler;
+# make PYTHON=python3.12 setup takes another Python, PTV2_CPP=0 make setup leaves the C++ kernels out.
 PYTHON ?= python3
 BIN := .venv/bin
 CPP := $(wildcard csrc/*)
