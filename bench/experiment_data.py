@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.training.demo import package_file
+from ptv2_fast.training.packages import package_file
 
 SEED = 0
 

@@ -22,10 +22,10 @@ import yaml
 
 from bench.measure import RESULTS
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.demo import package_file
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.packages import package_file
 from ptv2_fast.training.report.data import find_runs
 from ptv2_fast.training.sweeps import ablation
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, sweep_of

@@ -18,7 +18,7 @@ from pathlib import Path
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from bench.cases import LENGTHS_FILE
-from ptv2_fast.training.demo import package_file
+from ptv2_fast.training.packages import package_file
 
 
 def conll_sentences() -> list[list[str]]:

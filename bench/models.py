@@ -12,7 +12,7 @@ from bench.cases import Case
 from bench.memory_model import LORA_RANK
 from ptv2_fast import PTuningV2Config, attach
 from ptv2_fast.frozen.memory import POLICIES
-from ptv2_fast.training.demo import package_file
+from ptv2_fast.training.packages import package_file
 
 MINILM = dict(hidden_size=384, num_attention_heads=12, intermediate_size=1536)
 # Random weights: speed and memory do not depend on them. MiniLM has its own where installed.

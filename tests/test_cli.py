@@ -310,3 +310,23 @@ def test_env_runs_without_transformers():
     )
     assert done.returncode == 0, done.stderr
     assert "backend       cpu: " in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("module", "package"), [("datasets", "datasets"), ("sklearn", "scikit-learn")]
+)
+def test_a_missing_package_is_named_in_one_line(tiny, tmp_path, module, package):
+    code = (
+        f"import sys; sys.modules[{module!r}] = None; from ptv2_fast.cli import main; "
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *train_arguments(tiny, tmp_path / "run")],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert done.returncode == 2
+    expected = f"ptv2-fast train: error: expected the package {package}, which is not installed"
+    assert done.stderr.splitlines() == [expected]
+    assert not (tmp_path / "run").exists()

