@@ -1,4 +1,4 @@
-"""The cases of bench_training_step: an encoder, a batch, a dtype and a dropout, by name."""
+"""The cases of the training benchmarks: an encoder, a batch, a dtype and a dropout, by name."""
 
 import csv
 from dataclasses import dataclass
@@ -93,24 +93,6 @@ CPU_CASES = [
     Case("minilm-l6", 16, 128, 20, peak=True),
     Case("minilm-l6", 16, 128, 100, "bf16", 0.0),
     Case("bert-large", 2, 128, 20, "bf16"),
-]
-GPU_CASES = [
-    *(
-        Case("bert-base", 32, 128, prefix, dtype, dropout, lengths, peak=True)
-        for dtype in DTYPES
-        for lengths in ("full", "pad50")
-        for dropout in (0.1, 0.0)
-        for prefix in (20, 100)
-    ),
-    Case("bert-base", 32, 128, 8, "bf16", peak=True),
-    Case("bert-base", 32, 128, 20, "bf16", lengths="pad70", peak=True),
-    Case("bert-base", 16, 512, 128, "bf16", peak=True),
-    *(
-        Case("bert-base", 32, 256, 20, "bf16", lengths=name, peak=True)
-        for name in ("conll2003", "rte", "boolq")
-    ),
-    Case("bert-large", 16, 512, 100, "bf16", peak=True),
-    Case("minilm-l6", 64, 128, 20, "bf16", peak=True),
 ]
 # No timing: kept bytes by hooks; peaks of a large model's step.
 KEPT_CASES = [Case("bert-base", 4, 512, 128, "bf16", dropout) for dropout in (0.0, 0.1)]

@@ -1,27 +1,49 @@
-"""The encoders of the training benchmark and the ways to train them."""
+"""The encoders of the training benchmarks and the ways to train them."""
 
+import importlib.util
 import inspect
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, DynamicCache
+from transformers import (
+    AutoConfig,
+    AutoModelForSequenceClassification,
+    DynamicCache,
+    PretrainedConfig,
+)
 
 from bench.cases import Case
 from bench.memory_model import LORA_RANK
 from ptv2_fast import PTuningV2Config, attach
+from ptv2_fast.encoders.families import FAMILIES, find_family
 from ptv2_fast.frozen.memory import POLICIES
 from ptv2_fast.training.packages import package_file
 
+LARGE = dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
 MINILM = dict(hidden_size=384, num_attention_heads=12, intermediate_size=1536)
-# Random weights: speed and memory do not depend on them. MiniLM has its own where installed.
-MODELS = {
-    "minilm-l6": BertConfig(num_hidden_layers=6, **MINILM),
-    "bert-base": BertConfig(),
-    "bert-large": BertConfig(
-        num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096
+# For rehearsals.
+TINY = dict(
+    num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64,
+    vocab_size=100, embedding_size=32,
+)  # fmt: skip
+# Of base size, where transformers' defaults are another.
+BASE: dict[str, dict[str, int]] = {
+    "xlm-roberta": dict(vocab_size=250002),
+    "electra": dict(
+        hidden_size=768, num_attention_heads=12, intermediate_size=3072, embedding_size=768
     ),
+}
+# Random weights: speed and memory do not depend on them. MiniLM has its own where installed.
+MODELS: dict[str, PretrainedConfig] = {
+    "minilm-l6": AutoConfig.for_model("bert", num_hidden_layers=6, **MINILM),
+    "bert-large": AutoConfig.for_model("bert", **LARGE),
+    **{
+        f"{family}-base": AutoConfig.for_model(family, **BASE.get(family, {}))
+        for family in FAMILIES
+    },
+    **{f"{family}-tiny": AutoConfig.for_model(family, **TINY) for family in FAMILIES},
 }
 ORIGINAL_PREFIX_DROPOUT = 0.1
 
@@ -33,7 +55,7 @@ def _minilm_folder() -> Path | None:
         return None
 
 
-def bert(case: Case, attention: str, layers: int | None = None) -> nn.Module:
+def classifier(case: Case, attention: str, layers: int | None = None) -> nn.Module:
     """A stock classifier in float32.
 
     Args:
@@ -42,29 +64,33 @@ def bert(case: Case, attention: str, layers: int | None = None) -> nn.Module:
         layers: instead of the model's own number.
     """
     torch.manual_seed(0)
-    config = BertConfig.from_dict(MODELS[case.model].to_dict())
+    stock = MODELS[case.model]
+    config = type(stock).from_dict(stock.to_dict())
     config.num_hidden_layers = layers or config.num_hidden_layers
     # Past keys and values shift the positions of stock models.
-    config.max_position_embeddings = max(512, case.prefix + case.tokens)
-    config.hidden_dropout_prob = config.attention_probs_dropout_prob = case.dropout
+    missing = case.prefix + case.tokens - find_family(config).max_positions(config)
+    config.max_position_embeddings += max(0, missing)
+    for name, value in config.to_dict().items():
+        if "dropout" in name and isinstance(value, float):
+            setattr(config, name, case.dropout)
     config._attn_implementation = attention
     folder = _minilm_folder()
     if case.model == "minilm-l6" and layers is None and folder is not None:
-        return BertForSequenceClassification.from_pretrained(folder, config=config)
-    return BertForSequenceClassification(config)
+        return AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+    return AutoModelForSequenceClassification.from_config(config)
 
 
 def _peft(case: Case, attention: str, layers: int | None, peft_config: object) -> nn.Module:
     from peft import get_peft_model
 
-    return get_peft_model(bert(case, attention, layers), peft_config).to(case.torch_dtype)
+    return get_peft_model(classifier(case, attention, layers), peft_config).to(case.torch_dtype)
 
 
 def ours(case: Case, layers: int | None = None, **options: object) -> nn.Module:
     """Frozen weights in the case's dtype, prefix and head in float32.
 
     Args:
-        case, layers: as for `bert`.
+        case, layers: as for `classifier`.
         options: fields of PTuningV2Config.
     """
     config = PTuningV2Config(
@@ -72,7 +98,7 @@ def ours(case: Case, layers: int | None = None, **options: object) -> nn.Module:
         backbone_dtype=None if case.dtype == "fp32" else case.dtype,
         **options,
     )
-    return attach(bert(case, "sdpa", layers), config)
+    return attach(classifier(case, "sdpa", layers), config)
 
 
 def _prefix_by_peft(case: Case, layers: int | None, attention: str) -> nn.Module:
@@ -97,13 +123,13 @@ def cache_argument(backbone: nn.Module | type[nn.Module]) -> str:
 
 class OriginalRecipe(nn.Module):
     """P-Tuning v2 as its authors wrote it: the prefix is repeated for every sequence, goes through
-    dropout, and enters an eager BERT as past keys and values."""
+    dropout, and enters an eager encoder as past keys and values."""
 
     def __init__(self, model: nn.Module, prefix_length: int) -> None:
         super().__init__()
         self.model, config = model, model.config
         self.cache_argument = cache_argument(model.base_model)
-        model.bert.requires_grad_(False)
+        model.base_model.requires_grad_(False)
         self.prefix_encoder = nn.Embedding(
             prefix_length, 2 * config.num_hidden_layers * config.hidden_size
         )
@@ -124,26 +150,53 @@ class OriginalRecipe(nn.Module):
         )
 
 
-def _original(case: Case, layers: int | None) -> nn.Module:
-    return OriginalRecipe(bert(case, "eager", layers), case.prefix).to(case.torch_dtype)
+def original_recipe(case: Case, layers: int | None = None, attention: str = "eager") -> nn.Module:
+    return OriginalRecipe(classifier(case, attention, layers), case.prefix).to(case.torch_dtype)
 
 
 def _full(case: Case, layers: int | None, attention: str) -> nn.Module:
-    return bert(case, attention, layers).to(case.torch_dtype)
+    return classifier(case, attention, layers).to(case.torch_dtype)
 
 
 def _frozen(policy: str) -> Callable[[Case, int | None], nn.Module]:
     return lambda case, layers: ours(case, layers, backbone="frozen", recompute=policy)
 
 
+FLASH = "full fine-tuning, flash"  # without padding
 # Each takes (case, number of layers or None) and gives a model.
 METHODS: dict[str, Callable[[Case, int | None], nn.Module]] = {
     **{f"frozen {policy}": _frozen(policy) for policy in POLICIES},
     "hook": lambda case, layers: ours(case, layers, backbone="hook"),
+    "full fine-tuning, sdpa": lambda case, layers: _full(case, layers, "sdpa"),
+    FLASH: lambda case, layers: _full(case, layers, "flash_attention_2"),
+    "LoRA r8, peft sdpa": _lora,
     "prefix, peft sdpa": lambda case, layers: _prefix_by_peft(case, layers, "sdpa"),
     "prefix, peft eager": lambda case, layers: _prefix_by_peft(case, layers, "eager"),
-    "prefix, original recipe": _original,
-    "LoRA r8, peft sdpa": _lora,
-    "full fine-tuning, sdpa": lambda case, layers: _full(case, layers, "sdpa"),
+    "prefix, original recipe": original_recipe,
     "full fine-tuning, eager": lambda case, layers: _full(case, layers, "eager"),
 }
+
+
+def why_left_out(method: str, case: Case, device: str) -> str | None:
+    """Why a method cannot train a case here, in one line; None when it can."""
+    if method.startswith("frozen ") and not find_family(MODELS[case.model]).post_layer_norm:
+        return "frozen blocks serve layers like BERT's"
+    needed = "flash_attn" if method == FLASH else "peft" if "peft" in method else None
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        return f"{needed} is not installed here"
+    if method == FLASH and (device != "cuda" or case.dtype != "bf16"):
+        return f"flash_attn computes in bf16 on a GPU, not in {case.dtype} on {device}"
+    return None
+
+
+def build(method: str, case: Case, device: str, layers: int | None = None) -> nn.Module:
+    """A model to train.
+
+    Args:
+        method: a key of METHODS.
+        case: what it is trained on.
+        device: "cpu" or "cuda", which draws the weights too.
+        layers: instead of the model's own number.
+    """
+    with torch.device(device):
+        return METHODS[method](case, layers).to(device)

@@ -5,15 +5,16 @@ from transformers import BertModel
 
 from bench.cases import Case
 from bench.memory_model import Batch, Encoder, kept_bytes_of_layer, largest_batch, predict_step
-from bench.models import METHODS, MODELS, cache_argument
+from bench.models import FLASH, METHODS, MODELS, cache_argument
 from bench.training_step import Step, kept_bytes_per_layer
 
 pytest.importorskip("peft")
-# PEFT's prefix looks for the cache by its older name.
+# PEFT's prefix looks for the cache by its older name; flash attention runs on GPUs only.
 SERVED = [
     method
     for method in METHODS
-    if not method.startswith("prefix, peft") or cache_argument(BertModel) == "past_key_values"
+    if method != FLASH
+    and (not method.startswith("prefix, peft") or cache_argument(BertModel) == "past_key_values")
 ]
 SEED_BYTES = 8  # of a layer's dropout
 ENCODER = Encoder(layers=2, hidden=64, heads=4, intermediate=256)

@@ -1,0 +1,113 @@
+"""What does one whole training step cost beside fine-tuning, LoRA and concatenated prefixes?
+
+A unit is a case: an encoder, a batch, a prefix, a dtype. All methods hold their models beside each
+other and train the same batch under AdamW in turn, so that the ratios hold. Prefix gradients are
+checked in float64 first. Rows have
+
+    step ms, p20 ms, p80 ms     one step, by CUDA events, begun with a cold L2 cache
+    tokens/s                    tokens that are no padding
+    time / ...                  ratio of medians to the two methods that others are held against
+"""
+
+import gc
+from collections.abc import Iterator
+
+import torch
+
+from bench.cases import Case
+from bench.gpu.runner import FAILED
+from bench.gpu.stages import Options, Row
+from bench.measure import time_interleaved
+from bench.models import METHODS, build, why_left_out
+from bench.step_columns import time_columns
+from bench.training_step import Step, check_gradients, small_case
+from ptv2_fast.encoders.families import FAMILIES
+
+HELD_AGAINST = ("frozen none", "full fine-tuning, sdpa")
+LEFT_OUT = "left out"  # the status of a method that cannot run here
+OTHER_FAMILIES = [family for family in FAMILIES if family != "bert"]
+CASES = (
+    Case("bert-base", 32, 128, 20, "bf16"),
+    Case("bert-base", 32, 128, 20, "bf16", lengths="pad50"),
+    Case("bert-large", 32, 128, 100, "bf16", lengths="pad50"),
+    Case("bert-base", 16, 512, 128, "bf16"),
+    Case("bert-large", 16, 512, 100, "bf16"),
+    Case("bert-base", 32, 128, 128, "bf16", dropout=0.0),
+    *(Case(f"{family}-base", 32, 128, 20, "bf16", lengths="pad50") for family in OTHER_FAMILIES),
+    Case("bert-base", 32, 256, 20, "bf16", dropout=0.0, lengths="pad70"),
+    Case("bert-large", 32, 128, 20, "bf16", dropout=0.0),
+    Case("bert-base", 32, 384, 100, "bf16", lengths="pad70"),
+    Case("bert-large", 16, 512, 20, "bf16", dropout=0.0, lengths="pad50"),
+    Case("bert-base", 32, 128, 20, lengths="pad50"),
+)
+REHEARSED = tuple(
+    Case(f"{family}-tiny", 2, 16, 4, "bf16", lengths="pad50") for family in ("bert", "roberta")
+)
+
+
+def cases_on(device: torch.device) -> dict[str, Case]:
+    return {str(case): case for case in (REHEARSED if device.type == "cpu" else CASES)}
+
+
+def units(device: torch.device) -> list[str]:
+    return list(cases_on(device))
+
+
+def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
+    case = cases_on(device)[name]
+    check_gradients(small_case(case), device.type)
+    release()
+    first = case_columns(case)
+    steps: dict[str, Step] = {}
+    for method in METHODS:
+        if method in options.without:
+            continue
+        reason = why_left_out(method, case, device.type)
+        if reason is not None:
+            yield {**first, "method": method, "status": LEFT_OUT, "reason": reason}
+            continue
+        reason = _why_it_fails(method, case, device, steps)
+        if reason is not None:
+            yield {**first, "method": method, "status": FAILED, "reason": reason}
+    if device.type == "cpu":
+        timings = time_interleaved(steps, device, seconds=0, least_rounds=1)
+    else:
+        timings = time_interleaved(steps, device, options.seconds * len(steps))
+    others = {method: timings[method] for method in HELD_AGAINST if method in timings}
+    for method, timing in timings.items():
+        trained = sum(parameter.numel() for parameter in steps[method].trained)
+        columns = time_columns(case, timing, others)
+        yield {**first, "method": method, "trainable": trained, **columns}
+
+
+def case_columns(case: Case) -> Row:
+    sizes = ("model", "batch", "tokens", "prefix", "dtype", "dropout", "lengths")
+    return {"case": str(case), **{name: getattr(case, name) for name in sizes}}
+
+
+def _why_it_fails(
+    method: str, case: Case, device: torch.device, steps: dict[str, Step]
+) -> str | None:
+    """Puts a warm step of the method among `steps`, or says in one line what went wrong."""
+    try:
+        step = Step(build(method, case, device.type), case, device.type)
+        step()
+        step()
+    except Exception as error:
+        reason = one_line(error)
+    else:
+        steps[method] = step
+        return None
+    release()  # when nothing refers to the error any more, whose frames hold tensors
+    return reason
+
+
+def one_line(error: Exception) -> str:
+    return " ".join([f"{type(error).__name__}:", *str(error).split()])[:500]
+
+
+def release() -> None:
+    """Gives the memory of what is not used any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

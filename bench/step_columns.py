@@ -1,0 +1,72 @@
+"""What the benchmarks of training steps write into their rows: times, kept bytes, peaks."""
+
+from bench.cases import Case
+from bench.measure import Timing
+from bench.memory_model import Batch, Encoder, kept_bytes_of_layer, predict_step
+from bench.models import MODELS
+from bench.training_step import PeakMemory, kept_bytes_per_layer
+
+MEBIBYTE = 2**20
+Row = dict[str, object]
+
+
+def encoder_of(case: Case) -> Encoder:
+    config = MODELS[case.model]
+    return Encoder(
+        layers=config.num_hidden_layers,
+        hidden=config.hidden_size,
+        heads=config.num_attention_heads,
+        intermediate=config.intermediate_size,
+        vocabulary=config.vocab_size,
+    )
+
+
+def batch_of(case: Case, device: str) -> Batch:
+    return Batch(
+        sequences=case.batch,
+        tokens=case.padded_tokens,
+        prefix=case.prefix,
+        element_bytes=case.torch_dtype.itemsize,
+        real_tokens=sum(case.sequence_lengths()),
+        has_dropout=case.dropout > 0,
+        device=device,
+    )
+
+
+def time_columns(case: Case, timing: Timing, others: dict[str, Timing]) -> Row:
+    """`others`: timings by method that this one is given in ratio to."""
+    return {
+        "step ms": round(timing.median, 2),
+        "p20 ms": round(timing.p20, 2),
+        "p80 ms": round(timing.p80, 2),
+        **{
+            f"time / {name}": round(timing.median / other.median, 3)
+            for name, other in others.items()
+        },
+        "tokens/s": round(sum(case.sequence_lengths()) / timing.median * 1e3),
+    }
+
+
+def kept_columns(case: Case, method: str, device: str) -> Row:
+    batch = batch_of(case, device)
+    formula = kept_bytes_of_layer(method, encoder_of(case), batch)
+    return {
+        "kept B/token/layer": round(kept_bytes_per_layer(method, case, device) / batch.rows, 1),
+        "formula B/token/layer": round(formula / batch.rows, 1),
+    }
+
+
+def peak_columns(case: Case, method: str, device: str, memory: PeakMemory) -> Row:
+    """The parts of a step's peak, beside the predicted one."""
+    predicted = predict_step(method, encoder_of(case), batch_of(case, device)).above_idle
+    return {
+        "peak MiB": mebibytes(memory.above_idle),
+        "predicted peak MiB": mebibytes(predicted),
+        "weights MiB": mebibytes(memory.weights),
+        "gradients MiB": mebibytes(memory.gradients),
+        "optimizer MiB": mebibytes(memory.optimizer),
+    }
+
+
+def mebibytes(count: int) -> float:
+    return round(count / MEBIBYTE, 1)
