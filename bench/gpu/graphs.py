@@ -1,6 +1,7 @@
 """CUDA graphs: one launch for all the kernels of a call, so that short kernels can be timed."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -38,4 +39,13 @@ def captured(call: Callable[[], object], device: torch.device) -> Callable[[], N
         torch.cuda.synchronize(device)
         generator.graphsafe_set_state(before)
         return None
-    return graph.replay
+    return _Replay(graph, call)
+
+
+@dataclass(frozen=True)
+class _Replay:
+    graph: torch.cuda.CUDAGraph
+    call: Callable[[], object]  # its tensors live as long
+
+    def __call__(self) -> None:
+        self.graph.replay()

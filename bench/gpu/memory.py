@@ -35,7 +35,7 @@ CASES = (
     Case("bert-base", 16, 512, 128, "bf16", dropout=0.0),
 )
 REHEARSED = Case("bert-tiny", 2, 16, 4, "bf16", lengths="pad50")
-REHEARSED_METHODS = ("frozen ffn+qkv", "full fine-tuning, sdpa", FLASH)
+REHEARSED_METHODS = ("frozen ffn+qkv", "full fine-tuning, sdpa")
 
 
 def _units(device: torch.device) -> dict[str, tuple[Case, str]]:
@@ -52,12 +52,13 @@ def units(device: torch.device) -> list[str]:
 
 def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
     case, method = _units(device)[name]
-    row = {**case_columns(case), "method": method}
+    sizes = case_columns(case)
+    row: Row = {"method": method}
     if method in options.without:
         return
     reason = why_left_out(method, case, device.type)
     if reason is not None:
-        yield {**row, "status": LEFT_OUT, "reason": reason}
+        yield {**row, "status": LEFT_OUT, "reason": reason, **sizes}
         return
     row.update(
         peak_columns(case, method, device.type, peak_of_this_process(method, case, device.type))
@@ -78,7 +79,7 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
             row |= {"status": FAILED, "reason": f"batch in {budget} GB: {one_line(error)}"}
     if method == FLASH:  # no formula counts a step without padding
         row = {key: value for key, value in row.items() if not key.startswith(("pred", "formula"))}
-    yield row
+    yield row | sizes
 
 
 def _limited(step: Step, case: Case, device: torch.device, allowed: int) -> Callable[[int], bool]:

@@ -144,7 +144,9 @@ class StageRun:
         environment = dict(os.environ)
         if self.device.type == "cuda":
             environment.pop("TRITON_INTERPRET", None)
-        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+        environment["PYTHONPATH"] = os.pathsep.join(
+            [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
+        )
         environment.setdefault("HF_HUB_OFFLINE", "1")
         reader, writer = os.pipe()
         command = [

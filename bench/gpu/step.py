@@ -57,18 +57,18 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
     case = cases_on(device)[name]
     check_gradients(small_case(case), device.type)
     release()
-    first = case_columns(case)
+    sizes = case_columns(case)
     steps: dict[str, Step] = {}
     for method in METHODS:
         if method in options.without:
             continue
         reason = why_left_out(method, case, device.type)
         if reason is not None:
-            yield {**first, "method": method, "status": LEFT_OUT, "reason": reason}
+            yield {"method": method, "status": LEFT_OUT, "reason": reason, **sizes}
             continue
         reason = _why_it_fails(method, case, device, steps)
         if reason is not None:
-            yield {**first, "method": method, "status": FAILED, "reason": reason}
+            yield {"method": method, "status": FAILED, "reason": reason, **sizes}
     if device.type == "cpu":
         timings = time_interleaved(steps, device, seconds=0, least_rounds=1)
     else:
@@ -77,12 +77,12 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
     for method, timing in timings.items():
         trained = sum(parameter.numel() for parameter in steps[method].trained)
         columns = time_columns(case, timing, others)
-        yield {**first, "method": method, "trainable": trained, **columns}
+        yield {"method": method, **columns, "trainable": trained, **sizes}
 
 
 def case_columns(case: Case) -> Row:
-    sizes = ("model", "batch", "tokens", "prefix", "dtype", "dropout", "lengths")
-    return {"case": str(case), **{name: getattr(case, name) for name in sizes}}
+    names = ("model", "batch", "tokens", "prefix", "dtype", "dropout", "lengths")
+    return {"case": str(case), **{name: getattr(case, name) for name in names}}
 
 
 def _why_it_fails(
