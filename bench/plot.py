@@ -19,8 +19,11 @@ SPEED_UP = "speed-up over "
 
 
 def read(path: Path) -> list[dict[str, str]]:
+    """What was measured; of two clocks the replays of graphs, which show the kernels alone."""
     with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+        rows = [row for row in csv.DictReader(file) if row.get("status", "ok") == "ok"]
+    graphs = [row for row in rows if row.get("clock") == "graph"]
+    return graphs or rows
 
 
 def plot_attention(path: Path) -> Path:
@@ -47,7 +50,7 @@ def plot_attention(path: Path) -> Path:
                 for row in rows
                 if (row["dtype"], row["dropout"], row["density"]) == key
             }
-            _speed_up_bars(axis, [chosen[shape] for shape in shapes], ways)
+            _speed_up_bars(axis, [chosen.get(shape, {}) for shape in shapes], ways)
             axis.set_title(f"{dtype}, dropout {dropout}, {float(density):.0%} real tokens")
         line[0].set_ylabel("speed-up")
     for axis in axes[-1]:
@@ -60,13 +63,13 @@ def plot_attention(path: Path) -> Path:
 
 
 def _speed_up_bars(axis: plt.Axes, rows: list[dict[str, str]], ways: list[str]) -> None:
-    """A group of bars for each row; no room for ways that were measured in none of them."""
-    measured = [way for way in ways if any(row[way] for row in rows)]
-    width = 0.85 / len(measured)
+    """A group of bars for each row, which may be empty; no room for ways that no row has."""
+    measured = [way for way in ways if any(row.get(way) for row in rows)]
+    width = 0.85 / max(1, len(measured))
     for place, way in enumerate(measured):
         offset = width * (place - (len(measured) - 1) / 2)
         positions = [index + offset for index in range(len(rows))]
-        values = [float(row[way] or "nan") for row in rows]
+        values = [float(row.get(way) or "nan") for row in rows]
         axis.bar(positions, values, width=width, color=f"C{ways.index(way)}")
     axis.axhline(1.0, color="black", linewidth=0.8)
     axis.grid(axis="y", linewidth=0.4)
@@ -144,8 +147,8 @@ def plot_training_step(path: Path) -> Path:
         above = [max(0, float(row["p80 ms"]) - float(row["step ms"])) for row in chosen]
         axis.barh(names, times, xerr=(below, above), color=_method_colors(chosen))
         for place, row in enumerate(chosen):
-            ratio = row["time / frozen none"]
-            axis.text(0, place, f" {float(ratio):.2f} x", va="center", fontsize="small")
+            ratio = float(row["time / frozen none"] or "nan")
+            axis.text(0, place, f" {ratio:.2f} x", va="center", fontsize="small")
         axis.set_xlabel("ms per step")
     figure.suptitle(f"one training step: {rows[0]['machine']}")
     return _save(figure, path.with_suffix(".png"))
@@ -210,6 +213,9 @@ PLOTS = {
     "attention-*.csv": (plot_attention, plot_roofline),
     "training-step-*.csv": (plot_training_step, plot_training_memory),
     "memory-*.csv": (plot_training_memory,),
+    "gpu-*/attention.csv": (plot_attention, plot_roofline),
+    "gpu-*/step.csv": (plot_training_step,),
+    "gpu-*/memory.csv": (plot_training_memory,),
 }
 
 

@@ -81,7 +81,8 @@ def check_gradients(case: Case, device: str) -> None:
     """
     with torch.device(device):
         plain = original_recipe(case, attention="sdpa")
-        exact = _prefix_gradient(original_recipe(case, attention="sdpa").double(), case, device)
+        double = original_recipe(case, attention="sdpa").double()
+    exact = _prefix_gradient(double, case, device)
     yardstick = (_prefix_gradient(plain, case, device) - exact).abs().max()
     budget = 2 * yardstick + 4 * torch.finfo(case.torch_dtype).eps * exact.abs().max()
     frozen = find_family(MODELS[case.model]).post_layer_norm

@@ -22,8 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from bench.gpu.graphs import captured
-from bench.gpu.stages import Options, Row
-from bench.gpu.step import one_line, release
+from bench.gpu.stages import Options, Row, reason_of, release
 from bench.measure import Timing, time_interleaved
 from bench.roofline import copy_bytes_per_ms
 from ptv2_kernels import elementwise as launchers
@@ -299,11 +298,12 @@ def _ways(
     if device.type == "cpu":  # where the operator is C++
         return {"ours": getattr(launchers, f"launch_{name}"), "torch": plain}, ""
     ways = {"ours": getattr(torch.ops.ptv2, name), "torch": plain}
+    torch.compiler.reset()  # or the ninth shape would run uncompiled
     try:
-        compiled = torch.compile(plain, dynamic=False)
+        compiled = torch.compile(plain, fullgraph=True, dynamic=False)
         compiled(*plain_arguments)
     except Exception as error:
-        return ways, f"torch.compile left out: {one_line(error)}"
+        return ways, f"torch.compile left out: {reason_of(error)}"
     return ways | {"compiled": compiled}, ""
 
 

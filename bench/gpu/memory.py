@@ -18,8 +18,8 @@ import torch
 
 from bench.cases import Case
 from bench.gpu.runner import FAILED
-from bench.gpu.stages import Options, Row
-from bench.gpu.step import LEFT_OUT, case_columns, one_line, release
+from bench.gpu.stages import LEFT_OUT, Options, Row, reason_of, release
+from bench.gpu.step import case_columns
 from bench.memory_model import largest_batch
 from bench.models import FLASH, METHODS, build, why_left_out
 from bench.step_columns import batch_of, encoder_of, kept_columns, mebibytes, peak_columns
@@ -76,7 +76,7 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
             fits = _limited(step, case, device, allowed)
             row[f"batch in {budget} GB"] = search_largest(fits, predicted)
         except Exception as error:
-            row |= {"status": FAILED, "reason": f"batch in {budget} GB: {one_line(error)}"}
+            row |= {"status": FAILED, "reason": f"batch in {budget} GB: {reason_of(error)}"}
     if method == FLASH:  # no formula counts a step without padding
         row = {key: value for key, value in row.items() if not key.startswith(("pred", "formula"))}
     yield row | sizes
@@ -89,6 +89,7 @@ def _limited(step: Step, case: Case, device: torch.device, allowed: int) -> Call
         if device.type == "cpu":
             step.inputs = inputs_of(replace(case, batch=batch), "cpu")
             return kept_bytes(step.loss, step.model) <= allowed
+        release()
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, allowed / total))
         try:
@@ -99,7 +100,6 @@ def _limited(step: Step, case: Case, device: torch.device, allowed: int) -> Call
             fitted = False
         step.inputs = {}
         step.optimizer.zero_grad(set_to_none=True)
-        release()
         torch.cuda.set_per_process_memory_fraction(1.0)
         return fitted
 

@@ -10,6 +10,7 @@ its own unit and no other. On a CPU the device is a rehearsal: the same code on 
 interpreted kernels.
 """
 
+import gc
 import importlib
 import importlib.util
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from types import ModuleType
 import torch
 
 Row = dict[str, object]
+LEFT_OUT = "left out"  # the status of a way or method that cannot run on this machine
 
 
 @dataclass(frozen=True)
@@ -109,3 +111,15 @@ def units_of(stage: str, device: torch.device, chosen: list[str] | None) -> list
 
 def run_unit(stage: str, name: str, device: torch.device, options: Options) -> Iterator[Row]:
     return module_of(stage).run(name, device, options)
+
+
+def reason_of(error: Exception) -> str:
+    """An error as the reason of a row, in one line."""
+    return " ".join([f"{type(error).__name__}:", *str(error).split()])[:500]
+
+
+def release() -> None:
+    """Gives the memory of what is not used any more back to the device."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

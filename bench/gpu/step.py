@@ -9,14 +9,13 @@ checked in float64 first. Rows have
     time / ...                  ratio of medians to the two methods that others are held against
 """
 
-import gc
 from collections.abc import Iterator
 
 import torch
 
 from bench.cases import Case
 from bench.gpu.runner import FAILED
-from bench.gpu.stages import Options, Row
+from bench.gpu.stages import LEFT_OUT, Options, Row, reason_of, release
 from bench.measure import time_interleaved
 from bench.models import METHODS, build, why_left_out
 from bench.step_columns import time_columns
@@ -24,7 +23,6 @@ from bench.training_step import Step, check_gradients, small_case
 from ptv2_fast.encoders.families import FAMILIES
 
 HELD_AGAINST = ("frozen none", "full fine-tuning, sdpa")
-LEFT_OUT = "left out"  # the status of a method that cannot run here
 OTHER_FAMILIES = [family for family in FAMILIES if family != "bert"]
 CASES = (
     Case("bert-base", 32, 128, 20, "bf16"),
@@ -94,20 +92,9 @@ def _why_it_fails(
         step()
         step()
     except Exception as error:
-        reason = one_line(error)
+        reason = reason_of(error)
     else:
         steps[method] = step
         return None
     release()  # when nothing refers to the error any more, whose frames hold tensors
     return reason
-
-
-def one_line(error: Exception) -> str:
-    return " ".join([f"{type(error).__name__}:", *str(error).split()])[:500]
-
-
-def release() -> None:
-    """Gives the memory of what is not used any more back to the device."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

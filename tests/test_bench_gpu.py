@@ -1,0 +1,140 @@
+"""The stages of bench.gpu that train models and time elementwise operators, rehearsed on a CPU.
+
+In processes of their own, without the packages that a rented machine lacks.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.gpu.memory import TRIES, search_largest
+
+BLOCKED = ("datasets", "seqeval", "optuna", "peft")
+STAGES = ("step", "memory", "elementwise")
+FAILING = "bias_gelu_backward bf16"
+SITE = f"""
+import os, sys
+sys.modules.update(dict.fromkeys({BLOCKED}))
+if os.environ.get("FAILING_UNIT") in sys.orig_argv:
+    sys.modules["ptv2_kernels"] = None
+"""
+
+
+@pytest.fixture(scope="module")
+def bare_machine(tmp_path_factory) -> Path:
+    """A folder for PYTHONPATH that hides packages."""
+    folder = tmp_path_factory.mktemp("site")
+    (folder / "sitecustomize.py").write_text(SITE)
+    return folder
+
+
+def bench_gpu(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    path = os.pathsep.join([".", "kernels", str(folder)])
+    return subprocess.run(
+        [sys.executable, "-m", "bench.gpu", *arguments],
+        cwd=Path(__file__).parent.parent,
+        env=inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+def rows_of(output: Path, stage: str) -> list[dict[str, str]]:
+    with (output / f"{stage}.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def rehearsed(bare_machine, tmp_path_factory):
+    """The folder of a rehearsal in which one unit failed, and how it ended."""
+    output = tmp_path_factory.mktemp("results")
+    done = bench_gpu(
+        bare_machine, *STAGES, "--dry-run", "--output", str(output), FAILING_UNIT=FAILING
+    )
+    return output, done
+
+
+def test_every_method_is_a_row_with_its_time_or_a_reason(rehearsed):
+    output, _ = rehearsed
+    rows = {row["method"]: row for row in rows_of(output, "step") if row["model"] == "bert-tiny"}
+    left_out = {name for name, row in rows.items() if row["status"] == "left out"}
+    assert left_out == {name for name in rows if "peft" in name or "flash" in name}
+    for name in left_out:
+        assert rows[name]["reason"].endswith("is not installed here") and not rows[name]["step ms"]
+    for name in rows.keys() - left_out:
+        assert rows[name]["status"] == "ok", name
+        assert float(rows[name]["step ms"]) > 0 and float(rows[name]["tokens/s"]) > 0
+        for other in ("frozen none", "full fine-tuning, sdpa"):
+            expected = float(rows[name]["step ms"]) / float(rows[other]["step ms"])
+            assert float(rows[name][f"time / {other}"]) == pytest.approx(expected, rel=0.02)
+    assert {"frozen block", "hook", "prefix, original recipe"} <= rows.keys() - left_out
+
+
+def test_memory_is_measured_beside_its_prediction(rehearsed):
+    output, _ = rehearsed
+    rows = {row["method"]: row for row in rows_of(output, "memory")}
+    batches = {}
+    for name, row in rows.items():
+        assert row["status"] == "ok"
+        counted, formula = float(row["kept B/token/layer"]), float(row["formula B/token/layer"])
+        assert counted == pytest.approx(formula, rel=0.01)
+        batches[name] = [int(row[f"batch in {budget} GB"]) for budget in (8, 16, 24)]
+        assert 0 < batches[name][0] < batches[name][1] < batches[name][2]
+        assert float(row["peak MiB"]) > 0 and int(row["predicted batch in 8 GB"]) > 0
+    assert batches["frozen ffn+qkv"][0] > batches["full fine-tuning, sdpa"][0]
+
+
+def test_a_failing_unit_is_a_row_and_the_next_call_measures_it_alone(rehearsed, bare_machine):
+    output, done = rehearsed
+    assert done.returncode == 1, done.stderr
+    rows = {row["unit"]: row for row in rows_of(output, "elementwise")}
+    assert rows[FAILING]["status"] == "failed" and "ptv2_kernels" in rows[FAILING]["reason"]
+    others = [row for row in rows_of(output, "elementwise") if row["unit"] != FAILING]
+    assert others and all(
+        row["status"] == "ok" and float(row["ours call ms"]) > 0 for row in others
+    )
+
+    again = bench_gpu(bare_machine, "elementwise", "--dry-run", "--output", str(output))
+    assert again.returncode == 0, again.stderr
+    assert f"{FAILING}: operator bias_gelu_backward" in again.stdout
+    after = rows_of(output, "elementwise")
+    assert [row for row in after if row["unit"] != FAILING] == others
+    assert [row["status"] for row in after if row["unit"] == FAILING] == ["ok"]
+
+
+def test_a_second_call_measures_nothing(rehearsed, bare_machine):
+    output, _ = rehearsed
+    before = rows_of(output, "step"), rows_of(output, "memory")
+    done = bench_gpu(bare_machine, "step", "memory", "--dry-run", "--output", str(output))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("units are there already") == 2 and "method" not in done.stdout
+    assert (rows_of(output, "step"), rows_of(output, "memory")) == before
+
+
+def test_without_a_gpu_a_stage_ends_with_one_line(bare_machine, tmp_path):
+    done = bench_gpu(bare_machine, "step", "--output", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 2
+    expected = "bench.gpu step: no CUDA device here; --dry-run rehearses it on the CPU"
+    assert done.stderr.splitlines() == [expected]
+
+
+@pytest.mark.parametrize(
+    ("limit", "guess"), [(0, 50), (1, 40), (100, 100), (100, 30), (1000, 4000), (5000, 5100)]
+)
+def test_the_largest_batch_is_found_within_few_tries(limit, guess):
+    tried = []
+
+    def fits(number: int) -> bool:
+        tried.append(number)
+        return number <= limit
+
+    found = search_largest(fits, guess)
+    assert found <= limit and (found == max([n for n in tried if n <= limit], default=0))
+    assert len(tried) <= TRIES
+    if abs(limit - guess) < 0.1 * limit:
+        assert found >= 0.97 * limit
