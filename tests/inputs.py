@@ -120,7 +120,7 @@ def make_inputs(
     mask: str = "none",
     seed: int = 0,
     strides: str = "hf",
-    device: str = "cpu",
+    device: torch.device | str = "cpu",
     rows: str = "all",
     lse: bool = False,
     bank: int = 0,
@@ -222,12 +222,21 @@ def packed_inputs(padded: Inputs, device: str, strides: str = "hf") -> Inputs:
     return _to(dataclasses.replace(made, **changed), device)
 
 
-def _to(inputs: Inputs, device: str) -> Inputs:
+def _to(inputs: Inputs, device: torch.device | str) -> Inputs:
     moved = {}
     for field in dataclasses.fields(inputs):
         value = getattr(inputs, field.name)
         if isinstance(value, Tensor):
-            moved[field.name] = value.to(device)
+            moved[field.name] = _moved(value, torch.device(device))
         elif isinstance(value, Inputs):
             moved[field.name] = _to(value, device)
     return dataclasses.replace(inputs, **moved)
+
+
+def _moved(tensor: Tensor, device: torch.device) -> Tensor:
+    """The same view of a copy of its memory: Tensor.to makes a slice or an expansion contiguous."""
+    if tensor.device == device:
+        return tensor
+    elements = tensor.untyped_storage().nbytes() // tensor.element_size()
+    memory = tensor.as_strided((elements,), (1,), 0).to(device)
+    return memory.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())

@@ -110,7 +110,7 @@ def real_tokens(head: str, batch: dict[str, Tensor]) -> Tensor | int:
 def unshifted_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Position ids without an offset, by the rule of the model's family, [B, T]."""
     if model.config.model_type in ("bert", "electra"):
-        return torch.arange(input_ids.shape[-1]).expand(input_ids.shape)
+        return torch.arange(input_ids.shape[-1], device=input_ids.device).expand(input_ids.shape)
     pad = model.config.pad_token_id
     real = input_ids.ne(pad).long()
     return real.cumsum(-1) * real + pad
@@ -147,7 +147,7 @@ def assert_close_to_model(
     run: Callable[..., tuple[Tensor, ...]],
     *models_and_tensors: PreTrainedModel | Tensor,
     dtype: torch.dtype = torch.float32,
-) -> None:
+) -> float:
     """Hold `actual` against plain torch: `run(*copies)` in float64 is the oracle.
 
     The natural size of rounding is how far one rounding of every weight moves the oracle.
@@ -156,6 +156,9 @@ def assert_close_to_model(
         actual: results.
         run: takes copies of the models and tensors, all of one dtype, and returns as many results.
         dtype: of the plain results that the error is compared with, and of `actual`.
+
+    Returns:
+        The largest error over its budget.
     """
 
     def results_in(dtype: torch.dtype, relative_noise: float = 0.0) -> tuple[Tensor, ...]:
@@ -169,16 +172,55 @@ def assert_close_to_model(
     epsilon = torch.finfo(dtype).eps
     oracle, same_dtype = results_in(torch.float64), results_in(dtype)
     rounded = results_in(torch.float64, epsilon)
+    ratios = []
     for i, tensor in enumerate(actual):
         magnitude = (rounded[i] - oracle[i]).abs() / epsilon
-        assert_close_to_oracle(tensor, oracle[i], same_dtype[i], magnitude, f"result {i}")
+        results = (tensor, oracle[i], same_dtype[i], magnitude)
+        ratios.append(assert_close_to_oracle(*results, f"result {i}"))
+    return max(ratios)
+
+
+def check_equals_concatenation(
+    plain: PreTrainedModel,
+    model: PreTrainedModel,
+    batch: dict[str, Tensor],
+    head: str,
+    shifted: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """Outputs of real tokens and prefix gradients of an attached model against transformers' cache.
+
+    `dtype`: of both models.
+    """
+    table = model.prefix_encoder.embedding.weight
+    table.data = table.data.to(dtype).float()  # transformers starts from the same values
+    real = real_tokens(head, batch)
+
+    def results(output: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
+        output = output * real
+        return output.detach(), torch.autograd.grad(output, table, grad_out.to(output.dtype))[0]
+
+    output = outputs_of(head, model(**batch))
+    grad_out = torch.randn(output.shape).to(output)
+    output, gradient = results(output, table)
+    assert gradient.abs().min() > 0  # every entry of every layer's prefix is tested
+
+    def concatenated(plain, prefix: Tensor) -> tuple[Tensor, Tensor]:
+        prefix.requires_grad_()
+        expected = outputs_of(head, concatenated_forward(plain, prefix, batch, shifted))
+        output, gradient = results(expected, prefix)
+        return output, gradient.permute(3, 0, 1, 2, 4).reshape(table.shape)
+
+    actual = (output, gradient.to(dtype))
+    prefix = model.prefix_encoder().detach()
+    return assert_close_to_model(actual, concatenated, plain, prefix, dtype=dtype)
 
 
 def step_results(model, batch, head: str = "sequence", seed: int = 1) -> list[Tensor]:
     """The output of real tokens and all gradients, with the same draws for every call."""
     torch.manual_seed(seed)
     output = outputs_of(head, model(**batch)) * real_tokens(head, batch)
-    grad_out = torch.randn(output.shape).to(output.dtype)
+    grad_out = torch.randn(output.shape).to(output)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [output.detach(), *torch.autograd.grad(output, trained, grad_out)]
 

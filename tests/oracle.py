@@ -10,6 +10,7 @@ from torch import Tensor
 from ptv2_fast.ops import dropout
 from ptv2_fast.ops.attention import prefix_attention_with_lse
 from ptv2_fast.ops.reference import reference_attention
+from tests.closeness import rounding_unit
 from tests.inputs import Inputs
 
 
@@ -108,27 +109,24 @@ def _scores(inputs: Inputs, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor
         visible[..., prefix_length:] &= inputs.bias > float("-inf")
     if inputs.key_mask is not None:
         visible[..., prefix_length:] &= inputs.key_mask[:, None, None, :]
-    for sequence, row in enumerate(_lists(inputs.prefix_index)):
-        visible[sequence, :, :, inputs.prefix_lengths[row] : prefix_length] = False
-    for sequence, context in enumerate(_lists(inputs.context_lengths)):
-        for row in range(query.shape[2]):
-            first_hidden = prefix_length + max(context, row + 1)
-            visible[sequence, :, row, first_hidden:] = False
+    if inputs.prefix_index is not None:
+        lengths = inputs.prefix_lengths[inputs.prefix_index.long()]
+        column = torch.arange(prefix_length, device=scores.device)
+        visible[..., :prefix_length] &= (column < lengths[:, None])[:, None, None]
+    row = torch.arange(scores.shape[2], device=scores.device)[:, None]
+    column = torch.arange(scores.shape[3] - prefix_length, device=scores.device)
+    if inputs.context_lengths is not None:
+        seen = inputs.context_lengths[:, None, None].maximum(row + 1)  # [B, T, 1]
+        visible[..., prefix_length:] &= (column < seen)[:, None]
     if inputs.window is not None:
-        for row in range(query.shape[2]):
-            tokens = visible[:, :, row, prefix_length:]
-            tokens[..., : max(0, row - inputs.window)] = False
-            tokens[..., row + inputs.window + 1 :] = False
+        visible[..., prefix_length:] &= column >= row - inputs.window
+        visible[..., prefix_length:] &= column <= row + inputs.window
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min), visible
 
 
 def _finite_bias(inputs: Inputs) -> Tensor:
     """0 for the columns that the bias hides."""
     return inputs.bias.masked_fill(inputs.bias.isinf(), 0.0)
-
-
-def _lists(tensor: Tensor | None) -> list:
-    return [] if tensor is None else tensor.tolist()
 
 
 def _lse(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
@@ -205,7 +203,7 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
     signed_lse = _lse(inputs, tensors[0], keys)
     # In rounding units of fp32, expressed in those of the inputs' dtype.
     lse_rounding = signed_lse.abs()[..., None] * torch.finfo(torch.float32).eps
-    lse_rounding = lse_rounding / torch.finfo(inputs.query.dtype).eps
+    lse_rounding = lse_rounding / rounding_unit(inputs.query)
     query, keys, values, grad_out = (
         x.abs() for x in (tensors[0], keys, values, inputs.grad_out.double())
     )

@@ -15,11 +15,10 @@ from tests.byte_counter import (
     splits_of,
 )
 from tests.byte_formulas import Moved, Problem, backward_bytes, forward_bytes
+from tests.devices import interpreted
 from tests.sample_calls import Call, Sizes, packed_call, padded_call, run_elementwise
 
-pytestmark = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted"
-)
+pytestmark = interpreted
 PADDED_IDS = ["two tiles", "ragged fp32", "grouped fp16", "one short tile"]
 PADDED = [
     (Sizes(2, 2, 128, 20, 64), torch.bfloat16),

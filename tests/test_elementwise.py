@@ -1,29 +1,24 @@
 """The elementwise operators of the frozen block, each backend against float64 and to the bit."""
 
-import dataclasses
 import itertools
 
 import pytest
 import torch
-from torch import Tensor
 
-from ptv2_fast.ops.dropout import FEED_FORWARD_STREAM, row_dropout_multiplier
+from tests.devices import device_of
 from tests.elementwise_checks import (
     DROPOUT_P,
     DTYPES,
-    Case,
-    check_gelu,
+    check_dropout_mask,
     check_gelu_tails,
-    check_layer_norm_backward,
-    check_layer_norm_forward,
+    check_opcheck,
+    check_operators,
+    check_rows_do_not_depend_on_where_they_stand,
     make_case,
-    operator,
+    run_all,
 )
 
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted"
-)
-BACKENDS = ["reference", "cpp", pytest.param("triton", marks=interpreted)]
+BACKENDS = ["reference", "cpp", "triton"]
 SHAPES = [(0, 64), (1, 8), (5, 20), (37, 384), (16, 768), (3, 3072)]
 
 pytestmark = [
@@ -42,75 +37,31 @@ CASE_IDS = [
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("arguments", CASES, ids=CASE_IDS)
 def test_operators_are_close_to_float64(backend, arguments):
-    case = make_case(*arguments)
-    check_gelu(backend, case)
-    check_layer_norm_forward(backend, case)
-    check_layer_norm_backward(backend, case)
+    check_operators(backend, make_case(*arguments, device_of(backend)))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_gelu_keeps_its_accuracy_in_both_tails(backend, dtype):
-    check_gelu_tails(backend, dtype)
+    check_gelu_tails(backend, dtype, device_of(backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_dropout_mask_is_that_of_its_definition(backend, dtypes):
-    case = make_case((37, 387), dtypes, extras=False)
-    case = dataclasses.replace(
-        case,
-        input=torch.ones_like(case.input),
-        residual=torch.zeros_like(case.residual),
-    )
-    _, total, _ = operator(backend, "dropout_add_layer_norm")(*case.forward)
-    multiplier = row_dropout_multiplier(
-        387, DROPOUT_P, case.seed, case.coordinates, FEED_FORWARD_STREAM, torch.float32
-    )
-    assert torch.equal(total, multiplier.to(total.dtype))
-    _, grad_input = operator(backend, "dropout_add_layer_norm_backward")(*case.backward)
-    assert torch.equal(grad_input == 0, multiplier == 0)
+    check_dropout_mask(backend, dtypes, device_of(backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_rows_do_not_depend_on_where_they_stand(backend, dtypes):
-    case = make_case((37, 387), dtypes)
-    order = torch.randperm(37)
-
-    def move(tensor: Tensor) -> Tensor:
-        return tensor[order] if tensor.dim() == 2 else tensor
-
-    moved = dataclasses.replace(case.map(move), coordinates=case.coordinates[order])
-    for results, moved_results in zip(run_all(backend, case), run_all(backend, moved), strict=True):
-        assert torch.equal(results[order], moved_results)
-
-
-def run_all(backend: str, case: Case) -> list[Tensor]:
-    """The results of all five operators."""
-    grad_out = case.grad_out.to(case.input.dtype)
-    return [
-        operator(backend, "bias_gelu")(case.input, case.bias),
-        operator(backend, "bias_gelu_backward")(grad_out, case.input, case.bias),
-        *operator(backend, "dropout_add_layer_norm")(*case.forward),
-        *operator(backend, "dropout_add_layer_norm_backward")(*case.backward),
-        operator(backend, "layer_norm_again")(*case.again),
-    ]
+    check_rows_do_not_depend_on_where_they_stand(backend, dtypes, device_of(backend))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize(("extras", "dropout_p"), [(False, 0.0), (True, DROPOUT_P)])
 def test_raw_operators_pass_opcheck(dtypes, extras, dropout_p):
-    case = make_case((5, 20), dtypes, extras, dropout_p)
-    grad_out = case.grad_out.to(case.input.dtype)
-    for name, arguments in (
-        ("bias_gelu", (case.input, case.bias)),
-        ("bias_gelu_backward", (grad_out, case.input, case.bias)),
-        ("dropout_add_layer_norm", case.forward),
-        ("dropout_add_layer_norm_backward", case.backward),
-        ("layer_norm_again", case.again),
-    ):
-        torch.library.opcheck(getattr(torch.ops.ptv2, name).default, arguments)
+    check_opcheck(make_case((5, 20), dtypes, extras, dropout_p))
 
 
 @pytest.mark.parametrize("dtypes", DTYPES)

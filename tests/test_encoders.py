@@ -19,35 +19,12 @@ from tests.models import (
     P,
     assert_close_to_model,
     attached,
-    concatenated_forward,
+    check_equals_concatenation,
     make_batch,
     one_thread,  # noqa: F401
-    outputs_of,
     real_tokens,
     tiny_model,
 )
-
-
-def results(output: Tensor, table: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
-    return output.detach(), torch.autograd.grad(output, table, grad_out.to(output.dtype))[0]
-
-
-def assert_equals_concatenation(plain, model, batch, head: str, shifted: bool) -> None:
-    """Outputs of real tokens and prefix gradients against transformers' cache."""
-    output = outputs_of(head, model(**batch)) * real_tokens(head, batch)
-    grad_out = torch.randn(output.shape)
-    table = model.prefix_encoder.embedding.weight
-    actual = results(output, table, grad_out)
-    assert actual[1].abs().min() > 0  # every entry of every layer's prefix is tested
-
-    def concatenated(plain, prefix: Tensor) -> tuple[Tensor, Tensor]:
-        prefix.requires_grad_()
-        output = outputs_of(head, concatenated_forward(plain, prefix, batch, shifted))
-        output = output * real_tokens(head, batch)
-        output, gradient = results(output, prefix, grad_out)
-        return output, gradient.permute(3, 0, 1, 2, 4).reshape(table.shape)
-
-    assert_close_to_model(actual, concatenated, plain, model.prefix_encoder().detach())
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "hook"])
@@ -55,14 +32,14 @@ def assert_equals_concatenation(plain, model, batch, head: str, shifted: bool) -
 def test_outputs_and_prefix_gradients_equal_concatenation(model_type, head, backbone):
     plain = tiny_model(model_type, head)
     model = attached(head, model=copy.deepcopy(plain), backbone=backbone)
-    assert_equals_concatenation(plain, model, make_batch(head), head, shifted=False)
+    check_equals_concatenation(plain, model, make_batch(head), head)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
 def test_position_offset_prefix_counts_like_a_cache_of_length_p(model_type):
     plain = tiny_model(model_type, "token")
     model = attached("token", model=copy.deepcopy(plain), position_offset="prefix")
-    assert_equals_concatenation(plain, model, make_batch(), "token", shifted=True)
+    check_equals_concatenation(plain, model, make_batch(), "token", shifted=True)
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta"])

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from tests.attention_checks import random_case
 from tests.inputs import Shape, make_inputs
 from tests.kernel_runner import (
     ADDRESS,
@@ -20,7 +21,6 @@ from tests.kernel_runner import (
     with_padded,
 )
 from tests.test_cpp_kernels import LEVELS
-from tests.test_prefix_attention import random_case
 
 ALL = (True, True, True)
 NEEDS = [ALL, ALL, (False, False, True), (True, False, False), (False, True, False),

@@ -1,6 +1,5 @@
 """Every backend against the float64 oracle by the one numerics rule, forward and five gradients."""
 
-import dataclasses
 import random
 
 import pytest
@@ -8,15 +7,21 @@ import torch
 
 from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 from ptv2_fast.ops.registration import CPP_IMPORT_ERROR
-from tests.closeness import assert_close_to_oracle
-from tests.inputs import BIASES, MASKS, ROWS, Inputs, Shape, make_inputs
-from tests.oracle import (
-    concatenate_and_expand,
-    concatenate_and_sdpa,
-    magnitudes,
-    oracle,
-    run_backend,
+from tests.attention_checks import (
+    check,
+    check_bank_equals_separate_calls,
+    check_joint_gradients,
+    check_merging_by_lse,
+    check_only_needed_gradients,
+    check_packed_equals_padded,
+    check_prefix_gradient_is_no_worse_than_concatenation,
+    check_prefix_only_backward_never_reads_the_tokens,
+    check_rows_without_a_visible_column,
+    check_runs_are_bit_equal,
+    random_case,
 )
+from tests.devices import device_of
+from tests.inputs import MASKS, ROWS, Shape, make_inputs
 
 # batch, heads, queries, tokens, prefix, head_dim: chosen for their edges.
 SHAPES = [
@@ -35,24 +40,6 @@ CPU_ONLY_SHAPES = [
     Shape(2, 2, 0, 4, 3, 8),
     Shape(0, 2, 4, 4, 3, 8),
 ]
-
-
-# On a machine with a GPU the Triton kernels run compiled, elsewhere interpreted.
-DEVICES = {"triton": "cuda" if torch.cuda.is_available() else "cpu"}
-
-
-def check(backends, shape, dtype, mask, p, prefix_p, **made) -> None:
-    """Every result of every backend against the oracle; `made`: the options of make_inputs."""
-    inputs = make_inputs(shape, dtype, mask, device=DEVICES.get(backends[0], "cpu"), **made)
-    exact = oracle(inputs, p, prefix_p)
-    sizes = magnitudes(inputs, p, prefix_p)
-    eager = concatenate_and_expand(inputs, p, prefix_p)
-    for backend in backends:
-        actual = run_backend(inputs, backend, p, prefix_p)
-        plain = concatenate_and_sdpa(inputs) if backend == "split" else eager
-        for name in actual._fields:
-            results = (getattr(results, name) for results in (actual, exact, plain, sizes))
-            assert_close_to_oracle(*results, name=f"{backend} {name} of {shape}")
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -93,85 +80,25 @@ def test_banks_and_bias_match_oracle(packed, backend):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_packed_equals_padded_to_the_bit(dtype, backend):
     """Dropout included: its masks are numbered by sequence and row."""
-    inputs = make_inputs(
-        Shape(5, 4, 83, 83, 9, 32, group=2), dtype, device=DEVICES.get(backend, "cpu"),
-        packed=True, bank=3, rows="context", bias="shared", lse=True,
-    )  # fmt: skip
-    packed = run_backend(inputs, backend, 0.1, 0.1)
-    padded = run_backend(inputs.padded, backend, 0.1, 0.1)
-    for name in packed._fields:
-        expected = getattr(padded, name)
-        if not name.startswith("grad_prefix"):
-            expected = inputs.pack_rows(expected)
-        assert torch.equal(getattr(packed, name), expected), name
+    check_packed_equals_padded(backend, dtype, device_of(backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 def test_bank_equals_separate_calls(backend):
     """And what lies behind prefix_lengths is never read."""
-    device = DEVICES.get(backend, "cpu")
-    inputs = make_inputs(Shape(5, 2, 12, 12, 7, 16), torch.float32, bank=3, device=device)
-    for row, length in enumerate(inputs.prefix_lengths.tolist()):
-        inputs.prefix_key[row, :, length:] = inputs.prefix_value[row, :, length:] = float("nan")
-    together = run_backend(inputs, backend, 0.0, 0.0)
-    expected = torch.zeros_like(together.grad_prefix_key)
-    for sequence, row in enumerate(inputs.prefix_index.tolist()):
-        length = inputs.prefix_lengths[row]
-        alone = Inputs(
-            *(tensor[sequence : sequence + 1] for tensor in inputs.tensors[:3]),
-            *(prefix[row, :, :length] for prefix in inputs.tensors[3:]),
-            None, inputs.seed, inputs.grad_out[sequence : sequence + 1],
-        )  # fmt: skip
-        alone = run_backend(alone, backend, 0.0, 0.0)
-        torch.testing.assert_close(together.out[sequence], alone.out[0])
-        torch.testing.assert_close(together.grad_query[sequence], alone.grad_query[0])
-        expected[row, :, :length] += alone.grad_prefix_key
-    torch.testing.assert_close(together.grad_prefix_key, expected)
+    check_bank_equals_separate_calls(backend, device_of(backend))
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
 def test_joint_gradients_equal_separate_ones(backend):
     """One buffer for the gradients of query, key and value, as one product with W_qkv wants it."""
-    packed = backend != "split"
-    inputs = make_inputs(
-        Shape(3, 4, 21, 21, 5, 16, group=2), torch.float32, "right padding", packed=packed,
-        device=DEVICES.get(backend, "cpu"),
-    )  # fmt: skip
-    forward, backward = (
-        getattr(torch.ops.ptv2, f"prefix_attention_{way}_{backend}")
-        for way in ("forward", "backward")
-    )
-    options = inputs.raw_options()
-    results = forward(*inputs.raw_tensors, *options)
-    arguments = (inputs.grad_out, *inputs.raw_tensors, *results, None, True, True, True)
-    separate = backward(*arguments, False, *options)
-    joint, *others = backward(*arguments, True, *options)
-    assert torch.equal(joint, torch.cat(separate[:3], dim=1))
-    tokens = joint if packed else joint.transpose(1, 2)
-    assert tokens.is_contiguous() and [other.numel() for other in others[:2]] == [0, 0]
-    for gradient, expected in zip(others[2:], separate[3:], strict=True):
-        assert torch.equal(gradient, expected)
+    check_joint_gradients(backend, device_of(backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
 def test_two_results_over_disjoint_columns_merge_by_lse(backend):
-    inputs = make_inputs(
-        Shape(2, 2, 9, 9, 5, 16), torch.float32, device=DEVICES.get(backend, "cpu")
-    )
-    query, key, value, prefix_key, prefix_value = inputs.tensors
-    whole, whole_lse = prefix_attention_with_lse(*inputs.tensors, backend=backend)
-    nothing = prefix_key[:, :0]
-    parts = [
-        prefix_attention_with_lse(query, key, value, nothing, nothing, backend=backend),
-        prefix_attention_with_lse(
-            query, key[:, :, :0], value[:, :, :0], prefix_key, prefix_value, backend=backend
-        ),
-    ]
-    weights = torch.stack([lse for _, lse in parts]).softmax(dim=0)
-    merged = sum(weight[..., None] * out for weight, (out, _) in zip(weights, parts, strict=True))
-    torch.testing.assert_close(merged, whole)
-    torch.testing.assert_close(torch.logaddexp(parts[0][1], parts[1][1]), whole_lse)
+    check_merging_by_lse(backend, device_of(backend))
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -179,37 +106,6 @@ def test_two_results_over_disjoint_columns_merge_by_lse(backend):
 def test_cpu_backends_match_oracle_on_larger_shapes(shape):
     check(["reference", "cpp", "split"], shape, torch.float32, "random", 0.0, 0.0)
     check(["reference", "cpp"], shape, torch.bfloat16, "right padding", 0.3, 0.0, strides="sliced")
-
-
-def random_case(generator: random.Random, largest: int) -> dict:
-    sizes = [0, 1, 2, 7, 16, 31, 33, 64, 65]
-    sizes = [size for size in sizes if size <= largest]
-    group = generator.choice([1, 1, 2, 3])
-    shape = Shape(
-        generator.randint(1, 3),
-        generator.randint(1, 3) * group,
-        *(generator.choice(sizes) for _ in range(3)),
-        8 * generator.choice([1, 2, 3, 4, 5, 8, 10, 12, 16]),
-        group,
-    )
-    rows = generator.choice(["all", *ROWS])
-    packed = generator.random() < 0.3
-    if rows != "all" or packed:
-        shape = dataclasses.replace(shape, queries=shape.tokens)
-    return {
-        "rows": rows,
-        "packed": packed,
-        "bank": generator.choice([0, 0, 1, 3]),
-        "bias": generator.choice(["none", *BIASES]),
-        "lse": generator.random() < 0.3,
-        "shape": shape,
-        "dtype": generator.choice([torch.float32, torch.bfloat16]),
-        "mask": generator.choice(MASKS),
-        "p": generator.choice([0.0, 0.1, 0.5]),
-        "prefix_p": generator.choice([0.0, 0.0, 0.25]),
-        "seed": generator.randint(0, 2**20),
-        "strides": generator.choice(["hf", "sliced"]),
-    }
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
@@ -228,81 +124,29 @@ def test_random_shapes_match_oracle_on_interpreted_triton():
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_prefix_gradient_is_no_worse_than_concatenation_in_bf16(backend):
-    inputs = make_inputs(
-        Shape(8, 2, 33, 33, 9, 64),
-        torch.bfloat16,
-        "right padding",
-        device=DEVICES.get(backend, "cpu"),
-    )
-    actual, exact = run_backend(inputs, backend, 0.0, 0.0), oracle(inputs, 0.0, 0.0)
-    plain = concatenate_and_expand(inputs, 0.0, 0.0)
-    for name in ("grad_prefix_key", "grad_prefix_value"):
-
-        def rmse(results, name=name):
-            return (getattr(results, name).double() - getattr(exact, name)).square().mean().sqrt()
-
-        assert rmse(actual) <= rmse(plain)
+    check_prefix_gradient_is_no_worse_than_concatenation(backend, device_of(backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 def test_two_runs_are_bit_equal(backend):
-    device = DEVICES.get(backend, "cpu")
-    inputs = make_inputs(Shape(3, 2, 33, 33, 20, 32), torch.float32, "random", device=device)
-    for first, second in zip(
-        run_backend(inputs, backend, 0.1, 0.1),
-        run_backend(inputs, backend, 0.1, 0.1),
-        strict=True,
-    ):
-        assert torch.equal(first, second)
+    check_runs_are_bit_equal(backend, torch.float32, device_of(backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
 def test_rows_without_a_visible_column_are_zero(backend):
-    device = DEVICES.get(backend, "cpu")
-    inputs = make_inputs(Shape(2, 2, 6, 11, 0, 16), torch.float32, "empty rows", device=device)
-    results = run_backend(inputs, backend, 0.0, 0.0)
-    for name in ("out", "grad_query", "grad_key", "grad_value"):
-        assert torch.equal(getattr(results, name)[0], torch.zeros_like(getattr(results, name)[0]))
-        assert torch.isfinite(getattr(results, name)).all()
-        assert getattr(results, name)[1].abs().max() > 0
-    lse_op = getattr(torch.ops.ptv2, f"prefix_attention_forward_{backend}")
-    _, lse = lse_op(*inputs.raw_tensors, *inputs.raw_options())
-    assert (lse[0] == float("-inf")).all() and torch.isfinite(lse[1]).all()
+    check_rows_without_a_visible_column(backend, device_of(backend))
 
 
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
 def test_only_needed_gradients_are_computed_and_equal_the_full_ones(backend):
-    device = DEVICES.get(backend, "cpu")
-    inputs = make_inputs(Shape(2, 2, 12, 12, 6, 32), torch.float32, "right padding", device=device)
-    full = run_backend(inputs, backend, 0.0, 0.0)[2:]
-    for wanted in ([3, 4], [0], [1, 2], [2], [0, 3], [4]):
-        leaves = [tensor.detach().clone() for tensor in inputs.tensors]
-        for index in wanted:
-            leaves[index].requires_grad_()
-        out = prefix_attention(*leaves, key_mask=inputs.key_mask, backend=backend)
-        gradients = torch.autograd.grad(out, [leaves[index] for index in wanted], inputs.grad_out)
-        for index, gradient in zip(wanted, gradients, strict=True):
-            assert torch.equal(gradient, full[index])
+    check_only_needed_gradients(backend, device_of(backend))
 
 
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 def test_prefix_only_backward_never_reads_the_tokens(backend):
     """Layer 0 of a frozen encoder: key and value may be gone when its backward runs."""
-    inputs = make_inputs(
-        Shape(2, 2, 12, 12, 6, 32), torch.float32, device=DEVICES.get(backend, "cpu")
-    )
-    pair = [getattr(torch.ops.ptv2, f"prefix_attention_{way}_{backend}")
-            for way in ("forward", "backward")]  # fmt: skip
-    options = inputs.raw_options()
-    out, lse = pair[0](*inputs.raw_tensors, *options)
-    rest = (out, lse, None, False, False, True, False, *options)
-    whole = pair[1](inputs.grad_out, *inputs.raw_tensors, *rest)
-    poisoned = [*inputs.raw_tensors]
-    poisoned[1], poisoned[2] = (torch.full_like(tensor, float("nan")) for tensor in poisoned[1:3])
-    again = pair[1](inputs.grad_out, *poisoned, *rest)
-    assert [gradient.numel() for gradient in again[:3]] == [0, 0, 0]
-    assert torch.equal(whole[3], again[3]) and torch.equal(whole[4], again[4])
+    check_prefix_only_backward_never_reads_the_tokens(backend, device_of(backend))
 
 
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
@@ -311,7 +155,7 @@ def test_only_inputs_and_results_are_kept(strides, backend):
     """Query, key, value, out, lse, the prefix as it is, and a mask; no copy of any of them."""
     inputs = make_inputs(
         Shape(4, 2, 12, 12, 6, 32), torch.float32, "right padding", strides=strides,
-        device=DEVICES.get(backend, "cpu"),
+        device=device_of(backend),
     )  # fmt: skip
     leaves = [tensor.detach().requires_grad_() for tensor in inputs.tensors]
     kept = []

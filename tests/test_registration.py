@@ -8,72 +8,28 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
+from ptv2_fast.ops.attention import prefix_attention
 from tests.inputs import Inputs, Shape, make_inputs
-
-BACKENDS = ("", "_reference", "_cpp", "_triton")  # and _split, which serves the plain call only
-
-
-def everything(packed: bool) -> Inputs:
-    """Every option at once, padded or packed."""
-    return make_inputs(
-        Shape(2, 2, 6, 6, 3, 16), torch.float32, "random", rows="both", lse=True, bank=3,
-        bias="shared", packed=packed,
-    )  # fmt: skip
-
-
-def plain() -> Inputs:
-    """What the split serves."""
-    return make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random")
-
-
-@pytest.mark.parametrize(
-    ("suffix", "packed"), [*itertools.product(BACKENDS, (False, True)), ("_split", False)]
+from tests.tracing_checks import (
+    check_compiles_as_one_graph,
+    check_raw_operators_pass_opcheck,
+    everything,
 )
-def test_raw_operators_pass_opcheck(suffix, packed):
-    split = suffix == "_split"
-    inputs = plain() if split else everything(packed)
-    options = inputs.raw_options(*(0.0, 0.0) if split else (0.25, 0.25))
-    forward = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix).default
-    backward = getattr(torch.ops.ptv2, "prefix_attention_backward" + suffix).default
-    torch.library.opcheck(forward, (*inputs.raw_tensors, *options))
-    results = forward(*inputs.raw_tensors, *options)
-    arguments = (inputs.grad_out, *inputs.raw_tensors, *results, inputs.grad_lse)
-    for needs in (
-        (True, True, True, False),
-        (False, False, True, False),
-        (True, True, True, True),
-    ):
-        torch.library.opcheck(backward, (*arguments, *needs, *options))
+
+CASES = [
+    *itertools.product((None, "reference", "cpp", "triton"), (False, True)),
+    ("split", False),  # it serves the plain call only
+]
 
 
-@pytest.mark.parametrize(
-    ("backend", "packed"),
-    [*itertools.product((None, "reference", "cpp", "triton"), (False, True)), ("split", False)],
-)
+@pytest.mark.parametrize(("backend", "packed"), CASES)
+def test_raw_operators_pass_opcheck(backend, packed):
+    check_raw_operators_pass_opcheck(backend, packed)
+
+
+@pytest.mark.parametrize(("backend", "packed"), CASES)
 def test_public_function_compiles_as_one_graph(backend, packed):
-    torch._dynamo.reset()  # every case compiles the same code object
-    split = backend == "split"
-    inputs = plain() if split else everything(packed)
-
-    def attention(*tensors):
-        options = {**inputs.options, "backend": backend}
-        if split:
-            return prefix_attention(*tensors, **options), None
-        return prefix_attention_with_lse(*tensors, **options, dropout_p=0.2)
-
-    def weighted(out, lse):
-        loss = (out * inputs.grad_out).sum()
-        return loss if lse is None else loss + (lse * inputs.grad_lse).sum()
-
-    # .sum() sends an expanded gradient of stride 0, which Inductor hands over as it is.
-    for grad_of in (lambda out, lse: out.sum(), weighted):
-        results = []
-        for function in (attention, torch.compile(attention, backend="aot_eager", fullgraph=True)):
-            leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.tensors]
-            results.append(torch.autograd.grad(grad_of(*function(*leaves)), leaves))
-        for eager, compiled in zip(*results, strict=True):
-            assert torch.equal(eager, compiled)
+    check_compiles_as_one_graph(backend, packed)
 
 
 class _Attention(torch.nn.Module):

@@ -10,6 +10,7 @@ from triton.runtime.errors import OutOfResources
 
 from ptv2_fast.ops import elementwise, triton_calls
 from ptv2_fast.ops.registration import _default_backward, _default_forward
+from tests.devices import KERNEL_DEVICE
 from tests.inputs import Shape, make_inputs
 
 
@@ -56,7 +57,8 @@ def test_what_does_not_compile_is_computed_by_torch(error):
 
 @pytest.mark.usefixtures("no_failures")
 def test_backward_falls_back_after_a_forward_by_triton():
-    inputs = make_inputs(Shape(2, 2, 5, 5, 3, 16), torch.float32, "random")
+    shape = Shape(2, 2, 5, 5, 3, 16)
+    inputs = make_inputs(shape, torch.float32, "random", device=KERNEL_DEVICE)
     options = inputs.raw_options(0.2, 0.1)
     results = torch.ops.ptv2.prefix_attention_forward_triton(*inputs.raw_tensors, *options)
     arguments = (inputs.grad_out, *inputs.raw_tensors, *results, None, True, True, True, False)

@@ -8,14 +8,11 @@ from ptv2_kernels.backward_prefix import count_splits
 from ptv2_kernels.configs import ARCHITECTURES, shipped_config, tile_widths
 from ptv2_kernels.forward import launch_forward
 from ptv2_kernels.measured import KERNELS
+from tests.attention_checks import check
+from tests.devices import KERNEL_DEVICE, interpreted
 from tests.inputs import Shape, make_inputs
 from tests.oracle import run_backend
-from tests.test_prefix_attention import check
 from tests.triton_interpreter import bounds_checked
-
-interpreted = pytest.mark.skipif(
-    torch.cuda.is_available(), reason="with a GPU the kernels are compiled, not interpreted"
-)
 
 
 @interpreted
@@ -82,7 +79,8 @@ def test_fp16_matches_oracle():
 @pytest.mark.parametrize("scale", [0.0, -0.25])
 def test_scale_may_be_zero_or_negative(scale):
     """The kernels compare scores before scaling them where the scale is positive."""
-    inputs = make_inputs(Shape(2, 2, 20, 20, 5, 32), torch.float32, "right padding")
+    shape = Shape(2, 2, 20, 20, 5, 32)
+    inputs = make_inputs(shape, torch.float32, "right padding", device=KERNEL_DEVICE)
     results = []
     for backend in ("reference", "triton"):
         leaves = [tensor.clone().requires_grad_() for tensor in inputs.tensors]
@@ -122,8 +120,8 @@ def test_two_widths_leave_little_padding():
 
 
 def test_splits_of_the_batch_cover_every_sequence():
-    """Seven sequences over the interpreter's sixteen programs, one head: uneven splits."""
-    whole = make_inputs(Shape(7, 1, 5, 5, 3, 16), torch.float32)
+    """Seven sequences, one head; the interpreter has sixteen programs for them: uneven splits."""
+    whole = make_inputs(Shape(7, 1, 5, 5, 3, 16), torch.float32, device=KERNEL_DEVICE)
     together = run_backend(whole, "triton", 0.0, 0.0)
     exact = run_backend(whole, "reference", 0.0, 0.0)
     torch.testing.assert_close(together.grad_prefix_key, exact.grad_prefix_key)
