@@ -13,6 +13,14 @@ if not torch.cuda.is_available():
 
     repair_interpreter()
 
+from tests.devices import unwritten_is_nan
+
+# What tests of tasks, training and reports need, and a machine for the kernels may not have.
+OPTIONAL = {
+    "accelerate", "datasets", "filelock", "jinja2", "matplotlib", "optuna", "pandas", "peft",
+    "seqeval", "sklearn",
+}  # fmt: skip
+
 
 @pytest.fixture(autouse=True)
 def seed():
@@ -21,7 +29,45 @@ def seed():
 
 @pytest.fixture
 def nan_filled_empty():
-    """torch.empty and its relatives return NaN, so that an unwritten output cannot go unseen."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    with unwritten_is_nan():
+        yield
+
+
+class _Module(pytest.Module):
+    """A test file; one that imports a package of OPTIONAL is skipped where that is missing."""
+
+    def collect(self):
+        try:
+            return super().collect()
+        except self.CollectError as error:
+            _skip_without_optional_package(error.__cause__)
+            raise
+
+
+def pytest_pycollect_makemodule(module_path, parent):
+    return _Module.from_parent(parent, path=module_path)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup():
+    return (yield from _skipping_without_optional_package())
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call():
+    return (yield from _skipping_without_optional_package())
+
+
+def _skipping_without_optional_package():
+    try:
+        return (yield)
+    except ModuleNotFoundError as error:
+        _skip_without_optional_package(error)
+        raise
+
+
+def _skip_without_optional_package(error: BaseException | None) -> None:
+    """Skips, naming the package; what else may be missing stays an error."""
+    package = (getattr(error, "name", None) or "").split(".")[0]
+    if isinstance(error, ModuleNotFoundError) and package in OPTIONAL:
+        pytest.skip(f"needs {package}, not installed here", allow_module_level=True)
