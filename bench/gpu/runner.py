@@ -144,9 +144,9 @@ class StageRun:
         environment = dict(os.environ)
         if self.device.type == "cuda":
             environment.pop("TRITON_INTERPRET", None)
-        environment["PYTHONPATH"] = os.pathsep.join(
-            [str(ROOT), str(ROOT / "kernels"), *filter(None, [os.environ.get("PYTHONPATH")])]
-        )
+        inherited = filter(None, [os.environ.get("PYTHONPATH")])
+        path = [str(ROOT), str(ROOT / "kernels"), *inherited]
+        environment["PYTHONPATH"] = os.pathsep.join(path)
         environment.setdefault("HF_HUB_OFFLINE", "1")
         reader, writer = os.pipe()
         command = [
