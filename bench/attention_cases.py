@@ -19,8 +19,8 @@ from torch import Tensor
 from bench import roofline
 from bench.attention_providers import CONCATENATING, LIKE, OURS, ways_of
 from bench.measure import Timing
+from tests.attention_checks import check
 from tests.inputs import Inputs, Shape, make_inputs, packed_inputs
-from tests.test_prefix_attention import check
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DENSITIES = (0.5, 1.0)

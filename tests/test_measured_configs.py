@@ -6,8 +6,8 @@ import torch
 from ptv2_kernels import configs
 from ptv2_kernels.arguments import describe_call
 from ptv2_kernels.measured import Config, Workload, measured_configs, write_measured
+from tests.attention_checks import check
 from tests.inputs import Shape, make_inputs
-from tests.test_prefix_attention import check
 
 ORIGIN = {"card": "a card", "date": "2026-01-01"}
 FOUND = Config(16, 16, 2, 1)

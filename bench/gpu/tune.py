@@ -22,6 +22,7 @@ from unittest.mock import patch
 import torch
 import triton
 
+from bench.gpu import check
 from bench.gpu.graphs import captured
 from bench.gpu.stages import Options, Row
 from bench.measure import time_interleaved
@@ -51,6 +52,14 @@ TASKS = (  # kernel, prefix length: one of each class
     ("forward", 100),
     ("query", 100),
     ("prefix", 100),
+)
+PROVING = (  # of tests.gpu_cases
+    "bits-bf16",
+    "bits-fp32",
+    "attention-bf16-narrow",
+    "attention-bf16-wide",
+    "attention-fp32-narrow",
+    "attention-options-bf16",
 )
 LEAST_GAIN = 1.02  # a winner that is not this much faster than the shipped one is left out
 
@@ -267,10 +276,8 @@ def _agree(results: tuple[torch.Tensor, ...], expected: tuple[torch.Tensor, ...]
 
 
 def _prove(path: Path, device: torch.device) -> Iterator[Row]:
-    from tests.gpu_cases import TUNED_CHECKS
-
+    """The checks of the kernels' results and bits, with the table that was found."""
     if path.exists():
         os.environ["PTV2_TUNED"] = str(path)
-    for check_name, check in TUNED_CHECKS.items():
-        check(device)
-        yield {"entry": PROOF, "check": check_name, "table": path.name if path.exists() else "none"}
+    for group in PROVING if device.type == "cuda" else ("bits",):
+        yield from check.run(group, device, Options())
