@@ -76,7 +76,11 @@ def cpp_arguments() -> dict:
 
 setup(
     packages=[*find_packages(include=["ptv2_fast*"]), "ptv2_kernels"],
-    package_data={"ptv2_fast.recipes": ["*.yaml"], "ptv2_fast.training.report": ["*.html"]},
+    package_data={
+        "ptv2_fast.recipes": ["*.yaml"],
+        "ptv2_fast.training.report": ["*.html"],
+        "ptv2_kernels": ["measured/*.json"],
+    },
     package_dir={"ptv2_kernels": "kernels/ptv2_kernels"},
     **cpp_arguments(),
 )
