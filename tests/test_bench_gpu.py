@@ -10,8 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
+from bench.gpu import step
 from bench.gpu.memory import TRIES, search_largest
+from bench.gpu.stages import Options
+from bench.models import METHODS
 
 BLOCKED = ("datasets", "seqeval", "optuna", "peft")
 STAGES = ("step", "memory", "elementwise")
@@ -73,6 +77,22 @@ def test_every_method_is_a_row_with_its_time_or_a_reason(rehearsed):
             expected = float(rows[name]["step ms"]) / float(rows[other]["step ms"])
             assert float(rows[name][f"time / {other}"]) == pytest.approx(expected, rel=0.02)
     assert {"frozen block", "hook", "prefix, original recipe"} <= rows.keys() - left_out
+
+
+def test_a_method_that_fails_is_a_row_and_the_others_go_on(monkeypatch):
+    def broken(case, layers):
+        raise torch.OutOfMemoryError("no\nmemory")
+
+    monkeypatch.setitem(METHODS, "full fine-tuning, sdpa", broken)
+    kept = ("full fine-tuning, sdpa", "frozen none", "hook")
+    options = Options(without=tuple(name for name in METHODS if name not in kept))
+    device = torch.device("cpu")
+    rows = {row["method"]: row for row in step.run(step.units(device)[0], device, options)}
+    assert rows.keys() == set(kept)
+    failed = rows.pop("full fine-tuning, sdpa")
+    assert (failed["status"], failed["reason"]) == ("failed", "OutOfMemoryError: no memory")
+    assert rows["frozen none"]["time / frozen none"] == 1.0 and rows["hook"]["step ms"] > 0
+    assert not any("time / full fine-tuning, sdpa" in row for row in rows.values())
 
 
 def test_memory_is_measured_beside_its_prediction(rehearsed):

@@ -88,13 +88,16 @@ def _why_it_fails(
 ) -> str | None:
     """Puts a warm step of the method among `steps`, or says in one line what went wrong."""
     try:
-        step = Step(build(method, case, device.type), case, device.type)
-        step()
-        step()
+        steps[method] = _warm_step(method, case, device)
+        return None
     except Exception as error:
         reason = reason_of(error)
-    else:
-        steps[method] = step
-        return None
     release()  # when nothing refers to the error any more, whose frames hold tensors
     return reason
+
+
+def _warm_step(method: str, case: Case, device: torch.device) -> Step:
+    step = Step(build(method, case, device.type), case, device.type)
+    for _ in range(2):
+        step()
+    return step
