@@ -201,8 +201,9 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
     dropouts = (DROPOUT_P, 0.0) if operator.drops else (0.0,)
     for columns in operator.columns[device.type]:
         for dropout_p in dropouts:
-            case = make_case((CHECKED_ROWS, columns), dtypes, dropout_p=dropout_p)
-            operator.check("triton", _moved(case, device))
+            shape = (CHECKED_ROWS, columns)
+            case = make_case(shape, dtypes, dropout_p=dropout_p, device=device)
+            operator.check("triton", case)
     copy_rate = copy_bytes_per_ms(device)
     for rows in ROWS[device.type]:
         for columns in operator.columns[device.type]:
@@ -214,13 +215,6 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
                                 copy_rate),
                 }  # fmt: skip
                 release()
-
-
-def _moved(case: Case, device: torch.device) -> Case:
-    tensors = {
-        name: value.to(device) for name, value in vars(case).items() if isinstance(value, Tensor)
-    }
-    return Case(**{**vars(case), **tensors})
 
 
 def _random_case(
