@@ -262,8 +262,7 @@ def _measured(
     # Which of a pair are the arguments of each way.
     arguments = {way: [pair[way != "ours"] for pair in pairs] for way in ways}
     calls = {way: functools.partial(ways[way], *arguments[way][0]) for way in ways}
-    seconds, rounds = (0.0, 1) if device.type == "cpu" else (options.seconds, 10)
-    timings = time_interleaved(calls, device, seconds, rounds)
+    timings = time_interleaved(calls, device, options.seconds, options.rounds)
     replays = {
         way: captured(functools.partial(_call_all, ways[way], arguments[way]), device)
         for way in ways
@@ -273,7 +272,9 @@ def _measured(
     if replays:
         by_graph = {
             way: Timing(timing.median / count, timing.p20 / count, timing.p80 / count)
-            for way, timing in time_interleaved(replays, device, seconds, rounds).items()
+            for way, timing in time_interleaved(
+                replays, device, options.seconds, options.rounds
+            ).items()
         }
     return {"reason": reason} | _columns(timings, by_graph, moved, count, copy_rate)
 

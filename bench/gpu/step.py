@@ -67,10 +67,7 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
         reason = _why_it_fails(method, case, device, steps)
         if reason is not None:
             yield {"method": method, "status": FAILED, "reason": reason, **sizes}
-    if device.type == "cpu":
-        timings = time_interleaved(steps, device, seconds=0, least_rounds=1)
-    else:
-        timings = time_interleaved(steps, device, options.seconds * len(steps))
+    timings = time_interleaved(steps, device, options.seconds * len(steps), options.rounds)
     others = {method: timings[method] for method in HELD_AGAINST if method in timings}
     for method, timing in timings.items():
         trained = sum(parameter.numel() for parameter in steps[method].trained)
