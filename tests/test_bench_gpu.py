@@ -1,4 +1,4 @@
-"""The stages of bench.gpu that train models and time elementwise operators, rehearsed on a CPU.
+"""The stages of bench.gpu, rehearsed on a CPU; that of the checks is in test_gpu.py.
 
 In processes of their own, without the packages that a rented machine lacks.
 """
@@ -18,7 +18,7 @@ from bench.gpu.stages import Options
 from bench.models import METHODS
 
 BLOCKED = ("datasets", "seqeval", "optuna", "peft")
-STAGES = ("step", "memory", "elementwise")
+STAGES = ("step", "memory", "elementwise", "attention", "tune")
 FAILING = "bias_gelu_backward bf16"
 SITE = f"""
 import os, sys
@@ -107,6 +107,33 @@ def test_memory_is_measured_beside_its_prediction(rehearsed):
         assert 0 < batches[name][0] < batches[name][1] < batches[name][2]
         assert float(row["peak MiB"]) > 0 and int(row["predicted batch in 8 GB"]) > 0
     assert batches["frozen ffn+qkv"][0] > batches["full fine-tuning, sdpa"][0]
+
+
+def test_every_way_of_the_attention_is_timed(rehearsed):
+    output, _ = rehearsed
+    rows = rows_of(output, "attention")
+    assert {(row["dropout"], row["pass"]) for row in rows} == {
+        (dropout, name) for dropout in ("0.0", "0.1") for name in ("forward", "forward+backward")
+    }
+    for row in rows:
+        assert row["status"] == "ok" and row["clock"] == "call"
+        for way in ("ptv2-fast", "ptv2-fast packed", "concat+sdpa", "concat+eager"):
+            assert float(row[f"{way} median ms"]) > 0
+        over_sdpa = float(row["concat+sdpa median ms"]) / float(row["ptv2-fast median ms"])
+        assert float(row["speed-up over concat+sdpa"]) == pytest.approx(over_sdpa, abs=0.006)
+
+
+def test_tuning_tries_configurations_and_proves_what_it_found(rehearsed):
+    output, _ = rehearsed
+    rows = rows_of(output, "tune")
+    searched = [row for row in rows if row["unit"] != "proof"]
+    assert [row["entry"] for row in searched] == [
+        "prefix width 64 16bit dropout short",
+        "key_value width 64 16bit dropout",
+    ]
+    assert all(row["tried"] == "2" and row["rejected"] == "0" for row in searched)
+    proof = [row for row in rows if row["unit"] == "proof"]
+    assert proof and all(row["status"] == "ok" and row["check"] for row in proof)
 
 
 def test_a_failing_unit_is_a_row_and_the_next_call_measures_it_alone(rehearsed, bare_machine):
