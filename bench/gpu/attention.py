@@ -75,5 +75,9 @@ def _measure(case: Case, options: Options) -> Iterator[Row]:
             continue  # nothing to compare: no graphs on this device
         timings = time_interleaved(timed, case.device, options.seconds, options.rounds)
         row = row_of(case, timings, _copy_bytes_per_ms(case.device))
+        shown = ("pass", "density", "dropout", "speed-up over best", "best torch path")
         left_out = "; ".join(f"{way}: {reason}" for way, reason in sorted(refusals.items()))
-        yield {**row, "clock": clock, "left out": left_out[:500]}
+        yield {
+            "clock": clock, **{name: row[name] for name in shown}, **row,
+            "left out": left_out[:500],
+        }  # fmt: skip
