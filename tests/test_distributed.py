@@ -31,6 +31,7 @@ def worker(rank: int, port: int, results) -> None:
     model = DistributedDataParallel(seeded_model())
     assert find_attachment(model.module) is not None
     results.put((rank, [gradient.tolist() for gradient in gradients(model, rank)]))
+    del model  # as the last owner of the group it would wait, with the GIL, for a thread that waits
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
