@@ -12,8 +12,9 @@ from ptv2_fast.training import run_folder
 
 _COLUMN_OPTIONS = (
     "text_column", "text_pair_column", "choices_column", "label_column", "words_column",
-    "tags_column", "predicate_column", "conll_word_column", "conll_tag_column", "long_input",
-    "doc_stride", "max_answer_length", "n_best", "unanswerable", "null_score_threshold",
+    "tags_column", "tag_scheme", "predicate_column", "conll_word_column", "conll_tag_column",
+    "long_input", "doc_stride", "max_answer_length", "n_best", "unanswerable",
+    "null_score_threshold",
 )  # fmt: skip
 
 
@@ -43,6 +44,8 @@ def _evaluate(options: dict[str, Any]) -> None:
     from ptv2_fast.training.scoring import score_file
 
     scores = checked(score_file, run, Path(options["data"]), batch_size)
+    for name, title in run.task.titles(run.labels).items():
+        print(f"{name}: {title}", file=sys.stderr)
     print(json.dumps(scores, indent=2))
 
 

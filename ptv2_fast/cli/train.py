@@ -116,13 +116,16 @@ def _train_one(
 
 
 def print_features(prepared: "Prepared", prefix: str = "") -> None:
-    """How many examples each split has, how many were cut, and what was odd in its source."""
+    """How many examples each split has, how many were cut, what was odd in its source, and what
+    the metric means."""
     for split, features in prepared.features.items():
         cut = features.truncated
         note = f", {cut} cut to {prepared.max_length} tokens" if cut else ""
         print(f"{prefix}{split}: {len(features.examples)} examples{note}", file=sys.stderr)
         for remark, value in features.examples.remarks.items():
             print(f"{prefix}{split}: {remark}: {value}", file=sys.stderr)
+    metric, titles = prepared.task.metric, prepared.task.titles(prepared.labels)
+    print(f"{prefix}metric: {metric} = {titles[metric]}", file=sys.stderr)
 
 
 def train_and_print(train: Callable, prepared: Any, folder: Path, dry_run: bool) -> None:

@@ -23,7 +23,7 @@ from ptv2_fast.tasks.sources import (
     read_table,
 )
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
-from ptv2_fast.tasks.text_metrics import scores
+from ptv2_fast.tasks.text_metrics import scores, titles
 
 _NUMBERED_CHOICE = re.compile(r"choice(\d+)")
 
@@ -129,7 +129,13 @@ class MultipleChoice(Task):
         names = self.benchmark.metrics if self.benchmark else self.default_metrics
         return scores(names, self.options.task, results, examples.table, labels)
 
-    def describe(self, example: dict, result: dict[str, Any]) -> dict[str, Any]:
+    def titles(self, labels: list[str]) -> dict[str, str]:
+        names = self.benchmark.metrics if self.benchmark else self.default_metrics
+        return titles(names, self.options.task)
+
+    def describe(
+        self, example: dict, result: dict[str, Any], labels: Sequence[str] = ()
+    ) -> dict[str, Any]:
         label = result["label"]
         return {
             "text": example["text"],

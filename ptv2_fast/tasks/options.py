@@ -133,6 +133,12 @@ class DataOptions(Options):
     conll_tag_column: int | None = option(
         None, "CoNLL files: number of the labels' column, -1 = last (default: likewise, else -1)"
     )
+    tag_scheme: str = option(
+        "auto",
+        "token-classification: score whole chunks where the labels are of chunks (B-X, BIOES, "
+        "BMES, BILOU, X-B, bare B), else single words; or single words whatever the labels",
+        choices=("auto", "words"),
+    )
     max_length: int | None = option(
         None,
         "longest input in tokens (default: as the paper for a published data set, else what the "

@@ -174,7 +174,16 @@ class QuestionAnswering(Task):
                 named |= {f"{kind}f1": float(f1), f"{kind}em": float(em)}
         return named
 
-    def describe(self, example: dict, result: dict[str, Any]) -> dict[str, Any]:
+    def titles(self, labels: list[str]) -> dict[str, str]:
+        script = "2.0" if self.options.unanswerable else "1.1"
+        return {
+            "f1": f"F1 of the words of answers as in SQuAD {script}, the mean over questions",
+            "em": "the part of the questions whose answer is right, after normalisation",
+        }
+
+    def describe(
+        self, example: dict, result: dict[str, Any], labels: Sequence[str] = ()
+    ) -> dict[str, Any]:
         return {
             "id": result["id"],
             "question": example["question"],

@@ -6,16 +6,11 @@ from typing import Any, ClassVar
 from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.chunks import IOB, chunk_scores, spans
 from ptv2_fast.tasks.conll import read_role_lines
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.task import Examples, was_cut
-from ptv2_fast.tasks.token_classification import (
-    TokenClassification,
-    align,
-    are_chunks,
-    chunk_scores,
-    spans,
-)
+from ptv2_fast.tasks.token_classification import TokenClassification, align
 
 # The verb itself, and its other part: "gave ... up".
 _VERB = ("V", "C-V")
@@ -58,7 +53,7 @@ class SemanticRoleLabeling(TokenClassification):
                     f"words, got {predicate!r}"
                 )
         for index, tags in enumerate(columns.get("tags", ())):
-            if not are_chunks(tags):
+            if not all(map(IOB.fits, tags)):
                 raise ValueError(
                     f"{examples.where(index)}: expected the labels O, B-ROLE and I-ROLE, got "
                     f"{tags!r}"
@@ -112,15 +107,23 @@ class SemanticRoleLabeling(TokenClassification):
         """
         scores = super().metrics(results, examples, labels)
         true = [_without_verb(tags) for tags in examples.table["tags"][:]]
-        without = chunk_scores(true, [_without_verb(tags) for tags in results])
+        without = chunk_scores(IOB, true, [_without_verb(tags) for tags in results])
         return scores | {f"{name}_without_v": score for name, score in without.items()}
 
-    def describe(self, example: dict, result: list[str]) -> dict[str, Any]:
+    def titles(self, labels: list[str]) -> dict[str, str]:
+        titles = super().titles(labels)
+        without = {f"{name}_without_v": f"{title}, the verb's own left out"
+                   for name, title in titles.items()}  # fmt: skip
+        return titles | without
+
+    def describe(
+        self, example: dict, result: list[str], labels: Sequence[str] = ()
+    ) -> dict[str, Any]:
         return {
             "words": example["words"],
             "predicate": example["predicate"],
             "tags": result,
-            "arguments": spans(example["words"], _without_verb(result), "role"),
+            "arguments": spans(IOB, example["words"], _without_verb(result), "role"),
         }
 
 

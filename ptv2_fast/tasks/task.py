@@ -1,5 +1,6 @@
 """What the task families share: examples with labels in, features for a model out, scores back."""
 
+import difflib
 import functools
 import json
 import re
@@ -25,6 +26,7 @@ from ptv2_fast.tasks.sources import Source
 # Makes a padded batch of rows: a BatchEncoding (transformers annotates it as a dict).
 Collator = Callable[[list[dict[str, Any]]], Any]
 
+_SHOWN = 80  # characters of a label in a message
 LISTED = 20  # how many examples a remark names; it counts all
 _MAP_BATCH = 1000
 _INTEGER = re.compile(r"-?\d+")
@@ -203,8 +205,12 @@ class Task(ABC):
         """Scores of results against the examples' labels; F1 and the like in 0..1."""
 
     @abstractmethod
-    def describe(self, example: dict, result: Any) -> dict[str, Any]:
-        """One result as it is printed, JSON-ready."""
+    def titles(self, labels: list[str]) -> dict[str, str]:
+        """What the names of the task's figures mean, for labels of a run."""
+
+    @abstractmethod
+    def describe(self, example: dict, result: Any, labels: Sequence[str] = ()) -> dict[str, Any]:
+        """One result as it is printed, JSON-ready; `labels` are those of the run."""
 
     def adapt_model(  # noqa: B027 (most tasks have nothing to do here)
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str]
@@ -241,7 +247,8 @@ class Task(ABC):
         for index, label in self.labels_of(examples):
             if _as_text(label, examples, index) not in known:
                 raise ValueError(
-                    f"{examples.where(index)}: unknown label {str(label)!r}; known are {labels}"
+                    f"{examples.where(index)}: unknown label {_short(label)}; known are "
+                    f"{_some(str(label), labels)}"
                 )
 
     def featurize(
@@ -326,6 +333,19 @@ def _tokenize_batch(
 def was_cut(encoding: Any, count: int) -> list[bool]:
     """For each of `count` inputs of a fast tokenizer's batch whether truncation cut it."""
     return [bool(encoding.encodings[index].overflowing) for index in range(count)]
+
+
+def _short(label: Any) -> str:
+    text = repr(str(label))
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
+
+
+def _some(label: str, labels: list[str]) -> str:
+    """Up to five known labels, those that look like the unknown one first."""
+    alike = difflib.get_close_matches(label[:_SHOWN], labels, n=5)
+    few = [*alike, *(other for other in labels if other not in alike)][:5]
+    rest = len(labels) - len(few)
+    return ", ".join(map(_short, few)) + (f" and {rest} others" if rest else "")
 
 
 def _as_text(label: Any, examples: Examples, index: int) -> str:

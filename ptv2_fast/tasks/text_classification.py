@@ -10,7 +10,7 @@ from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns, read_rows
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
-from ptv2_fast.tasks.text_metrics import scores
+from ptv2_fast.tasks.text_metrics import scores, titles
 
 
 class TextClassification(Task):
@@ -102,7 +102,13 @@ class TextClassification(Task):
         names = self.benchmark.metrics if self.benchmark else self.default_metrics
         return scores(names, self.options.task, results, examples.table, labels)
 
-    def describe(self, example: dict, result: dict[str, Any]) -> dict[str, Any]:
+    def titles(self, labels: list[str]) -> dict[str, str]:
+        names = self.benchmark.metrics if self.benchmark else self.default_metrics
+        return titles(names, self.options.task)
+
+    def describe(
+        self, example: dict, result: dict[str, Any], labels: Sequence[str] = ()
+    ) -> dict[str, Any]:
         texts = {name: example[name] for name in ("text", "text_pair") if name in example}
         return texts | {name: value for name, value in result.items() if name != "logits"}
 

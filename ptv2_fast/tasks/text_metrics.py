@@ -37,14 +37,20 @@ def scores(
     return {name: float(functions[name](results, table, labels)) for name in names}
 
 
+def titles(names: Sequence[str], data_set: str | None) -> dict[str, str]:
+    """What the named figures are, in a sentence each."""
+    functions = _FIGURES | _OF_DATA_SET.get(data_set, {})
+    return {name: (functions[name].__doc__ or "").removesuffix(".") for name in names}
+
+
 def accuracy(results: list[dict[str, Any]], table: Dataset, labels: list[str]) -> float:
     """Of all examples, the part whose label is right."""
     return accuracy_score(*_labels(results, table))
 
 
 def macro_f1(results: list[dict[str, Any]], table: Dataset, labels: list[str]) -> float:
-    """The mean of each label's F1."""
-    return f1_score(*_labels(results, table), labels=labels, average="macro", zero_division=0)
+    """Macro F1: the mean of the F1 of each label that occurs, as truth or as prediction."""
+    return f1_score(*_labels(results, table), average="macro", zero_division=0)
 
 
 def positive_f1(results: list[dict[str, Any]], table: Dataset, labels: list[str]) -> float:

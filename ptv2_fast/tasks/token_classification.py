@@ -3,24 +3,31 @@
 import dataclasses
 import itertools
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
 from datasets import Dataset
 from seqeval.metrics import accuracy_score
-from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 from sklearn.metrics import f1_score as word_f1_score
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.chunks import (
+    Scheme,
+    begun_inside,
+    chunk_scores,
+    find_scheme,
+    odd_labels,
+    spans,
+)
 from ptv2_fast.tasks.conll import at_blanks, read_conll
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns
-from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
+from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
 
 _IGNORED = -100  # what the loss of transformers skips
 # Points, hyphens and apostrophes inside a word do not cut it.
 _TYPED_WORD = re.compile(r"\w+(?:[.'-]\w+)*|[^\w\s]")
-_CHUNK_LABEL = re.compile("O|[BIESLU]-.+")
 _BEGIN_INSIDE = "chunks that begin with I-, as in IOB1 (labels kept as they are, chunks scored)"
 
 
@@ -44,7 +51,10 @@ class TokenClassification(Task):
             columns, unit = self._read_table(source, labelled), "row"
         examples = Examples(source, Dataset.from_dict(columns), unit)
         self.check(columns, examples)
-        return dataclasses.replace(examples, remarks=_remarks(columns.get("tags", [])))
+        tags = columns.get("tags", [])
+        scheme = self.scheme({tag for row in tags for tag in row})
+        count = begun_inside(scheme, tags) if scheme else 0
+        return dataclasses.replace(examples, remarks={_BEGIN_INSIDE: count} if count else {})
 
     def read_lines(self, source: Source, labelled: bool) -> dict[str, list]:
         """The columns of a text file that is no table.
@@ -103,10 +113,31 @@ class TokenClassification(Task):
                 yield index, tag
 
     def find_labels(self, examples: Examples) -> list[str]:
-        """Also those of the published data set, which training examples may lack."""
+        """Also those of the published data set, which training examples may lack.
+
+        Raises:
+            ValueError: as for other tasks, and for odd labels among those of chunks.
+        """
         published = self.benchmark.labels if self.benchmark else ()
         found = super().find_labels(examples)
+        if self.options.tag_scheme == "auto" and (odd := odd_labels(found)):
+            self._refuse(*odd, examples)
         return sorted({*found, *published}) if published else found
+
+    def _refuse(self, scheme: Scheme, odd: list[str], examples: Examples) -> None:
+        """Raise a ValueError that names labels which do not fit the scheme of the others."""
+        counts = Counter(tag for row in examples.table["tags"][:] for tag in row)
+        first = next(index for index, tag in self.labels_of(examples) if str(tag) in odd)
+        named = ", ".join(f"{label!r} ({counts[label]} words)" for label in odd[:LISTED])
+        raise ValueError(
+            f"{examples.where(first)}: expected labels {scheme.name} and {scheme.outside}, as most "
+            f"are ({_few(counts, odd)}), got {named}; correct them, or score words with "
+            "tag_scheme='words'"
+        )
+
+    def scheme(self, labels: Iterable[str]) -> Scheme | None:
+        """How labels of chunks are spelt; None where words are scored."""
+        return find_scheme(labels) if self.options.tag_scheme == "auto" else None
 
     def tokenize(
         self,
@@ -135,7 +166,9 @@ class TokenClassification(Task):
     def results(self, predicted: list, features: Features, labels: list[str]) -> list[list[str]]:
         """One tag a word; words that were cut off, or of which the tokenizer makes nothing, are
         in no chunk."""
-        outside = "O" if "O" in labels else labels[0]
+        scheme = self.scheme(labels)
+        outside = "O" if scheme is None else scheme.outside
+        outside = outside if outside in labels else labels[0]
         results = [[outside] * len(words) for words in features.examples.table["words"][:]]
         for numbers, places, example in zip(
             predicted, features.table["word_indices"][:], features.table["example"][:], strict=True
@@ -145,41 +178,31 @@ class TokenClassification(Task):
         return results
 
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
-        """Of whole chunks by seqeval for labels B-X and I-X; macro F1 of words for others."""
+        """Of whole chunks by seqeval where all labels are of chunks; else macro F1 of words."""
         true = examples.table["tags"][:]
         scores = {"accuracy": accuracy_score(true, results)}
-        if are_chunks(labels):
-            return scores | chunk_scores(true, results)
+        scheme = self.scheme(labels)
+        if scheme is not None:
+            return scores | chunk_scores(scheme, true, results)
         words = (list(itertools.chain.from_iterable(rows)) for rows in (true, results))
-        f1 = word_f1_score(*words, average="macro", labels=labels, zero_division=0)
+        f1 = word_f1_score(*words, average="macro", zero_division=0)
         return {name: float(score) for name, score in (scores | {"f1": f1}).items()}
 
-    def describe(self, example: dict, result: list[str]) -> dict[str, Any]:
+    def titles(self, labels: list[str]) -> dict[str, str]:
+        scheme = self.scheme(labels)
+        if scheme is None:
+            return {"f1": "macro F1 of single words, the mean over labels that occur"}
+        how = f"of whole chunks (labels {scheme.name}), micro-averaged, as seqeval and conlleval"
+        return {name: f"{name} {how}" for name in ("f1", "precision", "recall")}
+
+    def describe(
+        self, example: dict, result: list[str], labels: Sequence[str] = ()
+    ) -> dict[str, Any]:
         described: dict[str, Any] = {"words": example["words"], "tags": result}
-        if are_chunks(result):
-            described["entities"] = spans(example["words"], result, "type")
+        scheme = self.scheme(labels or result)
+        if scheme is not None:
+            described["entities"] = spans(scheme, example["words"], result, "type")
         return described
-
-
-def chunk_scores(true: list[list[str]], predicted: list[list[str]]) -> dict[str, float]:
-    """Precision, recall and F1 of chunks in 0..1, as conlleval computes them (Tjong Kim Sang 2000).
-
-    A chunk is right when its type, its first and its last word are.
-    """
-    both = ([_as_seqeval(tags) for tags in rows] for rows in (true, predicted))
-    scores = precision_recall_fscore_support(*both, average="micro", zero_division=0)
-    return {
-        name: float(score)
-        for name, score in zip(("precision", "recall", "f1"), scores, strict=False)
-    }
-
-
-def spans(words: list[str], tags: list[str], kind: str) -> list[dict[str, Any]]:
-    """The chunks of a sentence as they are printed; `kind` is the name of their type."""
-    return [
-        {kind: name, "text": " ".join(words[first : last + 1]), "first": first, "last": last}
-        for name, first, last in get_entities(_as_seqeval(tags))
-    ]
 
 
 def align(
@@ -217,17 +240,6 @@ def align(
     return {"labels": labels, "word_indices": word_indices}
 
 
-def are_chunks(labels: Iterable[str]) -> bool:
-    """Whether all are O, B-X, I-X or another part of a chunk."""
-    return all(_CHUNK_LABEL.fullmatch(label) for label in set(labels))
-
-
-def _as_seqeval(tags: list[str]) -> list[str]:
-    """The last word of a chunk (L) and the only one (U) as seqeval calls them."""
-    names = {"L": "E", "U": "S"}
-    return [names.get(tag[0], tag[0]) + tag[1:] for tag in tags]
-
-
 def _first_sub_words(word_ids: list[int | None]) -> list[tuple[int, int]]:
     """(position, word) of the first sub-word of each word."""
     before = [None, *word_ids]
@@ -249,13 +261,7 @@ def _as_text(tags: Any) -> Any:
     return [str(tag) if isinstance(tag, int) else tag for tag in tags]
 
 
-def _remarks(tags: list[list[str]]) -> dict[str, Any]:
-    """How many chunks begin with I-, when there are any."""
-    if not are_chunks({tag for row in tags for tag in row}):
-        return {}
-    count = 0
-    for row in tags:
-        for before, tag in zip(["O", *row], row, strict=False):
-            # A chunk goes on only after B- or I- of its own type.
-            count += tag[:2] == "I-" and (before[:2] not in ("B-", "I-") or before[2:] != tag[2:])
-    return {_BEGIN_INSIDE: count} if count else {}
+def _few(counts: Counter, odd: list[str]) -> str:
+    """Some of the labels that are not odd, the frequent ones first."""
+    fitting = [label for label, _ in counts.most_common() if label not in odd]
+    return ", ".join(fitting[:4]) + (", …" if len(fitting) > 4 else "")

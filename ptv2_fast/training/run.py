@@ -103,6 +103,7 @@ def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
     return {
         "task": prepared.config.data.task,
         "metric": prepared.task.metric,
+        "metric_title": prepared.task.titles(prepared.labels)[prepared.task.metric],
         "metrics": score_splits(prepared),
         "saved_bytes": run_folder.saved_bytes(prepared.folder),
         "started_from": prepared.started_from,

@@ -99,4 +99,5 @@ def _predict_examples(
 ) -> list[dict[str, Any]]:
     features = run.task.featurize(examples, run.tokenizer, None, run.max_length)
     results = predict(run.model, run.task, features, run.tokenizer, run.labels, batch_size)
-    return [run.task.describe(row, one) for row, one in zip(examples.table, results, strict=True)]
+    rows = zip(examples.table, results, strict=True)
+    return [run.task.describe(row, one, run.labels) for row, one in rows]
