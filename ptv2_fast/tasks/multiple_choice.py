@@ -14,6 +14,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from ptv2_fast.tasks.cells import parse_list
 from ptv2_fast.tasks.sources import (
     TYPED,
     Source,
@@ -65,6 +66,12 @@ class MultipleChoice(Task):
         table, choices = read_table(source), self.options.choices_column
         if choices not in table.column_names:
             table = _with_choices(table, choices)
+        else:
+            cells = table[choices][:]
+            if all(isinstance(cell, str) for cell in cells):  # lists in the cells of a CSV file
+                lists = [parse_list(cell) for cell in cells]
+                if None not in lists:
+                    table = table.remove_columns(choices).add_column(choices, lists)
         names = {
             "text": self.options.text_column,
             "choices": choices,

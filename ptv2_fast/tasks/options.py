@@ -122,6 +122,11 @@ class DataOptions(Options):
         None,
         "token tasks: column of their labels (default: ner_tags; semantic-role-labeling: tags)",
     )
+    sentence_column: str | None = option(
+        None,
+        "token-classification, tables with one word a row: column that tells the sentences apart "
+        "(default: the one called sentence, sentence_id, Sentence #, ... if any)",
+    )
     predicate_column: str | None = option(
         None, "semantic-role-labeling: column of the verb's index, from 0 (default: pred)"
     )
@@ -132,6 +137,11 @@ class DataOptions(Options):
     )
     conll_tag_column: int | None = option(
         None, "CoNLL files: number of the labels' column, -1 = last (default: likewise, else -1)"
+    )
+    conll_comments: bool = option(
+        True,
+        "CoNLL files: leave out comments before a sentence, as CoNLL-U and GermEval have them "
+        "(# and a text that is no word with a label)",
     )
     tag_scheme: str = option(
         "auto",

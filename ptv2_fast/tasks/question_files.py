@@ -10,6 +10,7 @@ from typing import Any
 from datasets import Dataset, Sequence, Value
 from datasets import Features as Schema
 
+from ptv2_fast.tasks.json_files import load_json
 from ptv2_fast.tasks.sources import Source, check_not_empty, read_columns
 from ptv2_fast.tasks.task import LISTED, Examples
 
@@ -144,12 +145,12 @@ def _json(path: Path) -> Any:
     try:
         whole = path.read_bytes()
         text = (gzip.decompress(whole) if path.suffix == ".gz" else whole).decode("utf-8-sig")
-        return json.loads(text) if text.strip() else None
+        return load_json(text) if text.strip() else None
     except json.JSONDecodeError as error:
         if error.msg == "Extra data" and path.suffix != ".gz":
             return None
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    except (OSError, EOFError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
 
 

@@ -33,14 +33,14 @@ class SemanticRoleLabeling(TokenClassification):
     def read_lines(self, source: Source, labelled: bool) -> dict[str, list]:
         return read_role_lines(source, labelled)
 
-    def _read_table(self, source: Source, labelled: bool) -> dict[str, list]:
-        columns = super()._read_table(source, labelled)
+    def _read_table(self, source: Source, labelled: bool) -> tuple[dict[str, list], dict[str, Any]]:
+        columns, remarks = super()._read_table(source, labelled)
         # A cell of a CSV file is text.
         columns["predicate"] = [
             int(cell) if isinstance(cell, str) and cell.isdecimal() else cell
             for cell in columns["predicate"]
         ]
-        return columns
+        return columns, remarks
 
     def check(self, columns: dict[str, list], examples: Examples) -> None:
         super().check(columns, examples)

@@ -12,6 +12,7 @@ import pandas
 from datasets import ClassLabel, Dataset
 
 from ptv2_fast.tasks.benchmarks import Benchmark
+from ptv2_fast.tasks.json_files import read_json_rows
 from ptv2_fast.tasks.options import DataOptions
 
 _SUFFIXES = {
@@ -237,13 +238,12 @@ def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
             # Two rows in one, or more: quotation marks that are text were taken for those of cells.
             raise ValueError("expected no tab inside a cell, got one between quotation marks")
         return Dataset.from_pandas(frame, preserve_index=False)
+    if source.format == "json":
+        return read_json_rows(Path(path))
     # Read into memory and drop the cache: a user's file is small beside the model, and a second
     # copy in the home folder would outlive it.
     with tempfile.TemporaryDirectory() as cache:
-        keep: dict[str, Any] = {"cache_dir": cache, "keep_in_memory": True}
-        if source.format == "json":
-            return Dataset.from_json(path, **keep)
-        return Dataset.from_parquet(path, **keep)
+        return Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=True)
 
 
 def _spelt_out(table: Dataset, column: str) -> list:

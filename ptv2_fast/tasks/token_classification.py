@@ -13,6 +13,7 @@ from sklearn.metrics import f1_score as word_f1_score
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.cells import as_lists, find_sentence_column, group_words, is_one_word
 from ptv2_fast.tasks.chunks import (
     Scheme,
     begun_inside,
@@ -21,8 +22,8 @@ from ptv2_fast.tasks.chunks import (
     odd_labels,
     spans,
 )
-from ptv2_fast.tasks.conll import at_blanks, read_conll
-from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns
+from ptv2_fast.tasks.conll import read_conll
+from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, keep_columns, read_table
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
 
 _IGNORED = -100  # what the loss of transformers skips
@@ -45,16 +46,19 @@ class TokenClassification(Task):
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall")
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
+        remarks: dict[str, Any] = {}
         if source.format == "other":
             columns, unit = self.read_lines(source, labelled), "sentence"
         else:
-            columns, unit = self._read_table(source, labelled), "row"
+            columns, remarks = self._read_table(source, labelled)
+            unit = "sentence" if remarks else "row"
         examples = Examples(source, Dataset.from_dict(columns), unit)
         self.check(columns, examples)
         tags = columns.get("tags", [])
         scheme = self.scheme({tag for row in tags for tag in row})
         count = begun_inside(scheme, tags) if scheme else 0
-        return dataclasses.replace(examples, remarks={_BEGIN_INSIDE: count} if count else {})
+        remarks |= {_BEGIN_INSIDE: count} if count else {}
+        return dataclasses.replace(examples, remarks=remarks)
 
     def read_lines(self, source: Source, labelled: bool) -> dict[str, list]:
         """The columns of a text file that is no table.
@@ -66,22 +70,40 @@ class TokenClassification(Task):
         tag_column = -1 if tag_column is None else tag_column
         return read_conll(source, word_column or 0, tag_column if labelled else None)
 
-    def _read_table(self, source: Source, labelled: bool) -> dict[str, list]:
+    def _read_table(self, source: Source, labelled: bool) -> tuple[dict[str, list], dict[str, Any]]:
+        """The columns of a table, and remarks on it.
+
+        Raises:
+            ValueError: for a missing column, or cells that are neither lists nor text of words.
+        """
         names = {
             column: getattr(self.options, f"{column}_column") or default
             for column, default in self.columns.items()
             if labelled or column != "tags"
         }
-        table = read_columns(source, names)
-        columns = {column: table[column][:] for column in table.column_names}
-        for column in {"words", "tags"} & set(columns):
-            # A cell of a CSV file holds the words as text with blanks between them.
-            columns[column] = [
-                at_blanks(cell) if isinstance(cell, str) else cell for cell in columns[column]
-            ]
+        table = read_table(source)
+        kept = keep_columns(table, source, names)
+        columns = {column: kept[column][:] for column in kept.column_names}
+        where = Examples(source, kept).where
+        sentence = self.options.sentence_column or find_sentence_column(table.column_names)
+        words = {column: columns[column] for column in ("words", "tags") if column in columns}
+        # One label a row is enough: a word may have blanks.
+        one_word = len(kept) > 1 and all(map(is_one_word, columns.get("tags", columns["words"])))
+        if self.options.sentence_column or one_word:
+            if sentence is None or "predicate" in columns:
+                raise ValueError(
+                    f"{source.name}: expected lists or words with blanks between, got one in each "
+                    f"of {len(kept)} rows; name the column that tells the sentences apart "
+                    f"(sentence_column; there are {table.column_names}), or write lists"
+                )
+            numbers = keep_columns(table, source, {"sentence": sentence})["sentence"][:]
+            remark = {f"one word a row, gathered by the column {sentence!r}": len(kept)}
+            return group_words(words, numbers, where), remark
+        for column, cells in words.items():
+            columns[column] = as_lists(cells, where)
         if "tags" in columns:
             columns["tags"] = [_as_text(cell) for cell in columns["tags"]]
-        return columns
+        return columns, {}
 
     def check(self, columns: dict[str, list], examples: Examples) -> None:
         """Check the columns that `read` made.

@@ -1,0 +1,192 @@
+"""Files in forms that people have: read as what they are, or refused with file and row."""
+
+import gzip
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pandas
+import pytest
+
+from ptv2_fast.tasks import DataOptions, make_task
+from ptv2_fast.tasks.sources import file_source
+
+WORDS = [["Anna", "can't", 'say"so'], ["Oslo", "[", "1]"]]
+TAGS = [["B-PER", "O", "O"], ["B-LOC", "O", "O"]]
+
+
+def token_task(**options):
+    return make_task(DataOptions(task="token-classification", **options))
+
+
+def read(file, **options) -> dict[str, list]:
+    return token_task(**options).read(file_source(file)).table.to_dict()
+
+
+LISTS = {
+    "python": repr,
+    "json": json.dumps,
+    "numpy": lambda row: str(np.array(row)),
+    "numpy array": lambda row: repr(np.array(row, dtype=object)),
+    "numpy 2": lambda row: repr([np.str_(cell) for cell in row]),
+    "tuple": lambda row: repr(tuple(row)),
+}
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize("form", LISTS)
+def test_lists_written_as_text_are_lists(tmp_path, form, suffix):
+    file = tmp_path / f"data{suffix}"
+    frame = pandas.DataFrame({"tokens": [*map(LISTS[form], WORDS)],
+                              "ner_tags": [*map(LISTS[form], TAGS)]})  # fmt: skip
+    if suffix == ".jsonl":
+        frame.to_json(file, orient="records", lines=True)
+    else:
+        frame.to_csv(file, index=False, sep="\t" if suffix == ".tsv" else ",")
+    assert read(file) == {"words": WORDS, "tags": TAGS}
+
+
+def test_numbers_in_lists_are_labels(tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text("tokens,ner_tags\n\"['Anna', 'x']\",[1 0]\n\"['Oslo', 'x']\",[2 0]\n")
+    assert read(file)["tags"] == [["1", "0"], ["2", "0"]]
+
+
+@pytest.mark.parametrize(
+    "cell", ["[B-PER, O]", "['B-PER' ... 'O']", "['B-PER', open('x')]", "[['B-PER'], 'O']", "[" * 9]
+)
+def test_what_looks_like_a_list_and_is_none_is_refused(tmp_path, cell):
+    file = tmp_path / "data.csv"
+    pandas.DataFrame({"tokens": ["Anna sleeps"], "ner_tags": [cell]}).to_csv(file, index=False)
+    with pytest.raises(ValueError, match=r"data.csv row 1: expected (a list|one label)"):
+        read(file)
+
+
+def test_a_list_among_texts_is_refused_and_brackets_are_words(tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text("tokens,ner_tags\n[ see Anna ],O O B-PER O\nOslo x,B-LOC O\n")
+    assert read(file)["words"][0] == ["[", "see", "Anna", "]"]
+    file.write_text("tokens,ner_tags\nOslo x,B-LOC O\n\"['a', 'b']\",O O\n")
+    with pytest.raises(ValueError, match=r"data.csv row 2: expected words with blanks between"):
+        read(file)
+
+
+def test_choices_written_as_text_are_lists(tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text('text,choices,label\nq,"[\'a b\', \'c\']",1\nq,"[""d"", ""e""]",0\n')
+    task = make_task(DataOptions(task="multiple-choice"))
+    assert task.read(file_source(file)).table["choices"][:] == [["a b", "c"], ["d", "e"]]
+
+
+ONE_WORD = [("Sentence: 1", "Anna", "B-PER"), ("", "sleeps", "O"), ("Sentence: 2", "Oslo", "B-LOC")]
+
+
+@pytest.mark.parametrize(
+    "name", ["Sentence #", "sentence_id", "sent_id", "sentence", "sentence_idx"]
+)
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".parquet"])
+def test_one_word_a_row_is_gathered_by_the_sentence_column(tmp_path, name, suffix):
+    """With the number at each word, and as Kaggle's files have it, at the first alone."""
+    file = tmp_path / f"data{suffix}"
+    for full in (True, False):
+        frame = pandas.DataFrame(ONE_WORD, columns=[name, "Word", "Tag"])
+        frame["POS"] = "X"
+        if full:
+            frame[name] = [1, 1, 2]
+        if suffix == ".parquet":
+            frame.to_parquet(file)
+        elif suffix == ".jsonl":
+            frame.to_json(file, orient="records", lines=True)
+        else:
+            frame.to_csv(file, index=False, sep="\t" if suffix == ".tsv" else ",")
+        task = token_task(words_column="Word", tags_column="Tag")
+        examples = task.read(file_source(file))
+        assert examples.table.to_dict() == {
+            "words": [["Anna", "sleeps"], ["Oslo"]], "tags": [["B-PER", "O"], ["B-LOC"]],
+        }  # fmt: skip
+        assert examples.remarks == {f"one word a row, gathered by the column {name!r}": 3}
+        assert examples.where(1).endswith("sentence 2")
+        words = task.read(file_source(file), labelled=False)
+        assert words.table["words"][:] == [["Anna", "sleeps"], ["Oslo"]]
+
+
+@pytest.mark.parametrize("name", ["data.csv", "data.jsonl"])
+def test_one_word_a_row_without_sentences_is_refused_with_the_remedy(tmp_path, name):
+    file = tmp_path / name
+    frame = pandas.DataFrame(ONE_WORD, columns=["group", "tokens", "ner_tags"])
+    if name.endswith("csv"):
+        frame.to_csv(file, index=False)
+    else:
+        frame.to_json(file, orient="records", lines=True)
+    with pytest.raises(
+        ValueError, match=rf"{name}: expected lists .* in each of 3 rows; .*'group'"
+    ):
+        read(file)
+    assert read(file, sentence_column="group")["words"] == [["Anna", "sleeps"], ["Oslo"]]
+
+
+def test_words_of_torn_sentences_are_refused(tmp_path):
+    file = tmp_path / "data.csv"
+    file.write_text("sentence,tokens,ner_tags\n1,a,O\n2,b,O\n1,c,O\n")
+    with pytest.raises(ValueError, match=r"data.csv row 3: .* got sentence '1' again"):
+        read(file)
+    file.write_text("sentence,tokens,ner_tags\n,a,O\n2,b,O\n")
+    with pytest.raises(ValueError, match=r"data.csv row 1: expected a sentence's number"):
+        read(file)
+    file.write_text("sentence,tokens,ner_tags\n1,a,O\n1,,O\n")
+    with pytest.raises(ValueError, match=r"data.csv row 2: expected one of words, got ''"):
+        read(file)
+
+
+@pytest.mark.parametrize("form", ["lines", "list", "indented", "compressed"])
+def test_dates_in_json_stay_text(tmp_path, form):
+    rows = [{"text": f"2020-01-0{day}", "label": f"2021-0{day}-01T00:00:00Z"} for day in (1, 2)]
+    file = tmp_path / ("data.jsonl.gz" if form == "compressed" else "data.json")
+    texts = {
+        "list": json.dumps(rows),
+        "indented": "\n".join(json.dumps(row, indent=2) for row in rows),
+    }
+    content = texts.get(form, "\ufeff" + "\n\n".join(map(json.dumps, rows))).encode()
+    file.write_bytes(gzip.compress(content) if form == "compressed" else content)
+    table = make_task(DataOptions(task="text-classification")).read(file_source(file)).table
+    assert table.to_list() == rows
+    file = tmp_path / "words.jsonl"
+    file.write_text(json.dumps({"tokens": ["2020-01-01"] * 2, "ner_tags": ["O", "O"]}))
+    assert read(file)["words"] == [["2020-01-01"] * 2]
+
+
+BAD_JSON = {
+    "label": (['{"text": "a", "label": "x"}', '{"text": "b", "label": 1}'], "row 2: .*label"),
+    "text": (['{"text": "a", "label": "x"}'] * 3 + ['{"text": ["b"]}'], "row 4: expected text"),
+    "inner": (['{"text": "a", "m": [1]}', '{"text": "a", "m": ["b"]}'], "row 2: expected m"),
+    "deep": (['{"text": "a"}', "[" * 100_000], "line 2: nested too deeply"),
+    "deep value": (['{"text": "a", "m": ' + "[" * 500 + "]" * 500 + "}"], "row 1"),
+    "number": (['{"text": "a", "label": 1}', '{"text": "a", "label": ' + "9" * 30 + "}"], "row 2"),
+    "surrogate": (['{"text": "\\ud83d", "label": "x"}'], "row 1: expected text"),
+    "no object": (['{"text": "a"}', '"text"'], 'line 2: expected an object, got "text"'),
+    "broken": (['{"text": "a"}', '{"text": "a"'], "line 2"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", BAD_JSON)
+def test_bad_json_is_one_short_error_with_file_and_row(tmp_path, case):
+    lines, message = BAD_JSON[case]
+    file = tmp_path / "data.jsonl"
+    file.write_text("\n".join(lines) + "\n")
+    with pytest.raises(ValueError, match=rf"data\.jsonl: .*{message}") as raised:
+        make_task(DataOptions(task="text-classification")).read(file_source(file))
+    assert len(str(raised.value)) < 400 and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize("name", ["data.jsonl", "data.json"])
+@pytest.mark.parametrize("task", ["text-classification", "question-answering"])
+def test_deep_nesting_does_not_kill_the_process(tmp_path, task, name):
+    file = tmp_path / name
+    file.write_text("[" * 100_000)
+    command = ["-m", "ptv2_fast.cli", "train", "--task", task, "--model", "unread",
+               "--train-file", str(file), "--output", str(tmp_path / "run")]  # fmt: skip
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"{name}: cannot be read" in done.stderr and "nested too deeply" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
