@@ -90,10 +90,10 @@ def test_predict_tags_typed_sentences_and_files_without_labels(trained, tmp_path
 
 
 def test_predict_answers_each_line_of_stdin(trained, capsys, monkeypatch):
-    monkeypatch.setattr(sys, "stdin", io.StringIO("Anna lives in Oslo.\n\nBob\n"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffAnna lives in Oslo.\r\n\nBob\n"))
     assert cli.main(["predict", "--run", str(trained)]) == 0
-    lines = map(json.loads, capsys.readouterr().out.splitlines())
-    assert [len(line["words"]) for line in lines] == [5, 0, 1]
+    lines = [json.loads(line)["words"] for line in capsys.readouterr().out.splitlines()]
+    assert lines == [["Anna", "lives", "in", "Oslo", "."], [], ["Bob"]]
 
 
 @pytest.mark.parametrize(

@@ -190,3 +190,113 @@ def test_deep_nesting_does_not_kill_the_process(tmp_path, task, name):
     assert done.returncode == 2
     assert f"{name}: cannot be read" in done.stderr and "nested too deeply" in done.stderr
     assert len(done.stderr.splitlines()) == 1
+
+
+PLAIN = "Anna\tB-PER\nsleeps\tO\n\nOslo\tB-LOC\n.\tO\n"
+SENTENCES = {"words": [["Anna", "sleeps"], ["Oslo", "."]], "tags": [["B-PER", "O"], ["B-LOC", "O"]]}
+CONLL_U = (
+    "# newdoc id = a\n# sent_id = 5\n# text = Anna dorme\n"
+    "1\tAnna\t_\tPROPN\t_\t_\t0\troot\t_\t_\n2-3\tdel\t_\t_\t_\t_\t_\t_\t_\t_\n"
+    "2\tde\t_\tADP\t_\t_\t0\troot\t_\t_\n3.1\tx\t_\t_\t_\t_\t_\t_\t_\t_\n\n"
+    "# sent_id = 6\n1\t#\t_\tSYM\t_\t_\t0\troot\t_\t_\n"
+)
+GERMEVAL = "#\thttp://de.wikipedia.org/x\t[2009-10-17]\n1\tAnna\tB-PER\tO\n2\tx\tO\tB-PER\n"
+SKIPPED = {
+    "sent_id": ("# sent_id = 5\n" + PLAIN, 1),
+    "licence": ("# Copyright 2020 by us\n# all rights kept\n\n" + PLAIN, 2),
+    "as many columns": ("# 5\n" + PLAIN.replace("\n\n", "\n\n# 6\n"), 2),
+    "text": (PLAIN.replace("\n\n", "\n\n#text = Oslo .\n"), 1),
+}
+
+
+@pytest.mark.parametrize("case", SKIPPED)
+def test_comments_before_sentences_are_left_out(tmp_path, case):
+    text, count = SKIPPED[case]
+    file = tmp_path / "data.txt"
+    file.write_text(text)
+    examples = token_task().read(file_source(file))
+    assert examples.table.to_dict() == SENTENCES
+    assert examples.remarks == {"comments left out": count}
+    file.write_text(text.replace("\tB-PER", "").replace("\tB-LOC", "").replace("\tO", ""))
+    if case != "as many columns":
+        words = token_task().read(file_source(file), labelled=False).table["words"][:]
+        assert words == SENTENCES["words"]
+    file.write_text(text)
+    with pytest.raises(ValueError, match=r"line \d: expected|expected labels B-X and O"):
+        task = token_task(conll_comments=False)
+        task.find_labels(task.read(file_source(file)))
+
+
+def test_the_files_of_conll_u_and_germeval(tmp_path):
+    file = tmp_path / "data.conllu"
+    file.write_text(CONLL_U)
+    assert read(file, conll_word_column=1, conll_tag_column=3) == {
+        "words": [["Anna", "de"], ["#"]], "tags": [["PROPN", "ADP"], ["SYM"]],
+    }  # fmt: skip
+    file.write_text(GERMEVAL + "\n" + GERMEVAL)
+    both = read(file, conll_word_column=1, conll_tag_column=2)
+    assert both == {"words": [["Anna", "x"]] * 2, "tags": [["B-PER", "O"]] * 2}
+
+
+def test_words_that_begin_with_a_hash_stay(tmp_path):
+    file = tmp_path / "data.txt"
+    file.write_text("# O\n1 O\n\n#Oslo B-LOC\nis O\n# O\n\n# B-PER\n")
+    assert read(file)["words"] == [["#", "1"], ["#Oslo", "is", "#"]]
+    file.write_text("#Oslo B-LOC\nis O\n\n# O\n")
+    assert read(file)["words"] == [["#Oslo", "is"], ["#"]]
+
+
+@pytest.mark.parametrize("header", ["token\tlabel", "Word\tTag", "tokens\tner_tags", "text\tNER"])
+def test_a_header_is_left_out_and_reported(tmp_path, header):
+    file = tmp_path / "data.txt"
+    for text in (f"{header}\n{PLAIN}", f"{header}\n\n{PLAIN}"):
+        file.write_text(text)
+        examples = token_task().read(file_source(file))
+        assert examples.table.to_dict() == SENTENCES
+        assert examples.remarks == {"header left out": header.split("\t")}
+    assert token_task().read(file_source(file), labelled=False).table["words"][0] == [
+        "Anna",
+        "sleeps",
+    ]
+    file.write_text("word\tNOUN\ntoken\tNOUN\n")
+    assert read(file)["words"] == [["word", "token"]]
+
+
+@pytest.mark.parametrize("line", ["=== page 3", "-----", "--- 3", "*** page\t***", "page 3 of 5"])
+@pytest.mark.parametrize("blank", ["", "\n"])
+def test_lines_between_pages_are_refused(tmp_path, line, blank):
+    file = tmp_path / "data.txt"
+    file.write_text(PLAIN + f"\n{line}\n{blank}" + PLAIN.replace("\t", " "))
+    with pytest.raises(ValueError, match=r"data.txt line 7: expected"):
+        read(file)
+
+
+@pytest.mark.parametrize("end", ["\r\n", "\r", "\r\r\n"])
+@pytest.mark.parametrize(
+    "name", ["data.txt", "data.tsv", "data.txt.gz", "data.conll.gz", "data.tsv.gz"]
+)
+def test_columns_are_read_whatever_the_suffix_and_the_ends_of_lines(tmp_path, name, end):
+    file = tmp_path / name
+    for header in ("", "tokens\tner_tags\n", "# sent_id = 1\n"):
+        content = ("\ufeff" + header + PLAIN).replace("\n", end).encode()
+        file.write_bytes(gzip.compress(content) if name.endswith("gz") else content)
+        assert read(file) == SENTENCES
+
+
+def test_a_carriage_return_ends_a_line(tmp_path):
+    file = tmp_path / "data.txt"
+    file.write_bytes(b"Anna B-PER\rsleeps O\n\nOslo B-LOC\r\n. O\r")
+    assert read(file) == SENTENCES
+
+
+def test_a_damaged_archive_is_one_clear_error(tmp_path):
+    file = tmp_path / "data.txt.gz"
+    file.write_bytes(gzip.compress(PLAIN.encode())[:-9])
+    with pytest.raises(ValueError, match=r"data.txt.gz: cannot be read"):
+        read(file)
+
+
+def test_tables_with_empty_lines_stay_tables(tmp_path):
+    file = tmp_path / "data.tsv"
+    file.write_text("tokens\tner_tags\nAnna sleeps\tB-PER O\n\nOslo .\tB-LOC O\n")
+    assert read(file) == SENTENCES

@@ -103,7 +103,7 @@ def test_a_line_without_a_label_is_an_error_when_labels_are_wanted(tmp_path, lin
     assert words == ["Anna", "sleeps"]
 
 
-@pytest.mark.parametrize("lines", ["EU NNP B-NP B-ORG\nin IN O\n", "# id 7\nEU NNP B-NP B-ORG\n"])
+@pytest.mark.parametrize("lines", ["in IN B-NP O\nEU NNP B-ORG\n", "in O\nEU NNP B-NP B-ORG\n"])
 def test_all_lines_of_a_sentence_have_as_many_columns(tmp_path, lines):
     """Or the last column of a line is another one, or of a comment."""
     file = tmp_path / "data.txt"

@@ -56,10 +56,20 @@ def _predict(options: dict[str, Any]) -> None:
     if options["data"] is not None:
         lines = checked(predict_file, run, Path(options["data"]), batch_size)
     else:
-        texts = options["text"] or [line.rstrip("\n") for line in sys.stdin]
+        texts = options["text"] or checked(_lines_of_stdin)
         lines = checked(predict_texts, run, texts, batch_size)
     for line in lines:
         print(json.dumps(line, ensure_ascii=False))
+
+
+def _lines_of_stdin() -> list[str]:
+    """A text a line, without the mark of UTF-8 files that the first may begin with.
+
+    Raises:
+        ValueError: for bytes that are no text.
+    """
+    lines = [line.rstrip("\r\n") for line in sys.stdin]
+    return [line.removeprefix("\ufeff") for line in lines[:1]] + lines[1:]
 
 
 def _load(options: dict[str, Any]) -> tuple[Any, int]:

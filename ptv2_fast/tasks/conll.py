@@ -1,67 +1,210 @@
 """Reading tagged sentences from text files: CoNLL columns, and verbs with their roles."""
 
+import gzip
 import re
+import zlib
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 from ptv2_fast.tasks.sources import Source, check_not_empty
 
 # Of CoNLL-2003, of CoNLL-2004 with relations, and of CoNLL-2012.
 _DOCUMENT_LINE = re.compile(r"-DOCSTART-(\s|$)|#doc\s+\d+\s*$|#(begin|end) document\b")
+# "# sent_id = 5" and "# a licence" of CoNLL-U, "#\thttp://...\t[2009-10-17]" of GermEval.
+_COMMENT = re.compile(r"#(\s|$)|#\s*[\w.:-]+\s*=|#(sent_id|text|newdoc|newpar|global\.columns)\b")
+_ASSIGNMENT = re.compile(r"#\s*[\w.:-]+\s*=")
+_SEPARATOR = re.compile(r"([=*_~+#-])\1{2,}(\s.*)?")
+# CoNLL-U's words of several tokens, "1-2", and empty nodes, "5.1".
+_NO_WORD = re.compile(r"\d+[-.]\d+")
+_WORD_NAME = re.compile(r"#?\s*(tokens?|words?|forms?|texts?|wort)", re.IGNORECASE)
+_TAG_NAME = re.compile(
+    r"(gold|ner|pos|upos|bio|iob|entity|chunk)?[ _-]?(labels?|tags?|class|type)|ner|u?pos|bio|"
+    r"iob2?|gold|entity|chunk", re.IGNORECASE
+)  # fmt: skip
+_CONLL_U_COLUMNS = 10
+_LINE_END = re.compile(r"\r*\n|\r")
+
+_Line = tuple[int, str, list[str]]  # its number from 1, its text and its columns
 
 
-def read_conll(source: Source, word_column: int, tag_column: int | None) -> dict[str, list]:
+def read_conll(
+    source: Source,
+    word_column: int,
+    tag_column: int | None,
+    comments: bool = True,
+    names: tuple[str, ...] = (),
+) -> tuple[dict[str, list], dict[str, Any]]:
     """Read sentences from lines of columns; an empty line ends a sentence.
 
     The columns are cut at tabs in a line that has a tab, else at blanks. Lines that begin a
     document (-DOCSTART-, "#doc 12", "#begin document") are no words and end a sentence, and a last
-    sentence without an empty line after it counts.
+    sentence without an empty line after it counts. Left out and remarked on are a first line that
+    names the columns, comments, and CoNLL-U's numbers of several tokens ("1-2", "5.1").
 
     Args:
-        source: a text file, UTF-8.
+        source: a text file, UTF-8, compressed by gzip or not.
         word_column, tag_column: numbers from 0, negative from the end; None = no labels.
+        comments: whether lines before a sentence that begin with "#" and are not words with a label
+            of others are left out.
+        names: of columns, beside those in use.
 
     Returns:
-        {"words": one list per sentence, "tags": the same, unless tag_column is None}.
+        ({"words": one list per sentence, "tags": the same, unless tag_column is None}, remarks).
 
     Raises:
         ValueError: naming the line that lacks a column or, where labels are wanted, has no label,
-            has it where the word is, or has more or fewer columns than the first of its sentence;
-            or the file without a sentence.
+            has it where the word is, or has more or fewer columns than the first of its sentence,
+            or than most of the file when columns are counted from the end; a line that separates
+            pages; or the file without a sentence.
     """
-    words: list[list[str]] = [[]]
-    tags: list[list[str]] = [[]]
-    width = 0
+    blocks = _blocks(source)
+    facts = _Facts(blocks, word_column, tag_column)
+    remarks: dict[str, Any] = {}
+    if blocks and facts.is_header(blocks[0][0], names):
+        remarks["header left out"] = blocks[0].pop(0)[2]
+    left_out: Counter[str] = Counter()
+    sentences: list[list[_Line]] = []
+    for block in blocks:
+        lines: list[_Line] = []
+        for line in block:
+            if comments and not lines and facts.is_comment(line):
+                left_out["comments left out"] += 1
+            elif facts.is_no_word(line):
+                left_out["numbers of several tokens and of none left out"] += 1
+            else:
+                lines.append(line)
+        if lines:
+            sentences.append(lines)
+    columns = _cells(source, sentences, facts)
+    check_not_empty(source, len(sentences))
+    return columns, remarks | left_out
+
+
+def holds_columns(source: Source, words_name: str) -> bool:
+    """Whether a file of tab-separated values has empty lines between sentences, one word a line,
+    and is no table whose cells hold several words."""
+    lines = [line for _, line in _lines(source)]
+    while lines and not lines[-1].strip():
+        lines.pop()
+    if all(line.strip() for line in lines):
+        return False
+    several = any(len(at_blanks(cell)) > 1 for line in lines[1:] for cell in line.split("\t"))
+    return not (several and words_name in lines[0].split("\t"))
+
+
+class _Facts:
+    """What most lines of a file have: their number of columns, and their labels."""
+
+    def __init__(self, blocks: list[list[_Line]], word_column: int, tag_column: int | None) -> None:
+        self.word_column, self.tag_column = word_column, tag_column
+        words = [line for block in blocks for line in block if not line[1].startswith("#")]
+        widths = Counter(len(fields) for _, _, fields in words)
+        self.width = widths.most_common(1)[0][0] if widths else 0
+        self.tags = Counter(self.cell(fields, tag_column) for _, _, fields in words)
+        numbered = (fields[0].partition("-")[0].partition(".")[0] for _, _, fields in words)
+        self.is_conll_u = self.width == _CONLL_U_COLUMNS and all(map(str.isdecimal, numbered))
+
+    def cell(self, fields: list[str], column: int | None) -> str:
+        """A cell of a line; empty where there is none."""
+        if column is None or not -len(fields) <= column < len(fields):
+            return ""
+        return fields[column].strip()
+
+    def is_header(self, line: _Line, names: tuple[str, ...]) -> bool:
+        """Whether a line names the columns: its label is that of no other line."""
+        fields = line[2]
+        word, tag = self.cell(fields, self.word_column), self.cell(fields, self.tag_column)
+        names_word = word in names or _WORD_NAME.fullmatch(word)
+        if self.tag_column is None:
+            others = [cell.strip() for cell in fields if cell.strip() != word]
+            return bool(names_word and others) and any(map(_TAG_NAME.fullmatch, others))
+        names_tag = tag in names or _TAG_NAME.fullmatch(tag)
+        return bool(names_word and names_tag) and self.tags[tag] <= 1
+
+    def is_comment(self, line: _Line) -> bool:
+        """Whether a line before the first word of a sentence is none with a known label."""
+        _, text, fields = line
+        if not _COMMENT.match(text) or not self.width:
+            return False
+        if self.tag_column is None:
+            return len(fields) != self.width or _ASSIGNMENT.match(text) is not None
+        return len(fields) != self.width or not self.tags[self.cell(fields, self.tag_column)]
+
+    def is_no_word(self, line: _Line) -> bool:
+        """Whether a line of CoNLL-U numbers something else than a word."""
+        return self.is_conll_u and _NO_WORD.fullmatch(line[2][0]) is not None
+
+    def is_separator(self, fields: list[str]) -> bool:
+        """Whether a line draws one, as "=== page 3", with a label that no other line has."""
+        if not _SEPARATOR.fullmatch(self.cell(fields, self.word_column)):
+            return False
+        once = self.tag_column is not None and self.tags[self.cell(fields, self.tag_column)] <= 1
+        return once or len(fields) != self.width
+
+
+def _blocks(source: Source) -> list[list[_Line]]:
+    """The lines between empty ones and those that begin a document."""
+    blocks: list[list[_Line]] = [[]]
     for number, line in _lines(source):
-        if not line.strip() or _DOCUMENT_LINE.match(line):
-            if words[-1]:
-                words.append([])
-                tags.append([])
-            continue
-        fields = line.split("\t") if "\t" in line.rstrip(" \t") else at_blanks(line)
-        if not words[-1]:
-            width = len(fields)
-        places = range(len(fields))
-        try:
-            words[-1].append(fields[word_column].strip())
-            if tag_column is not None:
-                tag = fields[tag_column].strip()
-                same = places[tag_column] == places[word_column]
-                # A line without a label, whose last column is another, or a comment.
-                if not tag or same or len(fields) != width:
-                    raise IndexError
-                tags[-1].append(tag)
-        except IndexError:
-            wanted = f"conll_word_column {word_column}"
-            if tag_column is not None:
-                wanted += f" and conll_tag_column {tag_column}, {width} columns as the sentence has"
-            raise ValueError(
-                f"{source.name} line {number}: expected {wanted}, got {fields}"
-            ) from None
-    if not words[-1]:
-        words.pop()
-        tags.pop()
-    check_not_empty(source, len(words))
-    return {"words": words} if tag_column is None else {"words": words, "tags": tags}
+        if line.strip() and not _DOCUMENT_LINE.match(line):
+            fields = line.split("\t") if "\t" in line.rstrip(" \t") else at_blanks(line)
+            blocks[-1].append((number, line, fields))
+        elif blocks[-1]:
+            blocks.append([])
+    return [block for block in blocks if block]
+
+
+def _cells(source: Source, sentences: list[list[_Line]], facts: _Facts) -> dict[str, list]:
+    """The words and the tags of sentences, checked."""
+    tag_column = facts.tag_column
+    columns: dict[str, list] = {"words": [], "tags": []}
+    for lines in sentences:
+        columns["words"].append([])
+        columns["tags"].append([])
+        for line in lines:
+            word, tag = _word_and_tag(source, line, lines[0], facts)
+            columns["words"][-1].append(word)
+            columns["tags"][-1].append(tag)
+    if tag_column is None:
+        return {"words": columns["words"]}
+    for lines in sentences:
+        if tag_column < 0 and len(lines[0][2]) != facts.width:
+            raise _other_width(source, lines[0], facts)
+    return columns
+
+
+def _word_and_tag(source: Source, line: _Line, first: _Line, facts: _Facts) -> tuple[str, str]:
+    """The cells of a line, checked; `first` is the first line of its sentence."""
+    number, _, fields = line
+    if facts.is_separator(fields):
+        raise ValueError(
+            f"{source.name} line {number}: expected a word, got {fields}, which looks like a line "
+            "between pages; delete such lines"
+        )
+    word_column, tag_column, width = facts.word_column, facts.tag_column, len(first[2])
+    word, tag = facts.cell(fields, word_column), facts.cell(fields, tag_column)
+    places = range(len(fields))
+    lacking = not -len(fields) <= word_column < len(fields)
+    if not lacking and tag_column is None:
+        return word, tag
+    wanted = f"conll_word_column {word_column}"
+    if tag_column is not None:
+        # A line without a label, whose last column is another, or a comment.
+        if not lacking and tag and len(fields) == width:
+            if places[tag_column] != places[word_column]:
+                return word, tag
+        if len(fields) == facts.width != width:
+            raise _other_width(source, first, facts)
+        wanted += f" and conll_tag_column {tag_column}, {width} columns as the sentence has"
+    raise ValueError(f"{source.name} line {number}: expected {wanted}, got {fields}")
+
+
+def _other_width(source: Source, line: _Line, facts: _Facts) -> ValueError:
+    return ValueError(
+        f"{source.name} line {line[0]}: expected {facts.width} columns as most lines have, got "
+        f"{line[2]}"
+    )
 
 
 def read_role_lines(source: Source, labelled: bool) -> dict[str, list]:
@@ -116,8 +259,13 @@ def _lines(source: Source) -> Iterator[tuple[int, str]]:
     """The lines, counted from 1."""
     assert source.path is not None
     try:
-        # Not splitlines(): it also cuts at characters that occur inside words.
-        lines = source.path.read_text(encoding="utf-8-sig").split("\n")
+        whole = source.path.read_bytes()
+        packed = source.path.suffix.lower() == ".gz"
+        text = (gzip.decompress(whole) if packed else whole).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{source.name}: cannot be read as UTF-8 text: {error}") from error
-    yield from enumerate(lines, 1)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{source.name}: cannot be read ({error})") from error
+    # Not splitlines(): it also cuts at characters that occur inside words. Carriage returns are the
+    # ends of lines of old, or come before a line's end once or more often.
+    yield from enumerate(_LINE_END.split(text), 1)

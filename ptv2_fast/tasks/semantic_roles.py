@@ -30,8 +30,8 @@ class SemanticRoleLabeling(TokenClassification):
     columns: ClassVar[dict[str, str]] = {"words": "words", "predicate": "pred", "tags": "tags"}
     default_metrics = ("f1", "f1_without_v", "precision", "recall")
 
-    def read_lines(self, source: Source, labelled: bool) -> dict[str, list]:
-        return read_role_lines(source, labelled)
+    def read_lines(self, source: Source, labelled: bool) -> tuple[dict[str, list], dict[str, Any]]:
+        return read_role_lines(source, labelled), {}
 
     def _read_table(self, source: Source, labelled: bool) -> tuple[dict[str, list], dict[str, Any]]:
         columns, remarks = super()._read_table(source, labelled)

@@ -22,7 +22,7 @@ from ptv2_fast.tasks.chunks import (
     odd_labels,
     spans,
 )
-from ptv2_fast.tasks.conll import read_conll
+from ptv2_fast.tasks.conll import holds_columns, read_conll
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, keep_columns, read_table
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
 
@@ -46,9 +46,9 @@ class TokenClassification(Task):
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall")
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
-        remarks: dict[str, Any] = {}
-        if source.format == "other":
-            columns, unit = self.read_lines(source, labelled), "sentence"
+        if source.format == "other" or self._holds_columns(source):
+            columns, remarks = self.read_lines(source, labelled)
+            unit = "sentence"
         else:
             columns, remarks = self._read_table(source, labelled)
             unit = "sentence" if remarks else "row"
@@ -60,15 +60,28 @@ class TokenClassification(Task):
         remarks |= {_BEGIN_INSIDE: count} if count else {}
         return dataclasses.replace(examples, remarks=remarks)
 
-    def read_lines(self, source: Source, labelled: bool) -> dict[str, list]:
-        """The columns of a text file that is no table.
+    def _holds_columns(self, source: Source) -> bool:
+        """Whether a .tsv file is one of CoNLL columns."""
+        if source.format != "tsv" or "predicate" in self.columns:
+            return False
+        given = (self.options.conll_word_column, self.options.conll_tag_column)
+        return given != (None, None) or holds_columns(source, self._column_name("words"))
+
+    def _column_name(self, column: str) -> str:
+        return getattr(self.options, f"{column}_column") or self.columns[column]
+
+    def read_lines(self, source: Source, labelled: bool) -> tuple[dict[str, list], dict[str, Any]]:
+        """The columns of a text file that is no table, and remarks on it.
 
         Raises:
             ValueError: naming the line that cannot be read.
         """
         word_column, tag_column = self.options.conll_word_column, self.options.conll_tag_column
         tag_column = -1 if tag_column is None else tag_column
-        return read_conll(source, word_column or 0, tag_column if labelled else None)
+        return read_conll(
+            source, word_column or 0, tag_column if labelled else None,
+            self.options.conll_comments, tuple(map(self._column_name, self.columns)),
+        )  # fmt: skip
 
     def _read_table(self, source: Source, labelled: bool) -> tuple[dict[str, list], dict[str, Any]]:
         """The columns of a table, and remarks on it.
@@ -77,8 +90,8 @@ class TokenClassification(Task):
             ValueError: for a missing column, or cells that are neither lists nor text of words.
         """
         names = {
-            column: getattr(self.options, f"{column}_column") or default
-            for column, default in self.columns.items()
+            column: self._column_name(column)
+            for column in self.columns
             if labelled or column != "tags"
         }
         table = read_table(source)
