@@ -1,6 +1,8 @@
 """Reading of every format, label handling, word alignment, metrics and their errors."""
 
 import json
+import re
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,11 +240,48 @@ def test_tokenized_examples_are_kept_in_a_folder(tmp_path, tokenizer):
     assert names[0] == names[1] and len(names[2]) == 2 and not names[0] & names[2]
 
 
-def test_typed_text_is_cut_into_words_and_punctuation():
-    examples = token_task().from_texts(["Anna's U.N. visit (to Oslo) ended."])
-    assert examples.table[0]["words"] == [
-        "Anna's", "U.N", ".", "visit", "(", "to", "Oslo", ")", "ended", ".",
-    ]  # fmt: skip
+TYPED_WORDS = {
+    "english": "Anna's U.N visit ( to Oslo ) ended .",
+    "hindi": "\u0939\u093f\u0928\u094d\u0926\u0940 \u092e\u0947\u0902 \u0964",
+    "bengali": "\u09ac\u09be\u0982\u09b2\u09be \u09ad\u09be\u09b7\u09be !",
+    "tamil": "\u0ba4\u0bae\u0bbf\u0bb4\u0bcd\u0ba8\u0bbe\u0b9f\u0bc1 .",
+    "thai": "\u0e17\u0e35\u0e48 \u0e19\u0e49\u0e33 ?",
+    "arabic": "\u0645\u064f\u062d\u064e\u0645\u0651\u064e\u062f\u064c \u0648\u0644 \u060c",
+    "hebrew": "\u05e9\u05c1\u05b8\u05dc\u05d5\u05b9\u05dd .",
+    "persian": "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 \u061f",
+    "sinhala": "\u0dc1\u0dca\u200d\u0dbb\u0dd3 .",
+    "decomposed": "cafe\u0301 e\u0301te\u0301 .",
+    "apostrophes": "l\u2019homme d\u2019Oslo \u201c a \u201d",
+    "emoji": "good \U0001f469\u200d\U0001f4bb \u2764\ufe0f \U0001f44d\U0001f3fd !",
+    "flags": "\U0001f1e9\U0001f1ea \U0001f1f3\U0001f1f4 !",
+    "numbers": "x\u00b2 10\u2010fach CO\u2082 $ 3.5 %",
+}
+
+
+@pytest.mark.parametrize("name", TYPED_WORDS)
+def test_typed_text_is_cut_into_words_and_punctuation(name):
+    """The parts stand with blanks between; without those around punctuation it is the same."""
+    words = TYPED_WORDS[name].split(" ")
+    joined = re.sub(r" (?=[.!?)\u060c\u061f\u0964\u201d%])|(?<=[(\u201c$]) ", "", TYPED_WORDS[name])
+    for text in (TYPED_WORDS[name], joined):
+        assert token_task().from_texts([text]).table[0]["words"] == words
+
+
+def test_zero_width_spaces_part_words_and_unspaced_scripts_are_warned_of():
+    """Such a sentence stays a word, where no one said where its words end."""
+    chinese, thai = (
+        "\u6211\u4f4f\u5728\u5317\u4eac\u5e02",
+        "\u0e20\u0e32\u0e29\u0e32\u0e44\u0e17\u0e22",
+    )
+    with pytest.warns(UserWarning, match="typed text 2, 3: words are cut at blanks"):
+        examples = token_task().from_texts(["Anna", chinese, f"{thai}{thai} x"])
+    assert examples.table["words"][1] == [chinese]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        parted = token_task().from_texts(
+            [f"\ufeff{thai}\u200b{thai}", "\u6211 \u4f4f \u5728 \u5317\u4eac"]
+        )
+    assert parted.table["words"][0] == [thai, thai]
 
 
 def test_predictions_pick_the_labelled_positions():

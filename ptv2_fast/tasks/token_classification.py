@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -25,10 +24,9 @@ from ptv2_fast.tasks.chunks import (
 from ptv2_fast.tasks.conll import holds_columns, read_conll
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, keep_columns, read_table
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
+from ptv2_fast.tasks.typed_words import typed_words
 
 _IGNORED = -100  # what the loss of transformers skips
-# Points, hyphens and apostrophes inside a word do not cut it.
-_TYPED_WORD = re.compile(r"\w+(?:[.'-]\w+)*|[^\w\s]")
 _BEGIN_INSIDE = "chunks that begin with I-, as in IOB1 (labels kept as they are, chunks scored)"
 
 
@@ -139,8 +137,8 @@ class TokenClassification(Task):
     def from_texts(self, texts: Sequence[str]) -> Examples:
         """Words are cut at blanks and around punctuation."""
         check_not_empty(TYPED, len(texts))
-        words = [_TYPED_WORD.findall(text) for text in texts]
-        return Examples(TYPED, Dataset.from_dict({"words": words}), unit="text")
+        table = Dataset.from_dict({"words": typed_words(texts)})
+        return Examples(TYPED, table, unit="text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         for index, tags in enumerate(examples.table["tags"][:]):

@@ -1,0 +1,42 @@
+"""Words of typed text in any script: marks and joiners belong to words, emoji stay whole."""
+
+import warnings
+from collections.abc import Sequence
+
+import regex
+
+# Letters, digits and their marks; joiners and other invisible signs between them, but not the zero
+# width space, which parts words; and joiners at the end.
+_LETTERS = r"[\w\p{N}\p{M}](?:[\w\p{N}\p{M}]|[\p{Cf}--\u200b]+(?=[\w\p{N}\p{M}]))*[\u200c\u200d]*"
+# Points, hyphens and apostrophes inside a word do not cut it; signs are words of their own.
+_WORD = regex.compile(
+    rf"{_LETTERS}(?:[.'\u2019\u2010-]{_LETTERS})*|(?![\s\p{{Cf}}\p{{Cc}}])\X", regex.VERSION1
+)
+_UNSPACED = regex.compile(
+    r"\p{Han}|\p{Hiragana}|\p{Katakana}|\p{Thai}|\p{Lao}|\p{Khmer}|\p{Myanmar}|\p{Tibetan}"
+)
+_LONGEST = 8  # letters of a word in such a script that was hardly cut
+
+
+def typed_words(texts: Sequence[str]) -> list[list[str]]:
+    """Cut texts at blanks and around punctuation.
+
+    Warns of texts in scripts that put no blanks between words, of which a sentence is one word.
+    """
+    words = [_WORD.findall(text) for text in texts]
+    unspaced = [
+        number for number, row in enumerate(words, 1) if any(_is_unspaced(w, row) for w in row)
+    ]
+    if unspaced:
+        warnings.warn(
+            f"typed text {', '.join(map(str, unspaced[:5]))}{', …' if len(unspaced) > 5 else ''}: "
+            "words are cut at blanks, which this script does not put between them; put blanks "
+            "where the training data have the ends of words",
+            stacklevel=3,
+        )
+    return words
+
+
+def _is_unspaced(word: str, row: list[str]) -> bool:
+    letters = len(_UNSPACED.findall(word))
+    return letters > (1 if len(row) == 1 else _LONGEST)
