@@ -116,6 +116,20 @@ def test_wrong_offsets_move_to_the_nearest_occurrence_and_are_listed(tmp_path):
     assert task.metrics(results, examples, [])["em"] == 2 / 5  # absent ones are still scored
 
 
+def test_is_impossible_against_the_answers_is_listed(tmp_path):
+    none = {"answers": [], "answer_start": []}
+    rows = [{"id": "a", "is_impossible": True}, {"id": "b", "is_impossible": False, **none},
+            {"id": "c", "is_impossible": False}, {"id": "d", "is_impossible": True, **none},
+            {"id": "e", "is_impossible": None}]  # fmt: skip
+    remark = {"is_impossible that contradicts the answers (which count)":
+              {"questions": 2, "ids": ["a", "b"]}}  # fmt: skip
+    assert read(tmp_path, *rows).remarks == remark
+    lines = tmp_path / "data.jsonl"
+    lines.write_text("".join(json.dumps(ROW | row) + "\n" for row in rows))
+    assert qa_task().read(file_source(lines)).remarks == remark
+    assert qa_task().read(file_source(lines), labelled=False).remarks == {}
+
+
 BAD_ROWS = {
     "no context": ({"context": None}, r"data.json question 'x': expected text in context"),
     "blank question": ({"question": " "}, "question 'x': expected text in question"),

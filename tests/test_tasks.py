@@ -14,6 +14,8 @@ from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import TYPED, file_source, find_sources
 from ptv2_fast.tasks.task import Examples
 from ptv2_fast.training.models import load_tokenizer
+from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.prepare import read_data
 from tests.superglue_files import WRITERS
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
@@ -336,6 +338,30 @@ def test_unknown_labels_name_the_label_the_file_and_the_row(tmp_path):
     task = text_task()
     with pytest.raises(ValueError, match=r"dev.csv row 2: unknown label 'bad'"):
         task.check_labels(task.read(file_source(file)), ["good", "fair"])
+
+
+def test_an_unknown_label_is_told_with_a_few_of_the_known_and_those_like_it(tmp_path):
+    file = tmp_path / "dev.csv"
+    file.write_text(f"text,label\na,class 999 \nb,{'y' * 5000}\n")
+    task = text_task()
+    labels = [f"class {number}" for number in range(3000)]
+    with pytest.raises(ValueError, match=r"dev.csv row 1: unknown label 'class 999 '") as raised:
+        task.check_labels(task.read(file_source(file)), labels)
+    assert "'class 999', " in str(raised.value) and "and 2995 others" in str(raised.value)
+    with pytest.raises(ValueError, match=r"row 2: unknown label 'yyy") as raised:
+        task.check_labels(task.read(file_source(file)), [*labels, "class 999 "])
+    assert len(str(raised.value)) < 500
+
+
+@pytest.mark.parametrize("other", ["good ", "Good", "go od", "\uff47ood"])
+def test_labels_that_look_the_same_are_remarked_on(tmp_path, other):
+    file = tmp_path / "train.csv"
+    file.write_text(f"text,label\na,good\nb,{other}\nc,bad\n", encoding="utf-8")
+    options = {"task": "text-classification", "model": "unread", "train_file": str(file)}
+    _, examples, labels = read_data(RunConfig.from_dict(options))
+    assert set(labels) == {"good", other, "bad"}
+    (remark,) = examples["train"].remarks.items()
+    assert "labels that differ in blanks" in remark[0] and remark[1] == [sorted(["good", other])]
 
 
 def test_words_and_tags_of_unequal_number_name_the_row(tmp_path):

@@ -15,6 +15,7 @@ from ptv2_fast.tasks.sources import Source, check_not_empty, read_columns
 from ptv2_fast.tasks.task import LISTED, Examples
 
 NOT_IN_CONTEXT = -1
+_IMPOSSIBLE = {"true": True, "1": True, "false": False, "0": False}
 _SCHEMA = Schema(
     {
         "id": Value("string"),
@@ -44,6 +45,7 @@ def read_questions(source: Source, labelled: bool, unanswerable: bool) -> Exampl
     questions: list[dict[str, Any]] = []
     moved: list[str] = []
     absent: list[str] = []
+    contradictory: list[str] = []
     for index, row in enumerate(rows):
         identity = row.get("id")
         name = str(index + 1 if identity is None else identity)
@@ -52,6 +54,9 @@ def read_questions(source: Source, labelled: bool, unanswerable: bool) -> Exampl
         answers, given = _answers(row, where) if labelled else ([], [])
         if labelled and not answers and not unanswerable:
             raise ValueError(f"{where}: expected an answer, got none (unanswerable=False)")
+        flag = _IMPOSSIBLE.get(str(row.get("is_impossible")).strip().lower())
+        if labelled and flag is not None and flag == bool(answers):
+            contradictory.append(name)
         places = [
             _place(answer, start, context) for answer, start in zip(answers, given, strict=True)
         ]
@@ -72,6 +77,7 @@ def read_questions(source: Source, labelled: bool, unanswerable: bool) -> Exampl
         {
             "answer_start moved to where the answer stands": moved,
             "answers that do not occur in their context": absent,
+            "is_impossible that contradicts the answers (which count)": contradictory,
         }
     )
     _check_ids([question["id"] for question in questions], source)
@@ -127,10 +133,9 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
             f"{source.name}: expected .json, .json.gz, .jsonl or .parquet for question-answering"
         )
     else:
-        names = ("id", "question", "context", "answers", "answer_start")
-        table = read_columns(
-            source, {name: name for name in names}, optional=("id", "answers", "answer_start")
-        )
+        names = ("id", "question", "context", "answers", "answer_start", "is_impossible")
+        optional = ("id", "answers", "answer_start", "is_impossible")
+        table = read_columns(source, {name: name for name in names}, optional=optional)
         yield from _table_rows(table)
 
 

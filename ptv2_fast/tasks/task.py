@@ -4,9 +4,10 @@ import difflib
 import functools
 import json
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ Collator = Callable[[list[dict[str, Any]]], Any]
 _SHOWN = 80  # characters of a label in a message
 LISTED = 20  # how many examples a remark names; it counts all
 _MAP_BATCH = 1000
+_ALIKE = "labels that differ in blanks, case or Unicode's form alone (taken as several)"
 _INTEGER = re.compile(r"-?\d+")
 
 
@@ -333,6 +335,15 @@ def _tokenize_batch(
 def was_cut(encoding: Any, count: int) -> list[bool]:
     """For each of `count` inputs of a fast tokenizer's batch whether truncation cut it."""
     return [bool(encoding.encodings[index].overflowing) for index in range(count)]
+
+
+def label_remarks(labels: Iterable[str]) -> dict[str, Any]:
+    """Labels that differ in blanks, in case or in how Unicode writes them alone: perhaps one."""
+    alike: dict[str, set[str]] = defaultdict(set)
+    for label in labels:
+        alike["".join(unicodedata.normalize("NFKC", label).casefold().split())].add(label)
+    found = [sorted(group) for group in alike.values() if len(group) > 1]
+    return {_ALIKE: sorted(found)[:LISTED]} if found else {}
 
 
 def _short(label: Any) -> str:

@@ -16,7 +16,7 @@ from transformers import (
 from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import find_sources
-from ptv2_fast.tasks.task import Examples, Features, Task
+from ptv2_fast.tasks.task import Examples, Features, Task, label_remarks
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.methods import longest_input, prefix_config, prepare_model
 from ptv2_fast.training.models import load_pretrained
@@ -115,6 +115,8 @@ def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
     examples["train"] = task.trainable(examples["train"])
     # Of all training examples: the few that are drawn may lack a label of the other splits.
     labels = task.find_labels(examples["train"])
+    remarks = examples["train"].remarks | label_remarks(labels)
+    examples["train"] = dataclasses.replace(examples["train"], remarks=remarks)
     count, total = config.data.max_train_examples, len(examples["train"])
     if count is not None and count < total:
         drawn = examples["train"].draw(count, config.training.seed)[:count]
