@@ -86,4 +86,12 @@ def _train(
     for number, (name, part) in enumerate(prepared.parts.items()):
         print_features(part, f"{name}/")
         print(f"{name}: {prepared.batches[number]} batches an epoch", file=sys.stderr)
-    train_and_print(train_tasks, prepared, folder, dry_run)
+    train_and_print(train_tasks, prepared, folder, dry_run, _plan)
+
+
+def _plan(prepared: Any) -> dict[str, Any]:
+    """The options that are set, and examples, labels and metric of each data set."""
+    from ptv2_fast.training.dry_run import describe_data, without_nothing
+
+    options = without_nothing(prepared.config.to_dict())
+    return options | {"run": {name: describe_data(p) for name, p in prepared.parts.items()}}

@@ -107,12 +107,13 @@ def _train_one(
     config: RunConfig, folder: Path, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
     quieten(config.training.progress)
+    from ptv2_fast.training.dry_run import describe_run
     from ptv2_fast.training.prepare import prepare
     from ptv2_fast.training.run import train
 
     prepared = checked(prepare, config, folder, resume=resume, overwrite=overwrite)
     print_features(prepared)
-    train_and_print(train, prepared, folder, dry_run)
+    train_and_print(train, prepared, folder, dry_run, describe_run)
 
 
 def print_features(prepared: "Prepared", prefix: str = "") -> None:
@@ -128,8 +129,10 @@ def print_features(prepared: "Prepared", prefix: str = "") -> None:
     print(f"{prefix}metric: {metric} = {titles[metric]}", file=sys.stderr)
 
 
-def train_and_print(train: Callable, prepared: Any, folder: Path, dry_run: bool) -> None:
-    """Train and print the scores; a dry run prints the options instead.
+def train_and_print(
+    train: Callable, prepared: Any, folder: Path, dry_run: bool, plan: Callable[[Any], Any]
+) -> None:
+    """Train and print the scores; a dry run prints what would be done instead.
 
     Raises:
         BadInput: when the loss is no number any more.
@@ -139,7 +142,7 @@ def train_and_print(train: Callable, prepared: Any, folder: Path, dry_run: bool)
 
     print_trainable_parameters(prepared.model)
     if dry_run:
-        print(json.dumps(prepared.config.to_dict(), indent=2))
+        print(json.dumps(plan(prepared), indent=2, ensure_ascii=False))
         return
     try:
         report = train(prepared)

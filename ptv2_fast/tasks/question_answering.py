@@ -1,6 +1,7 @@
 """The part of a context that answers a question about it (SQuAD 1.1 and 2.0)."""
 
 import itertools
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,6 +61,10 @@ class QuestionAnswering(Task):
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         return iter(())
+
+    def count_labels(self, examples: Examples) -> Counter[str]:
+        """How many questions have an answer, and none."""
+        return Counter("answer" if row else "no answer" for row in examples.table["answers"][:])
 
     def find_labels(self, examples: Examples) -> list[str]:
         return list(_LABELS)

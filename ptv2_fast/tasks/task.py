@@ -6,7 +6,7 @@ import json
 import re
 import unicodedata
 from abc import ABC, abstractmethod
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -238,6 +238,10 @@ class Task(ABC):
             )
         numeric = all(_INTEGER.fullmatch(label) for label in found)
         return sorted(sorted(found), key=int if numeric else None)  # "1" and "01" are two labels
+
+    def count_labels(self, examples: Examples) -> Counter[str]:
+        """How often each label occurs."""
+        return Counter(str(label) for _, label in self.labels_of(examples))
 
     def check_labels(self, examples: Examples, labels: list[str]) -> None:
         """Check that every label is known.

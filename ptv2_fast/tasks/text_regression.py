@@ -1,6 +1,7 @@
 """One number for a text or for a pair of texts."""
 
 import math
+from collections import Counter
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -27,6 +28,11 @@ class TextRegression(TextClassification):
         """
         self.check_labels(examples, [_OUTPUT])
         return [_OUTPUT]
+
+    def count_labels(self, examples: Examples) -> Counter[str]:
+        """How many numbers lie between each two whole ones."""
+        numbers = (math.floor(float(label)) for _, label in self.labels_of(examples))
+        return Counter(f"[{number}, {number + 1})" for number in numbers)
 
     def check_labels(self, examples: Examples, labels: list[str]) -> None:
         """Check that every label is a number.

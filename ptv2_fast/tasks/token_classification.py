@@ -157,9 +157,13 @@ class TokenClassification(Task):
             self._refuse(*odd, examples)
         return sorted({*found, *published}) if published else found
 
+    def count_labels(self, examples: Examples) -> Counter[str]:
+        """How many words have each label."""
+        return Counter(tag for row in examples.table["tags"][:] for tag in row)
+
     def _refuse(self, scheme: Scheme, odd: list[str], examples: Examples) -> None:
         """Raise a ValueError that names labels which do not fit the scheme of the others."""
-        counts = Counter(tag for row in examples.table["tags"][:] for tag in row)
+        counts = self.count_labels(examples)
         first = next(index for index, tag in self.labels_of(examples) if str(tag) in odd)
         named = ", ".join(f"{label!r} ({counts[label]} words)" for label in odd[:LISTED])
         raise ValueError(

@@ -20,7 +20,7 @@ from ptv2_fast.tasks.task import Examples, Features, Task, label_remarks
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.methods import longest_input, prefix_config, prepare_model
 from ptv2_fast.training.models import load_pretrained
-from ptv2_fast.training.options import ModelOptions, RunConfig
+from ptv2_fast.training.options import ModelOptions, RunConfig, TrainingOptions
 from ptv2_fast.training.start import find_starts, start_from
 
 # Without a limit in epochs: more than any time limit allows.
@@ -142,6 +142,12 @@ def choose_max_length(data: DataOptions, model: PreTrainedModel, options: ModelO
     return min(limit, data.with_benchmark_defaults().max_length or limit)
 
 
+def runs_until_stopped(options: TrainingOptions) -> bool:
+    """Whether time alone ends a run."""
+    no_end = options.num_train_epochs is None and options.max_steps is None
+    return no_end and options.max_seconds is not None
+
+
 def training_arguments(
     config: RunConfig, folder: Path, rows: int, metric: str | None
 ) -> TrainingArguments:
@@ -173,7 +179,7 @@ def training_arguments(
     if epochs is not None and max_steps is not None:  # Trainer would pass over the epochs
         max_steps = min(max_steps, math.ceil(epochs * epoch))
     if epochs is None:
-        epochs = 3 if options.max_seconds is None else _ENDLESS_EPOCHS
+        epochs = _ENDLESS_EPOCHS if runs_until_stopped(options) else 3
     return TrainingArguments(
         output_dir=str(folder / run_folder.CHECKPOINTS),
         num_train_epochs=epochs,
