@@ -73,8 +73,11 @@ def test_the_config_file_of_a_run_repeats_it(trained, tmp_path):
 
 def test_eval_gives_the_score_of_the_report(trained, tiny, capsys):
     assert cli.main(["eval", "--run", str(trained), "--data", tiny["dev"]]) == 0
-    scores = json.loads(capsys.readouterr().out)
+    printed = capsys.readouterr()
+    scores = json.loads(printed.out)
     report = json.loads((trained / "report.json").read_text())
+    assert f"f1: {report['metric_title']}" in printed.err
+    assert "whole chunks" in report["metric_title"]
     assert scores == report["metrics"]["validation"] | {"examples": 8, "truncated_examples": 0}
 
 

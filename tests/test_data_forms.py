@@ -72,6 +72,15 @@ def test_a_list_among_texts_is_refused_and_brackets_are_words(tmp_path):
         read(file)
 
 
+@pytest.mark.parametrize("sign", [", ", "; ", "| "])
+def test_labels_with_signs_between_are_refused(tmp_path, sign):
+    file = tmp_path / "data.jsonl"
+    row = {"tokens": "Anna , sleeps", "ner_tags": sign.join(["B-PER", "O", "O"])}
+    file.write_text(json.dumps(row))
+    with pytest.raises(ValueError, match=r"data.jsonl row 1: expected labels with blanks between"):
+        read(file)
+
+
 def test_choices_written_as_text_are_lists(tmp_path):
     file = tmp_path / "data.csv"
     file.write_text('text,choices,label\nq,"[\'a b\', \'c\']",1\nq,"[""d"", ""e""]",0\n')

@@ -253,7 +253,9 @@ def test_ablate_from_the_command_line(tiny, tmp_path, capsys):
     assert cli.main([*command, "--prefix-projection"]) == 2
     assert "prefix_projection: expected no value" in capsys.readouterr().err
     assert cli.main([*command, "--dry-run"]) == 0
-    assert "mlp-seed-42 prefix_projection=True seed=42" in capsys.readouterr().out
+    printed = capsys.readouterr()
+    assert "mlp-seed-42 prefix_projection=True seed=42" in printed.out
+    assert '2 runs; the first, plain-seed-42: {"metric": "' in printed.err
     assert not (tmp_path / "runs").exists()
     assert cli.main(command) == 0
     assert [row["prefix_projection"] for row in rows(tmp_path / "runs")] == ["False", "True"]

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -78,6 +79,7 @@ def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry
         BadInput: for bad input; at the end, when a run failed.
     """
     quieten()
+    from ptv2_fast.training.dry_run import describe_run
     from ptv2_fast.training.prepare import prepare
     from ptv2_fast.training.sweeps.results import summarize
     from ptv2_fast.training.sweeps.sweep import check_sweep_output, run_sweep
@@ -85,7 +87,9 @@ def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry
     sweep = checked(check_sweep_output, sweep, folder, resume=resume, overwrite=overwrite)
     if dry_run:
         name, config = next(iter(sweep.configs().items()))
-        checked(prepare, config, folder / name, resume=resume, overwrite=overwrite)
+        prepared = checked(prepare, config, folder / name, resume=resume, overwrite=overwrite)
+        first = json.dumps(describe_run(prepared)["run"], ensure_ascii=False)
+        print(f"{len(sweep.changes)} runs; the first, {name}: {first}", file=sys.stderr)
         for name, changes in sweep.changes.items():
             print(name, *(f"{option}={value}" for option, value in changes.items()))
         return

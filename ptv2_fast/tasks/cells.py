@@ -70,6 +70,21 @@ def as_lists(cells: list, where: Callable[[int], str]) -> list:
     return found
 
 
+def check_labels_apart(cells: list, where: Callable[[int], str]) -> None:
+    """Check that labels in cells of text have blanks between them, and nothing else.
+
+    Raises:
+        ValueError: for the first cell such as "B-PER, O".
+    """
+    for index, cell in enumerate(cells):
+        parts = at_blanks(cell) if isinstance(cell, str) and not _LISTED.fullmatch(cell) else []
+        ends = {part[-1] for part in parts[:-1]}
+        if len(ends) == 1 and ends <= set(",;|"):
+            raise ValueError(
+                f"{where(index)}: expected labels with blanks between, got {cell[:80]!r}"
+            )
+
+
 def find_sentence_column(names: list[str]) -> str | None:
     """The column that numbers the sentences of a table with one word a row, by its name."""
     found = [name for name in names if _SENTENCE.fullmatch(name.strip())]

@@ -12,7 +12,13 @@ from sklearn.metrics import f1_score as word_f1_score
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
-from ptv2_fast.tasks.cells import as_lists, find_sentence_column, group_words, is_one_word
+from ptv2_fast.tasks.cells import (
+    as_lists,
+    check_labels_apart,
+    find_sentence_column,
+    group_words,
+    is_one_word,
+)
 from ptv2_fast.tasks.chunks import (
     Scheme,
     begun_inside,
@@ -110,6 +116,7 @@ class TokenClassification(Task):
             numbers = keep_columns(table, source, {"sentence": sentence})["sentence"][:]
             remark = {f"one word a row, gathered by the column {sentence!r}": len(kept)}
             return group_words(words, numbers, where), remark
+        check_labels_apart(columns.get("tags", []), where)
         for column, cells in words.items():
             columns[column] = as_lists(cells, where)
         if "tags" in columns:

@@ -261,6 +261,7 @@ def _report(prepared: PreparedTasks, clock: StepClock, steps: int) -> dict[str, 
         tasks[name] = {
             "task": part.config.data.task,
             "metric": part.task.metric,
+            "metric_title": part.task.titles(part.labels)[part.task.metric],
             "labels": len(part.labels),
             "batches_per_epoch": prepared.batches[number],
         }
