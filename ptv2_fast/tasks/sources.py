@@ -219,8 +219,7 @@ def read_table(source: Source, csv_options: Mapping[str, Any] | None = None) -> 
 
 def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
     if source.hub is not None:
-        name, config, split = source.hub
-        return datasets.load_dataset(name, config, split=split)
+        return _load_split(*source.hub)
     path = str(source.path)
     if not Path(path).stat().st_size:
         return Dataset.from_dict({})
@@ -244,6 +243,18 @@ def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
     # copy in the home folder would outlive it.
     with tempfile.TemporaryDirectory() as cache:
         return Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=True)
+
+
+def _load_split(name: str, config: str | None, split: str) -> Dataset:
+    """A split of a data set of the hub, or of a folder, whose JSON is read as that of files."""
+    if Path(name).is_dir():
+        builder = datasets.load_dataset_builder(name, config)
+        files = (getattr(builder.config, "data_files", None) or {}).get(split) or []
+        suffixes = {Source(file, Path(file)).format for file in files}
+        if suffixes == {"json"} and builder.info.features is None:
+            tables = [read_json_rows(Path(file)) for file in files]
+            return datasets.concatenate_datasets(tables)
+    return datasets.load_dataset(name, config, split=split)
 
 
 def _spelt_out(table: Dataset, column: str) -> list:
