@@ -92,6 +92,13 @@ def test_predict_tags_typed_sentences_and_files_without_labels(trained, tmp_path
     assert json.loads(capsys.readouterr().out) == typed
 
 
+def test_predict_warns_of_scripts_without_blanks_in_one_line(trained):
+    command = ["-m", "ptv2_fast.cli", "predict", "--run", str(trained), "--text", "\u6211" * 9]
+    done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+    assert done.stderr.startswith("note: typed text 1: words are cut at blanks")
+    assert len(done.stderr.splitlines()) == 1
+
+
 def test_predict_answers_each_line_of_stdin(trained, capsys, monkeypatch):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeffAnna lives in Oslo.\r\n\nBob\n"))
     assert cli.main(["predict", "--run", str(trained)]) == 0

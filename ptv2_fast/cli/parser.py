@@ -5,6 +5,7 @@ import dataclasses
 import os
 import sys
 import typing
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
@@ -135,6 +136,7 @@ def quieten(progress: bool = False) -> None:
     import datasets
     import transformers
 
+    warnings.formatwarning = lambda message, *unused: f"note: {message}\n"
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if not progress:

@@ -83,7 +83,8 @@ class DataOptions(Options):
     train_file: str | None = option(
         None,
         "training examples: .csv, .tsv, .json or .jsonl (one object a line), .parquet; for "
-        "token-classification any other suffix is read as CoNLL columns, for "
+        "token-classification any other suffix, and .tsv with empty lines between sentences, is "
+        "read as CoNLL columns, for "
         "semantic-role-labeling as lines 'index words ||| labels'; for question-answering .json "
         "and .json.gz also in SQuAD's form",
     )
