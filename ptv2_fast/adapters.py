@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_adapter, write_adapter
 from ptv2_fast.encoders.attachment import ENCODER_NAME, Attachment, find_attachment
 from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
-from ptv2_fast.prefix import PTuningV2Config
+from ptv2_fast.prefix import EXECUTION_FIELDS, PTuningV2Config
 
 # Fields that an adapter and an attached model must share: they decide what the tensors mean.
 _MATCHED_FIELDS = (
@@ -21,6 +21,9 @@ _MATCHED_FIELDS = (
     "position_offset",
     "modules_to_save",
 )
+_PROBLEM_TYPES = (
+    None, "regression", "single_label_classification", "multi_label_classification"
+)  # fmt: skip
 _MATCHED_SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
 
 
@@ -66,7 +69,8 @@ def load_adapter(
 
     Raises:
         ValueError: for missing, corrupt or truncated files, an unknown format, an adapter of
-            another model (naming each difference), and missing, unexpected or misshapen tensors.
+            another model (naming each difference), fields that say how a model runs, and tensors
+            that are missing, unexpected, of another shape or dtype, infinite or NaN.
     """
     description, tensors = read_adapter(directory)
     config = _read_config(description, directory)
@@ -74,21 +78,25 @@ def load_adapter(
     if model.base_model is not model:  # a bare model has no labels, whatever its config says
         sizes = (*sizes, "num_labels")
     _check_same_model(description, model, sizes)
+    labels = _read_labels(description, directory)
     attachment = find_attachment(model)
     if attachment is not None:
         _check_same_config(config, attachment.config)
         _load_tensors(attachment, tensors, description)
     else:
+        _check_prefix(config, tensors, model)
         attachment = attach_uninitialised(model, config)
         try:
+            first = f"{ENCODER_NAME}.embedding.weight"
+            if tensors[first].dtype == model.dtype == torch.float64:  # as model.double() makes it
+                attachment.encoder.double()
             _load_tensors(attachment, tensors, description)
-        except ValueError:
+            attachment.set_trainable(is_trainable)
+        except BaseException:
             attachment.undo()
             raise
-        attachment.set_trainable(is_trainable)
         if not is_trainable:
             model.eval()
-    labels = {int(index): label for index, label in description["id2label"].items()}
     model.config.id2label = labels
     model.config.label2id = {label: index for index, label in labels.items()}
     model.config.problem_type = description["problem_type"]
@@ -136,7 +144,57 @@ def _read_config(description: dict[str, Any], directory: str | os.PathLike) -> P
     for name in ("prefix_config", "id2label"):
         if not isinstance(description[name], dict):
             raise ValueError(f"{path}: {name}: expected an object, got {description[name]!r}")
+    execution = sorted(set(description["prefix_config"]) & set(EXECUTION_FIELDS))
+    if execution:
+        raise ValueError(
+            f"{path}: prefix_config: expected what the adapter is, got {execution}, which say how "
+            "a model runs (where it writes, how much memory it takes); attach with them instead"
+        )
     return PTuningV2Config.from_dict(description["prefix_config"])
+
+
+def _read_labels(description: dict[str, Any], directory: str | os.PathLike) -> dict[int, str]:
+    """Number -> label, one for each number; and the problem type is one that transformers knows."""
+    path = os.path.join(directory, CONFIG_NAME)
+    given, count = description["id2label"], description["num_labels"]
+    if set(given) != {str(number) for number in range(len(given))} or len(given) != count:
+        raise ValueError(
+            f"{path}: id2label: expected a label for each number below num_labels {count!r}, got "
+            f"the numbers {list(given)!r:.100}"
+        )
+    if not all(isinstance(label, str) for label in given.values()):
+        raise ValueError(f"{path}: id2label: expected text as labels, got {given!r:.100}")
+    problem = description["problem_type"]
+    if problem not in _PROBLEM_TYPES:
+        raise ValueError(
+            f"{path}: problem_type: expected one of {_PROBLEM_TYPES}, got {problem!r:.100}"
+        )
+    return {int(number): label for number, label in given.items()}
+
+
+def _check_prefix(
+    config: PTuningV2Config, tensors: dict[str, Tensor], model: PreTrainedModel
+) -> None:
+    """Compare the sizes that a configuration names with the tensors, before any is allocated."""
+    heads = model.config.num_attention_heads
+    shapes = config.tensor_shapes(
+        num_layers=model.config.num_hidden_layers,
+        num_heads=heads,
+        head_dim=model.config.hidden_size // heads,
+    )
+    named = {f"{ENCODER_NAME}.{name}": shape for name, shape in shapes.items()}
+    missing = sorted(set(named) - set(tensors))
+    if missing:
+        raise ValueError(f"adapter: expected the tensors of its prefix, missing {missing}")
+    for name, shape in named.items():
+        _check_shape(name, tensors[name], shape)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise ValueError(
+            f"adapter: expected {name} of shape {list(shape)}, got {list(tensor.shape)}"
+        )
 
 
 def _check_same_model(
@@ -184,14 +242,33 @@ def _load_tensors(
 
 def _copy(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
     """Copy tensors of the same names, or raise before the first."""
-    for name, target in targets.items():
-        if name not in tensors:
-            raise ValueError(f"adapter: expected a tensor {name}, got none")
-        if tensors[name].shape != target.shape:
-            raise ValueError(
-                f"adapter: expected {name} of shape {list(target.shape)}, got "
-                f"{list(tensors[name].shape)}"
-            )
+    check_tensors(tensors, targets)
     with torch.no_grad():
         for name, target in targets.items():
             target.copy_(tensors[name])
+
+
+def check_tensors(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+    """Check that tensors can take the place of others without a change.
+
+    Args:
+        tensors: name -> tensor, as read from a file.
+        targets: those that they replace.
+
+    Raises:
+        ValueError: naming one that is missing, of another shape or dtype, infinite or NaN.
+    """
+    for name, target in targets.items():
+        if name not in tensors:
+            raise ValueError(f"adapter: expected a tensor {name}, got none")
+        tensor = tensors[name]
+        _check_shape(name, tensor, tuple(target.shape))
+        if tensor.dtype != target.dtype:
+            raise ValueError(
+                f"adapter: expected {name} of dtype {target.dtype}, as in the model, got "
+                f"{tensor.dtype}; load into a model of that dtype, then convert the model"
+            )
+        if not tensor.isfinite().all():
+            raise ValueError(
+                f"adapter: expected finite numbers in {name}, got some that are infinite or NaN"
+            )

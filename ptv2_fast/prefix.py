@@ -160,6 +160,27 @@ class PTuningV2Config:
             for name, value in dataclasses.asdict(self).items()
         }
 
+    def tensor_shapes(
+        self, *, num_layers: int, num_heads: int, head_dim: int
+    ) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of the weights of this prefix's `PrefixEncoder`, without making one.
+
+        Raises:
+            ValueError: when `layers` is out of range.
+        """
+        hidden = num_heads * head_dim
+        table_width = 2 * len(self.resolve_layers(num_layers)) * hidden
+        if not self.prefix_projection:
+            return {"embedding.weight": (self.num_virtual_tokens, table_width)}
+        width = self.encoder_hidden_size or hidden
+        return {
+            "embedding.weight": (self.num_virtual_tokens, hidden),
+            "projection.0.weight": (width, hidden),
+            "projection.0.bias": (width,),
+            "projection.2.weight": (table_width, width),
+            "projection.2.bias": (table_width,),
+        }
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "PTuningV2Config":
         """The inverse of `to_dict`; missing fields take their defaults.

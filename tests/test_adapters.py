@@ -1,6 +1,7 @@
 """Adapters: what is written, the bit-exact round trip, and one clear error for each bad input."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -241,6 +242,95 @@ def test_a_damaged_adapter_is_refused_and_the_model_stays_plain(saved, damage, m
     directory, model = saved
     damage(directory)
     assert_refused(plain_twin(model), directory, message)
+
+
+HUGE = 10**12
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        *(
+            (lambda d, f=field, v=value: edit_prefix(d, **{f: v}), rf"got \['{field}'\]")
+            for field, value in {
+                "backbone": "hook",
+                "recompute": "block",
+                "memory_budget": 1,
+                "backbone_dtype": "bf16",
+                "cache_frozen_layers": "memory",
+                "strict": True,
+            }.items()
+        ),
+        (lambda d: edit_prefix(d, num_virtual_tokens=HUGE), r"shape \[1000000000000, 96\], got"),
+        (
+            lambda d: (
+                edit_prefix(d, num_virtual_tokens=HUGE),
+                edit_tensors(d, **{PREFIX_NAME: None}),
+            ),
+            f"missing .'{PREFIX_NAME}'",
+        ),
+        (
+            lambda d: edit_prefix(d, prefix_projection=True, encoder_hidden_size=HUGE),
+            "missing .'prefix_encoder.projection.0.bias'",
+        ),
+        (lambda d: edit_config(d, weights="../" + FILES[1]), "weights: expected a plain name"),
+        (lambda d: edit_config(d, id2label={"a": "x", "0": "y", "1": "z"}), "id2label: expected a"),
+        (lambda d: edit_config(d, id2label={"0": "a"}), "id2label: expected a label for each"),
+        (lambda d: edit_config(d, id2label={"0": 1, "1": [], "2": "z"}), "expected text as labels"),
+        (lambda d: edit_config(d, problem_type="__class__"), "problem_type: expected one of"),
+        (lambda d: (d / FILES[0]).write_text("[" * 100_000), "not valid JSON"),
+        (lambda d: edit_tensors(d, **{PREFIX_NAME: numbers(math.nan)}), "finite numbers in prefix"),
+        (lambda d: edit_tensors(d, **{PREFIX_NAME: numbers(math.inf)}), "finite numbers in prefix"),
+        (
+            lambda d: edit_tensors(d, **{PREFIX_NAME: numbers(1.0).half()}),
+            f"{PREFIX_NAME} of dtype torch.float32, as in the model, got torch.float16",
+        ),
+        (
+            lambda d: edit_tensors(d, **{"classifier.bias": torch.zeros(3, dtype=torch.int64)}),
+            "classifier.bias of dtype torch.float32, as in the model, got torch.int64",
+        ),
+    ],
+)
+def test_a_hostile_adapter_is_refused_before_anything_is_allocated(saved, damage, message):
+    directory, model = saved
+    twin = plain_twin(model)
+    before = {name: tensor.clone() for name, tensor in twin.state_dict().items()}
+    config, attributes = twin.config, set(vars(twin))
+    damage(directory)
+    assert_refused(twin, directory, message)
+    assert twin.config is config and set(vars(twin)) == attributes
+    assert all(parameter.requires_grad for parameter in twin.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in twin.state_dict().items())
+
+
+def edit_prefix(directory, **changes) -> None:
+    content = json.loads((directory / FILES[0]).read_text())
+    edit_config(directory, prefix_config={**content["prefix_config"], **changes})
+
+
+def numbers(last: float):
+    """A prefix of the right shape."""
+    tensor = torch.ones(5, 96)
+    tensor[-1, -1] = last
+    return tensor
+
+
+@pytest.mark.parametrize(
+    "fields", [{}, {"prefix_projection": True, "encoder_hidden_size": 12, "layers": [0, 2]}]
+)
+def test_the_shapes_of_a_prefix_are_known_without_one(fields):
+    config = PTuningV2Config(num_virtual_tokens=5, **fields)
+    sizes = {"num_layers": 3, "num_heads": 2, "head_dim": 8}
+    made = ptv2_fast.PrefixEncoder(config, **sizes).state_dict()
+    assert config.tensor_shapes(**sizes) == {n: tuple(t.shape) for n, t in made.items()}
+
+
+def test_a_double_model_round_trips(tmp_path):
+    model = attached().double()
+    ptv2_fast.save_adapter(model, tmp_path)
+    twin = ptv2_fast.load_adapter(plain_twin(model).double(), tmp_path)
+    assert torch.equal(twin.prefix_encoder.embedding.weight, model.prefix_encoder.embedding.weight)
+    assert_refused(plain_twin(model), tmp_path, "got torch.float64")
 
 
 def test_saving_a_plain_model_or_over_a_file_is_refused(tmp_path):

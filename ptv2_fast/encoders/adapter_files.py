@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from ptv2_fast.files import plain_name, read_json_object
+
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 # Trainer reloads a checkpoint from a file of this name only.
@@ -73,19 +75,17 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
     config = directory / CONFIG_NAME
     if not config.is_file():
         raise ValueError(f"directory: expected an adapter with {CONFIG_NAME}, got {directory}")
-    try:
-        description = json.loads(config.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{config}: not valid JSON ({error})") from error
-    if not isinstance(description, dict) or FORMAT_KEY not in description:
+    description = read_json_object(config)
+    if FORMAT_KEY not in description:
         raise ValueError(f"{config}: expected an adapter of ptv2-fast (key {FORMAT_KEY!r})")
     if description[FORMAT_KEY] != FORMAT_VERSION:
         raise ValueError(
             f"{config}: expected {FORMAT_KEY} {FORMAT_VERSION}, got {description[FORMAT_KEY]!r}"
         )
 
-    # The name only: an adapter cannot point at files outside its folder.
-    weights = directory / Path(str(description.get(_WEIGHTS_KEY, WEIGHTS_NAME))).name
+    # An adapter cannot point at files outside its folder.
+    name = plain_name(description.get(_WEIGHTS_KEY, WEIGHTS_NAME), f"{config}: {_WEIGHTS_KEY}")
+    weights = directory / name
     if not weights.is_file():
         raise ValueError(
             f"directory: expected the adapter's tensors in {weights}, got no such file"

@@ -1,0 +1,52 @@
+"""Files that others may have written: JSON that is no trap, names that stay in their folder."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        ValueError: for what is not JSON, or nested too deeply to be read.
+        OSError: when the file cannot be read.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not valid JSON ({error})") from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The same, of a file that holds an object.
+
+    Raises:
+        ValueError, OSError: as `read_json`; and for anything but an object.
+    """
+    content = read_json(path)
+    if not isinstance(content, dict):
+        raise ValueError(f"{path}: expected a JSON object")
+    return content
+
+
+def plain_name(name: object, what: str) -> str:
+    """A name out of a file that is about to become a part of a path.
+
+    Returns:
+        The name, which names something directly in the folder it is joined to.
+
+    Raises:
+        ValueError: for anything else: a path, "..", a drive, a hidden file, no text at all.
+    """
+    good = (
+        isinstance(name, str)
+        and 0 < len(name) < 256
+        and name.isprintable()
+        and not name.startswith((".", "~"))
+        and not set(name) & set('/\\:*?"<>|')
+    )
+    if not good:
+        raise ValueError(f"{what}: expected a plain name without a path, got {name!r:.100}")
+    assert isinstance(name, str)
+    return name
