@@ -190,10 +190,10 @@ def _check_prefix(
         _check_shape(name, tensors[name], shape)
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], place: str = "adapter") -> None:
     if tensor.shape != shape:
         raise ValueError(
-            f"adapter: expected {name} of shape {list(shape)}, got {list(tensor.shape)}"
+            f"{place}: expected {name} of shape {list(shape)}, got {list(tensor.shape)}"
         )
 
 
@@ -248,27 +248,30 @@ def _copy(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
             target.copy_(tensors[name])
 
 
-def check_tensors(tensors: dict[str, Tensor], targets: dict[str, Tensor]) -> None:
+def check_tensors(
+    tensors: dict[str, Tensor], targets: dict[str, Tensor], place: str = "adapter"
+) -> None:
     """Check that tensors can take the place of others without a change.
 
     Args:
         tensors: name -> tensor, as read from a file.
         targets: those that they replace.
+        place: where they are from, for the message.
 
     Raises:
         ValueError: naming one that is missing, of another shape or dtype, infinite or NaN.
     """
     for name, target in targets.items():
         if name not in tensors:
-            raise ValueError(f"adapter: expected a tensor {name}, got none")
+            raise ValueError(f"{place}: expected a tensor {name}, got none")
         tensor = tensors[name]
-        _check_shape(name, tensor, tuple(target.shape))
+        _check_shape(name, tensor, tuple(target.shape), place)
         if tensor.dtype != target.dtype:
             raise ValueError(
-                f"adapter: expected {name} of dtype {target.dtype}, as in the model, got "
+                f"{place}: expected {name} of dtype {target.dtype}, as in the model, got "
                 f"{tensor.dtype}; load into a model of that dtype, then convert the model"
             )
         if not tensor.isfinite().all():
             raise ValueError(
-                f"adapter: expected finite numbers in {name}, got some that are infinite or NaN"
+                f"{place}: expected finite numbers in {name}, got some that are infinite or NaN"
             )

@@ -11,13 +11,26 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from ptv2_fast.adapters import load_adapter, save_adapter
+from ptv2_fast.adapters import check_tensors, load_adapter, save_adapter
 from ptv2_fast.tasks import make_task
 from ptv2_fast.tasks.task import Task
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.baselines import final_tensors, trained_tensors, write_tensors
+from ptv2_fast.training.baselines import (
+    LORA,
+    PROMPT,
+    final_tensors,
+    trained_tensors,
+    write_tensors,
+)
 from ptv2_fast.training.methods import prepare_model
 from ptv2_fast.training.options import ModelOptions, RunConfig
 
@@ -45,10 +58,14 @@ def load_pretrained(
     if options.head_dropout is not None:
         changes["classifier_dropout"] = options.head_dropout
     assert options.model is not None
-    config = AutoConfig.from_pretrained(options.model, **changes)
+    config = load_config(options.model, **changes)
     tokenizer = load_tokenizer(options.model)
     model, report = _model_class(task).from_pretrained(
-        options.model, config=config, dtype=torch.float32, output_loading_info=True
+        options.model,
+        config=config,
+        dtype=torch.float32,
+        output_loading_info=True,
+        trust_remote_code=False,
     )
     if report["missing_keys"] and not task.head_is_new:
         warnings.warn(
@@ -60,14 +77,33 @@ def load_pretrained(
     return model, tokenizer
 
 
+def load_config(name: str, **changes: Any) -> PretrainedConfig:
+    """The configuration of a pretrained model; code that comes with it does not run.
+
+    Raises:
+        OSError, ValueError: when it cannot be read, or asks for code from elsewhere.
+    """
+    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **changes)
+    attention = config._attn_implementation
+    if attention is not None and not str(attention).isidentifier():  # a kernel of the hub
+        raise ValueError(f"model: expected {name} to run without foreign code, got the attention "
+                         f"implementation {attention!r:.100}")  # fmt: skip
+    return config
+
+
 def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """A fast tokenizer that also takes text split into words.
+    """A fast tokenizer that also takes text split into words; code with it does not run.
+
+    Args:
+        name: on the hub, or a folder; a Path is a folder and never looked for on the hub.
 
     Raises:
         ValueError: when there is no fast tokenizer of this model.
     """
+    if isinstance(name, Path) and not name.is_dir():
+        raise ValueError(f"tokenizer: expected a folder, got {str(name)!r}")
     # Byte-level tokenizers refuse split words without the blank in front; others ignore it.
-    tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True)
+    tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True, trust_remote_code=False)
     if not tokenizer.is_fast:
         raise ValueError(f"model: expected one with a fast tokenizer, got {str(name)!r}")
     return tokenizer
@@ -99,7 +135,7 @@ class TrainedRun:
 
 
 def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
-    """Load what a run trained, in eval mode.
+    """Load what a run trained, in eval mode; the folder runs no code and names no place to write.
 
     Args:
         folder: of the run.
@@ -110,13 +146,28 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
             a pretrained model that is gone.
     """
     config, found = run_folder.read_run_config(folder)
-    data = dataclasses.replace(config.data, **(changes or {}))
+    # How the run was carried out is not what it is: its cache may be anywhere.
+    own = {"feature_cache": None, "preprocessing_num_workers": 1}
+    data = dataclasses.replace(config.data, **own, **(changes or {}))
     task, labels, method = make_task(data), found["labels"], config.model.method
     tokenizer = load_tokenizer(folder / run_folder.TOKENIZER)
     if method == "fine-tuning":
         directory = folder / run_folder.MODEL
         _require(directory / "config.json")
-        model = _model_class(task).from_pretrained(directory, dtype=torch.float32)
+        model, report = _model_class(task).from_pretrained(
+            directory,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+        if report["missing_keys"]:
+            raise ValueError(
+                f"{directory}: expected every weight of {type(model).__name__}, missing "
+                f"{sorted(report['missing_keys'])!r:.200}"
+            )
+        _require_finite(model, directory)
         task.adapt_model(model, tokenizer, labels)
     else:
         model, _ = load_pretrained(config.model, task, labels)
@@ -138,18 +189,39 @@ def _require(file: Path) -> None:
         raise ValueError(f"run: expected a finished run, got no {file}")
 
 
+def _require_finite(model: PreTrainedModel, place: Path) -> None:
+    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
+    if bad:
+        raise ValueError(f"{place}: expected finite numbers, got infinite or NaN ones in {bad[:3]}")
+
+
 def _load_tensors(model: PreTrainedModel, options: ModelOptions, file: Path) -> None:
     """Prepare the model by its method and fill in the trained tensors."""
     _require(file)
-    if options.method == "p-tuning-v1":  # of which the vectors were kept
-        options = dataclasses.replace(options, method="prompt-tuning")
-    prepare_model(model, options)
     try:
         tensors = load_file(file)
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: corrupt or truncated safetensors file ({error})") from error
-    shapes = {name: list(tensor.shape) for name, tensor in tensors.items()}
-    expected = {name: list(tensor.shape) for name, tensor in trained_tensors(model).items()}
-    if shapes != expected:
-        raise ValueError(f"{file}: expected tensors of the shapes {expected}, got {shapes}")
+    if options.method == "p-tuning-v1":  # of which the vectors were kept
+        options = dataclasses.replace(options, method="prompt-tuning")
+    _check_sizes(tensors, options, file)
+    prepare_model(model, options)
+    targets = trained_tensors(model)
+    if set(tensors) != set(targets):
+        raise ValueError(f"{file}: expected the tensors {sorted(targets)}, got {sorted(tensors)}")
+    check_tensors(tensors, targets, str(file))
     model.load_state_dict(tensors, strict=False)
+
+
+def _check_sizes(tensors: dict[str, Tensor], options: ModelOptions, file: Path) -> None:
+    """Compare the sizes that the options name with the tensors, before any is allocated."""
+    if options.method == "prompt-tuning":
+        given, name = options.num_virtual_tokens, "num_virtual_tokens"
+        found = {len(t) for key, t in tensors.items() if key == f"{PROMPT}.weight"}
+    elif options.method == "lora":
+        given, name = options.lora_rank, "lora_rank"
+        found = {len(t) for key, t in tensors.items() if f"{LORA}A." in key}
+    else:
+        return
+    if found != {given}:
+        raise ValueError(f"{file}: expected tensors of {name} {given}, got {sorted(found)}")

@@ -7,8 +7,7 @@ sets a linear head against the language model's.
 
 from collections.abc import Sequence
 
-from transformers import AutoConfig
-
+from ptv2_fast.training.models import load_config
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.sweeps.plan import Sweep, sweep_of
 
@@ -36,7 +35,7 @@ def depth_sweep(
             f"depth: expected None, since the ablation sets it, got {base.model.depth}"
         )
     assert base.model.model is not None
-    count = AutoConfig.from_pretrained(base.model.model).num_hidden_layers
+    count = load_config(base.model.model).num_hidden_layers
     if not 1 <= steps <= count:
         raise ValueError(f"steps: expected 1 to {count}, the layers of the model, got {steps}")
     variants = {}
