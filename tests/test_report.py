@@ -91,7 +91,7 @@ def published(task: str, model: str) -> list[SimpleNamespace]:
 def page(folder, tmp_path_factory) -> str:
     output = tmp_path_factory.mktemp("page") / "report"
     path, _ = write_report([folder], output, published)
-    assert {file.suffix for file in output.iterdir()} == {".html", ".png"}
+    assert {file.suffix for file in output.glob("[!.]*")} == {".html", ".png"}
     assert all(file.read_bytes()[:4] == b"\x89PNG" for file in output.glob("*.png"))
     names = {file.stem for file in output.glob("*.png")}
     assert {"scores", "parameters", "curve-rte-seconds", "curve-rte-step", "depth-1"} <= names

@@ -4,14 +4,16 @@ Only what a command needs is imported, inside it: `env` works without transforme
 bad options come at once.
 """
 
+import functools
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 from ptv2_fast.cli import ablate, environment, multitask, report, score, search, tasks, train
-from ptv2_fast.cli.parser import BAD_INPUT, BadInput, Parser, with_dashes
+from ptv2_fast.cli.parser import BAD_INPUT, INTERRUPTED, BadInput, Parser, with_dashes
 
-__all__ = ["BAD_INPUT", "main"]
+__all__ = ["BAD_INPUT", "INTERRUPTED", "main"]
 
 _COMMANDS = (train, multitask, score, ablate, search, report, tasks, environment)
 
@@ -22,8 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command.
 
     Returns:
-        The exit code: 0, or 2 after one line on stderr when the input is bad or a package of
-        others that the command needs is not installed.
+        The exit code: 0, or after one line on stderr 2, when the input is bad, a package of others
+        that the command needs is not installed or the machine cannot do it (a full disk), and 130,
+        when it was interrupted.
     """
     parser = Parser(
         prog="ptv2-fast",
@@ -37,19 +40,63 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed = vars(parser.parse_args(given))
     run: Callable[..., None] = parsed.pop("command")
     prog = parsed.pop("prog")
+    go_on = functools.partial(_go_on, parsed.get("output"), "resume" in parsed, prog)
     try:
         run(parsed)
         sys.stdout.flush()
     except BadInput as error:
-        print(f"{prog}: error: {' '.join(str(error).split())}", file=sys.stderr)
-        return BAD_INPUT
+        return _end(prog, str(error))
     except ModuleNotFoundError as error:
         package = (error.name or "").partition(".")[0]
         if package.startswith("ptv2_"):
             raise
-        print(f"{prog}: error: expected the package {_PROJECTS.get(package, package)}, which is "
-              "not installed", file=sys.stderr)  # fmt: skip
-        return BAD_INPUT
+        name = _PROJECTS.get(package, package)
+        return _end(prog, f"expected the package {name}, which is not installed")
     except BrokenPipeError:  # the reader of our lines has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except KeyboardInterrupt:
+        print(f"{prog}: interrupted{go_on()}", file=sys.stderr)
+        return INTERRUPTED
+    except (OSError, OverflowError, RecursionError, MemoryError) as error:
+        return _end(prog, f"{_words(error)}{go_on()}")
+    except Exception as error:
+        if not _is_failed_write(error):
+            raise
+        return _end(prog, f"a file could not be written: {_words(error)}{go_on()}")
     return 0
+
+
+def _end(prog: str, message: str) -> int:
+    """Say what was wrong in one line; returns the exit code."""
+    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    return BAD_INPUT
+
+
+def _words(error: BaseException) -> str:
+    if isinstance(error, OSError):
+        return str(error)
+    name = type(error).__name__
+    return f"{name}: {error}" if str(error) else name
+
+
+def _is_failed_write(error: BaseException) -> bool:
+    """Whether torch or safetensors could not write: a full disk has no OSError there."""
+    text = str(error)
+    return (type(error).__name__ == "SafetensorError" and "IoError" in text) or (
+        isinstance(error, RuntimeError)
+        and any(part in text for part in ("PytorchStreamWriter", "inline_container.cc"))
+    )
+
+
+def _go_on(output: str | None, has_resume: bool, prog: str) -> str:
+    """How to go on with what was begun in the output folder; nothing where it was not."""
+    from ptv2_fast.training.output import contents, read_mark
+
+    try:
+        if output is None or read_mark(Path(output)) is None or not contents(Path(output)):
+            return ""
+    except OSError:
+        return ""
+    if has_resume:
+        return "; continue with --resume"
+    return "; the same command continues" if prog.endswith("search") else ""

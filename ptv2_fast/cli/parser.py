@@ -13,7 +13,9 @@ from ptv2_fast.recipes import read_recipe
 from ptv2_fast.tasks.options import Options, value_type
 from ptv2_fast.training.options import METHODS_OF_OPTION, SECTIONS, RunConfig, read_config_file
 
-BAD_INPUT = 2  # the exit code
+# Exit codes.
+BAD_INPUT = 2
+INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):

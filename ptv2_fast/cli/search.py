@@ -1,10 +1,12 @@
 """ptv2-fast search."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
 from ptv2_fast.cli.parser import (
+    INTERRUPTED,
     BadInput,
     add_command,
     add_run_settings,
@@ -57,11 +59,11 @@ def _search(options: dict[str, Any]) -> None:
     given = set(options) - {"recipe", "config"}
     base = checked(run_config, options)
     space = checked(_space, base, given, space_file)
-    for package in ("optuna", "filelock"):
+    for package in ("optuna", "sqlalchemy"):
         if importlib.util.find_spec(package) is None:
             raise BadInput(f"search: needs {package}: pip install 'ptv2-fast[search]'")
     quieten()
-    from ptv2_fast.training.search.results import BEST, best_trial, trial_folder
+    from ptv2_fast.training.search.results import BEST, TRIALS, best_trial, failures, trial_folder
     from ptv2_fast.training.search.study import Search, run_search
 
     search = checked(Search, base, space, folder, **settings)
@@ -69,9 +71,13 @@ def _search(options: dict[str, Any]) -> None:
         study = checked(run_search, search, overwrite=overwrite, worker=_quiet_work)
     except RuntimeError as error:
         raise BadInput(error) from error
-    best = best_trial(study)
+    best, failed = best_trial(study), failures(study)
+    count = f"{len(failed)} of {len(study.trials)} trials failed"
     if best is None:
-        raise BadInput(f"no trial finished: see {folder / 'trials.csv'}")
+        raise BadInput(f"no trial finished, {count}: see {folder / TRIALS}")
+    if failed:
+        number, why = next(iter(failed.items()))
+        print(f"{count}, trial {number} because: {why} (see {folder / TRIALS})")
     print(f"best: trial {best.number}, {study.user_attrs['facts']['metric']} {best.value:.4f}")
     for name, value in best.params.items():
         print(f"  {name}: {value}")
@@ -95,4 +101,7 @@ def _quiet_work(*arguments: Any) -> None:
     quieten()
     from ptv2_fast.training.search.study import work
 
-    work(*arguments)
+    try:
+        work(*arguments)
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)

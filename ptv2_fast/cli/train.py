@@ -78,6 +78,7 @@ def is_complete(config: run_folder.Config, folder: Path, resume: bool, overwrite
     checked(run_folder.check_same_run, folder, config)
     complete = (folder / run_folder.REPORT).is_file()
     if complete:
+        checked(run_folder.read_report, folder)
         print(f"{folder} is complete: see {folder / run_folder.REPORT}", file=sys.stderr)
     return complete
 
@@ -135,10 +136,12 @@ def train_and_print(
     """Train and print the scores; a dry run prints what would be done instead.
 
     Raises:
-        BadInput: when the loss is no number any more.
+        BadInput: when the loss is no number any more, and when another process has taken the folder
+            since it was checked.
     """
     from ptv2_fast.encoders import print_trainable_parameters
     from ptv2_fast.training.divergence import DivergedError
+    from ptv2_fast.training.output import OutputTakenError, is_first
 
     print_trainable_parameters(prepared.model)
     if dry_run:
@@ -146,8 +149,10 @@ def train_and_print(
         return
     try:
         report = train(prepared)
-    except DivergedError as error:
+    except (DivergedError, OutputTakenError) as error:
         raise BadInput(error) from error
+    if not is_first():
+        return
     for name, scores in report["metrics"].items():
         print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
     print(f"written to {folder}")

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.families import find_family
 from ptv2_fast.training.options import ModelOptions
+from ptv2_fast.training.output import temporary_name
 
 PROMPT = "prompt"  # the module that gives the vectors in front of the input
 LORA = ".lora_"  # in the names of LoRA's parameters
@@ -209,6 +210,10 @@ def _save_checkpoint(
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file under a temporary name that then replaces the old one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    save_file({k: t.cpu().contiguous() for k, t in tensors.items()}, temporary, {"format": "pt"})
-    os.replace(temporary, path)
+    temporary = temporary_name(path)
+    contents = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    try:
+        save_file(contents, temporary, {"format": "pt"})
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

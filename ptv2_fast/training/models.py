@@ -115,6 +115,7 @@ def save_trained(model: PreTrainedModel, method: str, folder: Path) -> None:
         save_adapter(model, folder / run_folder.ADAPTER)
     elif method == "fine-tuning":
         temporary = folder / f"{run_folder.MODEL}.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
         model.save_pretrained(temporary)
         shutil.rmtree(folder / run_folder.MODEL, ignore_errors=True)
         os.replace(temporary, folder / run_folder.MODEL)

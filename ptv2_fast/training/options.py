@@ -121,6 +121,15 @@ class ModelOptions(Options):
                 self.method == "p-tuning-v2", "start_from", f"None for the method {self.method}"
             )
             self.require(self.init == "normal", "init", "'normal' with start_from")
+        if self.method == "p-tuning-v2":
+            self.require(
+                self.init == "normal" or not self.prefix_projection, "init",
+                "'normal' with prefix_projection=True (an MLP cannot start at given values)",
+            )  # fmt: skip
+            self.require(
+                self.recompute == "none" or self.memory_budget is None, "recompute",
+                "'none' with a memory_budget, which chooses",
+            )  # fmt: skip
         self.require(self.lora_rank >= 1, "lora_rank", "an integer >= 1")
         self.require(self.lora_alpha > 0, "lora_alpha", "a number > 0")
         if self.depth is not None:

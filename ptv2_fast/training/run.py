@@ -7,17 +7,19 @@ from typing import Any
 
 import torch
 import transformers
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainingArguments
 
 import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
 from ptv2_fast.training import run_folder
+from ptv2_fast.training.checkpoints import last_checkpoint
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.divergence import StopWhenDiverged, require_finite
 from ptv2_fast.training.machine import describe_machine
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes
 from ptv2_fast.training.models import save_trained
 from ptv2_fast.training.options import TrainingOptions
+from ptv2_fast.training.output import is_first, wait_for_all
 from ptv2_fast.training.prepare import Prepared
 from ptv2_fast.training.scoring import score
 from ptv2_fast.training.trainer import TaskTrainer
@@ -37,26 +39,48 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         DivergedError: when the training loss or what was trained becomes infinite or NaN.
     """
     config, folder = prepared.config, prepared.folder
-    checkpoint = run_folder.last_checkpoint(folder) if prepared.resume else None
-    run_folder.start(folder, config, prepared.found, prepared.overwrite)
-    prepared.tokenizer.save_pretrained(folder / run_folder.TOKENIZER)
-    clock = StepClock(config.training.max_seconds, config.training.eval_seconds)
-    trainer = TaskTrainer(
-        prepared.model,
-        prepared.arguments,
-        task=prepared.task,
-        tokenizer=prepared.tokenizer,
-        labels=prepared.labels,
-        train=prepared.features["train"],
-        validation=prepared.watched,
-        **pace(config.training, clock, folder, callbacks),
+    with run_folder.begun(
+        folder, config, prepared.found, resume=prepared.resume, overwrite=prepared.overwrite
+    ):
+        if is_first():
+            prepared.tokenizer.save_pretrained(folder / run_folder.TOKENIZER)
+        clock = StepClock(config.training.max_seconds, config.training.eval_seconds)
+        trainer = TaskTrainer(
+            prepared.model,
+            prepared.arguments,
+            task=prepared.task,
+            tokenizer=prepared.tokenizer,
+            labels=prepared.labels,
+            train=prepared.features["train"],
+            validation=prepared.watched,
+            **pace(config.training, clock, folder, callbacks),
+        )
+        trainer.train(resume_from_checkpoint=checkpoint_of(prepared))
+        require_finite(prepared.model)
+        if is_first():
+            save_trained(prepared.model, config.model.method, folder)
+        wait_for_all()
+        report = _report(prepared, clock, trainer.state.global_step)
+        if is_first():
+            run_folder.finish(folder, report)
+        return report
+
+
+def checkpoint_of(prepared: Any) -> str | None:
+    """The checkpoint from which a resumed run goes on; None = from the beginning.
+
+    Args:
+        prepared: a run of one task or of several, begun.
+    """
+    if not prepared.resume:
+        return None
+    arguments: TrainingArguments = prepared.arguments
+    found = last_checkpoint(
+        prepared.folder / run_folder.CHECKPOINTS,
+        arguments.world_size,
+        arguments.load_best_model_at_end,
     )
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    require_finite(prepared.model)
-    save_trained(prepared.model, config.model.method, folder)
-    report = _report(prepared, clock, trainer.state.global_step)
-    run_folder.finish(folder, report)
-    return report
+    return None if found is None else str(found)
 
 
 def pace(
@@ -83,9 +107,10 @@ class _BestCheckpoint(TrainerCallback):
     """Finds the best checkpoint of a resumed run again, whatever its folder is called now."""
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        # What the state says is a path on the machine where it was written.
         best = Path(args.output_dir) / f"checkpoint-{state.best_global_step}"
-        if best.is_dir():
-            state.best_model_checkpoint = str(best)
+        known = type(state.best_global_step) is int and best.is_dir()
+        state.best_model_checkpoint = str(best) if known else None
 
 
 class _MetricsFile(TrainerCallback):
@@ -95,6 +120,8 @@ class _MetricsFile(TrainerCallback):
         self.path = path
 
     def on_log(self, args: Any, state: Any, control: Any, **unused: Any) -> None:
+        if not state.is_world_process_zero:
+            return
         lines = [json.dumps(entry) + "\n" for entry in state.log_history]
         run_folder.write_text(self.path, "".join(lines))
 

@@ -6,14 +6,18 @@ multi-task run keeps in tasks/NAME/ a folder of this form for each of its tasks,
 trained.
 """
 
+import contextlib
 import csv
 import io
 import json
-import os
+import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
+from ptv2_fast.files import plain_name, read_json_object
+from ptv2_fast.training import output
 from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 
 CONFIG = "config.json"
@@ -25,6 +29,14 @@ TRAINED = "trained.safetensors"
 TOKENIZER = "tokenizer"
 CHECKPOINTS = "checkpoints"
 TASKS = "tasks"
+# By kind of folder, the file that says what was begun in it.
+MARKS = {"run": CONFIG, "sweep": "sweep.json", "search": "study.db"}
+# What report.json may hold, beside what names the run.
+_TABLES = ("machine", "versions", "examples", "truncated_examples", "remarks", "tasks")
+_NUMBERS = (
+    "trainable_parameters", "total_parameters", "saved_bytes", "steps", "train_seconds",
+    "step_seconds", "kept_bytes", "peak_memory_bytes",
+)  # fmt: skip
 
 
 class Config(Protocol):
@@ -43,9 +55,7 @@ class Config(Protocol):
 
 def write_text(path: Path, text: str) -> None:
     """Write a file under a temporary name that then replaces the old one."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
+    output.write_bytes(path, text.encode())
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -71,46 +81,56 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise ValueError(f"run: expected a run folder with {path.name}, got {str(path.parent)!r}")
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: expected a JSON object")
-    return content
+    return read_json_object(path)
 
 
-def check_output(folder: Path, resume: bool, overwrite: bool, marker: str = CONFIG) -> None:
-    """Check that a run, or what else leaves the file `marker`, may use this folder.
+def check_output(folder: Path, resume: bool, overwrite: bool, kind: str = "run") -> None:
+    """Check that a command may use this folder; nothing is changed.
 
-    Nothing is changed.
+    Args:
+        folder: of the output.
+        resume, overwrite: go on with what was begun there, or delete it.
+        kind: what the command leaves, a key of `MARKS`.
 
     Raises:
-        ValueError: for a file, a folder that cannot be written, one with content that is no run,
-            and for a run unless `resume` or `overwrite`.
+        ValueError: for a file, a folder that cannot be written, one with content that is not ours
+            or of another kind, and one that was begun unless `resume` or `overwrite`.
     """
-    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not nearest.is_dir():
-        raise ValueError(f"output: expected a folder, got the file {str(nearest)!r}")
-    if not os.access(nearest, os.W_OK):
-        raise ValueError(f"output: expected a folder that can be written, got {str(nearest)!r}")
+    output.check_place(folder)
     if resume and overwrite:
         raise ValueError("resume: expected one of resume and overwrite, got both")
-    if not folder.exists() or not any(folder.iterdir()):
+    if not output.contents(folder):
         return
-    is_run = (folder / marker).is_file()
-    if is_run and marker == CONFIG:  # the folder of a pretrained model has a file of this name
-        is_run = "found" in read_json(folder / marker)
-    if not is_run:
+    mark = output.read_mark(folder)
+    if mark is None and not _begun_before_marks(folder, kind):
         raise ValueError(
-            f"output: expected a new or empty folder, or a run folder with {marker}, got "
+            f"output: expected a new or empty folder, or a {kind} folder with {MARKS[kind]}, got "
             f"{str(folder)!r}"
+        )
+    if mark is not None and mark["kind"] != kind:
+        raise ValueError(
+            f"output: expected a new or empty folder, or a {kind} folder with {MARKS[kind]}, got "
+            f"a {mark['kind']!r:.20} folder {str(folder)!r}"
+        )
+    if overwrite and mark is None:
+        raise ValueError(
+            f"output: expected a folder with {output.MARKER} to delete, got {str(folder)!r}, which "
+            "this version did not make; delete it yourself if nothing in it is needed"
         )
     if not resume and not overwrite:
         raise ValueError(
             f"output: expected a new or empty folder, got {str(folder)!r}; --resume goes on with "
-            "the run in it, --overwrite deletes it"
+            f"the {kind} in it, --overwrite deletes it"
         )
+
+
+def _begun_before_marks(folder: Path, kind: str) -> bool:
+    """Whether a version that left no marker may have begun what is in a folder."""
+    file = folder / MARKS[kind]
+    if not file.is_file():
+        return False
+    # The folder of a pretrained model has a config.json too.
+    return kind != "run" or "found" in read_json(file)
 
 
 def check_same_run(folder: Path, config: Config, found: dict[str, Any] | None = None) -> None:
@@ -153,26 +173,115 @@ def read_run_config(folder: Path, kind: type[Config] = RunConfig) -> tuple[Any, 
     """
     content = read_json(folder / CONFIG)
     if "tasks" in content and kind is RunConfig:
-        names = [str(single_folder(folder, task["name"])) for task in content["tasks"]]
+        names = [str(single_folder(folder, name)) for name in task_names(content, folder)]
         raise ValueError(
             f"run: expected the run of one task, got a multi-task run; its tasks are in {names}"
         )
     facts = content.get("found")
     if not isinstance(facts, dict) or not {"labels", "max_length"} <= set(facts):
         raise ValueError(f"{folder / CONFIG}: expected the key 'found' with labels and max_length")
+    if kind is RunConfig:
+        _check_facts(facts, folder / CONFIG)
     options = {name: value for name, value in content.items() if name != "found"}
     return kind.from_dict(options), facts
 
 
+def _check_facts(facts: dict[str, Any], place: Path) -> None:
+    labels, length = facts["labels"], facts["max_length"]
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f"{place}: found.labels: expected a list of text, got {labels!r:.100}")
+    if type(length) is not int or not 0 < length < 2**31:
+        raise ValueError(f"{place}: found.max_length: expected an integer > 0, got {length!r:.40}")
+
+
+def task_names(content: dict[str, Any], folder: Path) -> list[str]:
+    """The names of the data sets in a multi-task run's config.json.
+
+    Raises:
+        ValueError: when they are not there, or no plain names.
+    """
+    tables = content["tasks"]
+    place = f"{folder / CONFIG}: tasks"
+    if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
+        raise ValueError(f"{place}: expected a list of tables, got {tables!r:.100}")
+    return [plain_name(table.get("name"), place) for table in tables]
+
+
 def single_folder(folder: Path, name: str) -> Path:
-    """Where a multi-task run keeps one of its tasks in the form of a run of its own."""
-    return folder / TASKS / name
+    """Where a multi-task run keeps one of its tasks in the form of a run of its own.
+
+    Raises:
+        ValueError: for a name that is a path.
+    """
+    return folder / TASKS / plain_name(name, "tasks")
 
 
-def start(folder: Path, config: Config, found: dict[str, Any], overwrite: bool) -> None:
-    """Create the folder, or empty an old run's, and write config.json."""
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
+def read_report(folder: Path) -> dict[str, Any]:
+    """The report of a finished run.
+
+    Raises:
+        ValueError: when there is none, or it holds something else than a report does.
+    """
+    report = read_json(folder / REPORT)
+    names = ("task", "method", "model", "metrics")
+    missing = [name for name in names if not report.get(name)]
+    if missing:
+        raise ValueError(f"{REPORT}: expected the keys {missing}")
+    metrics = report["metrics"]
+    splits = metrics.values() if isinstance(metrics, dict) else [None]
+    for scores in splits:
+        values = scores.values() if isinstance(scores, dict) else [None]
+        if not all(map(is_number, values)):
+            raise ValueError(f"{REPORT}: expected scores by split in 'metrics', got {metrics!r}")
+    for name in ("task", "method", "model"):
+        if not isinstance(report[name], str):
+            raise ValueError(f"{REPORT}: expected text in {name!r}, got {report[name]!r:.100}")
+    for name in _NUMBERS:
+        if report.get(name) is not None and not is_number(report[name]):
+            raise ValueError(f"{REPORT}: expected a number in {name!r}, got {report[name]!r:.100}")
+    for name in (*_TABLES, "started_from"):
+        if not isinstance(report.get(name) or {}, dict):
+            raise ValueError(f"{REPORT}: expected a table in {name!r}, got {report[name]!r:.100}")
+    for name, remarks in (report.get("remarks") or {}).items():
+        if not isinstance(remarks, dict):
+            raise ValueError(f"{REPORT}: expected a table in remarks of {name!r}, got {remarks!r}")
+    for name, part in (report.get("tasks") or {}).items():
+        if not isinstance(part, dict) or not {"task", "metric"} <= set(part):
+            raise ValueError(f"{REPORT}: expected task and metric of {name!r}, got {part!r}")
+    return report
+
+
+def is_number(value: object) -> bool:
+    """Whether a value of a JSON file is a number that a float can hold, NaN included."""
+    if type(value) is int:
+        return abs(value) < 2**1000
+    return isinstance(value, float | bool) and not (isinstance(value, float) and math.isinf(value))
+
+
+@contextlib.contextmanager
+def begun(
+    folder: Path, config: Config, found: dict[str, Any], *, resume: bool, overwrite: bool
+) -> Iterator[None]:
+    """Within the context this process alone trains a run in the folder, whose config.json is there.
+
+    Raises:
+        ValueError: as `check_output`; when another process writes there; when the run in the folder
+            is another.
+    """
+
+    def check() -> None:
+        check_output(folder, resume, overwrite)
+        if resume:
+            check_same_run(folder, config, found)
+
+    with output.alone(folder, "run", overwrite, check):
+        if output.is_first():
+            write_config(folder, config, found)
+        yield
+
+
+def write_config(folder: Path, config: Config, found: dict[str, Any]) -> None:
+    """Write config.json, in a folder that is made when missing."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / CONFIG, {**config.to_dict(), "found": found})
 
@@ -183,24 +292,9 @@ def finish(folder: Path, report: dict[str, Any]) -> None:
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 
 
-def last_checkpoint(folder: Path) -> Path | None:
-    """The newest whole checkpoint; one that a crash cut short is passed over.
-
-    Trainer writes trainer_state.json last, so a checkpoint where it can be read is whole.
-    """
-    checkpoints = (folder / CHECKPOINTS).glob("checkpoint-*")
-    for checkpoint in sorted(checkpoints, key=lambda p: int(p.name.split("-")[1]), reverse=True):
-        try:
-            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        return checkpoint
-    return None
-
-
 def saved_bytes(folder: Path) -> int:
     """Size of what was trained: the adapter, the model or the tensors of a run."""
     files = [folder / TRAINED]
     for name in (ADAPTER, MODEL):
         files += (folder / name).rglob("*")
-    return sum(file.stat().st_size for file in files if file.is_file())
+    return sum(f.stat().st_size for f in files if f.is_file() and not output.is_leftover(f))

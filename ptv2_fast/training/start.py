@@ -48,7 +48,7 @@ def find_starts(options: ModelOptions) -> list[Start]:
     content = run_folder.read_json(folder / run_folder.CONFIG)
     if "tasks" not in content:
         return [_start_of_run(folder)]
-    names = [task["name"] for task in content["tasks"]]
+    names = run_folder.task_names(content, folder)
     return [_start_of_run(run_folder.single_folder(folder, name)) for name in names]
 
 

@@ -28,13 +28,20 @@ from ptv2_fast.training.models import load_pretrained, save_trained
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import CombinedRows, MultiTaskOrder, batches_per_epoch
+from ptv2_fast.training.output import is_first, wait_for_all
 from ptv2_fast.training.prepare import (
     Prepared,
     choose_max_length,
     read_data,
     training_arguments,
 )
-from ptv2_fast.training.run import describe_data, describe_training, pace, score_splits
+from ptv2_fast.training.run import (
+    checkpoint_of,
+    describe_data,
+    describe_training,
+    pace,
+    score_splits,
+)
 from ptv2_fast.training.scoring import score
 from ptv2_fast.training.start import find_starts, start_from
 from ptv2_fast.training.trainer import PacedTrainer
@@ -226,24 +233,28 @@ def train_tasks(
         DivergedError: when the training loss or what was trained becomes infinite or NaN.
     """
     config, folder = prepared.config, prepared.folder
-    checkpoint = run_folder.last_checkpoint(folder) if prepared.resume else None
-    run_folder.start(folder, config, prepared.found, prepared.overwrite)
-    clock = StepClock(config.training.max_seconds, config.training.eval_seconds)
-    trainer = MultiTaskTrainer(prepared, **pace(config.training, clock, folder, callbacks))
-    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    require_finite(prepared.model)
-    for number in range(len(prepared.parts)):
-        _save_single(prepared, number)
-    report = _report(prepared, clock, trainer.state.global_step)
-    run_folder.finish(folder, report)
-    return report
+    with run_folder.begun(
+        folder, config, prepared.found, resume=prepared.resume, overwrite=prepared.overwrite
+    ):
+        clock = StepClock(config.training.max_seconds, config.training.eval_seconds)
+        trainer = MultiTaskTrainer(prepared, **pace(config.training, clock, folder, callbacks))
+        trainer.train(resume_from_checkpoint=checkpoint_of(prepared))
+        require_finite(prepared.model)
+        if is_first():
+            for number in range(len(prepared.parts)):
+                _save_single(prepared, number)
+        wait_for_all()
+        report = _report(prepared, clock, trainer.state.global_step)
+        if is_first():
+            run_folder.finish(folder, report)
+        return report
 
 
 def _save_single(prepared: PreparedTasks, number: int) -> None:
     """Write the model of one data set as a run of that data set is written."""
     part = list(prepared.parts.values())[number]
     found = {**part.found, "trained_with": list(prepared.parts)}
-    run_folder.start(part.folder, part.config, found, overwrite=False)
+    run_folder.write_config(part.folder, part.config, found)
     part.tokenizer.save_pretrained(part.folder / run_folder.TOKENIZER)
     with prepared.heads.alone(number) as model:
         save_trained(model, part.config.model.method, part.folder)

@@ -29,6 +29,13 @@ _COLUMN_OF = {
     "fine-tuning": "FT", "prompt-tuning": "PT", "p-tuning-v2": "PT-2", "linear-probe": "LP",
     "p-tuning-v1": "P-tuning", "lora": "LoRA",
 }  # fmt: skip
+# What figures and tables read of a sweep's axes, by kind.
+_AXES: dict[str, dict[str, type]] = {
+    "depth": {"depth": str, "order": str, "layers": int},
+    "length": {"num_virtual_tokens": int, "prefix_projection": bool},
+    "reparam": {"prefix_projection": bool},
+    "head": {"head": str},
+}
 
 
 @dataclass(frozen=True)
@@ -128,21 +135,23 @@ def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:
     """
     runs: list[Run] = []
     left_out: list[LeftOut] = []
-    seen: set[Path] = set()
+    seen: set[str] = set()
     folders = list(folders)
     for folder in folders:
         if not folder.is_dir():
             raise ValueError(f"runs: expected a folder, got {str(folder)!r}")
         before = len(seen)
         for candidate in _run_folders(folder):
-            if candidate.resolve() in seen:
+            if os.path.realpath(candidate) in seen:
                 continue
-            seen.add(candidate.resolve())
+            seen.add(os.path.realpath(candidate))
             try:
                 runs.append(_read_run(candidate, left_out))
             except ValueError as error:
                 left_out.append(LeftOut(candidate, str(error)))
-        if len(seen) == before and not any(f.resolve() in seen for f in _run_folders(folder)):
+        if len(seen) == before and not any(
+            os.path.realpath(f) in seen for f in _run_folders(folder)
+        ):
             left_out.append(LeftOut(folder, "no run in it"))
     if not runs:
         reasons = "; ".join(f"{item.folder}: {item.reason}" for item in left_out)
@@ -163,14 +172,14 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> Run:
     config = run_folder.read_json(folder / run_folder.CONFIG)
     if not (folder / run_folder.REPORT).is_file():
         raise ValueError("unfinished: there is no report.json")
-    report = run_folder.read_json(folder / run_folder.REPORT)
-    _check_report(report)
+    report = run_folder.read_report(folder)
     options: dict[str, Any] = {}
     for name, value in config.items():
         if name in SECTIONS and isinstance(value, dict):
             options |= value
         elif name != "found":
             options[name] = value
+    _check_options(options)
     curve: tuple[dict[str, Any], ...] = ()
     sweep: str | None = None
     axes: dict[str, Any] = {}
@@ -186,26 +195,23 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> Run:
     return Run(folder, options, report, curve, sweep, axes, column)
 
 
-def _check_report(report: dict[str, Any]) -> None:
-    names = ("task", "method", "model", "metrics")
-    missing = [name for name in names if not report.get(name)]
-    if missing:
-        raise ValueError(f"report.json: expected the keys {missing}")
-    metrics = report["metrics"]
-    splits = metrics.values() if isinstance(metrics, dict) else [None]
-    for scores in splits:
-        values = scores.values() if isinstance(scores, dict) else [None]
-        if not all(isinstance(value, int | float) for value in values):
-            raise ValueError(f"report.json: expected scores by split in 'metrics', got {metrics!r}")
-    for name, part in (report.get("tasks") or {}).items():
-        if not isinstance(part, dict) or not {"task", "metric"} <= set(part):
-            raise ValueError(f"report.json: expected task and metric of {name!r}, got {part!r}")
+def _check_options(options: dict[str, Any]) -> None:
+    tasks = options.get("tasks", [])
+    if not isinstance(tasks, list) or not all(isinstance(table, dict) for table in tasks):
+        raise ValueError(f"config.json: expected a list of tables in 'tasks', got {tasks!r:.100}")
+    for name, value in options.items():
+        plain = value is None or isinstance(value, str) or run_folder.is_number(value)
+        if name != "tasks" and not plain and not isinstance(value, list):
+            raise ValueError(f"config.json: expected an option in {name!r}, got {value!r:.100}")
+    seed = options.get("seed")
+    if seed is not None and type(seed) is not int:
+        raise ValueError(f"config.json: expected an integer in 'seed', got {seed!r:.100}")
 
 
 def _read_curve(path: Path) -> tuple[dict[str, Any], ...]:
     try:
         lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path.name} cannot be read ({error})") from error
     return tuple(
         line
@@ -219,10 +225,17 @@ def _read_sweep(folder: Path) -> tuple[str | None, dict[str, Any]]:
     if not path.is_file():
         return None, {}
     content = run_folder.read_json(path)
-    axes = content.get("runs", {}).get(folder.name)
+    runs = content.get("runs")
+    axes = runs.get(folder.name) if isinstance(runs, dict) else None
     if not isinstance(axes, dict):
         raise ValueError(f"{path}: expected the run {folder.name!r} under 'runs'")
-    return content.get("kind"), axes
+    kind, needed = content.get("kind"), {}
+    if isinstance(kind, str):
+        needed = _AXES.get(kind, {})
+    wrong = {name for name, types in needed.items() if type(axes.get(name)) is not types}
+    if not isinstance(kind, str) or wrong:
+        raise ValueError(f"{path}: expected kind and {list(needed)} of {folder.name!r}, got {axes}")
+    return kind, axes
 
 
 def _column(report: dict[str, Any]) -> str:

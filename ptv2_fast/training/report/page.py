@@ -8,7 +8,17 @@ from typing import Any
 import jinja2
 
 import ptv2_fast
-from ptv2_fast.training import run_folder
+from ptv2_fast.files import plain_name
+from ptv2_fast.training.output import (
+    MARKER,
+    check_place,
+    read_mark,
+    write_bytes,
+    write_mark,
+)
+from ptv2_fast.training.output import (
+    contents as folder_contents,
+)
 from ptv2_fast.training.report.compare import Comparison, Names, compare, settings_of
 from ptv2_fast.training.report.data import LeftOut, Run, find_runs, option_defaults
 from ptv2_fast.training.report.figures import Figure
@@ -35,6 +45,7 @@ from ptv2_fast.training.report.text import finding, joined, lead, method_name
 
 PAGE = "index.html"
 MAX_BYTES = 1_000_000
+_KIND = "report"
 
 
 def write_report(
@@ -44,7 +55,8 @@ def write_report(
 
     Args:
         folders: of runs, or with such folders in them at any depth.
-        output: folder of the page and the PNG files; files of a former report are replaced.
+        output: folder of the page and the PNG files; those of a former report are replaced, and
+            what else is there stays.
         published: finds published figures to print beside ours.
 
     Returns:
@@ -54,25 +66,42 @@ def write_report(
         ValueError: for a path that is no folder, without a finished run, and for an output folder
             that holds something else.
     """
-    _check_output(output)
+    before = _former_files(output)
     runs, left_out = find_runs(folders)
     page, figures = render(runs, left_out, published)
+    contents = {f"{plain_name(figure.name, 'figure')}.png": figure.png for figure in figures}
+    contents[PAGE] = page.encode()
+    foreign = [name for name in contents if name not in before and (output / name).exists()]
+    if foreign:
+        raise ValueError(f"output: expected no files of others by our names, got {foreign}")
     output.mkdir(parents=True, exist_ok=True)
-    for old in output.glob("*.png"):
-        old.unlink()
-    for figure in figures:
-        (output / f"{figure.name}.png").write_bytes(figure.png)
-    run_folder.write_text(output / PAGE, page)
+    # Known as ours before they are there, and until they are gone.
+    write_mark(output, _KIND, files=sorted({*before, *contents}))
+    for name in sorted(before - set(contents)):
+        (output / name).unlink(missing_ok=True)
+    for name, content in contents.items():
+        write_bytes(output / name, content)
+    write_mark(output, _KIND, files=sorted(contents))
     return output / PAGE, left_out
 
 
-def _check_output(output: Path) -> None:
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"output: expected a folder, got the file {str(output)!r}")
-    if output.is_dir() and any(output.iterdir()) and not (output / PAGE).is_file():
+def _former_files(output: Path) -> set[str]:
+    """The names of the files that a former report left in a folder, which may be replaced.
+
+    Raises:
+        ValueError: for a folder that holds something else.
+    """
+    check_place(output)
+    mark = read_mark(output)
+    if mark is None and not folder_contents(output):
+        return set()
+    names = (mark or {}).get("files")
+    if mark is None or mark["kind"] != _KIND or not isinstance(names, list):
         raise ValueError(
-            f"output: expected a new folder or one of a former report, got {str(output)!r}"
+            f"output: expected a new folder or one of a former report with {MARKER}, got "
+            f"{str(output)!r}"
         )
+    return {plain_name(name, f"{output / MARKER}: files") for name in names}
 
 
 def render(

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Sequence
 from typing import Any
 
+from ptv2_fast.training import run_folder
 from ptv2_fast.training.report.compare import Comparison
 from ptv2_fast.training.report.figures import Figure, Line, draw_dots, draw_lines, draw_points
 from ptv2_fast.training.report.tables import cost_of, metric_name
@@ -105,7 +106,7 @@ def _curves(one: Comparison, key: str) -> list[Line]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)
+    return run_folder.is_number(value) and math.isfinite(value)
 
 
 def slug(text: str) -> str:

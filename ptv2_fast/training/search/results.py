@@ -43,6 +43,17 @@ def best_trial(study: optuna.Study) -> FrozenTrial | None:
     return max(finished, key=_value, default=None)
 
 
+def failures(study: optuna.Study) -> dict[int, str]:
+    """Number of a trial -> why it has no score, for those that were not stopped for a low one."""
+    found = {}
+    for trial in study.get_trials(deepcopy=False):
+        if trial.state == TrialState.FAIL:
+            found[trial.number] = "its process died"
+        elif "message" in trial.user_attrs:
+            found[trial.number] = str(trial.user_attrs["message"])
+    return found
+
+
 def _value(trial: FrozenTrial) -> float:
     assert trial.value is not None
     return trial.value

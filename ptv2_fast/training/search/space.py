@@ -6,6 +6,7 @@ max_length: {low: 64, high: 256, step: 64}
 """
 
 import dataclasses
+import itertools
 import math
 import typing
 from collections.abc import Collection
@@ -52,7 +53,11 @@ def default_space(base: RunConfig, given: Collection[str] = ()) -> Space:
         few = method in _FEW_EPOCHS
         space["num_train_epochs"] = {"choices": [2, 3, 5, 10] if few else [5, 10, 20, 40]}
     space["dropout"] = {"choices": [0.0, 0.1]}
-    space = {name: entry for name, entry in space.items() if name not in given}
+    space = {
+        name: entry
+        for name, entry in space.items()
+        if name not in given and all(_fits(base, {name: value}) for value in values_of(entry))
+    }
     if not space:
         raise ValueError(
             "space: expected an option to vary, but all of the default space were given"
@@ -74,8 +79,16 @@ def read_space(path: str | Path) -> Space:
         raise ValueError(f"space: {error}") from error
 
 
+def _fits(base: RunConfig, values: dict[str, Any]) -> bool:
+    try:
+        RunConfig.from_dict(base.flat() | values)
+    except ValueError:
+        return False
+    return True
+
+
 def check_space(space: Space, base: RunConfig) -> None:
-    """Check every entry, and that a run may have each of its values.
+    """Check every entry, that a run may have each of its values, and each two that may be drawn.
 
     Raises:
         ValueError: naming the option, what was expected and what was given.
@@ -91,6 +104,15 @@ def check_space(space: Space, base: RunConfig) -> None:
                 RunConfig.from_dict(base.flat() | {name: value})
             except ValueError as error:
                 raise ValueError(f"space: {error}") from error
+    for first, second in itertools.combinations(space, 2):
+        for values in itertools.product(values_of(space[first]), values_of(space[second])):
+            try:
+                RunConfig.from_dict(base.flat() | dict(zip((first, second), values, strict=True)))
+            except ValueError as error:
+                raise ValueError(
+                    f"space: expected values of {first} and {second} that go together, got "
+                    f"{values[0]!r} and {values[1]!r} ({error})"
+                ) from error
 
 
 def _check_entry(name: str, entry: Any) -> None:

@@ -4,11 +4,9 @@ In the folder: study.db (optuna's, SQLite), trial-NNNN/ (run folders; only the b
 trained), trials.csv, and best.yaml for `train --config`.
 """
 
-import contextlib
 import multiprocessing
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +14,19 @@ import filelock
 import optuna
 from optuna.trial import TrialState
 
-from ptv2_fast.training import run_folder
+from ptv2_fast.training import output, run_folder
 from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.search.results import tidy, write_results
 from ptv2_fast.training.search.space import values_of
-from ptv2_fast.training.search.trials import STUDY, Search, open_study, train_trials, work
+from ptv2_fast.training.search.trials import (
+    STUDY,
+    Search,
+    open_study,
+    readable_study,
+    train_trials,
+    work,
+)
 from ptv2_fast.training.sweeps.sweep import free_memory
 
 # work(search, metric, until, number) of a worker process.
@@ -42,14 +47,14 @@ def run_search(search: Search, *, overwrite: bool = False, worker: Worker = work
         RuntimeError: when a worker died; a new start goes on.
     """
     folder = search.folder
-    begun = (folder / STUDY).is_file()
-    run_folder.check_output(folder, begun and not overwrite, overwrite, STUDY)
+
+    def check() -> None:
+        run_folder.check_output(folder, not overwrite, overwrite, "search")
+        _check_workers_gone(folder)
+
+    check()
     facts = _facts(search)
-    if overwrite and folder.exists():
-        with _alone(folder):
-            shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    with _alone(folder):
+    with output.alone(folder, "search", overwrite, check), readable_study(search):
         study = open_study(search)
         _check_same_search(study, facts)
         _retry_dead_trials(study, folder)
@@ -147,15 +152,11 @@ def _retry_dead_trials(study: optuna.Study, folder: Path) -> list[int]:
     return [trial.number for trial in dead]
 
 
-@contextlib.contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Nobody else searches in the folder: no other command, no worker that outlived its own."""
-    lock = filelock.FileLock(folder / "search.lock", timeout=0)
-    try:
-        with lock:
-            for file in folder.glob("worker-*.lock"):
-                with filelock.FileLock(file, timeout=0):
-                    pass
-            yield
-    except filelock.Timeout:
-        raise ValueError(f"output: a search is running in {folder}") from None
+def _check_workers_gone(folder: Path) -> None:
+    """No worker outlived the search that it belongs to."""
+    for file in folder.glob("worker-*.lock"):
+        try:
+            with filelock.FileLock(file, timeout=0):
+                pass
+        except filelock.Timeout:
+            raise ValueError(f"output: a search is running in {folder}") from None

@@ -1,11 +1,13 @@
 """The trials of a search: which comes next, its run, and when it is stopped early."""
 
+import contextlib
 import dataclasses
 import math
 import multiprocessing
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +15,9 @@ import filelock
 import numpy
 import optuna
 import torch
+from optuna.exceptions import OptunaError
 from optuna.trial import TrialState
-from sqlalchemy.exc import DatabaseError
+from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from ptv2_fast.training.divergence import DivergedError
@@ -61,19 +64,25 @@ class Search:
             raise ValueError(f"timeout: expected a number > 0, got {self.timeout}")
 
 
-def open_study(search: Search) -> optuna.Study:
-    """The study in the folder, a new one when there is none.
-
-    Raises:
-        ValueError: when the file is no database.
-    """
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
+@contextlib.contextmanager
+def readable_study(search: Search) -> Iterator[None]:
+    """Within the context a study that cannot be read raises a ValueError."""
     file = search.folder / STUDY
-    settings = {"connect_args": {"timeout": 120}}
     try:
-        storage = optuna.storages.RDBStorage(f"sqlite:///{file}", engine_kwargs=settings)
-    except DatabaseError as error:
-        raise ValueError(f"study: expected a database, got {file} ({error.orig})") from error
+        yield
+    except (SQLAlchemyError, OptunaError) as error:
+        cause = getattr(error, "orig", None) or error.__cause__ or error
+        reason = one_line(cause if isinstance(cause, Exception) else error)
+        raise ValueError(f"study: expected a database, got {file} ({reason:.200})") from error
+
+
+def open_study(search: Search) -> optuna.Study:
+    """The study in the folder, a new one when there is none; to be called in `readable_study`."""
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    settings = {"connect_args": {"timeout": 120}}
+    storage = optuna.storages.RDBStorage(
+        f"sqlite:///{search.folder / STUDY}", engine_kwargs=settings
+    )
     return optuna.create_study(
         storage=storage,
         study_name="search",
@@ -91,7 +100,8 @@ def make_pruner(prune: bool) -> optuna.pruners.BasePruner:
 def work(search: Search, metric: str, until: float | None, number: int) -> None:
     """What worker `number` of several does; it shares the processor with the others."""
     torch.set_num_threads(max(1, torch.get_num_threads() // search.workers))
-    with filelock.FileLock(search.folder / f"worker-{number}.lock", timeout=0):
+    lock = filelock.FileLock(search.folder / f"worker-{number}.lock", timeout=0)
+    with lock, readable_study(search):
         train_trials(search, open_study(search), metric, until)
 
 

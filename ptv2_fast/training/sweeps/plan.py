@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ptv2_fast.files import plain_name
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 
@@ -35,12 +36,27 @@ class Sweep:
         base: the options that the runs share.
         changes: by name of the run, the options that are its own.
         axes: by name of the run, where it stands in a figure.
+
+    Raises:
+        ValueError: for a name that is a path, and runs without changes, axes or a seed.
     """
 
     kind: str
     base: RunConfig
     changes: dict[str, dict[str, Any]]
     axes: dict[str, dict[str, Any]]
+
+    def __post_init__(self) -> None:
+        for name in (*self.changes, *self.axes):
+            plain_name(name, "runs")
+        if set(self.changes) != set(self.axes):
+            raise ValueError(
+                f"runs: expected changes and axes of the same runs, got {list(self.changes)!r:.100}"
+                f" and {list(self.axes)!r:.100}"
+            )
+        for part in (*self.changes.values(), *self.axes.values()):
+            if not isinstance(part, dict) or "seed" not in part:
+                raise ValueError(f"runs: expected tables with a seed, got {part!r:.100}")
 
     def configs(self) -> dict[str, RunConfig]:
         """The options of each run.

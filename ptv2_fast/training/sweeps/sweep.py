@@ -4,7 +4,6 @@
 """
 
 import gc
-import shutil
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ptv2_fast.training import run_folder
+from ptv2_fast.training import output, run_folder
 from ptv2_fast.training.divergence import DivergedError
 from ptv2_fast.training.measure import reset_peak_memory
 from ptv2_fast.training.options import RunConfig
@@ -33,7 +32,7 @@ def check_sweep_output(
     Raises:
         ValueError: as for the folder of a run; for runs there with other options.
     """
-    run_folder.check_output(folder, resume, overwrite, SWEEP)
+    run_folder.check_output(folder, resume, overwrite, "sweep")
     if not resume or not (folder / SWEEP).is_file():
         return sweep
     sweep = sweep.joined_with(read_sweep(folder))
@@ -66,17 +65,22 @@ def run_sweep(
     Raises:
         ValueError: for what is wrong before the first run begins.
     """
-    sweep = check_sweep_output(sweep, folder, resume=resume, overwrite=overwrite)
+    found: list[Sweep] = []
+
+    def check() -> None:
+        found.append(check_sweep_output(sweep, folder, resume=resume, overwrite=overwrite))
+
+    check()
+    with output.alone(folder, "sweep", overwrite, check):
+        return _run_all(found[-1], folder, announce)
+
+
+def _run_all(sweep: Sweep, folder: Path, announce: Callable[[str], None]) -> Outcome:
     configs = sweep.configs()
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    folder.mkdir(parents=True, exist_ok=True)
     sweep.write(folder)
     # All of them first, so that a row stays in results.csv while a run before it is repeated.
-    reports = {name: folder / name / run_folder.REPORT for name in configs}
-    outcome = Outcome(
-        {n: run_folder.read_json(file) for n, file in reports.items() if file.is_file()}
-    )
+    finished = [name for name in configs if (folder / name / run_folder.REPORT).is_file()]
+    outcome = Outcome({name: run_folder.read_report(folder / name) for name in finished})
     if outcome.reports:
         write_results(folder, sweep, outcome)
     for number, (name, config) in enumerate(configs.items(), 1):
@@ -110,7 +114,8 @@ def run_once(config: RunConfig, folder: Path) -> dict[str, Any]:
         ValueError, OSError: for bad input.
         DivergedError: when the training loss becomes infinite or NaN.
     """
-    return train(prepare(config, folder, resume=(folder / run_folder.CONFIG).is_file()))
+    begun = folder.is_dir() and any(output.contents(folder))
+    return train(prepare(config, folder, resume=begun))
 
 
 def one_line(error: Exception) -> str:

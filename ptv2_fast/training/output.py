@@ -1,0 +1,161 @@
+"""Folders to write into: which are ours, who writes in them, and what a kill leaves there.
+
+A folder that a command of ours began holds a file MARKER, which says what it is of. Nothing else
+is ever deleted. The file LOCK is locked while a process writes into the folder.
+"""
+
+import contextlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+from ptv2_fast.files import read_json
+
+MARKER = ".ptv2-fast"
+LOCK = ".ptv2-fast.lock"
+_KIND = "kind"
+_FIRST = ("config.json.", "sweep.json.")  # of a kill at the very beginning
+_LEFTOVER = re.compile(r".+\.\d+\.tmp")
+
+
+class OutputTakenError(ValueError):
+    """Since a folder was checked somebody else has begun to write into it."""
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name that then replaces the old one."""
+    temporary = temporary_name(path)
+    try:
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where a file is written before it replaces that of its name."""
+    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
+
+
+def is_leftover(path: Path) -> bool:
+    """Whether a file is one that a kill kept from getting its name."""
+    return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def read_mark(folder: Path) -> dict[str, Any] | None:
+    """What MARKER says about a folder; None when the folder is not ours."""
+    path = folder / MARKER
+    try:
+        content = read_json(path) if path.is_file() else None
+    except ValueError:
+        return None
+    return content if isinstance(content, dict) and _KIND in content else None
+
+
+def write_mark(folder: Path, kind: str, **more: Any) -> None:
+    """Say that a folder is ours, and what it is of."""
+    text = json.dumps({_KIND: kind, **more}, indent=2) + "\n"
+    write_bytes(folder / MARKER, text.encode())
+
+
+def contents(folder: Path) -> list[Path]:
+    """What is in a folder beside the files of this module, and what a kill left of the first."""
+    if not folder.is_dir():
+        return []
+    return [path for path in folder.iterdir() if not _is_nothing(path)]
+
+
+def _is_nothing(path: Path) -> bool:
+    return path.name.startswith(MARKER) or (is_leftover(path) and path.name.startswith(_FIRST))
+
+
+def check_place(folder: Path) -> None:
+    """Raise a ValueError for a file, or a folder that cannot be written."""
+    nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not nearest.is_dir():
+        raise ValueError(f"output: expected a folder, got the file {str(nearest)!r}")
+    if not os.access(nearest, os.W_OK):
+        raise ValueError(f"output: expected a folder that can be written, got {str(nearest)!r}")
+
+
+def is_first() -> bool:
+    """Whether this is the one of several processes that writes."""
+    return not _is_one_of_several() or _distributed().get_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Return when every process of this training has come here."""
+    if _is_one_of_several():
+        _distributed().barrier()
+
+
+def _is_one_of_several() -> bool:
+    return _distributed().is_available() and _distributed().is_initialized()
+
+
+def _distributed() -> Any:
+    """Imported late: commands that do not train look at folders too."""
+    import torch.distributed
+
+    return torch.distributed
+
+
+@contextlib.contextmanager
+def alone(folder: Path, kind: str, overwrite: bool, check: Callable[[], object]) -> Iterator[None]:
+    """Within the context this process, and those of its training, write into the folder.
+
+    The folder is created, or emptied, and cleared of what a kill left; the first of several
+    processes does that while the others wait.
+
+    Args:
+        folder: where.
+        kind: what the folder is of.
+        overwrite: empty it first.
+        check: raises a ValueError when the folder may not be used; called once nobody else writes.
+
+    Raises:
+        OutputTakenError: when another process writes there, and when `check` raises.
+    """
+    if not is_first():
+        wait_for_all()
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except filelock.Timeout:
+        message = f"output: another process is writing into {str(folder)!r}"
+        raise OutputTakenError(message) from None
+    try:
+        try:
+            check()
+        except ValueError as error:
+            raise OutputTakenError(error) from error
+        before = contents(folder)
+        if overwrite:
+            for path in before:
+                _delete(path)
+        if overwrite or not before:  # what was begun by an older version is not ours to delete
+            write_mark(folder, kind)
+        # The runs of a sweep may be somebody else's at the moment; they clear their own folders.
+        for path in folder.rglob("*.tmp") if kind == "run" else folder.glob("*.tmp"):
+            if is_leftover(path):
+                _delete(path)
+        wait_for_all()
+        yield
+    finally:
+        lock.release()
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
