@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import inspect
 import os
+import threading
 from typing import Any
 
 import torch
@@ -16,7 +17,8 @@ from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, Pr
 from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
 from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
-from ptv2_fast.encoders.frozen_backbone import FrozenBackbone, has_foreign_hooks
+from ptv2_fast.encoders.first_token import FIRST_TOKEN_ARGUMENT, reads_first_only
+from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
 from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
 from ptv2_fast.encoders.selection import find_saved_names, trains_embeddings, trains_layers
 from ptv2_fast.frozen.engine import FrozenRun
@@ -25,6 +27,15 @@ from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
 ENCODER_NAME = "prefix_encoder"
 IGNORED_KEYS = "_keys_to_ignore_on_save"
+
+
+class Disabled(threading.local):
+    """The attachments that the running thread has disabled (dynamo cannot trace a ContextVar)."""
+
+    attachments: "tuple[Attachment, ...]" = ()
+
+
+DISABLED = Disabled()
 
 
 def find_attachment(model: nn.Module) -> "Attachment | None":
@@ -50,8 +61,6 @@ class Attachment:
         self.config: PTuningV2Config = encoder.config
         self.backbone: nn.Module = model.base_model
         self.layers = family.layer_modules(self.backbone)
-        self.enabled = True
-        self._head_reads_first_only = False  # while the model's own head is being computed
         # Signatures are read here because torch.compile cannot trace inspect.
         self.argument_names = tuple(inspect.signature(self.backbone.forward).parameters)
         self._offset_argument = ""
@@ -94,11 +103,8 @@ class Attachment:
             self.layers[0].register_forward_pre_hook(self.before_first_layer, with_kwargs=True),
             self.model.register_load_state_dict_pre_hook(self.before_load),
         ]
-        if _reads_first_only(self.model):
-            handles += [
-                self.model.register_forward_pre_hook(self.before_head),
-                self.model.register_forward_hook(self.after_head, always_call=True),
-            ]
+        if self.backbone is not self.model:
+            handles.append(self.model.register_forward_pre_hook(self.before_head, with_kwargs=True))
         if self.config.backbone_dtype is not None:
             handles.append(self.layers[-1].register_forward_hook(self.after_last_layer))
         if self.config.position_offset == "prefix":
@@ -129,6 +135,11 @@ class Attachment:
     def encoder(self) -> PrefixEncoder:
         """The prefix encoder registered on the model."""
         return self.model.get_submodule(ENCODER_NAME)  # type: ignore[return-value]
+
+    @property
+    def enabled(self) -> bool:
+        """Whether a call made now has its prefix; `disabled` holds for its own thread only."""
+        return not any(attachment is self for attachment in DISABLED.attachments)
 
     @property
     def positions_taken(self) -> int:
@@ -170,6 +181,8 @@ class Attachment:
                 "nn.DataParallel cannot train a prefix: its replicas are thrown away after each "
                 "step; use DistributedDataParallel (torchrun) or show the process one GPU"
             )
+        kwargs = dict(kwargs)
+        first_token_only = kwargs.pop(FIRST_TOKEN_ARGUMENT, False)
         # zip is not strict: positional arguments are the first of the names.
         arguments = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
         check_arguments(arguments, self.model, self.family, self.positions_taken)
@@ -180,37 +193,36 @@ class Attachment:
             keep_input_gradient=self._trains_embeddings
             or (embeds is not None and embeds.requires_grad),
         )
-        state.run = self._start_blocks(arguments, state)
+        state.run = self._start_blocks(arguments, state, first_token_only)
         if state.run is None and module.training:
             refuse_reentrant_checkpointing(self.layers)
         return args, {**kwargs, STATE_ARGUMENT: state}
 
-    def _start_blocks(self, arguments: dict[str, Any], state: PrefixState) -> FrozenRun | None:
+    def _start_blocks(
+        self, arguments: dict[str, Any], state: PrefixState, first_token_only: bool
+    ) -> FrozenRun | None:
         tokens = input_tokens(arguments)
         if tokens is None:  # transformers' own error names the two arguments
             return None
         shows_layers = arguments.get("output_hidden_states")
         if shows_layers is None:
             shows_layers = self.model.config.output_hidden_states
-        others_listen = any(
-            has_foreign_hooks(module)
-            for module in (self.backbone, self.backbone.get_submodule(self.family.encoder))
-        )
         return self._frozen.start(
             tokens,
             arguments,
             state,
             shows_layers=bool(shows_layers),
-            reads_first_only=self._head_reads_first_only and not others_listen,
+            reads_first_only=first_token_only,
         )
 
-    def before_head(self, module: nn.Module, args: tuple) -> None:
-        """From here to `after_head`, only the model's own head reads what the backbone returns."""
-        self._head_reads_first_only = True
-
-    def after_head(self, module: nn.Module, args: tuple, output: object) -> None:
-        """See `before_head`."""
-        self._head_reads_first_only = False
+    def before_head(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Tell the backbone, in the arguments of this one call, which states the head reads."""
+        encoder = self.backbone.get_submodule(self.family.encoder)
+        if torch.compiler.is_compiling() or not reads_first_only(module, self.backbone, encoder):
+            return None
+        return args, {**kwargs, FIRST_TOKEN_ARGUMENT: True}
 
     def after_last_layer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Give the head the dtype of its weights, with `backbone_dtype`."""
@@ -327,13 +339,6 @@ class Attachment:
         if is_main_process:
             tensors = {**self.select_tensors(state_dict), self.guard_name: torch.empty(0)}
             write_adapter(save_directory, self.describe(), tensors, CHECKPOINT_WEIGHTS_NAME)
-
-
-def _reads_first_only(model: PreTrainedModel) -> bool:
-    """Whether the head of a model of transformers reads the first token's state and no other."""
-    heads = ("ForSequenceClassification", "ForMultipleChoice")
-    kind = type(model)
-    return kind.__module__.startswith("transformers.models.") and kind.__name__.endswith(heads)
 
 
 def _give_own_configs(model: PreTrainedModel) -> list[tuple[nn.Module, Any]]:

@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers.activations import GELUActivation
 
 from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState
@@ -15,6 +16,7 @@ from ptv2_fast.encoders.checkpointing import (
 )
 from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.first_token import has_backward_hooks, has_foreign_hooks
 from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.frozen.layout import full_layout, masked_layout
 from ptv2_fast.frozen.weights import BlockModules, WeightCache, is_plain, separate
@@ -125,12 +127,16 @@ class FrozenBackbone:
         Raises:
             ValueError: with `strict`, and for unfrozen layers with `backbone="frozen"`.
         """
-        # A compiler sees through transformers' own layers and fuses them itself.
-        if not self._forwards or torch.compiler.is_compiling():
+        # A compiler sees through transformers' own layers and fuses them itself; a trace of the
+        # blocks would hold the lengths of its example.
+        if not self._forwards or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
         reason = self._why_not_now()
         if reason is not None:
             self._fall_back(reason, self.config.backbone == "frozen")
+            return None
+        if has_any_global_hook():
+            self._fall_back("hooks on all modules are registered, which would miss their calls")
             return None
         mask = arguments.get("attention_mask")
         if mask is not None:
@@ -182,6 +188,8 @@ class FrozenBackbone:
             reason = _why_not(forward.modules) or _who_listens(forward.inside)
             if reason is None and forward.layer.forward is not forward:
                 reason = "its forward was replaced by something else"
+            if reason is None and has_backward_hooks(forward.layer):
+                reason = "someone listens to its backward pass"
             for parameter in forward.modules.parameters():
                 if parameter.requires_grad:
                     reason = reason or "its parameters are trained"
@@ -195,13 +203,6 @@ class FrozenBackbone:
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"the backbone runs without frozen blocks: {reason}", stacklevel=3)
-
-
-def has_foreign_hooks(module: nn.Module) -> bool:
-    """Whether someone else than this package and transformers listens to a module's forward."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ours = ("ptv2_fast.", "transformers.")
-    return any(not getattr(hook, "__module__", "").startswith(ours) for hook in hooks)
 
 
 def _is_exact_gelu(activation: object) -> bool:
@@ -254,7 +255,7 @@ def _who_listens(inside: list[tuple[str, nn.Module]]) -> str | None:
     for name, module in inside:
         own = module.__dict__
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
-        backward = own["_backward_hooks"] or own["_backward_pre_hooks"]
-        if (hooks and has_foreign_hooks(module)) or backward or "forward" in own:
+        listened = (hooks and has_foreign_hooks(module)) or has_backward_hooks(module)
+        if listened or "forward" in own:
             return f"{name} has hooks or a forward of someone else"
     return None

@@ -6,7 +6,12 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.encoders.attachment import ENCODER_NAME, Attachment, find_attachment
+from ptv2_fast.encoders.attachment import (
+    DISABLED,
+    ENCODER_NAME,
+    Attachment,
+    find_attachment,
+)
 from ptv2_fast.encoders.families import Family, find_family
 from ptv2_fast.encoders.token_init import token_prefix
 from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
@@ -67,18 +72,18 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 def disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Within the context the model runs without its prefix and without its position offset.
 
-    The head stays the trained one.
+    The head stays the trained one. Other threads keep their prefix.
 
     Raises:
         ValueError: when the model is not attached.
     """
     attachment = require_attachment(model)
-    before = attachment.enabled
-    attachment.enabled = False
+    before = DISABLED.attachments
+    DISABLED.attachments = (*before, attachment)
     try:
         yield model
     finally:
-        attachment.enabled = before
+        DISABLED.attachments = before
 
 
 def max_input_tokens(model: PreTrainedModel) -> int:

@@ -1,0 +1,180 @@
+"""What silently gave another number: heads that read every token, calls of several threads."""
+
+import copy
+import threading
+import types
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import ptv2_fast
+from ptv2_fast import PTuningV2Config
+from tests.models import (
+    attached,
+    make_batch,
+    one_thread,  # noqa: F401
+    tiny_model,
+)
+
+
+class MeanHead(nn.Module):
+    """Reads every state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out = nn.Linear(16, 3)
+
+    def forward(self, features, **kwargs):
+        return self.out(features.mean(1))
+
+
+class MeanPooler(nn.Module):
+    """As `MeanHead`, in place of a pooler."""
+
+    def forward(self, states):
+        return states.mean(1)
+
+
+def mean_forward(self, input_ids, attention_mask=None, **kwargs):
+    states = self.base_model(input_ids, attention_mask=attention_mask, **kwargs)[0]
+    return types.SimpleNamespace(logits=states.mean(1))
+
+
+def with_head(model):
+    model.classifier = MeanHead()
+
+
+def with_pooler(model):
+    model.bert.pooler = MeanPooler()
+
+
+def with_forward(model):
+    model.forward = types.MethodType(mean_forward, model)
+
+
+def with_encoder_forward(model):
+    inner = model.bert.encoder.forward
+
+    def summed(*args, **kwargs):
+        output = inner(*args, **kwargs)
+        states = output[0]
+        output["last_hidden_state"] = states + states.mean(1, keepdim=True)
+        return output
+
+    model.bert.encoder.forward = summed
+
+
+def keep(model):
+    pass
+
+
+READERS = [
+    ("electra", "choice", {"summary_type": "mean"}, keep),
+    ("electra", "choice", {"summary_type": "last"}, keep),
+    ("roberta", "sequence", {}, with_head),
+    ("bert", "sequence", {}, with_pooler),
+    ("bert", "sequence", {}, with_forward),
+    ("bert", "sequence", {}, with_encoder_forward),
+]
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize(("kind", "head", "overrides", "change"), READERS)
+def test_a_head_that_reads_every_token_gets_every_token(kind, head, overrides, change, when):
+    plain = tiny_model(kind, head, **overrides)
+    if when == "before":
+        change(plain)
+    batch = make_batch(head, lengths=(11, 11, 11))
+    logits = []
+    for backbone in ("hook", "frozen"):
+        # A replaced forward is bound to its own model: the same one serves both.
+        torch.manual_seed(0)
+        model = attached(model=plain, backbone=backbone)
+        if when == "after":
+            torch.manual_seed(0)
+            change(model)
+        with torch.no_grad():
+            logits.append(model(**batch).logits)
+        ptv2_fast.detach(model)
+        vars(model).pop("forward", None) if when == "after" else None
+        if when == "after":
+            vars(model.base_model.encoder).pop("forward", None)
+    torch.testing.assert_close(logits[1], logits[0])
+
+
+@pytest.mark.parametrize("place", ["bert.pooler", "bert", "bert.encoder"])
+def test_a_hook_sees_every_state(place):
+    model, seen = attached(backbone="frozen"), []
+    batch = make_batch()
+
+    def look(module, args, output):
+        first = args[0] if place == "bert.pooler" else output[0]
+        seen.append(first.detach())
+
+    handle = model.get_submodule(place).register_forward_hook(look)
+    model(**batch)
+    handle.remove()
+    real = batch["attention_mask"].bool()
+    assert (seen[0][real].abs().sum(-1) > 0).all()
+
+
+def test_an_interrupted_forward_leaves_nothing_behind():
+    model, batch = attached(backbone="frozen"), make_batch()
+    expected = model.bert(**batch).last_hidden_state
+
+    def interrupt(*unused):
+        raise KeyboardInterrupt
+
+    handle = model.classifier.register_forward_hook(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        model(**batch)
+    handle.remove()
+    assert torch.equal(model.bert(**batch).last_hidden_state, expected)
+
+
+def from_another_thread(function):
+    results = []
+    thread = threading.Thread(target=lambda: results.append(function()))
+    thread.start()
+    thread.join()
+    return results[0]
+
+
+def test_a_second_thread_gets_whole_states_and_its_prefix():
+    model, batch = attached(backbone="frozen"), make_batch()
+    expected, results = model.bert(**batch).last_hidden_state, []
+
+    def call():
+        return model.bert(**batch).last_hidden_state
+
+    handle = model.classifier.register_forward_hook(
+        lambda *unused: results.append(from_another_thread(call))
+    )
+    model(**batch)
+    handle.remove()
+    with ptv2_fast.disabled(model):
+        results.append(from_another_thread(call))
+        assert not torch.equal(call(), expected)
+    for result in results:
+        assert torch.equal(result, expected)
+
+
+def test_who_listens_to_layers_gets_what_the_layers_give():
+    model, batch, seen = attached(), make_batch(), []
+    handle = model.bert.encoder.layer[1].register_full_backward_hook(
+        lambda module, grad_in, grad_out: seen.append(grad_out[0].shape)
+    )
+    with pytest.warns(UserWarning, match="backward pass"):
+        model(**batch).logits.sum().backward()
+    handle.remove()
+    assert seen == [torch.Size([3, 11, 16])]
+    twin = attached(model=copy.deepcopy(ptv2_fast.detach(model)), backbone="hook")
+    ptv2_fast.attach(model, PTuningV2Config(num_virtual_tokens=5))
+    counts = []
+    for each in (model, twin):
+        with FlopCounterMode(display=False) as counter:
+            each(**batch)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1]
