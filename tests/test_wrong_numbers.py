@@ -178,3 +178,65 @@ def test_who_listens_to_layers_gets_what_the_layers_give():
             each(**batch)
         counts.append(counter.get_total_flops())
     assert counts[0] == counts[1]
+
+
+def test_a_compiled_model_knows_that_it_is_disabled():
+    model, batch = attached("token"), make_batch(lengths=(11, 11, 11))
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        compiled(**batch)
+        with ptv2_fast.disabled(model):
+            torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+        torch.testing.assert_close(compiled(**batch).logits, model(**batch).logits)
+
+
+def test_one_backbone_carries_one_prefix():
+    config = PTuningV2Config(num_virtual_tokens=5)
+    first, second = attached(), tiny_model()
+    second.bert = first.bert
+    for model in (second, first.bert):
+        with pytest.raises(ValueError, match="that another attached model shares"):
+            ptv2_fast.attach(model, config)
+    ptv2_fast.detach(first)
+    ptv2_fast.attach(first.bert, config)
+    with pytest.raises(ValueError, match="that another attached model shares"):
+        ptv2_fast.attach(first, config)
+    ptv2_fast.detach(first.bert)
+    ptv2_fast.attach(second, config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_vectors_written_through_data_count_at_once(dtype):
+    model, batch = attached("token").to(dtype), make_batch(lengths=(11, 11, 11))
+    with torch.no_grad():
+        model(**batch)
+        for name, parameter in model.bert.encoder.named_parameters():
+            if parameter.dim() == 1:
+                parameter.data.add_(0.5 if name.endswith("bias") else 0.25)
+        written = model(**batch).logits
+        fresh = copy.deepcopy(model)  # copies hold no fused weights
+        assert torch.equal(written, fresh(**batch).logits)
+
+
+def test_a_trace_serves_another_mask():
+    model = attached("token", backbone="auto").double()
+    batch, other = make_batch(), make_batch(lengths=(5, 11, 8))
+    model.config.return_dict = False
+    with torch.no_grad():
+        example = (batch["input_ids"], batch["attention_mask"])
+        traced = torch.jit.trace(model, example, check_trace=False)
+        actual = traced(other["input_ids"], other["attention_mask"])[0]
+        real = other["attention_mask"].bool()
+        torch.testing.assert_close(actual[real], model(**other)[0][real])
+
+
+def test_inference_mode_first_and_then_training_by_the_hook_path():
+    model, batch = attached(), make_batch()
+    with torch.inference_mode():
+        model(**batch)
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model.bert.encoder.layer[0].attention.self.query.register_forward_hook(lambda *unused: None)
+    with pytest.warns(UserWarning, match="without frozen blocks"):
+        model(**batch).logits.sum().backward()
+    assert model.prefix_encoder.embedding.weight.grad.abs().sum() > 0

@@ -30,12 +30,17 @@ IGNORED_KEYS = "_keys_to_ignore_on_save"
 
 
 class Disabled(threading.local):
-    """The attachments that the running thread has disabled (dynamo cannot trace a ContextVar)."""
+    """The attachments that the running thread has disabled."""
 
     attachments: "tuple[Attachment, ...]" = ()
 
 
-DISABLED = Disabled()
+DISABLED, _COUNT_LOCK = Disabled(), threading.Lock()
+
+
+@torch.compiler.disable
+def _is_disabled(attachment: "Attachment") -> bool:
+    return any(other is attachment for other in DISABLED.attachments)
 
 
 def find_attachment(model: nn.Module) -> "Attachment | None":
@@ -61,6 +66,8 @@ class Attachment:
         self.config: PTuningV2Config = encoder.config
         self.backbone: nn.Module = model.base_model
         self.layers = family.layer_modules(self.backbone)
+        # By all threads; compiled graphs are guarded by it, which they are not by a thread's own.
+        self._times_disabled = 0
         # Signatures are read here because torch.compile cannot trace inspect.
         self.argument_names = tuple(inspect.signature(self.backbone.forward).parameters)
         self._offset_argument = ""
@@ -139,7 +146,12 @@ class Attachment:
     @property
     def enabled(self) -> bool:
         """Whether a call made now has its prefix; `disabled` holds for its own thread only."""
-        return not any(attachment is self for attachment in DISABLED.attachments)
+        return self._times_disabled == 0 or not _is_disabled(self)
+
+    def count_disabled(self, change: int) -> None:
+        """Note that one thread more (1) or less (-1) has disabled this attachment."""
+        with _COUNT_LOCK:
+            self._times_disabled += change
 
     @property
     def positions_taken(self) -> int:

@@ -126,6 +126,23 @@ class BlockWeights:
         self.output_norm = _norm(modules.output_norm)
         self.dtype = dtype
 
+    def with_vectors_of(self, modules: BlockModules) -> "BlockWeights":
+        """The same matrices with the biases and norms of now, which `.data` may have changed."""
+        renewed = copy.copy(self)
+        if isinstance(self.qkv, FrozenLinear):
+            inputs = (modules.query, modules.key, modules.value)
+            fused = FrozenLinear(self.qkv.weight, _join_biases(inputs))
+            hidden = modules.query.out_features
+            renewed.qkv = fused
+            renewed.query, renewed.key_value = fused.rows(0, hidden), fused.rows(hidden, 3 * hidden)
+        for name in ("attention_output", "intermediate", "output"):
+            linear, bias = getattr(self, name), getattr(modules, name).bias
+            if isinstance(linear, FrozenLinear) and bias is not None:
+                setattr(renewed, name, FrozenLinear(linear.weight, bias.detach()))
+        renewed.attention_norm = _norm(modules.attention_norm)
+        renewed.output_norm = _norm(modules.output_norm)
+        return renewed
+
     def bind(self) -> "BlockWeights":
         """The weights for one forward: called layers leave their graph in a copy."""
         called = {
@@ -151,10 +168,13 @@ class WeightCache:
         """The weights for products in `dtype`."""
         key, weights = self._made.get(dtype, (None, None))
         if weights is None or key != self._key():
-            weights = BlockWeights(self._modules, dtype)
+            # Parameters must not become inference tensors: they may be trained on afterwards.
+            with torch.inference_mode(False), torch.no_grad():
+                weights = BlockWeights(self._modules, dtype)
             # After the making, which moves the parameters of query, key and value.
             self._made[dtype] = (self._key(), weights)
-        return weights
+            return weights
+        return weights.with_vectors_of(self._modules)
 
     def _key(self) -> tuple:
         return versions_of(self._modules.parameters())
