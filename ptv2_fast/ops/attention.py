@@ -14,6 +14,8 @@ from ptv2_fast.ops.validation import (
     values_are_known,
 )
 
+_MAX_WINDOW = 2**30  # tokens
+
 
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
@@ -133,7 +135,7 @@ def prefix_attention(
         window: row i sees token columns with |i - j| <= window. Needs S = T.
         bias: [1 or B, H, T, S], query's dtype or float32, added to the scores of token columns
             (T5, MPNet); it has no gradient. Packed: T and S are max_seqlen.
-        scale: factor on the scores, default D ** -0.5.
+        scale: factor on the scores, a finite number, default D ** -0.5.
         dropout_p: dropout on probabilities, prefix columns included.
         prefix_dropout_p: element-wise dropout on prefix_key and prefix_value, a mask per sequence.
         seed: int64 tensor [1] that fixes the dropout masks; drawn from torch's generator when None.
@@ -215,8 +217,10 @@ def _attend(
     sizes = validate_tensors(query, key, value, prefix_key, prefix_value, cu_seqlens, max_seqlen)
     validate_options(
         sizes, key_mask, prefix_index, prefix_lengths, context_lengths, window, bias,
-        dropout_p, prefix_dropout_p, seed,
+        scale, dropout_p, prefix_dropout_p, seed,
     )  # fmt: skip
+    if window is not None:  # a wider one hides nothing, and kernels add it to positions
+        window = min(window, _MAX_WINDOW)
     if (check or query.device.type == "cpu") and values_are_known(query):
         validate_values(sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths)
     suffix = _resolve_suffix(backend, query)

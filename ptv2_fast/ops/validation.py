@@ -5,7 +5,9 @@ device; `validate_values` does.
 """
 
 import itertools
-from typing import NamedTuple
+import math
+import numbers
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,6 +65,16 @@ def validate_tensors(
     max_seqlen: int | None,
 ) -> Sizes:
     """Checks ranks, shapes, dtypes, devices and strides of the five tensors, and the layout."""
+    for name, given in (
+        ("query", query),
+        ("key", key),
+        ("value", value),
+        ("prefix_key", prefix_key),
+        ("prefix_value", prefix_value),
+        ("cu_seqlens", cu_seqlens),
+    ):
+        if not isinstance(given, Tensor) and not (given is None and name == "cu_seqlens"):
+            raise argument_error(name, "a tensor", type(given).__name__)
     device, dtype, rank = query.device, query.dtype, 4 if cu_seqlens is None else 3
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != rank:
@@ -139,11 +151,24 @@ def validate_options(
     context_lengths: Tensor | None,
     window: int | None,
     bias: Tensor | None,
+    scale: float | None,
     dropout_p: float,
     prefix_dropout_p: float,
     seed: Tensor | None,
 ) -> None:
-    """Checks shapes, dtypes and devices of everything beside the five tensors."""
+    """Checks types, shapes, dtypes and devices of everything beside the five tensors."""
+    for name, given in (
+        ("key_mask", key_mask),
+        ("prefix_index", prefix_index),
+        ("prefix_lengths", prefix_lengths),
+        ("context_lengths", context_lengths),
+        ("bias", bias),
+        ("seed", seed),
+    ):
+        if given is not None and not isinstance(given, Tensor):
+            raise argument_error(name, "None or a tensor", type(given).__name__)
+    if scale is not None and not (_is_number(scale) and abs(scale) < math.inf):
+        raise argument_error("scale", "None or a finite number", repr(scale))
     if key_mask is not None:
         if sizes.packed_tokens is not None:
             raise argument_error("key_mask", "None with cu_seqlens", list(key_mask.shape))
@@ -154,7 +179,7 @@ def validate_options(
     _validate_bank(sizes, prefix_index, prefix_lengths)
     if window is not None:
         if type(window) is not int or window < 0:
-            raise argument_error("window", "None or an integer >= 0", window)
+            raise argument_error("window", "None or an integer >= 0", repr(window))
         _check_square("window", sizes)
     if context_lengths is not None:
         _check_vector(
@@ -164,10 +189,15 @@ def validate_options(
     if bias is not None:
         _validate_bias(sizes, bias)
     for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
-        if not 0.0 <= p < 1.0:
-            raise argument_error(name, "a probability in [0, 1)", p)
+        if not (_is_number(p) and 0.0 <= p < 1.0):
+            raise argument_error(name, "a probability in [0, 1)", repr(p))
     if seed is not None:
         _check_vector("seed", seed, "[1]", 1, torch.int64, sizes.device)
+
+
+def _is_number(value: Any) -> bool:
+    kinds = (numbers.Real, torch.SymInt, torch.SymFloat)
+    return isinstance(value, kinds) and not isinstance(value, bool)
 
 
 def _validate_bank(
