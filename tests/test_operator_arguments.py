@@ -71,3 +71,12 @@ def test_nothing_has_gradients_of_nothing(backend, sizes):
     assert out.shape == tensors[0].shape
     for gradient, tensor in zip(gradients, tensors, strict=True):
         assert torch.equal(gradient, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_a_query_of_nan_is_nan_in_its_row_alone(backend):
+    tensors = [tensor.detach() for tensor in make_tensors()]
+    tensors[0][1, 0, 3, 5] = float("nan")
+    is_nan = prefix_attention(*tensors, backend=backend).isnan()
+    assert is_nan[1, 0, 3].all()
+    assert is_nan.sum() == 16

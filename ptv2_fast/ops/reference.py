@@ -40,7 +40,7 @@ def reference_attention(
     Returns:
         out [B, H, T, D] and lse [B, H, T], the natural logarithm of the softmax denominator, both
         float64 for float64 inputs, else float32; packed [N, H, D] and [N, H]. A row without a
-        visible column has out 0 and lse -inf.
+        visible column has out 0 and lse -inf, a row with a visible score of NaN has out NaN.
     """
     if options.cu_seqlens is not None:
         rows = PackedRows(options.cu_seqlens, options.max_seqlen, query.shape[0])
@@ -60,7 +60,7 @@ def reference_attention(
 
     # A row without a visible column: a finite pivot before the softmax keeps values and gradients
     # free of NaN; repairing NaN afterwards would leave it in the gradients.
-    any_visible = (scores > float("-inf")).any(dim=-1, keepdim=True)
+    any_visible = (scores != float("-inf")).any(dim=-1, keepdim=True)
     safe_scores = torch.where(any_visible, scores, torch.zeros_like(scores))
     lse = torch.logsumexp(safe_scores, dim=-1) if scores.shape[-1] else scores.sum(dim=-1)
     probabilities = torch.where(any_visible, torch.softmax(safe_scores, dim=-1), 0.0)
