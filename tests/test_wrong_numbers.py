@@ -240,3 +240,21 @@ def test_inference_mode_first_and_then_training_by_the_hook_path():
     with pytest.warns(UserWarning, match="without frozen blocks"):
         model(**batch).logits.sum().backward()
     assert model.prefix_encoder.embedding.weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("backbone", ["hook", "frozen"])
+def test_what_is_unfrozen_or_watched_below_the_layers_gets_its_gradient(backbone):
+    model, batch = attached(backbone=backbone), make_batch()
+    bias = model.bert.embeddings.LayerNorm.bias.requires_grad_()
+    model(**batch).logits.sum().backward()
+    assert bias.grad.abs().sum() > 0
+    bias.requires_grad_(False)
+    seen = []
+
+    def watch(module, args, output):  # as captum does
+        seen.append(output.detach().requires_grad_())
+        return seen[0]
+
+    model.bert.embeddings.register_forward_hook(watch)
+    (gradient,) = torch.autograd.grad(model(**batch).logits.sum(), seen)
+    assert gradient.abs().sum() > 0

@@ -17,10 +17,15 @@ from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, Pr
 from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
 from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
-from ptv2_fast.encoders.first_token import FIRST_TOKEN_ARGUMENT, reads_first_only
+from ptv2_fast.encoders.first_token import (
+    FIRST_TOKEN_ARGUMENT,
+    has_backward_hooks,
+    has_foreign_hooks,
+    reads_first_only,
+)
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
 from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
-from ptv2_fast.encoders.selection import find_saved_names, trains_embeddings, trains_layers
+from ptv2_fast.encoders.selection import find_saved_names, trains_layers
 from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
 
@@ -93,7 +98,6 @@ class Attachment:
         # Trainer compares the keys a checkpoint lacks with this set and is content when equal.
         model._keys_to_ignore_on_save = set(frozen_names)
         self.guard_name = frozen_names[0]
-        self._trains_embeddings = trains_embeddings(model, family, self.saved_names)
         model.add_module(ENCODER_NAME, encoder)
         self.saved_names += [f"{ENCODER_NAME}.{name}" for name in encoder.state_dict()]
         self.set_trainable(not self.config.inference_mode)
@@ -202,13 +206,30 @@ class Attachment:
         state = PrefixState(
             layers=self.encoder.layer_prefixes() if self.enabled else {},
             prefix_dropout=self.config.prefix_dropout,
-            keep_input_gradient=self._trains_embeddings
-            or (embeds is not None and embeds.requires_grad),
+            keep_input_gradient=(embeds is not None and embeds.requires_grad)
+            or self._gradient_below_layers(),
         )
         state.run = self._start_blocks(arguments, state, first_token_only)
         if state.run is None and module.training:
             refuse_reentrant_checkpointing(self.layers)
         return args, {**kwargs, STATE_ARGUMENT: state}
+
+    def _gradient_below_layers(self) -> bool:
+        """Whether something in front of the layers trains, or someone's hook may want a gradient.
+
+        The hook of transformers that goes with checkpointing wants none.
+        """
+        stems = [n for n in self.family.frozen if not self.family.layers.startswith(n + ".")]
+        parts = [p for p in (getattr(self.backbone, stem, None) for stem in stems) if p is not None]
+        if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+            return True
+        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+            return False
+        return any(
+            has_foreign_hooks(module) or has_backward_hooks(module)
+            for part in parts
+            for module in part.modules()
+        )
 
     def _start_blocks(
         self, arguments: dict[str, Any], state: PrefixState, first_token_only: bool

@@ -47,12 +47,6 @@ def find_saved_names(
     ]
 
 
-def trains_embeddings(model: PreTrainedModel, family: Family, saved_names: list[str]) -> bool:
-    """Whether something in front of the encoder layers is among the saved tensors."""
-    stems = [name for name in family.frozen if not family.layers.startswith(name + ".")]
-    return any(name.startswith(_qualified(model, stems)) for name in saved_names)
-
-
 def trains_layers(model: PreTrainedModel, family: Family, saved_names: list[str]) -> bool:
     """Whether parameters of the encoder layers are among the saved tensors."""
     return any(name.startswith(_qualified(model, (family.layers,))) for name in saved_names)
