@@ -258,3 +258,12 @@ def test_what_is_unfrozen_or_watched_below_the_layers_gets_its_gradient(backbone
     model.bert.embeddings.register_forward_hook(watch)
     (gradient,) = torch.autograd.grad(model(**batch).logits.sum(), seen)
     assert gradient.abs().sum() > 0
+
+
+def test_what_trains_and_is_not_saved_is_named(tmp_path):
+    model = attached()
+    model.bert.embeddings.LayerNorm.bias.requires_grad_()
+    with pytest.raises(ValueError, match="trained parameters: bert"):
+        model.save_pretrained(tmp_path)
+    model.bert.embeddings.LayerNorm.bias.requires_grad_(False)
+    model.save_pretrained(tmp_path)

@@ -340,8 +340,16 @@ class Attachment:
         """The tensors of the adapter, from `state_dict` or from the model.
 
         Raises:
-            ValueError: when `state_dict` lacks one of them.
+            ValueError: when `state_dict` lacks one of them, or a parameter trains that the adapter
+                would not hold.
         """
+        saved = set(self.saved_names)
+        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in saved]
+        if lost:
+            raise ValueError(
+                "model: expected that the adapter holds all that trains (see modules_to_save), got "
+                f"{len(lost)} other trained parameters: {', '.join(lost[:5])}"
+            )
         tensors = self.model.state_dict() if state_dict is None else state_dict
         missing = [name for name in self.saved_names if name not in tensors]
         if missing:
