@@ -20,7 +20,7 @@ from bench.attention_cases import (
     inputs_of,
     row_of,
 )
-from bench.attention_providers import running_calls, timed_calls
+from bench.attention_providers import OURS, running_calls, timed_calls
 from bench.gpu.graphs import captured
 from bench.gpu.stages import Options, Row
 from bench.measure import time_interleaved
@@ -71,7 +71,7 @@ def _measure(case: Case, options: Options) -> Iterator[Row]:
     graphs = {name: captured(function, case.device) for name, function in functions.items()}
     graphs = {name: graph for name, graph in graphs.items() if graph is not None}
     for clock, timed in (("call", functions), ("graph", graphs)):
-        if not timed.keys() >= {"ptv2-fast", "concat+sdpa", GEMM}:
+        if not timed.keys() >= {OURS, "concat+sdpa", GEMM}:
             continue  # nothing to compare: no graphs on this device
         timings = time_interleaved(timed, case.device, options.seconds, options.rounds)
         row = row_of(case, timings, _copy_bytes_per_ms(case.device))

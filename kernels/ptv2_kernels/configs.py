@@ -153,20 +153,21 @@ def launch_options(
     `prefix_length`: for the kernels that read the prefix.
     """
     head_dim, element_size = query.shape[-1], query.element_size()
+    target = architecture()
     widths = tile_widths(head_dim)
     options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIMS": widths}
     # Products of 16 bits have one precision.
-    options["INPUT_PRECISION"] = input_precision(architecture()) if element_size == 4 else None
+    options["INPUT_PRECISION"] = input_precision(target) if element_size == 4 else None
     has_dropout = extras.threshold is not None
     prefix_dropout = extras.prefix_threshold is not None
     workload = Workload(kernel, sum(widths), element_size, has_dropout, prefix_length)
-    config = chosen_config(workload, architecture())
-    if extras.bias_ptr is not None and architecture() in BIAS_SPILLS.get(kernel, ()):
+    config = chosen_config(workload, target)
+    if extras.bias_ptr is not None and target in BIAS_SPILLS.get(kernel, ()):
         config = dataclasses.replace(config, block_keys=32)
     if prefix_dropout and kernel == "prefix" and sum(widths) > 64:
         # Sums of one sequence beside those of all of them: twice the registers of a wide head.
         config = dataclasses.replace(config, block_queries=32, block_keys=16, num_warps=8)
-    elif prefix_dropout and kernel == "prefix" and architecture() == 100:
+    elif prefix_dropout and kernel == "prefix" and target == 100:
         config = dataclasses.replace(config, block_queries=32)
     options |= config.options()
     if prefix_length is not None:
