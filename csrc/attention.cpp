@@ -18,7 +18,8 @@ struct Options {
   std::optional<Tensor> bias;
 };
 
-// Batch, queries and tokens of a padded or a packed call.
+// Batch, queries and tokens of a padded or a packed call. Rows behind the last packed sequence are
+// neither read nor written.
 void fill_layout(Problem& problem, const Tensor& query, const Tensor& key, const Options& options) {
   const int64_t rank = options.cu_seqlens.has_value() ? 3 : 4;
   STD_TORCH_CHECK(query.dim() == rank && key.dim() == rank, "query and key: expected ", rank,
@@ -36,8 +37,8 @@ void fill_layout(Problem& problem, const Tensor& query, const Tensor& key, const
   problem.starts = integers("cu_seqlens", options.cu_seqlens, entries, 0, total);
   problem.batch = entries - 1;
   problem.queries = problem.tokens = options.max_seqlen;
-  STD_TORCH_CHECK(entries > 0 && problem.starts[0] == 0 && problem.starts[entries - 1] == total,
-                  "cu_seqlens: expected values from 0 to ", total);
+  STD_TORCH_CHECK(entries > 0 && problem.starts[0] == 0 && problem.starts[entries - 1] <= total,
+                  "cu_seqlens: expected values from 0 to at most ", total);
   for (int64_t i = 0; i < problem.batch; ++i) {
     const int64_t length = problem.starts[i + 1] - problem.starts[i];
     STD_TORCH_CHECK(length >= 0 && length <= options.max_seqlen,

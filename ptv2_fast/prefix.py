@@ -18,7 +18,6 @@ EXECUTION_FIELDS = (
     "recompute",
     "memory_budget",
     "backbone_dtype",
-    "cache_frozen_layers",
     "strict",
 )
 _BACKBONE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -65,9 +64,6 @@ class PTuningV2Config:
             each layer gets a policy so that the batch at hand fits.
         backbone_dtype: "bf16" or "fp16" converts the frozen weights; prefix and head stay as they
             are. `detach` converts back, to rounded weights.
-        cache_frozen_layers: with `layers` that leave out the lowest ones, and a model without
-            dropout: compute what the layers below the lowest prefix give for an example only once.
-            "memory", or a folder, which may serve several runs. Frozen blocks only.
         strict: raise a ValueError wherever "auto" and "frozen" would fall back to "hook".
 
     Raises:
@@ -88,7 +84,6 @@ class PTuningV2Config:
     recompute: str = "none"
     memory_budget: int | None = None
     backbone_dtype: str | None = None
-    cache_frozen_layers: str | None = None
     strict: bool = False
 
     def __post_init__(self) -> None:
@@ -124,9 +119,6 @@ class PTuningV2Config:
         _expect(self.backbone_dtype is None or self.backbone_dtype in _BACKBONE_DTYPES,
                 "backbone_dtype", f"None or one of {tuple(_BACKBONE_DTYPES)}",
                 self.backbone_dtype)  # fmt: skip
-        cache = self.cache_frozen_layers
-        _expect(cache is None or (isinstance(cache, str) and cache != ""), "cache_frozen_layers",
-                "None, 'memory' or a folder", cache)  # fmt: skip
         names, layers = self.modules_to_save, self.layers
         _expect(names is None or _is_str_list(names), "modules_to_save",
                 "None or a list of module names", names)  # fmt: skip

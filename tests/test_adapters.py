@@ -257,7 +257,6 @@ HUGE = 10**12
                 "recompute": "block",
                 "memory_budget": 1,
                 "backbone_dtype": "bf16",
-                "cache_frozen_layers": "memory",
                 "strict": True,
             }.items()
         ),

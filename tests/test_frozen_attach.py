@@ -5,7 +5,10 @@ import pickle
 import warnings
 
 import pytest
+import safetensors.torch
 import torch
+from accelerate import Accelerator
+from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
 import ptv2_fast
@@ -103,60 +106,74 @@ def test_backbone_dtype_converts_frozen_weights_only_and_detach_converts_back():
             assert torch.equal(parameter.bfloat16(), expected.bfloat16())
 
 
-@pytest.mark.parametrize("place", ["memory", "disk"])
-def test_cached_layers_run_once_for_an_example(place, tmp_path):
-    plain = tiny_model(num_hidden_layers=4)
-    folder = tmp_path / "states"
-    where = "memory" if place == "memory" else str(folder)
-    fields = {"layers": [2, 3], **WITHOUT_FALLBACK}
-    model = attached(model=copy.deepcopy(plain), cache_frozen_layers=where, **fields).train()
-    other = attached(model=plain, **fields).train()
-    other.load_state_dict(model.state_dict())
-    batch, rows, original = make_batch(), [], engine.run_block
+class Pushed(nn.Module, PyTorchModelHubMixin):
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
 
-    def spy(hidden, *arguments):
-        rows.append(len(hidden))
-        return original(hidden, *arguments)
 
-    expected = step_results(other, batch)
-    engine.run_block = spy
-    try:
-        for _ in range(2):
-            for actual, exact in zip(step_results(model, batch), expected, strict=True):
-                torch.testing.assert_close(actual, exact)
-        assert rows == [22] * 4 + [22] * 2
-        narrower = {name: tensor[1:, :7] for name, tensor in batch.items()}
-        new = {name: torch.cat((tensor, tensor[:1])) for name, tensor in narrower.items()}
-        new["input_ids"][0, 3] = 59  # one new example; two are known, though in a wider batch
-        rows.clear()
-        torch.testing.assert_close(model(**new).logits, other(**new).logits)
-        assert rows[:4] == [7, 7, 18, 18]
-        if place == "disk":  # another run, and then other weights
-            again = attached(model=copy.deepcopy(ptv2_fast.detach(other)), **fields,
-                             cache_frozen_layers=where)  # fmt: skip
-            rows.clear()
-            again(**batch)
-            assert rows == [22, 22]
-            with torch.no_grad():
-                again.bert.embeddings.word_embeddings.weight.mul_(2)
-            again(**batch)
-            assert rows[2:] == [22] * 4
-            assert not list(folder.glob("*.tmp"))
-    finally:
-        engine.run_block = original
+def save_with_accelerate(model, folder):
+    accelerator = Accelerator(cpu=True)
+    accelerator.save_model(accelerator.prepare(model), folder)
+    return folder / "model.safetensors"
+
+
+def save_state_of_accelerate(model, folder):
+    accelerator = Accelerator(cpu=True)
+    accelerator.prepare(model)
+    accelerator.save_state(folder)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    accelerator.load_state(folder)
+    return save_with_safetensors(model, folder)
+
+
+def save_with_safetensors(model, folder):
+    folder.mkdir(exist_ok=True)
+    safetensors.torch.save_model(model, folder / "all.safetensors")
+    return folder / "all.safetensors"
+
+
+def save_for_the_hub(model, folder):
+    Pushed(model).save_pretrained(folder)
+    return folder / "model.safetensors"
+
+
+def save_with_torch(model, folder):
+    folder.mkdir()
+    torch.save(model.state_dict(), folder / "model.pt")
+    size = sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+    assert (folder / "model.pt").stat().st_size < 1.5 * size + 40_000
+    return folder / "model.pt"
 
 
 @pytest.mark.parametrize(
-    ("overrides", "layers", "message"),
+    "save",
     [
-        ({}, None, "expected `layers` without the lowest ones"),
-        ({"hidden_dropout_prob": 0.1}, [2], "expected a model without dropout, got .*0.1"),
+        save_with_accelerate,
+        save_state_of_accelerate,
+        save_with_safetensors,
+        save_for_the_hub,
+        save_with_torch,
     ],
 )
-def test_what_cannot_be_cached_is_refused(overrides, layers, message):
-    config = PTuningV2Config(layers=layers, cache_frozen_layers="memory")
-    with pytest.raises(ValueError, match=message):
-        ptv2_fast.attach(tiny_model(**overrides), config)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_whoever_saves_a_used_model_saves_every_weight(save, dtype, tmp_path):
+    """Query, key and value share memory; savers tell tensors that are one by their storage."""
+    model, batch = attached(model=tiny_model().to(dtype), **WITHOUT_FALLBACK), make_batch()
+    expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    logits = model(**batch).logits
+    path = save(model, tmp_path / "saved")
+    read = torch.load if path.suffix == ".pt" else safetensors.torch.load_file
+    saved = {name.removeprefix("model."): tensor for name, tensor in read(path).items()}
+    assert saved.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in saved.items())
+    other = attached(model=tiny_model().to(dtype), **WITHOUT_FALLBACK)
+    other(**batch)
+    other.load_state_dict(saved)
+    assert torch.equal(other(**batch).logits, logits)
+    assert torch.equal(model(**batch).logits, logits)
 
 
 class EightBitLinear(nn.Linear):

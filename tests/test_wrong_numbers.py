@@ -206,14 +206,16 @@ def test_one_backbone_carries_one_prefix():
     ptv2_fast.attach(second, config)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_vectors_written_through_data_count_at_once(dtype):
-    model, batch = attached("token").to(dtype), make_batch(lengths=(11, 11, 11))
-    with torch.no_grad():
+@pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])
+def test_weights_written_through_data_count_at_once(precision):
+    """No version counter tells of such a write."""
+    model, batch = attached("token"), make_batch(lengths=(11, 11, 11))
+    if precision == "bfloat16":
+        model.to(torch.bfloat16)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
         model(**batch)
         for name, parameter in model.bert.encoder.named_parameters():
-            if parameter.dim() == 1:
-                parameter.data.add_(0.5 if name.endswith("bias") else 0.25)
+            parameter.data.add_(0.5 if name.endswith("bias") else 0.25)
         written = model(**batch).logits
         fresh = copy.deepcopy(model)  # copies hold no fused weights
         assert torch.equal(written, fresh(**batch).logits)

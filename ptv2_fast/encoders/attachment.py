@@ -15,7 +15,6 @@ import ptv2_fast
 from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
 from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
-from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.first_token import (
     FIRST_TOKEN_ARGUMENT,
@@ -87,7 +86,6 @@ class Attachment:
             encoder.num_heads,
             self.config,
             trains_layers(model, family, self.saved_names),
-            self._make_cache(encoder),
         )
         self._old_requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         # Empty where the model has that of its class.
@@ -124,13 +122,6 @@ class Attachment:
                 embeddings.register_forward_pre_hook(self.before_embeddings, with_kwargs=True)
             )
         return handles
-
-    def _make_cache(self, encoder: PrefixEncoder) -> ExampleCache | None:
-        if self.config.cache_frozen_layers is None:
-            return None
-        lowest = encoder.layers[0]
-        below = [self.backbone.get_submodule(self.family.embeddings), *self.layers[:lowest]]
-        return ExampleCache(below, lowest, self.config, self.model.config)
 
     def _convert_backbone(self, frozen_names: set[str]) -> dict[str, torch.dtype]:
         """Give frozen parameters the dtype asked for; returns what they had, by name."""

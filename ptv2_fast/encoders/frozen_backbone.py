@@ -14,12 +14,11 @@ from ptv2_fast.encoders.checkpointing import (
     is_checkpointed,
     restore_checkpointing,
 )
-from ptv2_fast.encoders.example_cache import ExampleCache
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.first_token import has_backward_hooks, has_foreign_hooks
 from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.frozen.layout import full_layout, masked_layout
-from ptv2_fast.frozen.weights import BlockModules, WeightCache, is_plain, separate
+from ptv2_fast.frozen.weights import BlockModules, WeightReader, is_plain
 from ptv2_fast.prefix import PTuningV2Config
 
 
@@ -41,7 +40,7 @@ class FrozenLayerForward:
             self._take(modules)
 
     def _take(self, modules: BlockModules) -> None:
-        self.modules, self.weights = modules, WeightCache(modules)
+        self.modules, self.weights = modules, WeightReader(modules)
         self.inside = _modules_inside(self.layer)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -63,7 +62,6 @@ class FrozenBackbone:
         heads: of its attention.
         config: the prefix's configuration.
         trains_layers: parameters of the layers are to be trained.
-        cache: of the layers below the lowest prefix, or None.
 
     Raises:
         ValueError: with `backbone="frozen"` or `strict`, when the layers cannot be frozen blocks.
@@ -76,9 +74,8 @@ class FrozenBackbone:
         heads: int,
         config: PTuningV2Config,
         trains_layers: bool,
-        cache: ExampleCache | None,
     ) -> None:
-        self.layers, self.heads, self.config, self.cache = layers, heads, config, cache
+        self.layers, self.heads, self.config = layers, heads, config
         self._warned: set[str] = set()
         self._forwards: list[FrozenLayerForward] = []
         self.is_possible = config.backbone != "hook"
@@ -104,7 +101,7 @@ class FrozenBackbone:
         for forward in self._forwards:
             if forward.layer.__dict__.get("forward") is forward:
                 del forward.layer.forward
-            separate(forward.modules)
+            forward.weights.separate()
         restore_checkpointing(self.layers)
 
     def start(
@@ -153,9 +150,6 @@ class FrozenBackbone:
             if policy == "none":
                 policy = "block"
         lowest = 0 if state.keep_input_gradient else min(state.layers, default=len(self.layers))
-        cached = None
-        if self.cache is not None and self.cache.lowest == lowest and not shows_layers:
-            cached = self.cache.begin(arguments, layout)
         return FrozenRun(
             layout,
             num_layers=len(self.layers),
@@ -165,7 +159,6 @@ class FrozenBackbone:
             memory_budget=self.config.memory_budget,
             unpack_each=shows_layers,
             first_rows_only=reads_first_only and not shows_layers,
-            cached=cached,
         )
 
     def _why_never(self, family: Family) -> str | None:

@@ -6,7 +6,7 @@ block.py puts them together and says which results are kept.
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptv2_fast.frozen.weights import AnyLinear, BlockWeights, Norm
 from ptv2_fast.ops import elementwise
@@ -31,6 +31,7 @@ class BlockCall(NamedTuple):
     dropout: Dropout
     policy: str
     chunk: int  # tokens that go through the feed-forward network at a time
+    tokens: int  # N, rows that belong to a token; those behind them are not read
     max_seqlen: int
     first_rows_only: bool  # compute the output for the first token of each sequence only
     below: Norm | None  # the last LayerNorm of the block below, whose total comes along
@@ -98,6 +99,8 @@ class BlockArithmetic:
         out, lse = self._attention_forward(*operands, *options)
         if self.rows is not None:
             out, lse = out.squeeze(2), lse.squeeze(2)
+        else:
+            out[self.call.tokens :] = 0
         return Attention(query, key_value, out, lse)
 
     def add_attention(self, hidden: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -195,6 +198,7 @@ class BlockArithmetic:
         if not needs_hidden:
             grad_hidden = None
         elif joint:
+            gradients[0][self.call.tokens :] = 0
             grad_hidden = self.weights.qkv.input_gradient(gradients[0].flatten(1))
         else:
             grad_key_value = torch.stack([self._packed(part) for part in gradients[1:3]], dim=1)
@@ -254,19 +258,21 @@ class BlockArithmetic:
 
     def _places(self) -> Tensor:
         """The place of each row in [B * max_seqlen]."""
-        sequence, row = self.tensors.coordinates.long().unbind(1)
+        sequence, row = self.tensors.coordinates[: self.call.tokens].long().unbind(1)
         return sequence * self.call.max_seqlen + row
 
     def _padded(self, packed: Tensor) -> Tensor:
         """[N, heads, head_dim] -> [B, heads, max_seqlen, head_dim]."""
         batch = self.tensors.cu_seqlens.shape[0] - 1
         padded = packed.new_zeros(batch * self.call.max_seqlen, *packed.shape[1:])
-        padded.index_copy_(0, self._places(), packed)
+        padded.index_copy_(0, self._places(), packed[: self.call.tokens])
         return padded.unflatten(0, (batch, self.call.max_seqlen)).transpose(1, 2)
 
     def _packed(self, padded: Tensor) -> Tensor:
         """The inverse of `_padded`."""
-        return padded.transpose(1, 2).flatten(0, 1)[self._places()]
+        rows = padded.transpose(1, 2).flatten(0, 1)[self._places()]
+        missing = len(self.tensors.coordinates) - len(rows)
+        return nn.functional.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -7,10 +7,9 @@ from torch import Tensor
 
 from ptv2_fast.frozen.arithmetic import BlockCall, BlockTensors, Dropout
 from ptv2_fast.frozen.block import run_block
-from ptv2_fast.frozen.layer_cache import CachedForward
 from ptv2_fast.frozen.layout import Layout
 from ptv2_fast.frozen.memory import BlockShape, choose_policies
-from ptv2_fast.frozen.weights import BlockModules, Norm, WeightCache
+from ptv2_fast.frozen.weights import BlockModules, Norm, WeightReader
 
 # Tokens that go through a feed-forward network at a time: its 4 x hidden activations neither set
 # the peak of memory nor leave the last cache, and the products are as fast as whole ones.
@@ -30,7 +29,6 @@ class FrozenRun:
         memory_budget: bytes; chooses a policy for each block instead.
         unpack_each: give every block padded input and output, for whoever looks at them.
         first_rows_only: the last block computes the first token of each sequence only.
-        cached: runs the blocks below the lowest; not together with `unpack_each`.
     """
 
     layout: Layout
@@ -41,7 +39,6 @@ class FrozenRun:
     memory_budget: int | None = None
     unpack_each: bool = False
     first_rows_only: bool = False
-    cached: CachedForward | None = None
     _seeds: Tensor | None = None
     _policies: tuple[str, ...] | None = None
     # What the block below normalised, its statistics and its LayerNorm.
@@ -53,7 +50,7 @@ class FrozenRun:
         hidden: Tensor,
         prefix: tuple[Tensor, Tensor] | None,
         modules: BlockModules,
-        cache: WeightCache,
+        reader: WeightReader,
     ) -> Tensor:
         """The forward of one encoder layer.
 
@@ -61,7 +58,7 @@ class FrozenRun:
             index: of the layer.
             hidden: [B, T, hidden] for layer 0 and with `unpack_each`, else [N, hidden].
             prefix: (prefix_key, prefix_value), each [heads, P, head_dim], or None.
-            modules, cache: of this layer.
+            modules, reader: of this layer.
 
         Returns:
             [B, T, hidden] from the last layer and with `unpack_each`, else [N, hidden].
@@ -69,17 +66,7 @@ class FrozenRun:
         is_last = index == self.num_layers - 1
         if index == 0 or self.unpack_each:
             hidden = self.layout.pack(hidden)
-        layout = self.layout
-        if self.cached is not None and index <= self.lowest:
-            if index == 0:
-                hidden = self.cached.begin(hidden)
-            if index == self.lowest:
-                hidden = self.cached.finish(hidden)
-            elif len(hidden) == 0:
-                return hidden
-            else:
-                layout = self.cached.layout
-        weights = cache.get(_products_dtype(hidden, modules))
+        weights = reader.read(_products_dtype(hidden, modules))
         # Under autocast the products have its dtype and the rest has the weights' own.
         hidden = hidden.to(modules.dtype)
         dropout = _dropout_of(modules, self.prefix_dropout if prefix is not None else 0.0)
@@ -93,13 +80,14 @@ class FrozenRun:
             dropout=dropout,
             policy=self._policy(index, hidden, weights.dtype, modules),
             chunk=_chunk(hidden),
-            max_seqlen=layout.shape[1],
+            tokens=self.layout.tokens,
+            max_seqlen=self.layout.shape[1],
             first_rows_only=first_rows_only,
             below=None if below is None else below[2],
         )
         tensors = BlockTensors(
-            layout.cu_seqlens,
-            layout.coordinates,
+            self.layout.cu_seqlens,
+            self.layout.coordinates,
             self._seed(index, hidden) if any(dropout) else None,
             None if below is None else below[0],
             None if below is None else below[1],

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -14,7 +14,10 @@ class Layout:
         shape: (B, T) of the padded batch.
         index: int64 [N], the place of each row in [B * T]; None when every token is attended.
         cu_seqlens: int32 [B + 1], as in `prefix_attention`.
-        coordinates: int32 [N, 2], the sequence and the row in it of each row, for dropout.
+        coordinates: int32 [rows, 2], the sequence and the row in it of each row, for dropout.
+
+    On CPUs rows of zeros follow the N of the tokens: oneDNN keeps about half a megabyte for each
+    number of rows that a product has seen, so there must not be many of them.
     """
 
     shape: tuple[int, int]
@@ -22,13 +25,21 @@ class Layout:
     cu_seqlens: Tensor
     coordinates: Tensor
 
+    @property
+    def tokens(self) -> int:
+        """N, the rows that belong to a token."""
+        return self.shape[0] * self.shape[1] if self.index is None else len(self.index)
+
     def pack(self, padded: Tensor) -> Tensor:
-        """[B, T, C] -> [N, C]."""
+        """[B, T, C] -> [rows, C]."""
         flat = padded.reshape(-1, padded.shape[-1])
-        return flat if self.index is None else flat[self.index]
+        if self.index is not None:
+            flat = flat[self.index]
+        return _with_rows(flat)
 
     def unpack(self, packed: Tensor) -> Tensor:
-        """[N, C] -> [B, T, C], zeros where nothing is attended."""
+        """[rows, C] -> [B, T, C], zeros where nothing is attended."""
+        packed = packed[: self.tokens]
         if self.index is not None:
             zeros = packed.new_zeros(self.shape[0] * self.shape[1], packed.shape[1])
             packed = zeros.index_put((self.index,), packed)
@@ -39,19 +50,6 @@ class Layout:
         zeros = rows.new_zeros(self.shape[0], self.shape[1] - 1, rows.shape[1])
         return torch.cat((rows[:, None], zeros), dim=1)
 
-    def select(self, sequences: list[int]) -> tuple[Tensor, "Layout"]:
-        """Some of the sequences: the int64 rows they have here, and their own layout.
-
-        Waits for the device. The layout only serves blocks: it cannot pack or unpack.
-        """
-        starts = self.cu_seqlens.tolist()
-        ranges = [torch.arange(starts[number], starts[number + 1]) for number in sequences]
-        rows = torch.cat([torch.arange(0), *ranges]).to(self.coordinates.device)
-        lengths = torch.tensor([0, *(len(each) for each in ranges)])
-        cu_seqlens = lengths.cumsum(0).to(self.cu_seqlens)
-        shape = (len(sequences), self.shape[1])
-        return rows, Layout(shape, None, cu_seqlens, self.coordinates[rows])
-
 
 def full_layout(batch: int, tokens: int, device: torch.device) -> Layout:
     """The layout of a batch without padding."""
@@ -59,7 +57,7 @@ def full_layout(batch: int, tokens: int, device: torch.device) -> Layout:
     sequence = torch.arange(batch, dtype=torch.int32, device=device)
     row = torch.arange(tokens, dtype=torch.int32, device=device)
     coordinates = torch.stack((sequence.repeat_interleave(tokens), row.repeat(batch)), dim=1)
-    return Layout((batch, tokens), None, cu_seqlens, coordinates)
+    return Layout((batch, tokens), None, cu_seqlens, _with_rows(coordinates))
 
 
 def masked_layout(mask: Tensor) -> Layout | None:
@@ -76,11 +74,25 @@ def masked_layout(mask: Tensor) -> Layout | None:
     if rows == batch * tokens:
         return full_layout(batch, tokens, mask.device)
     lengths = mask.sum(dim=1, dtype=torch.int32)
-    cu_seqlens = torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+    cu_seqlens = nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
     # Attended places in order; unlike nonzero, a sort leaves the number of rows to us.
     order = torch.argsort(mask.flatten().to(torch.uint8), descending=True, stable=True)
     index = order[:rows].clone()  # which is kept, and not the places of the padding with it
     sequence = index // tokens
     row = torch.arange(rows, device=mask.device) - cu_seqlens[sequence]
     coordinates = torch.stack((sequence, row), dim=1).to(torch.int32)
-    return Layout((batch, tokens), index, cu_seqlens, coordinates)
+    return Layout((batch, tokens), index, cu_seqlens, _with_rows(coordinates))
+
+
+def _number_of_rows(tokens: int, device: torch.device) -> int:
+    """Rows for so many tokens: at most 8 numbers between a power of two and the next."""
+    if device.type != "cpu":
+        return tokens
+    step = max(16, 2 ** (tokens.bit_length() - 4))
+    return -(-tokens // step) * step
+
+
+def _with_rows(tensor: Tensor) -> Tensor:
+    """[N, C] -> [rows, C], with zeros."""
+    missing = _number_of_rows(len(tensor), tensor.device) - len(tensor)
+    return nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor

@@ -48,7 +48,7 @@ class BlockShape:
 
 
 def kept_bytes_per_token(policy: str, shape: BlockShape, *, is_lowest: bool = False) -> int:
-    """Bytes that one block saves for its backward pass, per token that is no padding.
+    """Bytes that one block saves for its backward pass, per row of the packed layout.
 
     With h = hidden and a = heads, bf16: 20h + 4a + 16, 12h + 4a + 16, 6h + 4a + 16 and 2h + 8.
 
@@ -83,7 +83,7 @@ def transient_bytes(policy: str, shape: BlockShape, tokens: int, chunk: int) -> 
     Args:
         policy: one of POLICIES.
         shape: of the block.
-        tokens: that are no padding.
+        tokens: rows of the packed layout.
         chunk: tokens that go through the feed-forward network at a time.
     """
     row, residual_row = shape.row_bytes, shape.residual_row_bytes

@@ -1,7 +1,6 @@
 """The frozen weights of a post-LN encoder block, in the dtype and the form its products want."""
 
 import copy
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -9,6 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_fast.frozen.called import CalledLinears
+
+_SHARING_DEVICES = ("cpu", "cuda", "xpu")  # whose memory torch takes from others
 
 
 class FrozenLinear:
@@ -93,6 +94,10 @@ class BlockModules:
         names = ("query", "key", "value", "attention_output", "intermediate", "output")
         return {name: getattr(self, name) for name in names}
 
+    def inputs(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+        """The layers of query, key and value, which have the same shape."""
+        return self.query, self.key, self.value
+
     def parameters(self) -> list[nn.Parameter]:
         """All weights and biases."""
         modules = (*self.linears().values(), self.attention_norm, self.output_norm)
@@ -100,19 +105,22 @@ class BlockModules:
 
 
 class BlockWeights:
-    """The weights of a block for products in one dtype.
+    """The weights of a block, as they are now, for products in one dtype.
 
-    Query, key and value are one matrix: in the modules' own dtype their parameters become views of
-    it, so that the fused matrix takes no memory. Layers that are no plain `nn.Linear` are called.
+    Args:
+        modules: of the block.
+        dtype: of the products. Matrices that have it are used where they are.
+        joined: [3 * hidden, hidden], the weights of query, key and value in one; None where these
+            are no plain `nn.Linear`. Such layers are called.
     """
 
-    def __init__(self, modules: BlockModules, dtype: torch.dtype) -> None:
-        inputs = (modules.query, modules.key, modules.value)
+    def __init__(self, modules: BlockModules, dtype: torch.dtype, joined: Tensor | None) -> None:
+        inputs = modules.inputs()
         self.qkv: AnyLinear
         self.query: AnyLinear
         self.key_value: AnyLinear
-        if all(is_plain(linear) for linear in inputs):
-            fused = FrozenLinear(_join_weights(inputs, dtype), _join_biases(inputs))
+        if joined is not None:
+            fused = FrozenLinear(joined.to(dtype), _join_biases(inputs))
             hidden = modules.query.out_features
             self.qkv = fused
             self.query, self.key_value = fused.rows(0, hidden), fused.rows(hidden, 3 * hidden)
@@ -125,23 +133,6 @@ class BlockWeights:
         self.attention_norm = _norm(modules.attention_norm)
         self.output_norm = _norm(modules.output_norm)
         self.dtype = dtype
-
-    def with_vectors_of(self, modules: BlockModules) -> "BlockWeights":
-        """The same matrices with the biases and norms of now, which `.data` may have changed."""
-        renewed = copy.copy(self)
-        if isinstance(self.qkv, FrozenLinear):
-            inputs = (modules.query, modules.key, modules.value)
-            fused = FrozenLinear(self.qkv.weight, _join_biases(inputs))
-            hidden = modules.query.out_features
-            renewed.qkv = fused
-            renewed.query, renewed.key_value = fused.rows(0, hidden), fused.rows(hidden, 3 * hidden)
-        for name in ("attention_output", "intermediate", "output"):
-            linear, bias = getattr(self, name), getattr(modules, name).bias
-            if isinstance(linear, FrozenLinear) and bias is not None:
-                setattr(renewed, name, FrozenLinear(linear.weight, bias.detach()))
-        renewed.attention_norm = _norm(modules.attention_norm)
-        renewed.output_norm = _norm(modules.output_norm)
-        return renewed
 
     def bind(self) -> "BlockWeights":
         """The weights for one forward: called layers leave their graph in a copy."""
@@ -157,42 +148,59 @@ class BlockWeights:
         return bound
 
 
-class WeightCache:
-    """The `BlockWeights` of a block, made again whenever one of its parameters has changed."""
+class WeightReader:
+    """Reads the `BlockWeights` of a block at each forward, whoever wrote them and however.
+
+    The weights of query, key and value become views of one matrix, so that their one product needs
+    no memory; for products in another dtype than theirs all matrices are converted each time.
+    """
 
     def __init__(self, modules: BlockModules) -> None:
         self._modules = modules
-        self._made: dict[torch.dtype, tuple[tuple, BlockWeights]] = {}
+        self._joined: Tensor | None = None
 
-    def get(self, dtype: torch.dtype) -> BlockWeights:
-        """The weights for products in `dtype`."""
-        key, weights = self._made.get(dtype, (None, None))
-        if weights is None or key != self._key():
-            # Parameters must not become inference tensors: they may be trained on afterwards.
-            with torch.inference_mode(False), torch.no_grad():
-                weights = BlockWeights(self._modules, dtype)
-            # After the making, which moves the parameters of query, key and value.
-            self._made[dtype] = (self._key(), weights)
-            return weights
-        return weights.with_vectors_of(self._modules)
+    def read(self, dtype: torch.dtype) -> BlockWeights:
+        """The weights of now, for products in `dtype`."""
+        # Parameters must not become inference tensors: they may be trained on afterwards.
+        with torch.inference_mode(False), torch.no_grad():
+            return BlockWeights(self._modules, dtype, self._join())
 
-    def _key(self) -> tuple:
-        return versions_of(self._modules.parameters())
+    def separate(self) -> None:
+        """Give the parameters of query, key and value memory of their own again."""
+        if self._joined is not None:
+            for linear in self._modules.inputs():
+                linear.weight.data = linear.weight.data.clone()
+            self._joined = None
+
+    def _join(self) -> Tensor | None:
+        inputs = self._modules.inputs()
+        if not all(is_plain(linear) for linear in inputs):
+            return None
+        weights = [linear.weight.detach() for linear in inputs]
+        if self._joined is None or not _are_parts(weights, self._joined):
+            self._joined = torch.cat(weights)
+            for linear, part in zip(inputs, self._joined.chunk(3), strict=True):
+                linear.weight.data = _with_own_storage(part)
+        return self._joined
 
     def __getstate__(self) -> dict:
-        return {"_modules": self._modules, "_made": {}}
+        return {"_modules": self._modules, "_joined": None}
 
 
-def versions_of(parameters: Iterable[nn.Parameter]) -> tuple:
-    """Changes whenever a parameter is moved, converted or written in place (not by `.data`)."""
-    return tuple((p.data_ptr(), p._version, p.dtype) for p in parameters)
+def _are_parts(weights: list[Tensor], joined: Tensor) -> bool:
+    def place(tensor: Tensor) -> tuple:
+        return tensor.data_ptr(), tensor.dtype, tensor.stride()
+
+    return [place(weight) for weight in weights] == [place(part) for part in joined.chunk(3)]
 
 
-def separate(modules: BlockModules) -> None:
-    """Give the parameters of query, key and value memory of their own again."""
-    for linear in (modules.query, modules.key, modules.value):
-        if is_plain(linear):
-            linear.weight.data = linear.weight.data.clone()
+def _with_own_storage(view: Tensor) -> Tensor:
+    """The same memory as a storage that holds no more than this view.
+
+    Whoever saves a model tells tensors that are one by their storages (safetensors, accelerate),
+    or writes the storage whole (torch.save).
+    """
+    return torch.from_dlpack(view) if view.device.type in _SHARING_DEVICES else view
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -213,16 +221,6 @@ def _norm(module: nn.LayerNorm) -> Norm:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
-
-
-def _join_weights(linears: tuple[nn.Linear, ...], dtype: torch.dtype) -> Tensor:
-    parts = [linear.weight.detach() for linear in linears]
-    joined = torch.cat(parts)
-    if joined.dtype != dtype:
-        return joined.to(dtype)
-    for linear, part in zip(linears, joined.split([part.shape[0] for part in parts]), strict=True):
-        linear.weight.data = part
-    return joined
 
 
 def _join_biases(linears: tuple[nn.Linear, ...]) -> Tensor | None:

@@ -15,8 +15,10 @@ class PackedRows:
     def __init__(self, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> None:
         starts = cu_seqlens.long()
         positions = torch.arange(tokens, device=starts.device)
-        self._sequence = torch.searchsorted(starts[1:], positions, right=True)
-        self._row = positions - starts[self._sequence]
+        sequence = torch.searchsorted(starts[1:], positions, right=True)
+        # Rows behind the last sequence, which belong to nothing, get something.
+        self._sequence = sequence.clamp(max=len(starts) - 2)
+        self._row = (positions - starts[self._sequence]).clamp(max=max_seqlen - 1)
         offsets = torch.arange(max_seqlen, device=starts.device)
         self.inside = offsets < starts.diff()[:, None]  # bool [B, max_seqlen]
         # Behind the last token stands a row of zeros for whatever is outside.

@@ -41,7 +41,6 @@ def prefix_config(options: ModelOptions) -> PTuningV2Config:
         recompute=options.recompute,
         memory_budget=options.memory_budget,
         backbone_dtype=options.backbone_dtype,
-        cache_frozen_layers=options.cache_frozen_layers,
     )
 
 

@@ -36,7 +36,7 @@ METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora",)),
     **dict.fromkeys(
         ("prefix_projection", "prefix_dropout", "position_offset", "backbone", "recompute",
-         "memory_budget", "backbone_dtype", "cache_frozen_layers"),
+         "memory_budget", "backbone_dtype"),
         ("p-tuning-v2",),
     ),
 }  # fmt: skip
@@ -96,11 +96,6 @@ class ModelOptions(Options):
     )
     backbone_dtype: str | None = option(
         None, "dtype of the frozen weights (default: the model's)", choices=("bf16", "fp16")
-    )
-    cache_frozen_layers: str | None = option(
-        None,
-        "keep what the layers below the lowest prefix compute: 'memory' or a folder; needs "
-        "--depth and --dropout 0",
     )
     dropout: float | None = option(
         None, "dropout inside the encoder (default: the model's)", aliases=("hidden_dropout_prob",)
@@ -256,6 +251,9 @@ class RunConfig:
         return self.training.learning_rate or DEFAULT_LEARNING_RATES[self.model.method]
 
 
+# Options of earlier versions, which their runs' config.json names even where nobody gave them.
+_TAKEN_OUT = ("cache_frozen_layers",)
+
 SECTIONS: dict[str, type[Options]] = {
     "data": DataOptions,
     "model": ModelOptions,
@@ -274,6 +272,7 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
         # "model" is both a table and an option.
         is_table = name in SECTIONS and isinstance(value, dict)
         given += value.items() if is_table else [(name, value)]
+    given = [(name, value) for name, value in given if name not in _TAKEN_OUT or value is not None]
     known = {alias: name for part in SECTIONS.values() for alias, name in part.names().items()}
     names = [str(name).replace("-", "_") for name, _ in given]
     unknown = sorted(set(names) - set(known))
