@@ -211,13 +211,13 @@ def test_products_see_few_numbers_of_rows_on_cpus():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_process_does_not_grow_with_the_lengths_it_has_seen(dtype):
     # One row a sequence reaches the head, whose products are torch's own matter.
-    model = tiny_model(hidden_size=64, intermediate_size=256, num_attention_heads=4,
-                       max_position_embeddings=130)  # fmt: skip
-    attached(model=model.to(dtype), **WITHOUT_FALLBACK).train()
+    sizes_of_minilm = {"hidden_size": 384, "intermediate_size": 1536, "num_attention_heads": 12}
+    model = tiny_model(vocab_size=30_000, max_position_embeddings=130, **sizes_of_minilm)
+    model = attached(model=model.to(dtype), **WITHOUT_FALLBACK).train()
     generator, sizes = torch.Generator().manual_seed(0), []
     for step in range(1001):
         lengths = torch.randint(5, 129, (16,), generator=generator)
-        batch = make_batch("sequence", lengths.tolist(), width=int(lengths.max()))
+        batch = make_batch(lengths=lengths.tolist(), width=int(lengths.max()))
         model(**batch).logits.sum().backward()
         if step in (100, 1000):
             sizes.append(psutil.Process().memory_info().rss)
