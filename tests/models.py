@@ -227,5 +227,5 @@ def step_results(model, batch, head: str = "sequence", seed: int = 1) -> list[Te
 
 def set_fields(model, **fields) -> None:
     """Change how the layers of an attached model run."""
-    frozen = find_attachment(model)._frozen
+    frozen = find_attachment(model).frozen
     frozen.config = dataclasses.replace(frozen.config, **fields)

@@ -1,6 +1,8 @@
 """What attach changes, refuses and restores, and copies of attached models."""
 
 import copy
+import functools
+import inspect
 import io
 import pickle
 
@@ -11,11 +13,13 @@ from safetensors.torch import load_file
 
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
+from ptv2_fast.encoders.first_token import reads_first_only
 from tests.models import (
     P,
     attached,
     make_batch,
     one_thread,  # noqa: F401
+    outputs_of,
     tiny_config,
     tiny_model,
 )
@@ -186,13 +190,92 @@ def test_a_copy_is_attached_and_independent(duplicate, tmp_path):
     logits = model(**batch).logits
     twin = duplicate(model)
     assert torch.equal(twin(**batch).logits, logits)
+    states = model.bert.forward(**batch).last_hidden_state
+    assert torch.equal(twin.bert.forward(**batch).last_hidden_state, states)
     twin(**batch).logits.sum().backward()
     assert model.prefix_encoder.embedding.weight.grad is None
     with torch.no_grad():
         twin.prefix_encoder.embedding.weight.add_(1)
+    assert not torch.equal(twin.bert.forward(**batch).last_hidden_state, states)
     twin.save_pretrained(tmp_path)
     plain = ptv2_fast.detach(duplicate(model))
     ptv2_fast.load_adapter(plain, tmp_path)
     assert torch.equal(plain(**batch).logits, twin(**batch).logits)
     ptv2_fast.detach(twin)
     assert torch.equal(model(**batch).logits, logits)
+
+
+def rounded(forward):
+    """Someone's wrapper around a forward."""
+
+    def wrapper(*args, **kwargs):
+        output = forward(*args, **kwargs)
+        output.last_hidden_state = output.last_hidden_state.half().float()
+        return output
+
+    return wrapper
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_wrapped_forward_has_the_prefix_while_it_is_attached(when):
+    model, batch = tiny_model(head="bare"), make_batch()
+    without = model(**batch).last_hidden_state.half().float()
+    if when == "before":
+        model.forward = wrapper = rounded(model.forward)
+    attached(model=model)
+    if when == "after":
+        expected = model(**batch).last_hidden_state.half().float()
+        model.forward = wrapper = rounded(model.forward)
+    else:
+        expected = model.forward(**batch).last_hidden_state
+    for _ in range(2):
+        assert torch.equal(model(**batch).last_hidden_state, expected)
+        assert not torch.equal(expected, without)
+        ptv2_fast.detach(model)
+        assert vars(model)["forward"] is wrapper
+        assert torch.equal(model(**batch).last_hidden_state, without)
+        attached(model=model)
+        expected = model(**batch).last_hidden_state
+    ptv2_fast.detach(model)
+    del model.forward
+    attached(model=model)
+    assert not torch.equal(model(**batch).last_hidden_state.half().float(), without)
+    ptv2_fast.detach(model)
+    assert "forward" not in vars(model)
+
+
+@pytest.mark.parametrize("head", ["bare", "sequence"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_the_mixed_precision_of_accelerate_wraps_and_unwraps(head, when):
+    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
+    model, batch = tiny_model(head=head), make_batch()
+    if when == "before":
+        accelerator.prepare_model(model)
+    attached(model=model, backbone="frozen")
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = outputs_of(head, model(**batch)).float()
+    if when == "after":
+        signature = inspect.signature(model.forward)
+        accelerator.prepare_model(model)
+        assert inspect.signature(model.forward) == signature
+    for call in (model, model.forward):
+        torch.testing.assert_close(outputs_of(head, call(**batch)), expected)
+    if head != "bare":  # the shortcut is as legal as it is without
+        assert reads_first_only(model, model.bert, model.bert.encoder)
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.prefix_encoder.embedding.weight.add_(1)
+    assert not torch.equal(outputs_of(head, twin(**batch)), expected)
+    accelerator.unwrap_model(model, keep_fp32_wrapper=False)
+    ptv2_fast.detach(model)
+    accelerator.free_memory()
+
+
+def test_another_wrapper_ends_the_shortcut():
+    model = attached(backbone="frozen")
+    model.forward = functools.wraps(model.forward)(lambda *args, **kwargs: None)
+    assert not reads_first_only(model, model.bert, model.bert.encoder)
+    del model.forward
+    assert reads_first_only(model, model.bert, model.bert.encoder)
+    model.bert.forward = rounded(model.bert.forward)
+    assert not reads_first_only(model, model.bert, model.bert.encoder)

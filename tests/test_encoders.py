@@ -1,6 +1,8 @@
 """Attached encoders against prefix tuning by concatenation, and the promises of attach."""
 
 import copy
+import inspect
+import types
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from tests.models import (
     check_equals_concatenation,
     make_batch,
     one_thread,  # noqa: F401
+    outputs_of,
     real_tokens,
     tiny_model,
 )
@@ -97,10 +100,37 @@ def test_a_layer_that_does_not_call_the_hook_is_named():
         model(**make_batch())
 
 
-def test_attention_outside_the_backbone_is_refused():
-    model = attached("bare")
+@pytest.mark.parametrize("backbone", ["hook", "frozen"])
+def test_attention_outside_the_backbone_is_refused(backbone):
+    model = attached("bare", backbone=backbone)
     with pytest.raises(RuntimeError, match="call the model itself"):
-        model.forward(**make_batch())
+        model.encoder.layer[0](torch.ones(1, 2, 16))
+    model.forward = types.MethodType(type(model).forward, model)
+    with pytest.raises(RuntimeError, match="leave its backbone's forward in place"):
+        model(**make_batch())
+
+
+@pytest.mark.parametrize("backbone", ["hook", "frozen"])
+@pytest.mark.parametrize("head", ["bare", "sequence", "token"])
+def test_forward_called_directly_is_a_call(head, backbone):
+    model, batch = attached(head, backbone=backbone), make_batch()
+    plain = tiny_model(head=head)
+    assert inspect.signature(model.forward) == inspect.signature(plain.forward)
+    for module in (model, model.base_model):
+        kind = "bare" if module is model.base_model else head
+        expected = outputs_of(kind, module(**batch))
+        # Without hooks the last layer computes every token for the head, in other products.
+        actual = outputs_of(kind, module.forward(*batch.values()))
+        torch.testing.assert_close(actual, expected)
+        gradients = [
+            torch.autograd.grad(output.square().sum(), model.prefix_encoder.embedding.weight)[0]
+            for output in (actual, expected)
+        ]
+        torch.testing.assert_close(*gradients)
+    with ptv2_fast.disabled(model):
+        assert not torch.equal(outputs_of(kind, module.forward(**batch)), actual)
+    with pytest.raises(ValueError, match="output_attentions: expected False"):
+        model.forward(**batch, output_attentions=True)
 
 
 @pytest.mark.parametrize("position_offset", ["none", "prefix"])
@@ -199,6 +229,17 @@ def test_compiles_into_one_graph():
     gradients = [torch.autograd.grad(output.square().sum(), table)[0] for output in outputs]
     torch.testing.assert_close(outputs[1], outputs[0])
     torch.testing.assert_close(gradients[1], gradients[0])
+
+
+def test_forward_itself_is_compiled_and_traced():
+    model, batch = attached("bare"), make_batch(lengths=(11, 11, 11))
+    model.config.return_dict = False
+    expected = model(**batch)[0]
+    torch._dynamo.reset()
+    compiled = torch.compile(model.forward, fullgraph=True, backend="eager")
+    torch.testing.assert_close(compiled(**batch)[0], expected)
+    traced = torch.jit.trace(model.forward, tuple(batch.values()), check_trace=False)
+    torch.testing.assert_close(traced(*batch.values())[0], expected)
 
 
 @pytest.mark.parametrize("how", ["autocast", "before", "after"])

@@ -204,6 +204,10 @@ def test_one_backbone_carries_one_prefix():
         ptv2_fast.attach(first, config)
     ptv2_fast.detach(first.bert)
     ptv2_fast.attach(second, config)
+    third = tiny_model()
+    third.bert.encoder.layer[2] = second.bert.encoder.layer[2]
+    with pytest.raises(ValueError, match=r"model shares \(bert\.encoder\.layer\.2\)"):
+        ptv2_fast.attach(third, config)
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import inspect
 import os
 import threading
 from typing import Any
@@ -13,19 +12,17 @@ from transformers import PreTrainedModel
 
 import ptv2_fast
 from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
-from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
-from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
-from ptv2_fast.encoders.families import Family
-from ptv2_fast.encoders.first_token import (
+from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT
+from ptv2_fast.encoders.backbone_forward import (
     FIRST_TOKEN_ARGUMENT,
-    has_backward_hooks,
-    has_foreign_hooks,
-    reads_first_only,
+    give_forward_back,
+    take_forward,
 )
+from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.first_token import reads_first_only
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
-from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
+from ptv2_fast.encoders.input_checks import refuse_replica
 from ptv2_fast.encoders.selection import find_saved_names, trains_layers
-from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
 
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
@@ -48,16 +45,15 @@ def _is_disabled(attachment: "Attachment") -> bool:
 
 
 def find_attachment(model: nn.Module) -> "Attachment | None":
-    """The attachment of a model, or None."""
+    """The attachment of a model, or of the model that a layer belongs to, or None."""
     return getattr(model, ATTACHMENT_ATTRIBUTE, None)
 
 
 class Attachment:
     """The state of one attached model.
 
-    Its methods are the forward hooks of the backbone (hooks rather than a replaced forward: the
-    signature Trainer reads stays as it is, and copies and pickles of the model keep working).
-    Creating one patches the model in place; `undo` restores it.
+    Its methods are the hooks of the model's parts; what happens around a forward of the backbone
+    is in backbone_forward.py. Creating one patches the model in place; `undo` restores it.
 
     Args:
         model: the model, already checked.
@@ -72,15 +68,13 @@ class Attachment:
         self.layers = family.layer_modules(self.backbone)
         # By all threads; compiled graphs are guarded by it, which they are not by a thread's own.
         self._times_disabled = 0
-        # Signatures are read here because torch.compile cannot trace inspect.
-        self.argument_names = tuple(inspect.signature(self.backbone.forward).parameters)
         self._offset_argument = ""
         if self.config.position_offset == "prefix":
             self._offset_argument = family.offset_argument(self.backbone)
 
         # Nothing is changed before the last of these lines, which may raise.
         self.saved_names = find_saved_names(model, family, self.config.modules_to_save)
-        self._frozen = FrozenBackbone(
+        self.frozen = FrozenBackbone(
             self.layers,
             family,
             encoder.num_heads,
@@ -100,15 +94,18 @@ class Attachment:
         self.saved_names += [f"{ENCODER_NAME}.{name}" for name in encoder.state_dict()]
         self.set_trainable(not self.config.inference_mode)
         self._old_dtypes = self._convert_backbone(set(frozen_names))
-        self._frozen.install()
+        self.frozen.install()
+        take_forward(self.backbone, self)
+        # Modules that can serve one prefix only: no other attached model may share them.
+        self._changed = list(self.layers)
         self._handles = self._register_hooks()
         model.save_pretrained = self.save_pretrained  # type: ignore[assignment, method-assign]
-        setattr(model, ATTACHMENT_ATTRIBUTE, self)
+        for module in (model, *self._changed):
+            setattr(module, ATTACHMENT_ATTRIBUTE, self)
 
     def _register_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
         handles = [
-            self.backbone.register_forward_pre_hook(self.before_backbone, with_kwargs=True),
-            self.backbone.register_forward_hook(self.after_backbone, with_kwargs=True),
+            self.backbone.register_forward_pre_hook(refuse_replica),
             self.layers[0].register_forward_pre_hook(self.before_first_layer, with_kwargs=True),
             self.model.register_load_state_dict_pre_hook(self.before_load),
         ]
@@ -121,6 +118,7 @@ class Attachment:
             handles.append(
                 embeddings.register_forward_pre_hook(self.before_embeddings, with_kwargs=True)
             )
+            self._changed.append(embeddings)
         return handles
 
     def _convert_backbone(self, frozen_names: set[str]) -> dict[str, torch.dtype]:
@@ -165,79 +163,21 @@ class Attachment:
         """Restore the model as it was before `attach` (trained weights outside stay trained)."""
         for handle in self._handles:
             handle.remove()
+        give_forward_back(self.backbone)
         model = self.model
         delattr(model, ENCODER_NAME)
-        delattr(model, ATTACHMENT_ATTRIBUTE)
+        for module in (model, *self._changed):
+            delattr(module, ATTACHMENT_ATTRIBUTE)
         del model.save_pretrained
         del model._keys_to_ignore_on_save
         vars(model).update(self._old_ignored_keys)
         for module, config in self._old_configs:
             module.config = config
-        self._frozen.undo()
+        self.frozen.undo()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._old_requires_grad.get(name, parameter.requires_grad))
             if name in self._old_dtypes:
                 parameter.data = parameter.data.to(self._old_dtypes[name])
-
-    def before_backbone(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]]:
-        """Check the inputs, compute the prefix once and send it along."""
-        if getattr(module, "_is_replica", False):
-            raise RuntimeError(
-                "nn.DataParallel cannot train a prefix: its replicas are thrown away after each "
-                "step; use DistributedDataParallel (torchrun) or show the process one GPU"
-            )
-        kwargs = dict(kwargs)
-        first_token_only = kwargs.pop(FIRST_TOKEN_ARGUMENT, False)
-        # zip is not strict: positional arguments are the first of the names.
-        arguments = {**dict(zip(self.argument_names, args, strict=False)), **kwargs}
-        check_arguments(arguments, self.model, self.family, self.positions_taken)
-        embeds = arguments.get("inputs_embeds")
-        state = PrefixState(
-            layers=self.encoder.layer_prefixes() if self.enabled else {},
-            prefix_dropout=self.config.prefix_dropout,
-            keep_input_gradient=(embeds is not None and embeds.requires_grad)
-            or self._gradient_below_layers(),
-        )
-        state.run = self._start_blocks(arguments, state, first_token_only)
-        if state.run is None and module.training:
-            refuse_reentrant_checkpointing(self.layers)
-        return args, {**kwargs, STATE_ARGUMENT: state}
-
-    def _gradient_below_layers(self) -> bool:
-        """Whether something in front of the layers trains, or someone's hook may want a gradient.
-
-        The hook of transformers that goes with checkpointing wants none.
-        """
-        stems = [n for n in self.family.frozen if not self.family.layers.startswith(n + ".")]
-        parts = [p for p in (getattr(self.backbone, stem, None) for stem in stems) if p is not None]
-        if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
-            return True
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return False
-        return any(
-            has_foreign_hooks(module) or has_backward_hooks(module)
-            for part in parts
-            for module in part.modules()
-        )
-
-    def _start_blocks(
-        self, arguments: dict[str, Any], state: PrefixState, first_token_only: bool
-    ) -> FrozenRun | None:
-        tokens = input_tokens(arguments)
-        if tokens is None:  # transformers' own error names the two arguments
-            return None
-        shows_layers = arguments.get("output_hidden_states")
-        if shows_layers is None:
-            shows_layers = self.model.config.output_hidden_states
-        return self._frozen.start(
-            tokens,
-            arguments,
-            state,
-            shows_layers=bool(shows_layers),
-            reads_first_only=first_token_only,
-        )
 
     def before_head(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -251,19 +191,6 @@ class Attachment:
     def after_last_layer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Give the head the dtype of its weights, with `backbone_dtype`."""
         return output.to(next(iter(self._old_dtypes.values())))
-
-    def after_backbone(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any], output: object
-    ) -> None:
-        """Prove that every prefixed layer called the attention function."""
-        state = kwargs[STATE_ARGUMENT]
-        silent = [layer for layer in state.layers if layer not in state.called]
-        if silent:
-            raise RuntimeError(
-                f"layers {silent} of {type(module).__name__} did not call the attention function "
-                f"{ATTENTION_NAME!r}: their prefix had no effect (was the model's attention "
-                "implementation changed after attach?)"
-            )
 
     def before_embeddings(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]

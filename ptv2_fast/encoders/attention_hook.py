@@ -48,7 +48,8 @@ def _attention(
     if not isinstance(state, PrefixState):
         raise RuntimeError(
             "the attention of an attached model was called from outside its backbone; call the "
-            "model itself (model(...), not model.forward(...) or one of its layers), or detach it"
+            "model itself and not one of its layers, leave its backbone's forward in place (a "
+            "wrapper may call it), or detach it"
         )
     if getattr(module, "is_causal", False):
         raise ValueError("is_causal: expected False (an encoder), got True")

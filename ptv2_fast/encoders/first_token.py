@@ -1,11 +1,12 @@
 """Heads that read the first token's state and no other: which they are, and when that holds."""
 
+from types import MethodType
+
 from torch import nn
 from torch.nn.modules import module as torch_module
 
-# The argument by which an attached model tells its backbone, for one call, that only the first
-# token is read. transformers' heads hand it down among their keyword arguments.
-FIRST_TOKEN_ARGUMENT = "ptv2_first_token_only"
+from ptv2_fast.encoders.backbone_forward import replaced_by_prefix
+from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
 
 # Class of the model -> the module that reads the backbone's states ("" = the backbone's pooler).
 _READERS = {
@@ -26,6 +27,9 @@ _READ_FIRST = (
     "XLMRobertaClassificationHead",
     "ElectraClassificationHead",
 )
+
+# Where the wrappers are from that accelerate puts around a forward for mixed precision.
+_MIXED_PRECISION = ("accelerate.utils.operations", "torch.amp.autocast_mode")
 
 
 def reads_first_only(model: nn.Module, backbone: nn.Module, encoder: nn.Module) -> bool:
@@ -53,18 +57,6 @@ def reads_first_only(model: nn.Module, backbone: nn.Module, encoder: nn.Module) 
     )
 
 
-def has_foreign_hooks(module: nn.Module) -> bool:
-    """Whether someone else than this package and transformers listens to a module's forward."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    ours = ("ptv2_fast.", "transformers.")
-    return any(not getattr(hook, "__module__", "").startswith(ours) for hook in hooks)
-
-
-def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether someone listens to a module's backward pass."""
-    return bool(module._backward_hooks or module._backward_pre_hooks)
-
-
 def _has_own_forward(module: object) -> bool:
     if not isinstance(module, nn.Module):
         return False
@@ -72,8 +64,31 @@ def _has_own_forward(module: object) -> bool:
     return (
         kind.__module__.startswith(models)
         and getattr(kind.forward, "__module__", "").startswith(models)
-        and "forward" not in vars(module)
+        and _innermost_forward(module) is kind.forward
     )
+
+
+def _innermost_forward(module: nn.Module) -> object:
+    """The forward that a call runs, below a prefix and accelerate's mixed precision."""
+    forward: object = vars(module).get("forward", type(module).forward)
+    while True:
+        replaced = replaced_by_prefix(forward, module)
+        if replaced is not None:
+            forward = replaced
+        elif isinstance(forward, MethodType) and forward.__self__ is module:
+            forward = forward.__func__
+        elif _converts_numbers(forward):
+            forward = forward.__wrapped__  # type: ignore[attr-defined]
+        else:
+            return forward
+
+
+def _converts_numbers(forward: object) -> bool:
+    """Whether a wrapper is accelerate's mixed precision: autocast, outputs in float32."""
+    # Of a function not its __module__, which wrappers take from what they wrap.
+    names = getattr(forward, "__globals__", None)
+    place = type(forward).__module__ if names is None else names["__name__"]
+    return place in _MIXED_PRECISION and hasattr(forward, "__wrapped__")
 
 
 def _is_untouched(module: object) -> bool:

@@ -15,7 +15,7 @@ from ptv2_fast.encoders.checkpointing import (
     restore_checkpointing,
 )
 from ptv2_fast.encoders.families import Family
-from ptv2_fast.encoders.first_token import has_backward_hooks, has_foreign_hooks
+from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
 from ptv2_fast.frozen.engine import FrozenRun
 from ptv2_fast.frozen.layout import full_layout, masked_layout
 from ptv2_fast.frozen.weights import BlockModules, WeightReader, is_plain

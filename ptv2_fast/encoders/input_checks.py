@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.families import Family
@@ -69,4 +69,17 @@ def _check_length(
         raise ValueError(
             f"input_ids: expected at most {limit - taken} tokens, got {length}; "
             f"{type(model).__name__} has {limit} positions and {limit - taken} remain{reason}"
+        )
+
+
+def refuse_replica(module: nn.Module, args: tuple) -> None:
+    """A hook in front of the backbone.
+
+    Raises:
+        RuntimeError: when `module` is a replica that nn.DataParallel made.
+    """
+    if getattr(module, "_is_replica", False):
+        raise RuntimeError(
+            "nn.DataParallel cannot train a prefix: its replicas are thrown away after each "
+            "step; use DistributedDataParallel (torchrun) or show the process one GPU"
         )

@@ -137,12 +137,11 @@ def _check_model(model: PreTrainedModel, config: PTuningV2Config) -> Family:
     if find_attachment(model) is not None or hasattr(model, ENCODER_NAME):
         raise ValueError("model: expected a model without a prefix, got one; detach it first")
     for name, module in model.named_modules():
-        for hook in module._forward_pre_hooks.values():
-            if isinstance(getattr(hook, "__self__", None), Attachment):
-                raise ValueError(
-                    "model: expected a backbone without a prefix, got one that another attached "
-                    f"model shares ({name or type(model).__name__}); detach that one first"
-                )
+        if find_attachment(module) is not None:
+            raise ValueError(
+                "model: expected a backbone without a prefix, got one that another attached model "
+                f"shares ({name}); detach that one first"
+            )
     from_peft = any(type(module).__module__.startswith("peft.") for module in model.modules())
     if from_peft or hasattr(model, "peft_config"):
         raise ValueError("model: expected a model without PEFT adapters, got one with them")

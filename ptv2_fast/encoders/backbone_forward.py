@@ -1,0 +1,198 @@
+"""The forward of an attached backbone: what happens around transformers' own."""
+
+import inspect
+from collections.abc import Callable
+from types import CodeType, MethodType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
+from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
+from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
+from ptv2_fast.frozen.engine import FrozenRun
+
+if TYPE_CHECKING:
+    from ptv2_fast.encoders.attachment import Attachment
+
+# The argument by which an attached model tells its backbone, for one call, that only the first
+# token is read. transformers' heads hand it down among their keyword arguments.
+FIRST_TOKEN_ARGUMENT = "ptv2_first_token_only"
+_OWN_NAME = "_ptv2_forward"
+
+
+class BackboneForward:
+    """Takes the place of a backbone's `forward`, so that `model.forward(...)` has its prefix too.
+
+    It stands for a bound method, and, unlike one that is set on an object, pickles. Who wraps a
+    method by its `__func__`, as accelerate does, finds one. A wrapper that is still around when
+    the prefix is taken off keeps calling it: then it is the forward that was there before.
+
+    Args:
+        backbone: the module.
+        replaced: the forward that was set on the module itself; None = that of its class.
+    """
+
+    __name__ = "forward"
+
+    def __init__(self, backbone: nn.Module, replaced: Callable[..., Any] | None) -> None:
+        self.backbone, self.replaced = backbone, replaced
+        self.attachment: Attachment | None = None
+        # Read here because torch.compile cannot trace inspect.
+        self._names = tuple(self.__signature__.parameters)
+
+    @property
+    def __self__(self) -> nn.Module:
+        """The object of this method."""
+        return self.backbone
+
+    @property
+    def __code__(self) -> CodeType:
+        """Where torch.export finds the place of its trace."""
+        return BackboneForward.__call__.__code__
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        """That of the forward which was there before: Trainer drops columns by it."""
+        bound = type(self.backbone).forward.__get__(self.backbone)
+        return inspect.signature(bound if self.replaced is None else self.replaced)
+
+    @property
+    def __func__(self) -> Callable[..., Any]:
+        """The function of this method; it serves copies of the backbone as well."""
+
+        def forward(backbone: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return vars(backbone)[_OWN_NAME](*args, **kwargs)
+
+        signature = self.__signature__
+        module = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        parameters = [module, *signature.parameters.values()]
+        forward.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Check the inputs, compute the prefix once, send it along, prove that it was used."""
+        if args and args[0] is self.backbone:  # accelerate binds what it finds below its wrappers
+            args = args[1:]
+        if self.attachment is None:
+            return self._inner(*args, **kwargs)
+        kwargs = dict(kwargs)
+        first_token_only = kwargs.pop(FIRST_TOKEN_ARGUMENT, False)
+        # zip is not strict: positional arguments are the first of the names.
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        state = _start(self.attachment, arguments, first_token_only)
+        output = self._inner(*args, **{**kwargs, STATE_ARGUMENT: state})
+        silent = [layer for layer in state.layers if layer not in state.called]
+        if silent:
+            raise RuntimeError(
+                f"layers {silent} of {type(self.backbone).__name__} did not call the attention "
+                f"function {ATTENTION_NAME!r}: their prefix had no effect (was the model's "
+                "attention implementation changed after attach?)"
+            )
+        return output
+
+    def _inner(self, *args: Any, **kwargs: Any) -> Any:
+        if self.replaced is None:
+            return type(self.backbone).forward(self.backbone, *args, **kwargs)
+        return self.replaced(*args, **kwargs)
+
+
+def take_forward(backbone: nn.Module, attachment: "Attachment") -> BackboneForward:
+    """Put an attachment's `BackboneForward` in place."""
+    own = vars(backbone)
+    # One that `give_forward_back` had to leave behind is called by the wrapper around it.
+    if _OWN_NAME not in own or "forward" not in own:
+        setattr(backbone, _OWN_NAME, BackboneForward(backbone, own.get("forward")))
+        backbone.forward = own[_OWN_NAME]  # type: ignore[method-assign]
+    own[_OWN_NAME].attachment = attachment
+    return own[_OWN_NAME]
+
+
+def give_forward_back(backbone: nn.Module) -> None:
+    """Undo `take_forward`, also under the wrapper of someone else."""
+    own = vars(backbone)
+    forward: BackboneForward = own[_OWN_NAME]
+    forward.attachment = None
+    if replaced_by_prefix(own.get("forward"), backbone) is None:
+        return
+    delattr(backbone, _OWN_NAME)
+    if forward.replaced is None:
+        del backbone.forward
+    else:
+        backbone.forward = forward.replaced  # type: ignore[method-assign]
+
+
+def replaced_by_prefix(forward: object, backbone: nn.Module) -> Callable[..., Any] | None:
+    """What the forward of a prefix stands in for; None when `forward` is something else.
+
+    Args:
+        forward: the `BackboneForward`, or its function, which accelerate takes out of wrappers.
+        backbone: to which it belongs.
+    """
+    function = forward.__func__ if isinstance(forward, MethodType) else forward
+    is_ours = isinstance(function, BackboneForward)
+    if not is_ours and getattr(function, "__globals__", None) is not globals():
+        return None
+    own = vars(backbone)[_OWN_NAME]
+    return type(backbone).forward if own.replaced is None else own.replaced
+
+
+def _start(
+    attachment: "Attachment", arguments: dict[str, Any], first_token_only: bool
+) -> PrefixState:
+    """Check the arguments of a forward, by name, and make what it hands to the layers."""
+    backbone, config = attachment.backbone, attachment.config
+    check_arguments(arguments, attachment.model, attachment.family, attachment.positions_taken)
+    embeds = arguments.get("inputs_embeds")
+    state = PrefixState(
+        layers=attachment.encoder.layer_prefixes() if attachment.enabled else {},
+        prefix_dropout=config.prefix_dropout,
+        keep_input_gradient=(embeds is not None and embeds.requires_grad)
+        or _gradient_below_layers(attachment),
+    )
+    state.run = _start_blocks(attachment, arguments, state, first_token_only)
+    if state.run is None and backbone.training:
+        refuse_reentrant_checkpointing(attachment.layers)
+    return state
+
+
+def _gradient_below_layers(attachment: "Attachment") -> bool:
+    """Whether something in front of the layers trains, or someone's hook may want a gradient.
+
+    The hook of transformers that goes with checkpointing wants none.
+    """
+    family, backbone = attachment.family, attachment.backbone
+    stems = [name for name in family.frozen if not family.layers.startswith(name + ".")]
+    parts = [part for part in (getattr(backbone, stem, None) for stem in stems) if part is not None]
+    if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
+        return True
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    return any(
+        has_foreign_hooks(module) or has_backward_hooks(module)
+        for part in parts
+        for module in part.modules()
+    )
+
+
+def _start_blocks(
+    attachment: "Attachment",
+    arguments: dict[str, Any],
+    state: PrefixState,
+    first_token_only: bool,
+) -> FrozenRun | None:
+    tokens = input_tokens(arguments)
+    if tokens is None:  # transformers' own error names the two arguments
+        return None
+    shows_layers = arguments.get("output_hidden_states")
+    if shows_layers is None:
+        shows_layers = attachment.model.config.output_hidden_states
+    return attachment.frozen.start(
+        tokens,
+        arguments,
+        state,
+        shows_layers=bool(shows_layers),
+        reads_first_only=first_token_only,
+    )
