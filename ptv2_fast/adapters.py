@@ -8,8 +8,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_adapter, write_adapter
-from ptv2_fast.encoders.attachment import ENCODER_NAME, Attachment, find_attachment
+from ptv2_fast.encoders.attachment import Attachment, find_attachment
 from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
+from ptv2_fast.encoders.selection import ENCODER_NAME
 from ptv2_fast.prefix import EXECUTION_FIELDS, PTuningV2Config
 
 # Fields that an adapter and an attached model must share: they decide what the tensors mean.

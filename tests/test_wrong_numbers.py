@@ -266,10 +266,67 @@ def test_what_is_unfrozen_or_watched_below_the_layers_gets_its_gradient(backbone
     assert gradient.abs().sum() > 0
 
 
-def test_what_trains_and_is_not_saved_is_named(tmp_path):
-    model = attached()
+def unfreeze_a_layer(model):
+    model.bert.encoder.layer[1].requires_grad_()
+
+
+def unfreeze_a_bias(model):
     model.bert.embeddings.LayerNorm.bias.requires_grad_()
-    with pytest.raises(ValueError, match="trained parameters: bert"):
-        model.save_pretrained(tmp_path)
-    model.bert.embeddings.LayerNorm.bias.requires_grad_(False)
+
+
+def widen_head(model):
+    model.classifier = nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 3))
+
+
+@pytest.mark.parametrize("backbone", ["hook", "auto"])
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        (unfreeze_a_layer, "bert.encoder.layer.1.attention.self.query.weight"),
+        (unfreeze_a_bias, "bert.embeddings.LayerNorm.bias"),
+        (widen_head, "classifier.1.weight"),
+    ],
+    ids=["layer", "bias", "head"],
+)
+@pytest.mark.filterwarnings("ignore:the backbone runs without frozen blocks")
+def test_what_trains_and_is_not_saved_is_named_before_it_trains(change, name, backbone, tmp_path):
+    model, batch = attached(backbone=backbone).train(), make_batch()
+    model(**batch)
+    change(model)
+    message = f"holds all that trains, got .* {name}.*modules_to_save"
+    for call in (lambda: model(**batch), lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(ValueError, match=message):
+            call()
+    parameter = model.get_parameter(name)
+    model.eval()(**batch).logits.sum().backward()
+    assert parameter.grad.abs().sum() > 0
+    with torch.no_grad():
+        model.train()(**batch)
+
+
+def test_what_is_chosen_trains_and_is_saved(tmp_path):
+    model, batch = attached(modules_to_save=["embeddings"]).train(), make_batch()
+    model(**batch).logits.sum().backward()
+    assert model.bert.embeddings.LayerNorm.bias.grad.abs().sum() > 0
     model.save_pretrained(tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:the backbone runs without frozen blocks")
+def test_lora_on_an_attached_model_does_not_freeze_the_prefix_silently():
+    peft = pytest.importorskip("peft")
+    lora = peft.LoraConfig(target_modules=["query"], init_lora_weights=False)
+    model, batch = attached(), make_batch()
+    lora_model = peft.get_peft_model(model, lora).train()
+    with pytest.raises(ValueError, match=r"lora_A.*the prefix itself is frozen, as PEFT leaves"):
+        lora_model(**batch)
+    with torch.no_grad():
+        lora_model(**batch)
+    kept = peft.get_peft_model(attached(inference_mode=True), lora).train()
+    kept(**batch).logits.sum().backward()
+    assert kept.prefix_encoder.embedding.weight.grad is None
+    model = attached().train()
+    model.prefix_encoder.requires_grad_(False)
+    with pytest.warns(UserWarning, match="the prefix does not train") as warned:
+        model(**batch)
+        model(**batch)
+    assert len(warned) == 1

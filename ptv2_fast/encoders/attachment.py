@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import os
 import threading
+import warnings
 from typing import Any
 
 import torch
@@ -22,11 +23,17 @@ from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.first_token import reads_first_only
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
 from ptv2_fast.encoders.input_checks import refuse_replica
-from ptv2_fast.encoders.selection import find_saved_names, trains_layers
+from ptv2_fast.encoders.selection import (
+    ENCODER_NAME,
+    check_saved,
+    find_saved_names,
+    prefix_trains,
+    trained_ids,
+    trains_layers,
+)
 from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
 
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
-ENCODER_NAME = "prefix_encoder"
 IGNORED_KEYS = "_keys_to_ignore_on_save"
 
 
@@ -72,6 +79,7 @@ class Attachment:
         if self.config.position_offset == "prefix":
             self._offset_argument = family.offset_argument(self.backbone)
 
+        self._trained_ids: tuple[int, ...] = ()  # as they were when they were last checked
         # Nothing is changed before the last of these lines, which may raise.
         self.saved_names = find_saved_names(model, family, self.config.modules_to_save)
         self.frozen = FrozenBackbone(
@@ -158,6 +166,28 @@ class Attachment:
         self.config = dataclasses.replace(self.config, inference_mode=not trainable)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(trainable and name in names)
+
+    def check_training(self) -> None:
+        """Check, in front of a training step, that it trains what the adapter holds.
+
+        Warns when the prefix is frozen although it was attached for training.
+
+        Raises:
+            ValueError: when something else trains.
+        """
+        if self.config.inference_mode:
+            return
+        ids = trained_ids(self.model)
+        if ids == self._trained_ids:
+            return
+        check_saved(self.model, self.saved_names)
+        if not prefix_trains(self.model):
+            warnings.warn(
+                f"the prefix does not train: someone (PEFT, say) froze {ENCODER_NAME} after "
+                "attach; unfreeze it, or attach with inference_mode=True",
+                stacklevel=4,
+            )
+        self._trained_ids = ids
 
     def undo(self) -> None:
         """Restore the model as it was before `attach` (trained weights outside stay trained)."""
@@ -261,13 +291,7 @@ class Attachment:
             ValueError: when `state_dict` lacks one of them, or a parameter trains that the adapter
                 would not hold.
         """
-        saved = set(self.saved_names)
-        lost = [n for n, p in self.model.named_parameters() if p.requires_grad and n not in saved]
-        if lost:
-            raise ValueError(
-                "model: expected that the adapter holds all that trains (see modules_to_save), got "
-                f"{len(lost)} other trained parameters: {', '.join(lost[:5])}"
-            )
+        check_saved(self.model, self.saved_names)
         tensors = self.model.state_dict() if state_dict is None else state_dict
         missing = [name for name in self.saved_names if name not in tensors]
         if missing:

@@ -145,6 +145,8 @@ def _start(
     """Check the arguments of a forward, by name, and make what it hands to the layers."""
     backbone, config = attachment.backbone, attachment.config
     check_arguments(arguments, attachment.model, attachment.family, attachment.positions_taken)
+    if backbone.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        attachment.check_training()
     embeds = arguments.get("inputs_embeds")
     state = PrefixState(
         layers=attachment.encoder.layer_prefixes() if attachment.enabled else {},
