@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from ptv2_fast.ops.attention import prefix_attention
+from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 
 
 def make_tensors(batch: int = 2, tokens: int = 9) -> list[torch.Tensor]:
@@ -77,10 +77,22 @@ def test_nothing_has_gradients_of_nothing(backend, sizes):
         assert torch.equal(gradient, torch.zeros_like(tensor))
 
 
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_a_query_of_nan_is_nan_in_its_row_alone(backend):
+@pytest.mark.parametrize("backend", ["reference", "cpp", "split", "triton"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_a_score_of_nan_is_nan_in_its_rows_alone(backend, masked):
     tensors = [tensor.detach() for tensor in make_tensors()]
+    options = {"backend": backend}
+    if masked:  # one column remains
+        options["key_mask"] = torch.arange(9).expand(2, 9) == 4
+        tensors[1][:, :, 7] = float("nan")  # seen by nobody
     tensors[0][1, 0, 3, 5] = float("nan")
-    is_nan = prefix_attention(*tensors, backend=backend).isnan()
-    assert is_nan[1, 0, 3].all()
-    assert is_nan.sum() == 16
+    out, lse = prefix_attention_with_lse(*tensors, **options)
+    expected = torch.zeros(2, 2, 9, dtype=torch.bool)
+    expected[1, 0, 3] = True
+    assert torch.equal(lse.isnan(), expected)
+    assert torch.equal(out.isnan(), expected[..., None].expand(out.shape))
+    tensors[0].nan_to_num_()
+    tensors[3][1] = float("nan")  # every score of one segment
+    out, lse = prefix_attention_with_lse(*tensors, **options)
+    assert out[:, 1].isnan().all() and lse[:, 1].isnan().all()
+    assert not out[:, 0].isnan().any()

@@ -146,8 +146,7 @@ def prefix_attention(
 
     Returns:
         [B, H, T, D] in query's dtype, whose [B, T, H, D] view is contiguous; packed [N, H, D]. A
-        row without a visible column gives 0, a row of query that holds NaN gives NaN ("reference"
-        and "cpp"; "split" what torch's kernel gives).
+        row without a visible column gives 0, a row with a visible score of NaN gives NaN.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.

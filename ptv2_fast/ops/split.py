@@ -64,6 +64,8 @@ def _segments(query, key, value, prefix_key, prefix_value, key_mask) -> list[_Se
             bias = query.new_zeros(batch, padded)[:, : key.shape[2]]
             bias = bias.masked_fill_(~key_mask, float("-inf"))[:, None, None, :]
             bias = bias.expand(batch, heads, queries, key.shape[2])
+            # Added to a score of NaN the bias would hide nothing.
+            key = key.masked_fill(~key_mask[:, None, :, None], 0.0)
         tokens = _Segment(key, value, bias)
     return [prefix, tokens]
 
@@ -88,7 +90,16 @@ def _segment_forward(query: Tensor, segment: _Segment, scale: float) -> tuple[Te
         out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
             query, key, value, attn_mask=bias, scale=scale
         )
-        # torch reports lse 0 for a row whose columns are all masked.
+        # torch gives out 0 and lse 0 to a row without a score above -inf: to one without a visible
+        # column, and to one whose scores are NaN.
+        doubtful = lse == 0
+        if doubtful.any():
+            scores = query @ key.transpose(2, 3)
+            if bias is not None:
+                scores = scores.masked_fill(bias == float("-inf"), 0.0)
+            is_nan = doubtful & scores.isnan().any(dim=-1)
+            lse = lse.masked_fill(is_nan, float("nan"))
+            out = out.masked_fill(is_nan[..., None], float("nan"))
     else:
         out, lse, _, _ = _aten._scaled_dot_product_efficient_attention(
             query, key, value, bias, True, scale=scale
