@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from tests.models import (
+    MODEL_TYPES,
     attached,
     make_batch,
     one_thread,  # noqa: F401
@@ -330,3 +331,36 @@ def test_lora_on_an_attached_model_does_not_freeze_the_prefix_silently():
         model(**batch)
         model(**batch)
     assert len(warned) == 1
+
+
+@pytest.mark.parametrize("kind", MODEL_TYPES)
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+def test_the_loss_over_positions_of_a_padded_batch_is_the_mean_of_its_texts(kind, backbone):
+    model, batch = attached("question", kind, backbone=backbone), make_batch()
+    batch["start_positions"] = torch.tensor([0, 6, 2])
+    batch["end_positions"] = torch.tensor([3, 6, 2])
+    table, alone = model.prefix_encoder.embedding.weight, []
+    for row, length in enumerate((11, 7, 4)):
+        text = {
+            name: batch[name][row : row + 1, :length] for name in ("input_ids", "attention_mask")
+        }
+        text |= {name: batch[name][row : row + 1] for name in batch if "positions" in name}
+        alone.append(model(**text).loss)
+    loss, expected = model(**batch).loss, torch.stack(alone).mean()
+    torch.testing.assert_close(loss, expected)
+    gradients = [torch.autograd.grad(value, table)[0] for value in (loss, expected)]
+    torch.testing.assert_close(*gradients)
+    handles = len(model.qa_outputs._forward_hooks)
+    ptv2_fast.detach(model)
+    assert (handles, len(model.qa_outputs._forward_hooks)) == (1, 0)
+
+
+@pytest.mark.parametrize("summary", ["mean", "last"])
+def test_a_summary_that_reads_pads_gets_their_states(summary):
+    plain, batch = tiny_model("electra", "choice", summary_type=summary), make_batch("choice")
+    torch.manual_seed(0)
+    expected = attached(model=copy.deepcopy(plain), backbone="hook")(**batch).logits
+    torch.manual_seed(0)
+    model = attached(model=plain, backbone="frozen")
+    with pytest.warns(UserWarning, match="summary reads pad tokens"):
+        torch.testing.assert_close(model(**batch).logits, expected)

@@ -23,6 +23,7 @@ from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.first_token import reads_first_only
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
 from ptv2_fast.encoders.input_checks import refuse_replica
+from ptv2_fast.encoders.pads import leave_pads_out
 from ptv2_fast.encoders.selection import (
     ENCODER_NAME,
     check_saved,
@@ -121,6 +122,7 @@ class Attachment:
             handles.append(self.model.register_forward_pre_hook(self.before_head, with_kwargs=True))
         if self.config.backbone_dtype is not None:
             handles.append(self.layers[-1].register_forward_hook(self.after_last_layer))
+        handles += leave_pads_out(self.model, self.layers[-1])
         if self.config.position_offset == "prefix":
             embeddings = self.backbone.get_submodule(self.family.embeddings)
             handles.append(

@@ -12,6 +12,7 @@ from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, Pr
 from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
 from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
 from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
+from ptv2_fast.encoders.pads import reads_pads
 from ptv2_fast.frozen.engine import FrozenRun
 
 if TYPE_CHECKING:
@@ -197,4 +198,5 @@ def _start_blocks(
         state,
         shows_layers=bool(shows_layers),
         reads_first_only=first_token_only,
+        reads_pads=reads_pads(attachment.model),
     )

@@ -111,6 +111,7 @@ class FrozenBackbone:
         state: PrefixState,
         shows_layers: bool,
         reads_first_only: bool,
+        reads_pads: bool,
     ) -> FrozenRun | None:
         """Begin a forward of the backbone; None when it has to take the hook path.
 
@@ -120,6 +121,7 @@ class FrozenBackbone:
             state: of this forward.
             shows_layers: the states between the layers are asked for.
             reads_first_only: nothing but the first token of the last layer's output is read.
+            reads_pads: the states of pad tokens are.
 
         Raises:
             ValueError: with `strict`, and for unfrozen layers with `backbone="frozen"`.
@@ -142,6 +144,9 @@ class FrozenBackbone:
             layout = full_layout(tokens.shape[0], tokens.shape[1], tokens.device)
         if layout is None:
             self._fall_back("attention_mask hides the first token of a sequence (left padding)")
+            return None
+        if reads_pads and layout.index is not None:
+            self._fall_back("the head's summary reads pad tokens")
             return None
         shows_layers = shows_layers or any(has_foreign_hooks(layer) for layer in self.layers)
         policy = self.config.recompute
