@@ -11,6 +11,13 @@ from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_adapter, write_ad
 from ptv2_fast.encoders.attachment import Attachment, find_attachment
 from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
 from ptv2_fast.encoders.selection import ENCODER_NAME
+from ptv2_fast.encoders.vocabulary import (
+    ROWS_NAME,
+    check_vocabulary,
+    resize_vocabulary,
+    restore_rows,
+    vocabulary_size,
+)
 from ptv2_fast.prefix import EXECUTION_FIELDS, PTuningV2Config
 
 # Fields that an adapter and an attached model must share: they decide what the tensors mean.
@@ -36,7 +43,8 @@ def save_adapter(
     """Write adapter_config.json and adapter_model.safetensors; old files are replaced whole.
 
     The tensors are the prefix (with its MLP, so that training can go on), everything outside the
-    embeddings and encoder layers, and `modules_to_save`.
+    embeddings and encoder layers, `modules_to_save`, and the embeddings of tokens that were added
+    to the vocabulary of the base model.
 
     Args:
         model: an attached model.
@@ -47,7 +55,7 @@ def save_adapter(
         ValueError: when the model is not attached, `directory` is a file or a tensor is missing.
     """
     attachment = require_attachment(model)
-    write_adapter(directory, attachment.describe(), attachment.select_tensors(state_dict))
+    write_adapter(directory, attachment.describe(), attachment.written_tensors(state_dict))
 
 
 def load_adapter(
@@ -58,7 +66,8 @@ def load_adapter(
     A model without a prefix is attached as the adapter's configuration says, with nothing
     trainable and in eval mode unless `is_trainable`. On an attached model the configurations must
     match; what is trainable there, and the mode, stay. The model's configuration takes over
-    id2label, label2id and problem_type. When anything is wrong the model stays as it was.
+    id2label, label2id and problem_type. Tokens that were added for the adapter are added here too,
+    with their embeddings. When anything is wrong the model stays as it was.
 
     Args:
         model: plain or attached; its backbone must hold the weights the adapter was trained on.
@@ -80,28 +89,51 @@ def load_adapter(
         sizes = (*sizes, "num_labels")
     _check_same_model(description, model, sizes)
     labels = _read_labels(description, directory)
-    attachment = find_attachment(model)
+    rows = _take_added_rows(description, tensors, model)
+    attachment, size = find_attachment(model), vocabulary_size(model)
     if attachment is not None:
         _check_same_config(config, attachment.config)
-        _load_tensors(attachment, tensors, description)
     else:
         _check_prefix(config, tensors, model)
-        attachment = attach_uninitialised(model, config)
-        try:
-            first = f"{ENCODER_NAME}.embedding.weight"
-            if tensors[first].dtype == model.dtype == torch.float64:  # as model.double() makes it
-                attachment.encoder.double()
+    resize_vocabulary(model, description.get("vocab_size", size))
+    try:
+        if attachment is not None:
             _load_tensors(attachment, tensors, description)
-            attachment.set_trainable(is_trainable)
-        except BaseException:
-            attachment.undo()
-            raise
-        if not is_trainable:
-            model.eval()
+        else:
+            attachment = _attach_loaded(model, config, tensors, description, is_trainable)
+    except BaseException:
+        resize_vocabulary(model, size)
+        raise
+    restore_rows(model, rows)
+    if rows is not None:
+        attachment.base_vocabulary_size = description["base_vocab_size"]
     model.config.id2label = labels
     model.config.label2id = {label: index for index, label in labels.items()}
     model.config.problem_type = description["problem_type"]
     return model
+
+
+def _attach_loaded(
+    model: PreTrainedModel,
+    config: PTuningV2Config,
+    tensors: dict[str, Tensor],
+    description: dict[str, Any],
+    is_trainable: bool,
+) -> Attachment:
+    """Attach a prefix to a plain model and load an adapter, or leave the model plain."""
+    attachment = attach_uninitialised(model, config)
+    try:
+        first = f"{ENCODER_NAME}.embedding.weight"
+        if tensors[first].dtype == model.dtype == torch.float64:  # as model.double() makes it
+            attachment.encoder.double()
+        _load_tensors(attachment, tensors, description)
+        attachment.set_trainable(is_trainable)
+    except BaseException:
+        attachment.undo()
+        raise
+    if not is_trainable:
+        model.eval()
+    return attachment
 
 
 def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrainedModel:
@@ -126,6 +158,7 @@ def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrai
     config = _read_config(description, directory)
     _check_same_model(description, model, _MATCHED_SIZES)
     _check_same_config(config, attachment.config)
+    rows = _take_added_rows(description, tensors, model, may_resize=False)
     inside = (f"{ENCODER_NAME}.", f"{model.base_model_prefix}.")
     targets = {
         name: target
@@ -133,6 +166,7 @@ def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrai
         if name.startswith(inside) and (name in tensors or name.startswith(inside[0]))
     }
     _copy({name: tensors[name] for name in targets if name in tensors}, targets)
+    restore_rows(model, rows)
     return model
 
 
@@ -224,6 +258,21 @@ def _check_same_config(adapter: PTuningV2Config, attached: PTuningV2Config) -> N
             "model: expected the prefix configuration of the adapter; adapter against model: "
             + ", ".join(differences)
         )
+
+
+def _take_added_rows(
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    model: PreTrainedModel,
+    may_resize: bool = True,
+) -> Tensor | None:
+    """Remove the rows of added tokens from an adapter's tensors, checked against a model."""
+    rows = tensors.pop(ROWS_NAME, None)
+    check_vocabulary(description, rows, model, may_resize)
+    if rows is not None:
+        weight: Any = model.get_input_embeddings().weight
+        check_tensors({ROWS_NAME: rows}, {ROWS_NAME: weight[:1].expand_as(rows)})
+    return rows
 
 
 def _load_tensors(

@@ -32,6 +32,15 @@ from ptv2_fast.encoders.selection import (
     trained_ids,
     trains_layers,
 )
+from ptv2_fast.encoders.vocabulary import (
+    ROWS_NAME,
+    added_rows,
+    base_vocabulary_size,
+    check_vocabulary,
+    embeddings_name,
+    restore_rows,
+    vocabulary_size,
+)
 from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
 
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
@@ -74,6 +83,7 @@ class Attachment:
         self.config: PTuningV2Config = encoder.config
         self.backbone: nn.Module = model.base_model
         self.layers = family.layer_modules(self.backbone)
+        self.base_vocabulary_size = base_vocabulary_size(model)
         # By all threads; compiled graphs are guarded by it, which they are not by a thread's own.
         self._times_disabled = 0
         self._offset_argument = ""
@@ -257,8 +267,18 @@ class Attachment:
     def before_load(
         self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: object
     ) -> None:
-        """Drop the guard of a checkpoint from a state dict that is about to be loaded."""
+        """Take what `save_pretrained` adds out of a state dict that is about to be loaded.
+
+        Raises:
+            ValueError: for rows of added tokens that the model lacks.
+        """
         self.drop_guard(state_dict, prefix)
+        rows = state_dict.pop(prefix + ROWS_NAME, None)
+        if rows is not None:
+            base = self.base_vocabulary_size
+            sizes = {"vocab_size": base + len(rows), "base_vocab_size": base}
+            check_vocabulary(sizes, rows, self.model, may_resize=False)
+            restore_rows(self.model, rows)
 
     def drop_guard(self, tensors: dict[str, Tensor], prefix: str = "") -> None:
         """Remove the empty tensor that `save_pretrained` adds, if it is there."""
@@ -278,6 +298,8 @@ class Attachment:
             "num_hidden_layers": config.num_hidden_layers,
             "hidden_size": config.hidden_size,
             "num_attention_heads": config.num_attention_heads,
+            "vocab_size": vocabulary_size(self.model),
+            "base_vocab_size": self.base_vocabulary_size,
             "num_labels": config.num_labels,
             "id2label": dict(config.id2label or {}),
             "problem_type": config.problem_type,
@@ -287,7 +309,7 @@ class Attachment:
         }
 
     def select_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The tensors of the adapter, from `state_dict` or from the model.
+        """The tensors of the adapter that the model has too, from `state_dict` or from the model.
 
         Raises:
             ValueError: when `state_dict` lacks one of them, or a parameter trains that the adapter
@@ -299,6 +321,13 @@ class Attachment:
         if missing:
             raise ValueError(f"state_dict: expected the adapter's tensors, got none for {missing}")
         return {name: tensors[name] for name in self.saved_names}
+
+    def written_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+        """As `select_tensors`, with the rows of added tokens."""
+        tensors = self.select_tensors(state_dict)
+        if embeddings_name(self.model) in tensors:
+            return tensors
+        return tensors | added_rows(self.model, self.base_vocabulary_size, state_dict)
 
     def save_pretrained(
         self,
@@ -322,7 +351,7 @@ class Attachment:
         if push_to_hub:
             raise ValueError("push_to_hub: expected False, got True; upload the folder itself")
         if is_main_process:
-            tensors = {**self.select_tensors(state_dict), self.guard_name: torch.empty(0)}
+            tensors = {**self.written_tensors(state_dict), self.guard_name: torch.empty(0)}
             write_adapter(save_directory, self.describe(), tensors, CHECKPOINT_WEIGHTS_NAME)
 
 
