@@ -23,10 +23,11 @@ def base_vocabulary_size(model: PreTrainedModel) -> int:
 
     Where that is not to be found (a model made from a configuration), those that the model has now.
     """
-    name = model.config.name_or_path
+    name, kind = model.config.name_or_path, type(model.config)
     if name:
         try:
-            return type(model.config).from_pretrained(name, local_files_only=True).vocab_size
+            base = kind.from_pretrained(name, local_files_only=True, trust_remote_code=False)
+            return base.vocab_size
         except (OSError, ValueError):
             pass
     return vocabulary_size(model)
