@@ -28,6 +28,16 @@ def seed():
 
 
 @pytest.fixture
+def own_accelerator_state():
+    """accelerate keeps the first precision asked for as long as the process lives."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
 def nan_filled_empty():
     with unwritten_is_nan():
         yield

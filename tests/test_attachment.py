@@ -246,8 +246,10 @@ def test_a_wrapped_forward_has_the_prefix_while_it_is_attached(when):
 
 @pytest.mark.parametrize("head", ["bare", "sequence"])
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_the_mixed_precision_of_accelerate_wraps_and_unwraps(head, when):
-    accelerator = pytest.importorskip("accelerate").Accelerator(cpu=True, mixed_precision="bf16")
+def test_the_mixed_precision_of_accelerate_wraps_and_unwraps(head, when, own_accelerator_state):
+    from accelerate import Accelerator
+
+    accelerator = Accelerator(cpu=True, mixed_precision="bf16")
     model, batch = tiny_model(head=head), make_batch()
     if when == "before":
         accelerator.prepare_model(model)

@@ -7,7 +7,6 @@ import warnings
 import pytest
 import safetensors.torch
 import torch
-from accelerate import Accelerator
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
@@ -113,12 +112,16 @@ class Pushed(nn.Module, PyTorchModelHubMixin):
 
 
 def save_with_accelerate(model, folder):
+    from accelerate import Accelerator
+
     accelerator = Accelerator(cpu=True)
     accelerator.save_model(accelerator.prepare(model), folder)
     return folder / "model.safetensors"
 
 
 def save_state_of_accelerate(model, folder):
+    from accelerate import Accelerator
+
     accelerator = Accelerator(cpu=True)
     accelerator.prepare(model)
     accelerator.save_state(folder)
@@ -159,7 +162,9 @@ def save_with_torch(model, folder):
     ],
 )
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_whoever_saves_a_used_model_saves_every_weight(save, dtype, tmp_path):
+def test_whoever_saves_a_used_model_saves_every_weight(
+    save, dtype, tmp_path, own_accelerator_state
+):
     """Query, key and value share memory; savers tell tensors that are one by their storage."""
     model, batch = attached(model=tiny_model().to(dtype), **WITHOUT_FALLBACK), make_batch()
     expected = {name: tensor.clone() for name, tensor in model.state_dict().items()}
