@@ -1,8 +1,11 @@
 # Every target makes .venv and installs what it needs when missing. Needs Python >= 3.10 and a C++ compiler;
 # make PYTHON=python3.12 setup takes another Python, PTV2_CPP=0 make setup leaves the C++ kernels out.
 PYTHON ?= python3
+# Processes of make test, each with one thread and some 1.3 GB.
+WORKERS ?= 2
 BIN := .venv/bin
 CPP := $(wildcard csrc/*)
+PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 GPU_RESULTS ?= bench/results/gpu-cuda
 
 .PHONY: setup demo test test-slow test-oldest sanitize lint check-resolution bench bench-gpu clean
@@ -16,7 +19,7 @@ demo: .venv/installed
 	$(BIN)/python -m ptv2_fast.training.demo --output runs/demo
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
@@ -24,7 +27,7 @@ test-slow: .venv/installed
 # The suite on the lowest versions that pyproject.toml admits, in an environment of its own. It builds the
 # extension with them; that one runs with the versions of .venv, too.
 test-oldest: .venv-oldest/installed
-	.venv-oldest/bin/python -m pytest
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST)
 
 .venv-oldest/installed: .ci/setup pyproject.toml constraints-oldest.txt setup.py $(CPP)
 	PYTHON=$(PYTHON) .ci/setup .venv-oldest constraints-oldest.txt

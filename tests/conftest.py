@@ -38,6 +38,15 @@ def own_accelerator_state():
 
 
 @pytest.fixture
+def two_threads():
+    """For the kernels that share work out, in a process that would use one."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(threads, 2))
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def nan_filled_empty():
     with unwritten_is_nan():
         yield

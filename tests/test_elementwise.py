@@ -22,7 +22,7 @@ BACKENDS = ["reference", "cpp", "triton"]
 SHAPES = [(0, 64), (1, 8), (5, 20), (37, 384), (16, 768), (3, 3072)]
 
 pytestmark = [
-    pytest.mark.usefixtures("nan_filled_empty"),
+    pytest.mark.usefixtures("nan_filled_empty", "two_threads"),
     pytest.mark.filterwarnings("ignore:var_mean"),  # of no rows
 ]
 

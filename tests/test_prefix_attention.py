@@ -23,6 +23,8 @@ from tests.attention_checks import (
 from tests.devices import device_of
 from tests.inputs import MASKS, ROWS, Shape, make_inputs
 
+pytestmark = pytest.mark.usefixtures("two_threads")
+
 # batch, heads, queries, tokens, prefix, head_dim: chosen for their edges.
 SHAPES = [
     Shape(2, 3, 17, 17, 5, 64),
