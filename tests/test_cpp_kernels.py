@@ -45,29 +45,52 @@ def check_level(level: str) -> None:
     elementwise_checks.check_level()
 
 
-def run_with_level(level: str, code: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=ROOT,
-        env={**os.environ, "PTV2_CPU_LEVEL": level},
-        capture_output=True,
-        text=True,
+# Each level in a fork of one process that has imported torch but called no kernel.
+CHECK_LEVELS = """
+import os, sys
+from tests.test_cpp_kernels import LEVELS, check_level
+for level in LEVELS:
+    child = os.fork()
+    if child == 0:
+        os.dup2(os.open(f"{sys.argv[1]}/{level}", os.O_WRONLY | os.O_CREAT), 2)
+        os.environ["PTV2_CPU_LEVEL"] = level
+        check_level(level)
+        sys.exit()
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+@pytest.fixture(scope="module")
+def checked_levels(tmp_path_factory) -> dict[str, tuple[int, str]]:
+    """Exit code and stderr of check_level by level."""
+    folder = tmp_path_factory.mktemp("levels")
+    command = [sys.executable, "-c", CHECK_LEVELS, str(folder)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "2"}
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True, check=True
     )
+    return {
+        level: (int(code), (folder / level).read_text())
+        for level, code in zip(LEVELS, done.stdout.split(), strict=True)
+    }
 
 
 @pytest.mark.parametrize("level", LEVELS)
-def test_level_matches_oracle(level):
-    result = run_with_level(
-        level,
-        f"from tests.test_cpp_kernels import check_level; check_level({level!r})",
-    )
-    if "this CPU lacks the instructions" in result.stderr:
+def test_level_matches_oracle(level, checked_levels):
+    code, stderr = checked_levels[level]
+    if "this CPU lacks the instructions" in stderr:
         pytest.skip(f"this CPU lacks {level}")
-    assert result.returncode == 0, result.stderr
+    assert code == 0, stderr
 
 
 def test_unknown_level_is_an_error_that_names_it():
-    result = run_with_level("mmx", "import torch, ptv2_fast.ops; torch.ops.ptv2.cpu_capability()")
+    result = subprocess.run(
+        [sys.executable, "-c", "import torch, ptv2_fast.ops; torch.ops.ptv2.cpu_capability()"],
+        cwd=ROOT,
+        env={**os.environ, "PTV2_CPU_LEVEL": "mmx"},
+        capture_output=True,
+        text=True,
+    )
     assert result.returncode != 0
     assert "avx2, avx512 or avx512_bf16, got mmx; the best level of this CPU is" in result.stderr
 

@@ -160,23 +160,48 @@ def test_two_trains_into_one_new_folder_are_one_run(tiny, tmp_path):
     assert json.loads((tmp_path / "run" / "config.json").read_text())["training"]["seed"] == 1
 
 
+# Each command in a fork of one process, since the imports take seconds.
+KILLED = """
+import json, os, sys
+import ptv2_fast.training.run
+from ptv2_fast import cli
+real = os.replace
+for left, command in json.loads(sys.argv[1]):
+    def replace(source, target):
+        global left
+        left -= 1
+        if left == 0:
+            os._exit(9)
+        real(source, target)
+    child = os.fork()
+    if child == 0:
+        os.replace = replace
+        cli.main(command)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+"""
+
+
+@pytest.fixture(scope="module")
+def killed(tiny, tmp_path_factory) -> dict[int, Path]:
+    """Folders of runs whose process was gone at its first, second and fourth os.replace."""
+    folder = tmp_path_factory.mktemp("killed")
+    outputs = {replaced: folder / str(replaced) for replaced in (1, 2, 4)}
+    commands = json.dumps([(number, words(tiny, output)) for number, output in outputs.items()])
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", KILLED, commands], env=environment,
+                   stderr=subprocess.DEVNULL, check=True)  # fmt: skip
+    return outputs
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 @pytest.mark.parametrize("replaced", [1, 2, 4])
 def test_a_kill_before_a_file_has_its_name_leaves_a_folder_that_goes_on(
-    flag, replaced, tiny, tmp_path
+    flag, replaced, killed, tiny, tmp_path
 ):
-    """The process is gone at its first, second and fourth os.replace."""
     output = tmp_path / "run"
-    code = (
-        "import os, sys\nfrom ptv2_fast import cli\nreal, count = os.replace, [0]\n"
-        "def replace(source, target):\n    count[0] += 1\n"
-        f"    if count[0] == {replaced}: os._exit(9)\n    real(source, target)\n"
-        "os.replace = replace\ncli.main(sys.argv[1:])\n"
-    )
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    killed = subprocess.run([sys.executable, "-c", code, *words(tiny, output)], env=environment,
-                            stderr=subprocess.DEVNULL, check=False)  # fmt: skip
-    assert killed.returncode == 9 and list(output.rglob("*.tmp"))
+    shutil.copytree(killed[replaced], output)
+    assert list(output.rglob("*.tmp"))
     assert cli.main(words(tiny, output, flag)) == 0
     report = json.loads((output / "report.json").read_text())
     files = [output / ADAPTER, output / "adapter" / "adapter_config.json"]
