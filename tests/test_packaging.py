@@ -207,8 +207,12 @@ import ptv2_fast, ptv2_fast.adapters, ptv2_fast.encoders, ptv2_fast.frozen, ptv2
 
 @pytest.mark.parametrize("with_cpp", ["0", "1"])
 def test_wheel_holds_both_packages(source, tmp_path, with_cpp):
+    """What the optimiser does is for setup to show: it would take two thirds of the time here."""
     command = [sys.executable, "-m", "pip", "wheel", "--no-build-isolation", "--no-deps", "-q"]
-    environment = {**os.environ, "PTV2_CPP": with_cpp}
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {os.environ.get("CXX", "c++")} "$@" -O1\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "PTV2_CPP": with_cpp, "CXX": str(compiler)}
     subprocess.run([*command, "-w", tmp_path, source], check=True, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
