@@ -1,24 +1,30 @@
 """The stages of bench.gpu, rehearsed on a CPU; that of the checks is in test_gpu.py.
 
-In processes of their own, without the packages that a rented machine lacks.
+The units in processes of their own, without the packages that a rented machine lacks.
 """
 
+import contextlib
 import csv
+import io
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
 
 from bench.gpu import step
+from bench.gpu.__main__ import main
 from bench.gpu.memory import TRIES, search_largest
-from bench.gpu.stages import Options
+from bench.gpu.stages import Options, module_of
 from bench.models import METHODS
 
 BLOCKED = ("datasets", "seqeval", "optuna", "peft")
-STAGES = ("step", "memory", "elementwise", "attention", "tune")
+BERT, ROBERTA = step.units(torch.device("cpu"))
+STEP = ("step", "--only", BERT)
+STAGES = ("memory", "elementwise", "attention", "tune")
 FAILING = "bias_gelu_backward bf16"
 SITE = f"""
 import os, sys
@@ -26,6 +32,12 @@ sys.modules.update(dict.fromkeys({BLOCKED}))
 if os.environ.get("FAILING_UNIT") in sys.orig_argv:
     sys.modules["ptv2_kernels"] = None
 """
+
+
+class Ended(NamedTuple):
+    returncode: int
+    stdout: str
+    stderr: str
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +48,19 @@ def bare_machine(tmp_path_factory) -> Path:
     return folder
 
 
-def bench_gpu(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    inherited = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    path = os.pathsep.join([".", "kernels", str(folder)])
-    return subprocess.run(
-        [sys.executable, "-m", "bench.gpu", *arguments],
-        cwd=Path(__file__).parent.parent,
-        env=inherited | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | variables,
-        capture_output=True,
-        text=True,
-    )
+def bench_gpu(folder: Path, *arguments: str, **variables: str) -> Ended:
+    """A rehearsal from here; its units are processes that see `folder` and `variables`."""
+    for stage in ("step", *STAGES):
+        module_of(stage)  # while its kernels become interpreted ones
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("TRITON_INTERPRET", raising=False)
+        for name, value in {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1", **variables}.items():
+            patch.setenv(name, value)
+        patch.setattr(sys, "argv", ["bench.gpu", *arguments, "--dry-run"])
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = main()
+    return Ended(code, out.getvalue(), err.getvalue())
 
 
 def rows_of(output: Path, stage: str) -> list[dict[str, str]]:
@@ -57,15 +72,15 @@ def rows_of(output: Path, stage: str) -> list[dict[str, str]]:
 def rehearsed(bare_machine, tmp_path_factory):
     """The folder of a rehearsal in which one unit failed, and how it ended."""
     output = tmp_path_factory.mktemp("results")
-    done = bench_gpu(
-        bare_machine, *STAGES, "--dry-run", "--output", str(output), FAILING_UNIT=FAILING
-    )
+    done = bench_gpu(bare_machine, *STEP, "--output", str(output))
+    assert done.returncode == 0, done.stdout
+    done = bench_gpu(bare_machine, *STAGES, "--output", str(output), FAILING_UNIT=FAILING)
     return output, done
 
 
 def test_every_method_is_a_row_with_its_time_or_a_reason(rehearsed):
     output, _ = rehearsed
-    rows = {row["method"]: row for row in rows_of(output, "step") if row["model"] == "bert-tiny"}
+    rows = {row["method"]: row for row in rows_of(output, "step")}
     left_out = {name for name, row in rows.items() if row["status"] == "left out"}
     assert left_out == {name for name in rows if "peft" in name or "flash" in name}
     for name in left_out:
@@ -87,7 +102,7 @@ def test_a_method_that_fails_is_a_row_and_the_others_go_on(monkeypatch):
     kept = ("full fine-tuning, sdpa", "frozen none", "hook")
     options = Options(without=tuple(name for name in METHODS if name not in kept))
     device = torch.device("cpu")
-    rows = {row["method"]: row for row in step.run(step.units(device)[0], device, options)}
+    rows = {row["method"]: row for row in step.run(ROBERTA, device, options)}
     assert rows.keys() == set(kept)
     failed = rows.pop("full fine-tuning, sdpa")
     assert (failed["status"], failed["reason"]) == ("failed", "OutOfMemoryError: no memory")
@@ -146,7 +161,7 @@ def test_a_failing_unit_is_a_row_and_the_next_call_measures_it_alone(rehearsed, 
         row["status"] == "ok" and float(row["ours call ms"]) > 0 for row in others
     )
 
-    again = bench_gpu(bare_machine, "elementwise", "--dry-run", "--output", str(output))
+    again = bench_gpu(bare_machine, "elementwise", "--output", str(output))
     assert again.returncode == 0, again.stderr
     assert f"{FAILING}: operator bias_gelu_backward" in again.stdout
     after = rows_of(output, "elementwise")
@@ -157,14 +172,22 @@ def test_a_failing_unit_is_a_row_and_the_next_call_measures_it_alone(rehearsed, 
 def test_a_second_call_measures_nothing(rehearsed, bare_machine):
     output, _ = rehearsed
     before = rows_of(output, "step"), rows_of(output, "memory")
-    done = bench_gpu(bare_machine, "step", "memory", "--dry-run", "--output", str(output))
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("units are there already") == 2 and "method" not in done.stdout
+    for stage in (STEP, ("memory",)):
+        done = bench_gpu(bare_machine, *stage, "--output", str(output))
+        assert done.returncode == 0, done.stderr
+        assert "units are there already" in done.stdout and "method" not in done.stdout
     assert (rows_of(output, "step"), rows_of(output, "memory")) == before
 
 
 def test_without_a_gpu_a_stage_ends_with_one_line(bare_machine, tmp_path):
-    done = bench_gpu(bare_machine, "step", "--output", str(tmp_path), CUDA_VISIBLE_DEVICES="")
+    path = os.pathsep.join([".", "kernels", str(bare_machine)])
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.gpu", "step", "--output", str(tmp_path)],
+        cwd=Path(__file__).parent.parent,
+        env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 2
     expected = "bench.gpu step: no CUDA device here; --dry-run rehearses it on the CPU"
     assert done.stderr.splitlines() == [expected]
