@@ -1,13 +1,14 @@
-"""Two processes train one prefix: DistributedDataParallel around an attached model."""
+"""Two processes, this one and another, train one prefix: DistributedDataParallel."""
 
 import socket
+from datetime import timedelta
 
 import torch
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ptv2_fast.encoders.attachment import find_attachment
-from tests.models import attached, make_batch
+from tests.models import attached, make_batch, one_thread  # noqa: F401
 
 
 def gradients(model, rank: int) -> list[Tensor]:
@@ -26,8 +27,10 @@ def seeded_model():
 
 def worker(rank: int, port: int, results) -> None:
     torch.set_num_threads(1)
-    address = f"tcp://127.0.0.1:{port}"
-    torch.distributed.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2,
+        timeout=timedelta(minutes=2),
+    )  # fmt: skip
     model = DistributedDataParallel(seeded_model())
     assert find_attachment(model.module) is not None
     results.put((rank, [gradient.tolist() for gradient in gradients(model, rank)]))
@@ -42,7 +45,11 @@ def test_gradients_are_the_mean_over_the_processes():
         port = free.getsockname()[1]
     context = torch.multiprocessing.get_context("spawn")
     queue = context.SimpleQueue()
-    torch.multiprocessing.spawn(worker, (port, queue), nprocs=2)
+    other = context.Process(target=worker, args=(1, port, queue))
+    other.start()
+    worker(0, port, queue)
+    other.join()
+    assert other.exitcode == 0
     by_rank = dict(queue.get() for _ in range(2))
     alone = [gradients(seeded_model(), rank) for rank in range(2)]
     for first, second, own, other in zip(by_rank[0], by_rank[1], *alone, strict=True):
