@@ -1,13 +1,14 @@
 """Save and load adapters: the prefix, the head and whatever else was trained."""
 
 import os
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_adapter, write_adapter
+from ptv2_fast.encoders.adapter_files import find_description, read_adapter, write_adapter
 from ptv2_fast.encoders.attachment import Attachment, find_attachment
 from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
 from ptv2_fast.encoders.selection import ENCODER_NAME
@@ -32,6 +33,10 @@ _MATCHED_FIELDS = (
 _PROBLEM_TYPES = (
     None, "regression", "single_label_classification", "multi_label_classification"
 )  # fmt: skip
+_SWITCHING = (
+    ". An adapter holds the head of its task: a model switches between adapters of one class and "
+    "number of labels; for another task load another model, as ptv2_fast.load(folder) does"
+)
 _MATCHED_SIZES = ("model_type", "num_hidden_layers", "hidden_size", "num_attention_heads")
 
 
@@ -40,7 +45,7 @@ def save_adapter(
     directory: str | os.PathLike,
     state_dict: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write adapter_config.json and adapter_model.safetensors; old files are replaced whole.
+    """Write ptv2_config.json and ptv2_adapter.safetensors; old files are replaced whole.
 
     The tensors are the prefix (with its MLP, so that training can go on), everything outside the
     embeddings and encoder layers, `modules_to_save`, and the embeddings of tokens that were added
@@ -79,16 +84,14 @@ def load_adapter(
 
     Raises:
         ValueError: for missing, corrupt or truncated files, an unknown format, an adapter of
-            another model (naming each difference), fields that say how a model runs, and tensors
-            that are missing, unexpected, of another shape or dtype, infinite or NaN.
+            another model (naming each difference), class or number of labels, fields that say how a
+            model runs, and tensors that are missing, unexpected, of another shape or dtype,
+            infinite or NaN.
     """
     description, tensors = read_adapter(directory)
     config = _read_config(description, directory)
-    sizes: tuple[str, ...] = _MATCHED_SIZES
-    if model.base_model is not model:  # a bare model has no labels, whatever its config says
-        sizes = (*sizes, "num_labels")
-    _check_same_model(description, model, sizes)
     labels = _read_labels(description, directory)
+    _check_same_model(description, model, with_head=True)
     rows = _take_added_rows(description, tensors, model)
     attachment, size = find_attachment(model), vocabulary_size(model)
     if attachment is not None:
@@ -156,7 +159,7 @@ def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrai
     attachment = require_attachment(model)
     description, tensors = read_adapter(directory)
     config = _read_config(description, directory)
-    _check_same_model(description, model, _MATCHED_SIZES)
+    _check_same_model(description, model, with_head=False)
     _check_same_config(config, attachment.config)
     rows = _take_added_rows(description, tensors, model, may_resize=False)
     inside = (f"{ENCODER_NAME}.", f"{model.base_model_prefix}.")
@@ -173,7 +176,7 @@ def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrai
 def _read_config(description: dict[str, Any], directory: str | os.PathLike) -> PTuningV2Config:
     needed = ("prefix_config", "model_class", "num_labels", "id2label", "problem_type")
     missing = [name for name in (*needed, *_MATCHED_SIZES) if name not in description]
-    path = os.path.join(directory, CONFIG_NAME)
+    path = find_description(directory)
     if missing:
         raise ValueError(f"{path}: expected the keys {missing}")
     for name in ("prefix_config", "id2label"):
@@ -190,7 +193,7 @@ def _read_config(description: dict[str, Any], directory: str | os.PathLike) -> P
 
 def _read_labels(description: dict[str, Any], directory: str | os.PathLike) -> dict[int, str]:
     """Number -> label, one for each number; and the problem type is one that transformers knows."""
-    path = os.path.join(directory, CONFIG_NAME)
+    path = find_description(directory)
     given, count = description["id2label"], description["num_labels"]
     if set(given) != {str(number) for number in range(len(given))} or len(given) != count:
         raise ValueError(
@@ -232,19 +235,42 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], place: str =
         )
 
 
-def _check_same_model(
+def _check_same_model(description: dict[str, Any], model: PreTrainedModel, with_head: bool) -> None:
+    """Compare sizes and, with the head, its class and number of labels."""
+    differences = _differences(description, model, _MATCHED_SIZES)
+    heads = _head_differences(description, model) if with_head else []
+    if differences or heads:
+        raise ValueError(
+            "model: expected the model the adapter was trained on, a "
+            f"{description['model_class']!s:.100}; adapter against model: "
+            f"{', '.join([*differences, *heads])}{_SWITCHING if heads else ''}"
+        )
+
+
+def _differences(
     description: dict[str, Any], model: PreTrainedModel, fields: tuple[str, ...]
-) -> None:
-    differences = [
+) -> list[str]:
+    return [
         f"{name} {description[name]!r} against {getattr(model.config, name)!r}"
         for name in fields
         if description[name] != getattr(model.config, name)
     ]
-    if differences:
-        raise ValueError(
-            "model: expected the model the adapter was trained on; adapter against model: "
-            + ", ".join(differences)
-        )
+
+
+def _head_differences(description: dict[str, Any], model: PreTrainedModel) -> list[str]:
+    """Number of labels, and class where both are transformers' own; of others the tensors decide.
+
+    Heads of several tasks have tensors of the same names and shapes.
+    """
+    if model.base_model is model:  # which has no labels, whatever its configuration says
+        found = []
+    else:
+        found = _differences(description, model, ("num_labels",))
+    made_for, own = str(description["model_class"]), type(model)
+    library = own.__module__.startswith("transformers.") and sys.modules[own.__module__]
+    if hasattr(library, made_for) and made_for not in [base.__name__ for base in own.__mro__]:
+        found.append(f"class {made_for} against {own.__name__}")
+    return found
 
 
 def _check_same_config(adapter: PTuningV2Config, attached: PTuningV2Config) -> None:

@@ -4,6 +4,13 @@ import json
 from pathlib import Path
 from typing import Any
 
+# What a config.json of ours holds beside its own: transformers takes the file for a model's, does
+# not know this type, and says so.
+NO_MODEL = {
+    "model_type": "ptv2-fast, which transformers does not open by itself: call "
+    "ptv2_fast.load(folder), or ptv2_fast.load_adapter(model, folder)"
+}
+
 
 def read_json(path: Path) -> Any:
     """What a JSON file says.
@@ -50,3 +57,12 @@ def plain_name(name: object, what: str) -> str:
         raise ValueError(f"{what}: expected a plain name without a path, got {name!r:.100}")
     assert isinstance(name, str)
     return name
+
+
+def without_word(content: dict[str, Any]) -> dict[str, Any]:
+    """What a config.json of ours says beside NO_MODEL."""
+    return {
+        name: value
+        for name, value in content.items()
+        if name not in NO_MODEL or not str(value).startswith("ptv2-fast")
+    }

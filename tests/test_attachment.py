@@ -152,7 +152,7 @@ def test_an_output_layer_tied_to_the_embeddings_stays_frozen(tmp_path):
     model = transformers.AutoModelForMaskedLM.from_config(tiny_config())
     attached(model=model)
     ptv2_fast.save_adapter(model, tmp_path)
-    names = load_file(tmp_path / "adapter_model.safetensors").keys()
+    names = load_file(tmp_path / "ptv2_adapter.safetensors").keys()
     assert "cls.predictions.transform.dense.weight" in names
     assert "cls.predictions.decoder.weight" not in names
     assert not model.get_output_embeddings().weight.requires_grad

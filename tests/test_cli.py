@@ -52,8 +52,8 @@ def test_a_run_folder_holds_config_metrics_adapter_and_report(trained):
     assert report["metrics"]["validation"]["f1"] > 0.9
     # Two layers of keys and values of 4 positions, and a head for three labels.
     assert report["trainable_parameters"] == 2 * 2 * 4 * 16 + 16 * 3 + 3
-    files = [trained / "adapter" / name for name in ("adapter_config.json",
-                                                     "adapter_model.safetensors")]  # fmt: skip
+    files = [trained / "adapter" / name for name in ("config.json", "ptv2_config.json",
+                                                     "ptv2_adapter.safetensors")]  # fmt: skip
     assert report["saved_bytes"] == sum(file.stat().st_size for file in files)
     assert report["kept_bytes"] > 0
     assert report["steps"] == 48
@@ -67,7 +67,7 @@ def test_a_run_folder_holds_config_metrics_adapter_and_report(trained):
 def test_the_config_file_of_a_run_repeats_it(trained, tmp_path):
     again = ["train", "--config", str(trained / "config.json"), "--output", str(tmp_path / "run")]
     assert cli.main(again) == 0
-    name = "adapter/adapter_model.safetensors"
+    name = "adapter/ptv2_adapter.safetensors"
     assert (tmp_path / "run" / name).read_bytes() == (trained / name).read_bytes()
 
 
@@ -155,7 +155,7 @@ def test_a_killed_run_resumes_to_the_adapter_of_an_uninterrupted_one(tiny, tmp_p
     neutral = ["--feature-cache", str(tmp_path / "cache")]
     assert cli.main(["train", "--output", str(killed), "--resume", *neutral]) == 0
     assert not (killed / "checkpoints").exists()
-    name = "adapter/adapter_model.safetensors"
+    name = "adapter/ptv2_adapter.safetensors"
     assert (killed / name).read_bytes() == (whole / name).read_bytes()
     steps = [
         json.loads(line)["step"] for line in (killed / "metrics.jsonl").read_text().splitlines()
@@ -295,12 +295,12 @@ def test_corrupt_and_foreign_adapters_end_with_one_line(trained, tiny, tmp_path,
     command = ["predict", "--run", str(tmp_path / "run"), "--text", "Anna"]
     assert "expected a run folder" in fails_with_one_line(command, capsys)
     shutil.copytree(trained, tmp_path / "run", ignore=shutil.ignore_patterns("checkpoints"))
-    tensors = tmp_path / "run" / "adapter" / "adapter_model.safetensors"
+    tensors = tmp_path / "run" / "adapter" / "ptv2_adapter.safetensors"
     content = tensors.read_bytes()
     tensors.write_bytes(content[:-7])
     assert "corrupt or truncated" in fails_with_one_line(command, capsys)
     tensors.write_bytes(content)
-    description = tmp_path / "run" / "adapter" / "adapter_config.json"
+    description = tmp_path / "run" / "adapter" / "ptv2_config.json"
     description.write_text(description.read_text().replace('"hidden_size": 16', '"hidden_size": 8'))
     assert "hidden_size 8 against 16" in fails_with_one_line(command, capsys)
     command = ["eval", "--run", str(trained), "--data", tiny["train_csv"]]

@@ -140,7 +140,7 @@ def test_predicting_writes_nothing_where_a_run_says(copied, tmp_path):
 
 
 WEIGHTS = {
-    "p-tuning-v2": "adapter/adapter_model.safetensors",
+    "p-tuning-v2": "adapter/ptv2_adapter.safetensors",
     "fine-tuning": "model/model.safetensors",
     "prompt-tuning": "trained.safetensors",
     "lora": "trained.safetensors",

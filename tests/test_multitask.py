@@ -25,7 +25,7 @@ from ptv2_fast.training.run import pace
 from tests.models import P, attached, make_batch, one_thread, outputs_of, tiny_model  # noqa: F401
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
-ADAPTER = "adapter/adapter_model.safetensors"
+ADAPTER = "adapter/ptv2_adapter.safetensors"
 
 
 def write_renamed(path: Path, count: int) -> str:
@@ -296,9 +296,9 @@ def test_the_prefix_of_another_label_set_brings_its_pooler_but_no_head(tmp_path)
     with pytest.raises(ValueError, match="against"):
         load_prefix(attached("bare", num_virtual_tokens=P + 1), tmp_path)
     before = bare.prefix_encoder.embedding.weight.detach().clone()
-    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    tensors = load_file(tmp_path / "ptv2_adapter.safetensors")
     del tensors["prefix_encoder.embedding.weight"]
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    save_file(tensors, tmp_path / "ptv2_adapter.safetensors")
     with pytest.raises(ValueError, match=r"expected a tensor prefix_encoder\.embedding\.weight"):
         load_prefix(bare, tmp_path)
     assert bare.prefix_encoder.embedding.weight.equal(before)

@@ -24,7 +24,7 @@ from tests.models import one_thread  # noqa: F401
 from tests.report_runs import write_run
 from tests.tiny_run import save_tiny_model, write_reviews
 
-ADAPTER = "adapter/adapter_model.safetensors"
+ADAPTER = "adapter/ptv2_adapter.safetensors"
 STEPS = {"max_steps": 6, "save_steps": 2, "eval_steps": 2}
 
 
@@ -204,8 +204,9 @@ def test_a_kill_before_a_file_has_its_name_leaves_a_folder_that_goes_on(
     assert list(output.rglob("*.tmp"))
     assert cli.main(words(tiny, output, flag)) == 0
     report = json.loads((output / "report.json").read_text())
-    files = [output / ADAPTER, output / "adapter" / "adapter_config.json"]
-    assert report["saved_bytes"] == sum(file.stat().st_size for file in files)
+    files = ["config.json", "ptv2_config.json", Path(ADAPTER).name]
+    sizes = [(output / "adapter" / name).stat().st_size for name in files]
+    assert report["saved_bytes"] == sum(sizes)
     assert not list(output.rglob("*.tmp"))
 
 

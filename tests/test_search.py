@@ -27,7 +27,7 @@ from ptv2_fast.training.search.trials import Search, TrialWatch, open_study
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 
-ADAPTER = "adapter/adapter_model.safetensors"
+ADAPTER = "adapter/ptv2_adapter.safetensors"
 SPACE = {
     "learning_rate": {"low": 0.001, "high": 0.1, "log": True},
     "num_virtual_tokens": {"choices": [4, 60]},

@@ -26,7 +26,7 @@ from ptv2_fast.training.sweeps.sweep import run_once, run_sweep
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 
-ADAPTER = "adapter/adapter_model.safetensors"
+ADAPTER = "adapter/ptv2_adapter.safetensors"
 
 
 @pytest.fixture(scope="module")

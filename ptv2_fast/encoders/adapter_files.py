@@ -1,5 +1,9 @@
-"""The two files of an adapter: adapter_config.json and one safetensors file beside it."""
+"""The files of an adapter: ptv2_config.json, one safetensors file, and a word to other readers.
 
+The word is config.json, so that `from_pretrained` and `pipeline` of transformers say what to call.
+"""
+
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -9,15 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptv2_fast.files import plain_name, read_json_object
+from ptv2_fast.files import NO_MODEL, plain_name, read_json_object
 
-CONFIG_NAME = "adapter_config.json"
-WEIGHTS_NAME = "adapter_model.safetensors"
+CONFIG_NAME = "ptv2_config.json"
+WEIGHTS_NAME = "ptv2_adapter.safetensors"
+# Names of PEFT's, which adapters of version 0.1 have.
+_OLD_CONFIG_NAME = "adapter_config.json"
+_OLD_WEIGHTS_NAME = "adapter_model.safetensors"
 # Trainer reloads a checkpoint from a file of this name only.
 CHECKPOINT_WEIGHTS_NAME = "model.safetensors"
 FORMAT_KEY = "ptv2_format"
 FORMAT_VERSION = 1
 _WEIGHTS_KEY = "weights"
+_MODELS_CONFIG_NAME = "config.json"
 
 
 def write_adapter(
@@ -26,11 +34,13 @@ def write_adapter(
     tensors: dict[str, Tensor],
     weights_name: str = WEIGHTS_NAME,
 ) -> None:
-    """Write both files, each under a temporary name that then replaces the old file.
+    """Write the files, each under a temporary name that then replaces the old file.
+
+    A config.json that is there already, of a model perhaps, stays.
 
     Args:
         directory: created when missing.
-        description: what adapter_config.json says, JSON-ready; the format version and the name of
+        description: what ptv2_config.json says, JSON-ready; the format version and the name of
             the tensor file are added.
         tensors: name -> tensor, on any device.
         weights_name: file name of the tensors.
@@ -56,24 +66,27 @@ def write_adapter(
         temporary_config.write_text(text, encoding="utf-8")
         os.replace(temporary_weights, weights)
         os.replace(temporary_config, config)
+        with contextlib.suppress(FileExistsError), (directory / _MODELS_CONFIG_NAME).open("x") as f:
+            f.write(json.dumps(NO_MODEL) + "\n")
     finally:
         temporary_weights.unlink(missing_ok=True)
         temporary_config.unlink(missing_ok=True)
 
 
-def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read both files.
+def find_description(directory: str | os.PathLike) -> Path | None:
+    """The file that describes the adapter in a folder, None where there is none."""
+    paths = (Path(directory) / name for name in (CONFIG_NAME, _OLD_CONFIG_NAME))
+    return next((path for path in paths if path.is_file()), None)
 
-    Returns:
-        What adapter_config.json says, and name -> tensor on the CPU.
+
+def read_description(directory: str | os.PathLike) -> dict[str, Any]:
+    """What the adapter in a folder says about itself.
 
     Raises:
-        ValueError: when a file is missing, is not an adapter of this package and format version,
-            or is corrupt or truncated.
+        ValueError: when there is none of this package and format version, or it cannot be read.
     """
-    directory = Path(directory)
-    config = directory / CONFIG_NAME
-    if not config.is_file():
+    config = find_description(directory)
+    if config is None:
         raise ValueError(f"directory: expected an adapter with {CONFIG_NAME}, got {directory}")
     description = read_json_object(config)
     if FORMAT_KEY not in description:
@@ -82,10 +95,23 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         raise ValueError(
             f"{config}: expected {FORMAT_KEY} {FORMAT_VERSION}, got {description[FORMAT_KEY]!r}"
         )
-
     # An adapter cannot point at files outside its folder.
-    name = plain_name(description.get(_WEIGHTS_KEY, WEIGHTS_NAME), f"{config}: {_WEIGHTS_KEY}")
-    weights = directory / name
+    weights = WEIGHTS_NAME if config.name == CONFIG_NAME else _OLD_WEIGHTS_NAME
+    plain_name(description.setdefault(_WEIGHTS_KEY, weights), f"{config}: {_WEIGHTS_KEY}")
+    return description
+
+
+def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read the description and the tensors.
+
+    Returns:
+        What ptv2_config.json says, and name -> tensor on the CPU.
+
+    Raises:
+        ValueError: as `read_description`; when the tensors are missing, corrupt or truncated.
+    """
+    description = read_description(directory)
+    weights = Path(directory) / description[_WEIGHTS_KEY]
     if not weights.is_file():
         raise ValueError(
             f"directory: expected the adapter's tensors in {weights}, got no such file"

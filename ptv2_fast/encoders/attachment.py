@@ -287,7 +287,7 @@ class Attachment:
             del tensors[name]
 
     def describe(self) -> dict[str, Any]:
-        """What adapter_config.json says about this model, JSON-ready."""
+        """What ptv2_config.json says about this model, JSON-ready."""
         config = self.model.config
         fields = self.config.to_dict().items()
         return {
@@ -339,9 +339,9 @@ class Attachment:
     ) -> None:
         """Stands in for the model's `save_pretrained`: writes the adapter as a checkpoint.
 
-        The tensors lie in model.safetensors, the one name Trainer loads again, without a
-        config.json; `load_adapter` reads it. An empty tensor in the name of a frozen weight makes
-        `from_pretrained` fail on the folder: it would fill the backbone at random and only warn.
+        The tensors lie in model.safetensors, the one name Trainer loads again; `load_adapter` reads
+        it. An empty tensor in the name of a frozen weight makes `from_pretrained` fail on the
+        folder, whatever its config.json: it would fill the backbone at random and only warn.
         Other arguments of transformers' method (shard size, format, variant) have no meaning for
         one small file.
 

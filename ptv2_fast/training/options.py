@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ptv2_fast.files import without_word
 from ptv2_fast.tasks.options import DataOptions, Options, option
 from ptv2_fast.training.depth import parse_depth
 
@@ -312,7 +313,7 @@ def read_table(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"config: expected a table of options in {path}, got {values!r}")
     values.pop("found", None)  # what a run's config.json keeps beside the options
-    return values
+    return without_word(values)
 
 
 def _parsers(suffix: str) -> Any:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from ptv2_fast.files import plain_name, read_json_object
+from ptv2_fast.files import NO_MODEL, plain_name, read_json_object, without_word
 from ptv2_fast.training import output
 from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 
@@ -171,7 +171,7 @@ def read_run_config(folder: Path, kind: type[Config] = RunConfig) -> tuple[Any, 
     Raises:
         ValueError: when the folder holds no run, one that cannot be read, or one of the other kind.
     """
-    content = read_json(folder / CONFIG)
+    content = without_word(read_json(folder / CONFIG))
     if "tasks" in content and kind is RunConfig:
         names = [str(single_folder(folder, name)) for name in task_names(content, folder)]
         raise ValueError(
@@ -283,7 +283,7 @@ def begun(
 def write_config(folder: Path, config: Config, found: dict[str, Any]) -> None:
     """Write config.json, in a folder that is made when missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, {**config.to_dict(), "found": found})
+    write_json(folder / CONFIG, {**NO_MODEL, **config.to_dict(), "found": found})
 
 
 def finish(folder: Path, report: dict[str, Any]) -> None:

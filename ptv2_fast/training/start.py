@@ -7,7 +7,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapters import load_adapter, load_prefix
-from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_adapter
+from ptv2_fast.encoders.adapter_files import CONFIG_NAME, find_description, read_description
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import ModelOptions
@@ -39,7 +39,7 @@ def find_starts(options: ModelOptions) -> list[Start]:
     if options.start_from is None:
         return []
     folder = Path(options.start_from)
-    if (folder / CONFIG_NAME).is_file():
+    if find_description(folder) is not None:
         return [Start(folder)]
     if not (folder / run_folder.CONFIG).is_file():
         raise ValueError(
@@ -54,7 +54,7 @@ def find_starts(options: ModelOptions) -> list[Start]:
 
 def _start_of_run(folder: Path) -> Start:
     adapter = folder / run_folder.ADAPTER
-    if not (adapter / CONFIG_NAME).is_file():
+    if find_description(adapter) is None:
         raise ValueError(
             f"start_from: expected a finished run of p-tuning-v2, got no {adapter / CONFIG_NAME}"
         )
@@ -102,7 +102,7 @@ def start_from(
 
 def _fits(start: Start, model: PreTrainedModel, data: DataOptions) -> bool:
     """Whether an adapter's head is one for the labels of the model and the task of the data."""
-    description, _ = read_adapter(start.adapter)
+    description = read_description(start.adapter)
     labels = {int(number): label for number, label in description.get("id2label", {}).items()}
     return (
         description.get("model_class") == type(model).__name__

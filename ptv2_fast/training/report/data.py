@@ -8,6 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from ptv2_fast.files import without_word
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training import run_folder
@@ -169,7 +170,7 @@ def _run_folders(top: Path) -> Iterator[Path]:
 
 
 def _read_run(folder: Path, left_out: list[LeftOut]) -> Run:
-    config = run_folder.read_json(folder / run_folder.CONFIG)
+    config = without_word(run_folder.read_json(folder / run_folder.CONFIG))
     if not (folder / run_folder.REPORT).is_file():
         raise ValueError("unfinished: there is no report.json")
     report = run_folder.read_report(folder)
