@@ -15,6 +15,7 @@ if TYPE_CHECKING:
         print_trainable_parameters,
     )
     from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
+    from ptv2_fast.training.opening import load
 
 __version__ = "0.1.0"
 
@@ -26,6 +27,7 @@ _LAZY = {
     "detach": "ptv2_fast.encoders",
     "disabled": "ptv2_fast.encoders",
     "get_nb_trainable_parameters": "ptv2_fast.encoders",
+    "load": "ptv2_fast.training.opening",
     "load_adapter": "ptv2_fast.adapters",
     "print_trainable_parameters": "ptv2_fast.encoders",
     "save_adapter": "ptv2_fast.adapters",
@@ -39,6 +41,7 @@ __all__ = [
     "detach",
     "disabled",
     "get_nb_trainable_parameters",
+    "load",
     "load_adapter",
     "prefix_attention",
     "prefix_attention_with_lse",

@@ -89,8 +89,8 @@ def load_adapter(
             infinite or NaN.
     """
     description, tensors = read_adapter(directory)
-    config = _read_config(description, directory)
-    labels = _read_labels(description, directory)
+    config = read_config(description, directory)
+    labels = read_labels(description, directory)
     _check_same_model(description, model, with_head=True)
     rows = _take_added_rows(description, tensors, model)
     attachment, size = find_attachment(model), vocabulary_size(model)
@@ -158,7 +158,7 @@ def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrai
     """
     attachment = require_attachment(model)
     description, tensors = read_adapter(directory)
-    config = _read_config(description, directory)
+    config = read_config(description, directory)
     _check_same_model(description, model, with_head=False)
     _check_same_config(config, attachment.config)
     rows = _take_added_rows(description, tensors, model, may_resize=False)
@@ -173,7 +173,16 @@ def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrai
     return model
 
 
-def _read_config(description: dict[str, Any], directory: str | os.PathLike) -> PTuningV2Config:
+def read_config(description: dict[str, Any], directory: str | os.PathLike) -> PTuningV2Config:
+    """The prefix of an adapter.
+
+    Args:
+        description: what the adapter says about itself.
+        directory: where, for messages.
+
+    Raises:
+        ValueError: for a key that is missing or bad.
+    """
     needed = ("prefix_config", "model_class", "num_labels", "id2label", "problem_type")
     missing = [name for name in (*needed, *_MATCHED_SIZES) if name not in description]
     path = find_description(directory)
@@ -191,8 +200,12 @@ def _read_config(description: dict[str, Any], directory: str | os.PathLike) -> P
     return PTuningV2Config.from_dict(description["prefix_config"])
 
 
-def _read_labels(description: dict[str, Any], directory: str | os.PathLike) -> dict[int, str]:
-    """Number -> label, one for each number; and the problem type is one that transformers knows."""
+def read_labels(description: dict[str, Any], directory: str | os.PathLike) -> dict[int, str]:
+    """The labels of an adapter by their number, one for each.
+
+    Raises:
+        ValueError: for others, and for a problem type that transformers does not know.
+    """
     path = find_description(directory)
     given, count = description["id2label"], description["num_labels"]
     if set(given) != {str(number) for number in range(len(given))} or len(given) != count:

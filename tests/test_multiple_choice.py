@@ -1,6 +1,7 @@
 """Texts with several choices: reading, batches, training by every method, bad input."""
 
 import json
+import math
 
 import pytest
 import torch
@@ -61,7 +62,8 @@ def test_batches_hold_every_choice_padded_to_the_longest(tmp_path, model):
     assert [result["label"] for result in results] == ["1", "0"]
     assert task.metrics(results, examples, ["0", "1"]) == {"accuracy": 0.0}
     described = task.describe(examples.table[0], results[0])
-    assert described == {**ROWS[0], "label": "1", "choice": "It was bad."}
+    sure = pytest.approx(1 / (1 + math.exp(-1)))
+    assert described == {**ROWS[0], "label": "1", "choice": "It was bad.", "score": sure}
 
 
 @pytest.mark.parametrize(

@@ -206,10 +206,14 @@ def test_a_run_learns_roles_scores_both_test_sets_and_predicts(model, tmp_path, 
     predicted = json.loads(capsys.readouterr().out)
     assert predicted["words"] == text.split()
     assert predicted["predicate"] == 1
+    sure = predicted["scores"]
+    mean = pytest.approx((sure[2] + sure[3]) / 2)
     assert predicted["arguments"] == [
-        {"role": "A0", "text": "Anna", "first": 0, "last": 0},
-        {"role": "AM-LOC", "text": "in Oslo", "first": 2, "last": 3},
-    ]
+        {"role": "A0", "text": "Anna", "first": 0, "last": 0, "start": 0, "end": 4,
+         "score": sure[0]},
+        {"role": "AM-LOC", "text": "in Oslo", "first": 2, "last": 3, "start": 11, "end": 18,
+         "score": mean},
+    ]  # fmt: skip
     file = tmp_path / "plain.txt"
     file.write_text(f"6 {text}\n")
     assert cli.main(["predict", "--run", str(output), "--data", str(file)]) == 0

@@ -225,8 +225,11 @@ def test_words_that_were_cut_off_belong_to_no_entity_and_count_as_missed(tmp_pat
     (result,) = task.results([[1, 2, 2]], features, labels)
     assert result == ["B-PER", "O", "O", "O", "O"]
     assert task.metrics([result], features.examples, labels)["recall"] == 0.5
-    described = task.describe(features.examples.table[0], result)
-    assert described["entities"] == [{"type": "PER", "text": "Anna", "first": 0, "last": 0}]
+    (scores,) = task.scores([[0.75, 0.5, 0.25]], features)
+    described = task.describe(features.examples.table[0], result, labels, scores)
+    assert described["scores"] == [0.75, 0.5, 0.25, None, None]
+    place = {"first": 0, "last": 0, "start": 0, "end": 4}
+    assert described["entities"] == [{"type": "PER", "text": "Anna", **place, "score": 0.75}]
 
 
 def test_tokenized_examples_are_kept_in_a_folder(tmp_path, tokenizer):

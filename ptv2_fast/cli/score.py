@@ -8,7 +8,8 @@ from typing import Any
 
 from ptv2_fast.cli.parser import BadInput, add_command, add_options, checked, quieten
 from ptv2_fast.tasks.options import DataOptions
-from ptv2_fast.training import run_folder
+from ptv2_fast.training import output, run_folder
+from ptv2_fast.training.run_place import find_run
 
 _COLUMN_OPTIONS = (
     "text_column", "text_pair_column", "choices_column", "label_column", "words_column",
@@ -23,6 +24,9 @@ def add(commands: Any) -> None:
     evaluate = add_command(commands, "eval", _evaluate, "score a trained run on labelled data")
     _add_run_options(evaluate)
     evaluate.add_argument("--data", required=True, help="file of labelled examples")
+    evaluate.add_argument(
+        "--output", help="new file for the predictions, as JSON lines with what is right"
+    )
 
     predict = add_command(commands, "predict", _predict, "print predictions as JSON lines")
     _add_run_options(predict)
@@ -40,13 +44,31 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _evaluate(options: dict[str, Any]) -> None:
+    file = None if options["output"] is None else Path(options["output"])
+    if file is not None:
+        checked(_check_new, file)
     run, batch_size = _load(options)
-    from ptv2_fast.training.scoring import score_file
+    from ptv2_fast.training.scoring import evaluate_file
 
-    scores = checked(score_file, run, Path(options["data"]), batch_size)
+    scores, lines = checked(evaluate_file, run, Path(options["data"]), batch_size)
+    if file is not None:
+        run_folder.write_text(file, "".join(f"{_json(line)}\n" for line in lines))
     for name, title in run.task.titles(run.labels).items():
         print(f"{name}: {title}", file=sys.stderr)
-    print(json.dumps(scores, indent=2))
+    if "note" in scores:
+        print(f"note: {scores['note']}", file=sys.stderr)
+    print(json.dumps(scores, indent=2, ensure_ascii=False))
+
+
+def _check_new(file: Path) -> None:
+    """Raise a ValueError unless a file can be written that is not there yet."""
+    output.check_place(file.absolute().parent)
+    if file.exists() or not file.absolute().parent.is_dir():
+        raise ValueError(f"output: expected a new file in a folder, got {str(file)!r}")
+
+
+def _json(line: dict[str, Any]) -> str:
+    return json.dumps(line, ensure_ascii=False)
 
 
 def _predict(options: dict[str, Any]) -> None:
@@ -59,7 +81,7 @@ def _predict(options: dict[str, Any]) -> None:
         texts = options["text"] or checked(_lines_of_stdin)
         lines = checked(predict_texts, run, texts, batch_size)
     for line in lines:
-        print(json.dumps(line, ensure_ascii=False))
+        print(_json(line))
 
 
 def _lines_of_stdin() -> list[str]:
@@ -77,9 +99,15 @@ def _load(options: dict[str, Any]) -> tuple[Any, int]:
     if options["batch_size"] < 1:
         raise BadInput(f"batch_size: expected an integer >= 1, got {options['batch_size']}")
     folder = Path(options["run"])
-    checked(run_folder.read_run_config, folder)  # before the heavy imports
+    checked(_check_run, folder)  # before the heavy imports
     quieten()
     from ptv2_fast.training.models import load_run
 
     changes = {name: options[name] for name in _COLUMN_OPTIONS if name in options}
     return checked(load_run, folder, changes), options["batch_size"]
+
+
+def _check_run(folder: Path) -> None:
+    """Raise a ValueError unless the folder is of a run whose options can be read."""
+    run, _ = find_run(folder)
+    run_folder.read_run_config(run)

@@ -5,7 +5,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from seqeval.metrics import classification_report
 from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
+
+from ptv2_fast.tasks.comparison import FIGURES
 
 # The parts of a chunk by the letters of IOB, BIOES, BMES, BILOU and BMEWO, as seqeval calls them.
 _PARTS = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
@@ -111,12 +114,52 @@ def chunk_scores(
     }
 
 
-def spans(scheme: Scheme, words: list[str], tags: list[str], kind: str) -> list[dict[str, Any]]:
-    """The chunks of a sentence as they are printed; `kind` is the name of their type."""
+def chunk_figures(
+    scheme: Scheme, true: list[list[str]], predicted: list[list[str]]
+) -> dict[str, dict[str, float]]:
+    """Precision, recall, F1 and support of each type of chunk, as seqeval computes them."""
+    both = [[[*map(scheme.as_seqeval, tags)] for tags in rows] for rows in (true, predicted)]
+    types = sorted({name for rows in both for name, _, _ in get_entities(rows)})
+    if not types:
+        return {}
+    report = classification_report(*both, output_dict=True, zero_division=0)
+    columns = ("precision", "recall", "f1-score", "support")
+    return {
+        name: {
+            figure: report[name][column].item()
+            for figure, column in zip(FIGURES, columns, strict=True)
+        }
+        for name in types
+    }
+
+
+def spans(
+    scheme: Scheme, words: list[str], tags: list[str], kind: str, marks: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The chunks of a sentence as they are printed.
+
+    Args:
+        kind: the name of their type.
+        marks: `scores` of the words, of which a chunk has the mean, and their `offsets`.
+    """
+    scores, offsets = marks["scores"], marks["offsets"]
     return [
-        {kind: name, "text": " ".join(words[first : last + 1]), "first": first, "last": last}
+        {
+            kind: name,
+            "text": " ".join(words[first : last + 1]),
+            "first": first,
+            "last": last,
+            "start": offsets[first][0],
+            "end": offsets[last][1],
+            "score": _mean(scores[first : last + 1]),
+        }
         for name, first, last in get_entities([*map(scheme.as_seqeval, tags)])
     ]
+
+
+def _mean(scores: list[float | None]) -> float | None:
+    known = [score for score in scores if score is not None]
+    return sum(known) / len(known) if known else None
 
 
 def begun_inside(scheme: Scheme, tags: list[list[str]]) -> int:

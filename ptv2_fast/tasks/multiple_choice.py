@@ -23,7 +23,7 @@ from ptv2_fast.tasks.sources import (
     read_rows,
     read_table,
 )
-from ptv2_fast.tasks.task import Collator, Examples, Features, Task, was_cut
+from ptv2_fast.tasks.task import Collator, Examples, Features, Task, share, was_cut
 from ptv2_fast.tasks.text_metrics import scores, titles
 
 _NUMBERED_CHOICE = re.compile(r"choice(\d+)")
@@ -141,14 +141,20 @@ class MultipleChoice(Task):
         return titles(names, self.options.task)
 
     def describe(
-        self, example: dict, result: dict[str, Any], labels: Sequence[str] = ()
+        self,
+        example: dict,
+        result: dict[str, Any],
+        labels: Sequence[str] = (),
+        scores: None = None,
     ) -> dict[str, Any]:
+        """Text, choices, and the chosen one with its probability, `score`."""
         label = result["label"]
         return {
             "text": example["text"],
             "choices": example["choices"],
             "label": label,
             "choice": example["choices"][int(label)],
+            "score": share(result["logits"]),
         }
 
 

@@ -21,6 +21,7 @@ from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task
 
 _LABELS = ["start", "end"]  # the two columns of the head
+_NONE = "no answer"
 _NO_ANSWER = 0  # the first token, [CLS] or <s>
 _PRINTED = 5  # of the n best answers
 
@@ -64,7 +65,7 @@ class QuestionAnswering(Task):
 
     def count_labels(self, examples: Examples) -> Counter[str]:
         """How many questions have an answer, and none."""
-        return Counter("answer" if row else "no answer" for row in examples.table["answers"][:])
+        return Counter("answer" if row else _NONE for row in examples.table["answers"][:])
 
     def find_labels(self, examples: Examples) -> list[str]:
         return list(_LABELS)
@@ -179,6 +180,21 @@ class QuestionAnswering(Task):
                 named |= {f"{kind}f1": float(f1), f"{kind}em": float(em)}
         return named
 
+    def expected(self, examples: Examples) -> list[list[str]]:
+        return examples.table["answers"][:]
+
+    def answers(self, results: list) -> list[str]:
+        return [result["text"] or _NONE for result in results]
+
+    def constants(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
+        """No answer, where questions may have none."""
+        return {_NONE: [{"text": ""}] * len(examples)} if self.options.unanswerable else {}
+
+    def classes(
+        self, results: list, examples: Examples, labels: list[str]
+    ) -> dict[str, dict[str, float]]:
+        return {}
+
     def titles(self, labels: list[str]) -> dict[str, str]:
         script = "2.0" if self.options.unanswerable else "1.1"
         return {
@@ -187,8 +203,14 @@ class QuestionAnswering(Task):
         }
 
     def describe(
-        self, example: dict, result: dict[str, Any], labels: Sequence[str] = ()
+        self,
+        example: dict,
+        result: dict[str, Any],
+        labels: Sequence[str] = (),
+        scores: None = None,
     ) -> dict[str, Any]:
+        """The answer; `score` is the sum of the logits of its start and end, `null_score` that of
+        no answer. `probability` in n_best compares the n best."""
         return {
             "id": result["id"],
             "question": example["question"],

@@ -3,14 +3,14 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from datasets import Dataset
 from transformers import PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.alignment import align
 from ptv2_fast.tasks.chunks import IOB, chunk_scores, spans
 from ptv2_fast.tasks.conll import read_role_lines
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.task import Examples, was_cut
-from ptv2_fast.tasks.token_classification import TokenClassification, align
+from ptv2_fast.tasks.token_classification import TokenClassification
 
 # The verb itself, and its other part: "gave ... up".
 _VERB = ("V", "C-V")
@@ -67,9 +67,8 @@ class SemanticRoleLabeling(TokenClassification):
             _find_verb(row, text.rpartition("\t")[2].strip(), sentences.where(index))
             for index, (row, text) in enumerate(zip(words, texts, strict=True))
         ]
-        return Examples(
-            TYPED, Dataset.from_dict({"words": words, "predicate": predicates}), unit="text"
-        )
+        table = sentences.table.add_column("predicate", predicates)
+        return Examples(TYPED, table, unit="text")
 
     def tokenize(
         self,
@@ -117,13 +116,20 @@ class SemanticRoleLabeling(TokenClassification):
         return titles | without
 
     def describe(
-        self, example: dict, result: list[str], labels: Sequence[str] = ()
+        self,
+        example: dict,
+        result: list[str],
+        labels: Sequence[str] = (),
+        scores: list[float | None] | None = None,
     ) -> dict[str, Any]:
+        marks = self._marks(example, scores)
+        roles = spans(IOB, example["words"], _without_verb(result), "role", marks)
         return {
             "words": example["words"],
             "predicate": example["predicate"],
             "tags": result,
-            "arguments": spans(IOB, example["words"], _without_verb(result), "role"),
+            **marks,
+            "arguments": roles,
         }
 
 

@@ -3,6 +3,7 @@
 import difflib
 import functools
 import json
+import math
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ptv2_fast
 from ptv2_fast.tasks.benchmarks import Benchmark
+from ptv2_fast.tasks.comparison import Compared
 from ptv2_fast.tasks.options import DataOptions
 from ptv2_fast.tasks.sources import Source
 
@@ -122,7 +124,7 @@ class Features:
         return Features(table, self.examples.select(indices), self.truncated)
 
 
-class Task(ABC):
+class Task(Compared, ABC):
     """One task family, bound to the columns that the options name.
 
     Args:
@@ -202,6 +204,15 @@ class Task(ABC):
     def results(self, predicted: list, features: Features, labels: list[str]) -> list[Any]:
         """The predictions in the task's own terms, one per example, from those of the rows."""
 
+    def certainty(self, outputs: Any, batch: dict[str, Tensor]) -> list[Any]:
+        """How sure the model is of its predictions on a batch, one per row; None where its results
+        say that."""
+        return [None] * len(batch["input_ids"])
+
+    def scores(self, certain: list, features: Features) -> list[Any]:
+        """The same, one per example in the terms of the task, from those of the rows."""
+        return [None] * len(features.examples)
+
     @abstractmethod
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
         """Scores of results against the examples' labels; F1 and the like in 0..1."""
@@ -211,10 +222,18 @@ class Task(ABC):
         """What the names of the task's figures mean, for labels of a run."""
 
     @abstractmethod
-    def describe(self, example: dict, result: Any, labels: Sequence[str] = ()) -> dict[str, Any]:
-        """One result as it is printed, JSON-ready; `labels` are those of the run."""
+    def describe(
+        self, example: dict, result: Any, labels: Sequence[str] = (), scores: Any = None
+    ) -> dict[str, Any]:
+        """One result as it is printed, JSON-ready.
 
-    def adapt_model(  # noqa: B027 (most tasks have nothing to do here)
+        Args:
+            example: the columns of its example.
+            labels: those of the run.
+            scores: its part of what the method of this name gives.
+        """
+
+    def adapt_model(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str]
     ) -> None:
         """Fit a newly loaded model to the task, in place, before a method prepares it.
@@ -339,6 +358,12 @@ def _tokenize_batch(
 def was_cut(encoding: Any, count: int) -> list[bool]:
     """For each of `count` inputs of a fast tokenizer's batch whether truncation cut it."""
     return [bool(encoding.encodings[index].overflowing) for index in range(count)]
+
+
+def share(logits: list[float]) -> float:
+    """The probability of the largest logit."""
+    best = max(logits)
+    return 1 / math.fsum(math.exp(logit - best) for logit in logits)
 
 
 def label_remarks(labels: Iterable[str]) -> dict[str, Any]:

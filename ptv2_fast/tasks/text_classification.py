@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns, read_rows
-from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
+from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, share, was_cut
 from ptv2_fast.tasks.text_metrics import scores, titles
 
 
@@ -107,10 +107,17 @@ class TextClassification(Task):
         return titles(names, self.options.task)
 
     def describe(
-        self, example: dict, result: dict[str, Any], labels: Sequence[str] = ()
+        self,
+        example: dict,
+        result: dict[str, Any],
+        labels: Sequence[str] = (),
+        scores: None = None,
     ) -> dict[str, Any]:
+        """Texts, label and its probability, `score`; of a number, `score` is the number."""
         texts = {name: example[name] for name in ("text", "text_pair") if name in example}
-        return texts | {name: value for name, value in result.items() if name != "logits"}
+        if "logits" not in result:
+            return texts | result
+        return texts | {"label": result["label"], "score": share(result["logits"])}
 
 
 def _whole(examples: Examples) -> Examples:

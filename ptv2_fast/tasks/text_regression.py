@@ -1,6 +1,7 @@
 """One number for a text or for a pair of texts."""
 
 import math
+import statistics
 from collections import Counter
 from typing import Any
 
@@ -64,6 +65,23 @@ class TextRegression(TextClassification):
         self, predicted: list, features: Features, labels: list[str]
     ) -> list[dict[str, Any]]:
         return [{_OUTPUT: logits[0]} for logits in predicted]
+
+    def expected(self, examples: Examples) -> list[float]:
+        return [float(label) for label in examples.table["label"][:]]
+
+    def answers(self, results: list) -> list[str]:
+        """To six digits: a model that always gives one number differs in the last."""
+        return [f"{result[_OUTPUT]:.6g}" for result in results]
+
+    def constants(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
+        """The mean."""
+        mean = statistics.fmean(self.expected(examples))
+        return {f"{mean:.6g}": [{_OUTPUT: mean}] * len(examples)}
+
+    def classes(
+        self, results: list, examples: Examples, labels: list[str]
+    ) -> dict[str, dict[str, float]]:
+        return {}
 
 
 def _as_number(label: Any) -> float | None:

@@ -12,6 +12,7 @@ from sklearn.metrics import f1_score as word_f1_score
 from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.alignment import IGNORED, align
 from ptv2_fast.tasks.cells import (
     as_lists,
     check_labels_apart,
@@ -22,17 +23,18 @@ from ptv2_fast.tasks.cells import (
 from ptv2_fast.tasks.chunks import (
     Scheme,
     begun_inside,
+    chunk_figures,
     chunk_scores,
     find_scheme,
     odd_labels,
     spans,
 )
+from ptv2_fast.tasks.comparison import label_figures
 from ptv2_fast.tasks.conll import holds_columns, read_conll
 from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, keep_columns, read_table
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
-from ptv2_fast.tasks.typed_words import typed_words
+from ptv2_fast.tasks.typed_words import typed_words, word_offsets
 
-_IGNORED = -100  # what the loss of transformers skips
 _BEGIN_INSIDE = "chunks that begin with I-, as in IOB1 (labels kept as they are, chunks scored)"
 
 
@@ -144,7 +146,8 @@ class TokenClassification(Task):
     def from_texts(self, texts: Sequence[str]) -> Examples:
         """Words are cut at blanks and around punctuation."""
         check_not_empty(TYPED, len(texts))
-        table = Dataset.from_dict({"words": typed_words(texts)})
+        words, offsets = typed_words(texts)
+        table = Dataset.from_dict({"words": words, "offsets": offsets})
         return Examples(TYPED, table, unit="text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
@@ -200,11 +203,11 @@ class TokenClassification(Task):
         }
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=_IGNORED)
+        return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
 
     def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[int]]:
         best = outputs.logits.argmax(-1)
-        kept = batch["labels"] != _IGNORED
+        kept = batch["labels"] != IGNORED
         return [row[first].tolist() for row, first in zip(best, kept, strict=True)]
 
     def results(self, predicted: list, features: Features, labels: list[str]) -> list[list[str]]:
@@ -221,6 +224,23 @@ class TokenClassification(Task):
                 results[example][word] = labels[number]
         return results
 
+    def certainty(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[float]]:
+        best = outputs.logits.float().softmax(-1).amax(-1)
+        kept = batch["labels"] != IGNORED
+        return [row[first].tolist() for row, first in zip(best, kept, strict=True)]
+
+    def scores(self, certain: list, features: Features) -> list[list[float | None]]:
+        """The probability of the label of each word; None where `results` fills one in."""
+        scores: list[list[float | None]] = [
+            [None] * len(words) for words in features.examples.table["words"][:]
+        ]
+        for values, places, example in zip(
+            certain, features.table["word_indices"][:], features.table["example"][:], strict=True
+        ):
+            for word, value in zip(places, values, strict=True):
+                scores[example][word] = value
+        return scores
+
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
         """Of whole chunks by seqeval where all labels are of chunks; else macro F1 of words."""
         true = examples.table["tags"][:]
@@ -232,6 +252,26 @@ class TokenClassification(Task):
         f1 = word_f1_score(*words, average="macro", zero_division=0)
         return {name: float(score) for name, score in (scores | {"f1": f1}).items()}
 
+    def expected(self, examples: Examples) -> list[list[str]]:
+        return examples.table["tags"][:]
+
+    def answers(self, results: list) -> list[str]:
+        return list(itertools.chain.from_iterable(results))
+
+    def constants(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
+        """The most frequent label of words alone: of a chunk's no chunk can be made."""
+        ((answer, _),) = self.count_labels(examples).most_common(1)
+        return {answer: [[answer] * len(words) for words in examples.table["words"][:]]}
+
+    def classes(
+        self, results: list, examples: Examples, labels: list[str]
+    ) -> dict[str, dict[str, float]]:
+        """Of types of chunks, or of labels of words."""
+        true, scheme = self.expected(examples), self.scheme(labels)
+        if scheme is not None:
+            return chunk_figures(scheme, true, results)
+        return label_figures(self.answers(true), self.answers(results), labels)
+
     def titles(self, labels: list[str]) -> dict[str, str]:
         scheme = self.scheme(labels)
         if scheme is None:
@@ -240,58 +280,28 @@ class TokenClassification(Task):
         return {name: f"{name} {how}" for name in ("f1", "precision", "recall")}
 
     def describe(
-        self, example: dict, result: list[str], labels: Sequence[str] = ()
+        self,
+        example: dict,
+        result: list[str],
+        labels: Sequence[str] = (),
+        scores: list[float | None] | None = None,
     ) -> dict[str, Any]:
+        """Words with their tags, probabilities and places, and the chunks that they make.
+
+        Places are characters in the typed text; of a file that holds words, in these with a blank
+        between each two. The score of a chunk is the mean of those of its words.
+        """
         described: dict[str, Any] = {"words": example["words"], "tags": result}
+        described |= self._marks(example, scores)
         scheme = self.scheme(labels or result)
         if scheme is not None:
-            described["entities"] = spans(scheme, example["words"], result, "type")
+            described["entities"] = spans(scheme, example["words"], result, "type", described)
         return described
 
-
-def align(
-    encoding: Any, tags: list[list[str]] | None, label_numbers: dict[str, int] | None, count: int
-) -> dict[str, list]:
-    """Label numbers at the first sub-word of each word, and which words those are.
-
-    Without labels a zero marks the place to read the prediction from.
-
-    Args:
-        encoding: of a fast tokenizer, of text split into words; of a pair, the first text counts.
-        tags: one list a sentence.
-        count: of sentences.
-
-    Returns:
-        {"labels": numbers per token, -100 elsewhere; "word_indices": the words left in it}.
-    """
-    labels, word_indices = [], []
-    for index in range(count):
-        word_ids = [
-            word if sequence == 0 else None
-            for word, sequence in zip(
-                encoding.word_ids(index), encoding.sequence_ids(index), strict=True
-            )
-        ]
-        first_of_word = _first_sub_words(word_ids)
-        numbers = [_IGNORED] * len(word_ids)
-        for position, word in first_of_word:
-            if label_numbers is None or tags is None:
-                numbers[position] = 0
-            else:
-                numbers[position] = label_numbers[tags[index][word]]
-        labels.append(numbers)
-        word_indices.append([word for _, word in first_of_word])
-    return {"labels": labels, "word_indices": word_indices}
-
-
-def _first_sub_words(word_ids: list[int | None]) -> list[tuple[int, int]]:
-    """(position, word) of the first sub-word of each word."""
-    before = [None, *word_ids]
-    return [
-        (position, word)
-        for position, word in enumerate(word_ids)
-        if word is not None and word != before[position]
-    ]
+    def _marks(self, example: dict, scores: list[float | None] | None) -> dict[str, Any]:
+        """`scores` and `offsets` of the words, as `describe` prints them."""
+        offsets = example.get("offsets") or word_offsets(example["words"])
+        return {"scores": scores or [None] * len(offsets), "offsets": offsets}
 
 
 def _is_list_of_text(cell: Any) -> bool:

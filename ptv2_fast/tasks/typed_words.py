@@ -1,5 +1,6 @@
 """Words of typed text in any script: marks and joiners belong to words, emoji stay whole."""
 
+import itertools
 import warnings
 from collections.abc import Sequence
 
@@ -18,12 +19,16 @@ _UNSPACED = regex.compile(
 _LONGEST = 8  # letters of a word in such a script that was hardly cut
 
 
-def typed_words(texts: Sequence[str]) -> list[list[str]]:
+def typed_words(texts: Sequence[str]) -> tuple[list[list[str]], list[list[tuple[int, int]]]]:
     """Cut texts at blanks and around punctuation.
 
     Warns of texts in scripts that put no blanks between words, of which a sentence is one word.
+
+    Returns:
+        The words of each text, and where they start and end in it.
     """
-    words = [_WORD.findall(text) for text in texts]
+    found = [list(_WORD.finditer(text)) for text in texts]
+    words = [[match.group() for match in row] for row in found]
     unspaced = [
         number for number, row in enumerate(words, 1) if any(_is_unspaced(w, row) for w in row)
     ]
@@ -34,7 +39,13 @@ def typed_words(texts: Sequence[str]) -> list[list[str]]:
             "where the training data have the ends of words",
             stacklevel=3,
         )
-    return words
+    return words, [[match.span() for match in row] for row in found]
+
+
+def word_offsets(words: Sequence[str]) -> list[tuple[int, int]]:
+    """Where words start and end in the text that they make with a blank between each two."""
+    ends = list(itertools.accumulate(len(word) + 1 for word in words))
+    return [(end - 1 - len(word), end - 1) for word, end in zip(words, ends, strict=True)]
 
 
 def _is_unspaced(word: str, row: list[str]) -> bool:

@@ -33,6 +33,7 @@ from ptv2_fast.training.baselines import (
 )
 from ptv2_fast.training.methods import prepare_model
 from ptv2_fast.training.options import ModelOptions, RunConfig
+from ptv2_fast.training.run_place import find_run
 
 
 def load_pretrained(
@@ -139,13 +140,14 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
     """Load what a run trained, in eval mode; the folder runs no code and names no place to write.
 
     Args:
-        folder: of the run.
+        folder: of the run, or of one of its checkpoints.
         changes: data options to use instead of the run's, such as other columns.
 
     Raises:
         ValueError, OSError: for a folder without a finished run, a corrupt or foreign adapter, or
             a pretrained model that is gone.
     """
+    folder, checkpoint = find_run(folder)
     config, found = run_folder.read_run_config(folder)
     # How the run was carried out is not what it is: its cache may be anywhere.
     own = {"feature_cache": None, "preprocessing_num_workers": 1}
@@ -153,7 +155,7 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
     task, labels, method = make_task(data), found["labels"], config.model.method
     tokenizer = load_tokenizer(folder / run_folder.TOKENIZER)
     if method == "fine-tuning":
-        directory = folder / run_folder.MODEL
+        directory = checkpoint or folder / run_folder.MODEL
         _require(directory / "config.json")
         model, report = _model_class(task).from_pretrained(
             directory,
@@ -173,7 +175,9 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
     else:
         model, _ = load_pretrained(config.model, task, labels)
         if method == "p-tuning-v2":
-            load_adapter(model, folder / run_folder.ADAPTER)
+            load_adapter(model, checkpoint or folder / run_folder.ADAPTER)
+        elif checkpoint is not None:
+            raise ValueError(f"run: expected a finished run of {method}, got its {checkpoint.name}")
         else:
             _load_tensors(model, config.model, folder / run_folder.TRAINED)
     if torch.cuda.is_available():

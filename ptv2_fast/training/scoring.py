@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.comparison import compare
 from ptv2_fast.tasks.sources import file_source
 from ptv2_fast.tasks.task import Examples, Features, Task
 
@@ -14,7 +15,6 @@ if TYPE_CHECKING:
     from ptv2_fast.training.models import TrainedRun
 
 
-@torch.no_grad()
 def predict(
     model: PreTrainedModel,
     task: Task,
@@ -28,10 +28,26 @@ def predict(
 
     Runs in eval mode, in batches of similar length, and draws nothing from torch's generator.
     """
+    predicted, _ = _run(model, task, features, tokenizer, batch_size, bf16)
+    return task.results(predicted, features, labels)
+
+
+@torch.no_grad()
+def _run(
+    model: PreTrainedModel,
+    task: Task,
+    features: Features,
+    tokenizer: PreTrainedTokenizerBase,
+    batch_size: int,
+    bf16: bool = False,
+    certain: bool = False,
+) -> tuple[list[Any], list[Any]]:
+    """What is kept of the model's outputs, one per row, and with `certain` how sure it is."""
     rows = features.model_inputs(tokenizer, task.label_columns)
     collate = task.collator(tokenizer)
     order = sorted(range(len(rows)), key=features.lengths.__getitem__, reverse=True)
     predicted: list[Any] = [None] * len(rows)
+    certainty: list[Any] = [None] * len(rows)
     was_training = model.training
     model.eval()
     for first in range(0, len(order), batch_size):
@@ -42,8 +58,11 @@ def predict(
             outputs = model(**inputs)
         for index, prediction in zip(indices, task.predictions(outputs, batch), strict=True):
             predicted[index] = prediction
+        if certain:
+            for index, value in zip(indices, task.certainty(outputs, batch), strict=True):
+                certainty[index] = value
     model.train(was_training)
-    return task.results(predicted, features, labels)
+    return predicted, certainty
 
 
 def score(
@@ -60,17 +79,31 @@ def score(
     return task.metrics(results, features.examples, labels)
 
 
-def score_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> dict[str, Any]:
-    """The metrics of a trained run on a labelled file, how much of it was seen, and what was odd.
+def evaluate_file(
+    run: "TrainedRun", path: Path, batch_size: int = 32
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The scores of a trained run on a labelled file, and its predictions.
+
+    Returns:
+        The metrics; how much of the file was seen, and what was odd in it; `baseline`, the metrics
+        of the best of the constant answers; `classes`, the figures of each; and `note` where the
+        model gives one answer only. And the lines of `predict_file`, with `expected` in each.
 
     Raises:
         ValueError: for a missing or malformed file, or a label the run does not know.
     """
-    examples = run.task.read(file_source(path))
-    features = run.task.featurize(examples, run.tokenizer, run.labels, run.max_length)
-    scores = score(run.model, run.task, features, run.tokenizer, run.labels, batch_size)
-    counts = {"examples": len(examples), "truncated_examples": features.truncated}
-    return scores | counts | ({"remarks": examples.remarks} if examples.remarks else {})
+    task, labels = run.task, run.labels
+    examples = task.read(file_source(path))
+    features = task.featurize(examples, run.tokenizer, labels, run.max_length)
+    results, lines = _describe(run, features, batch_size)
+    scores: dict[str, Any] = dict(task.metrics(results, examples, labels))
+    scores |= {"examples": len(examples), "truncated_examples": features.truncated}
+    if examples.remarks:
+        scores["remarks"] = examples.remarks
+    scores |= compare(task, results, examples, labels)
+    for line, expected in zip(lines, task.expected(examples), strict=True):
+        line["expected"] = expected
+    return scores, lines
 
 
 def predict_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> list[dict[str, Any]]:
@@ -98,6 +131,15 @@ def _predict_examples(
     run: "TrainedRun", examples: Examples, batch_size: int
 ) -> list[dict[str, Any]]:
     features = run.task.featurize(examples, run.tokenizer, None, run.max_length)
-    results = predict(run.model, run.task, features, run.tokenizer, run.labels, batch_size)
-    rows = zip(examples.table, results, strict=True)
-    return [run.task.describe(row, one, run.labels) for row, one in rows]
+    return _describe(run, features, batch_size)[1]
+
+
+def _describe(
+    run: "TrainedRun", features: Features, batch_size: int
+) -> tuple[list[Any], list[dict[str, Any]]]:
+    """The results of the examples, and how they are printed."""
+    task, labels = run.task, run.labels
+    predicted, certainty = _run(run.model, task, features, run.tokenizer, batch_size, certain=True)
+    results, scores = task.results(predicted, features, labels), task.scores(certainty, features)
+    rows = zip(features.examples.table, results, scores, strict=True)
+    return results, [task.describe(row, one, labels, sure) for row, one, sure in rows]

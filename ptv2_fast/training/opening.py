@@ -1,0 +1,90 @@
+"""Open what was trained, in one call."""
+
+import os
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from ptv2_fast.adapters import load_adapter, read_config, read_labels
+from ptv2_fast.encoders.adapter_files import read_description
+from ptv2_fast.training.models import load_config, load_run, load_tokenizer
+from ptv2_fast.training.run_place import find_place
+
+# The end of a class of transformers -> the auto class that makes one of it.
+_AUTO_CLASSES = {
+    head: f"AutoModel{head.removeprefix('Model')}"
+    for head in (
+        "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
+        "ForMultipleChoice",
+    )
+}  # fmt: skip
+_CLASS = re.compile(r"[A-Z][A-Za-z]*?(Model|For[A-Z][A-Za-z]*)")
+
+
+class Loaded(NamedTuple):
+    """A trained model, ready to use.
+
+    Attributes:
+        model: of a class of transformers, in eval mode; on the GPU where there is one.
+        tokenizer: that of its training.
+        labels: by number, as the head numbers them.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: list[str]
+
+
+def load(folder: str | os.PathLike) -> Loaded:
+    """Load a trained model, its tokenizer and its labels; code that comes with it does not run.
+
+    Args:
+        folder: of a finished run of any method; of a checkpoint of a run; or of an adapter that
+            `save_adapter`, `save_pretrained` or Trainer wrote, whose base model is then loaded by
+            its name.
+
+    Returns:
+        A named tuple: `model, tokenizer, labels = load("runs/ner")`.
+
+    Raises:
+        ValueError: for a folder without any of them, one of several runs (naming them), one that is
+            corrupt, or a base model that cannot be loaded.
+    """
+    folder = Path(folder)
+    try:
+        if find_place(folder).run is None:
+            return _load_alone(folder)
+        run = load_run(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return Loaded(run.model, run.tokenizer, run.labels)
+
+
+def _load_alone(folder: Path) -> Loaded:
+    """An adapter outside a run, into the model that it names."""
+    description = read_description(folder)
+    read_config(description, folder)
+    labels = read_labels(description, folder)
+    base, made_for = description.get("base_model"), description["model_class"]
+    match = _CLASS.fullmatch(str(made_for))
+    auto = _AUTO_CLASSES.get(match[1]) if match else None
+    if not isinstance(base, str) or not base or auto is None:
+        raise ValueError(
+            f"{folder}: expected an adapter that names its base model, and one of the heads "
+            f"{[*_AUTO_CLASSES]}, got {base!r:.100} and {made_for!r:.100}; make the model and call "
+            "ptv2_fast.load_adapter(model, folder)"
+        )
+    config = load_config(base, num_labels=len(labels))
+    model = getattr(transformers, auto).from_pretrained(
+        base, config=config, dtype=torch.float32, trust_remote_code=False
+    )
+    load_adapter(model, folder)
+    if torch.cuda.is_available():
+        model.cuda()
+    own = (folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(folder if own else base)
+    return Loaded(model, tokenizer, [labels[number] for number in range(len(labels))])
