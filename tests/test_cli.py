@@ -56,6 +56,7 @@ def test_a_run_folder_holds_config_metrics_adapter_and_report(trained):
                                                      "ptv2_adapter.safetensors")]  # fmt: skip
     assert report["saved_bytes"] == sum(file.stat().st_size for file in files)
     assert report["kept_bytes"] > 0
+    assert report["baselines"]["validation"]["answer"] == "O"
     assert report["steps"] == 48
     config = json.loads((trained / "config.json").read_text())
     assert config["found"] == {"labels": ["B-LOC", "B-PER", "O"], "max_length": 24}

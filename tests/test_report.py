@@ -16,6 +16,7 @@ from ptv2_fast.training.report.data import find_runs
 from ptv2_fast.training.report.figures import draw_dots
 from ptv2_fast.training.report.page import PAGE, write_report
 from ptv2_fast.training.report.tables import cost_table, paper_table
+from ptv2_fast.training.report.text import finding, lead
 from tests.models import one_thread  # noqa: F401
 from tests.report_runs import write_run, write_sweep
 from tests.tiny_run import save_tiny_model, write_reviews
@@ -185,6 +186,25 @@ def test_cells_stand_in_the_columns_of_the_paper(comparisons):
     assert any(note.startswith("†") for note in table.notes)
 
 
+def test_no_part_of_fine_tuning_is_given_where_a_constant_answer_is_as_good(tmp_path):
+    """60 % right of 277 examples is within two standard errors of 59 %, 80 % is not."""
+    for number, (method, score) in enumerate({"fine-tuning": 0.8, "p-tuning-v2": 0.6}.items()):
+        for constant in (0.59, 0.1):
+            baselines = {"validation": {"answer": "1", "accuracy": constant}}
+            write_run(tmp_path / f"{constant}" / f"{number}", validation(score), method=method,
+                      report={"baselines": baselines})  # fmt: skip
+    for constant, cell, ratio in ((0.59, "chance", None), (0.1, "75.0 %", 0.75)):
+        runs, _ = find_runs([tmp_path / f"{constant}"])
+        (one,) = compare(settings_of(runs), Names(runs))
+        assert one.ratio("validation") == pytest.approx(ratio)
+        table = paper_table("tiny-bert", [one])
+        assert table.rows[0].cells[-1].text == cell
+        assert any("constant answer" in note for note in table.notes) == (cell == "chance")
+        words = "No better than a constant answer: P-Tuning v2."
+        assert (words in finding(one)) == (cell == "chance")
+        assert ("of fine-tuning's score" in lead(runs, [one])) == (ratio is not None)
+
+
 def test_costs_stand_beside_the_score(comparisons):
     rows = {row.head.text: [cell.text for cell in row.cells] for row in
             cost_table(comparisons[:1]).rows}  # fmt: skip
@@ -213,6 +233,7 @@ def test_what_is_left_out_is_listed_with_the_reason(page, folder):
     ("change", "reason"),
     [
         ({"method": None}, "expected the keys ['method']"),
+        ({"baselines": {"validation": 3}}, "expected a table in baselines of 'validation', got 3"),
         ({"metrics": {"validation": 0.5}}, "expected scores by split"),
         ({"metrics": {"validation": {"accuracy": "high"}}}, "expected scores by split"),
         ({"tasks": {"rte": {}}}, "expected task and metric of 'rte'"),

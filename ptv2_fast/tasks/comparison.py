@@ -49,23 +49,30 @@ def compare(
     """What helps to judge the scores of results, as far as the task has it.
 
     Returns:
-        baseline: the `answer` that scores best when it is given always, and its metrics; note: that
-        the results give one answer only, though others are right; classes: see `Compared.classes`.
+        baseline: see `baseline`; note: that the results give one answer only, though others are
+        right; classes: see `Compared.classes`.
     """
     found: dict[str, dict | str] = {}
-    scores = {
-        answer: task.metrics(same, examples, labels)
-        for answer, same in task.constants(examples, labels).items()
-    }
-    if scores:
-        best = max(scores, key=lambda answer: scores[answer][task.metric])
-        found["baseline"] = {"answer": best, **scores[best]}
+    if constant := baseline(task, examples, labels):
+        found["baseline"] = constant
     said = set(task.answers(results))
     if len(said) == 1 and len(results) > 1 and said != set(task.count_labels(examples)):
         found["note"] = f"predicts only {said.pop()!r}"
     if classes := task.classes(results, examples, labels):
         found["classes"] = classes
     return found
+
+
+def baseline(task: "Task", examples: "Examples", labels: list[str]) -> dict[str, Any]:
+    """The `answer` that scores best when it is given always, and its metrics; {} without any."""
+    scores = {
+        answer: task.metrics(same, examples, labels)
+        for answer, same in task.constants(examples, labels).items()
+    }
+    if not scores:
+        return {}
+    best = max(scores, key=lambda answer: scores[answer][task.metric])
+    return {"answer": best, **scores[best]}
 
 
 def label_figures(

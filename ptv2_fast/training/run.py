@@ -11,6 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
+from ptv2_fast.tasks.comparison import baseline
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.checkpoints import last_checkpoint
 from ptv2_fast.training.clock import StepClock
@@ -153,12 +154,17 @@ def score_splits(prepared: Prepared) -> dict[str, dict[str, float]]:
 
 
 def describe_data(prepared: Prepared) -> dict[str, dict[str, Any]]:
-    """What report.json says about the examples, by split."""
+    """What report.json says about the examples, and of a constant answer to them, by split."""
     features = prepared.features.items()
     return {
         "examples": {name: len(f.examples) for name, f in features},
         "truncated_examples": {name: f.truncated for name, f in features},
         "remarks": {name: f.examples.remarks for name, f in features if f.examples.remarks},
+        "baselines": {
+            name: found
+            for name, f in features
+            if name != "train" and (found := baseline(prepared.task, f.examples, prepared.labels))
+        },
     }
 
 

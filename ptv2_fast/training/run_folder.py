@@ -32,7 +32,8 @@ TASKS = "tasks"
 # By kind of folder, the file that says what was begun in it.
 MARKS = {"run": CONFIG, "sweep": "sweep.json", "search": "study.db"}
 # What report.json may hold, beside what names the run.
-_TABLES = ("machine", "versions", "examples", "truncated_examples", "remarks", "tasks")
+_TABLES = ("machine", "versions", "examples", "truncated_examples", "remarks", "tasks",
+           "baselines")  # fmt: skip
 _NUMBERS = (
     "trainable_parameters", "total_parameters", "saved_bytes", "steps", "train_seconds",
     "step_seconds", "kept_bytes", "peak_memory_bytes",
@@ -242,9 +243,10 @@ def read_report(folder: Path) -> dict[str, Any]:
     for name in (*_TABLES, "started_from"):
         if not isinstance(report.get(name) or {}, dict):
             raise ValueError(f"{REPORT}: expected a table in {name!r}, got {report[name]!r:.100}")
-    for name, remarks in (report.get("remarks") or {}).items():
-        if not isinstance(remarks, dict):
-            raise ValueError(f"{REPORT}: expected a table in remarks of {name!r}, got {remarks!r}")
+    for table in ("remarks", "baselines"):
+        for name, part in (report.get(table) or {}).items():
+            if not isinstance(part, dict):
+                raise ValueError(f"{REPORT}: expected a table in {table} of {name!r}, got {part!r}")
     for name, part in (report.get("tasks") or {}).items():
         if not isinstance(part, dict) or not {"task", "metric"} <= set(part):
             raise ValueError(f"{REPORT}: expected task and metric of {name!r}, got {part!r}")

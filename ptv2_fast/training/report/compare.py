@@ -126,6 +126,26 @@ class Comparison:
         found = {name: one.score(split, metric) for name, one in self.settings.items()}
         return {name: score for name, score in found.items() if score is not None}
 
+    def is_chance(self, name: str, split: str) -> bool:
+        """Whether a method's score is no better than that of a constant answer."""
+        score = self.settings[name].score(split) if name in self.settings else None
+        known = [r.chance(split) for one in self.settings.values() for r in one.results]
+        return score is not None and any(c is not None and score.mean <= c for c in known)
+
+    def ratio(self, split: str, name: str = "PT-2") -> float | None:
+        """A method's score as a part of fine-tuning's.
+
+        None where one of the two is missing, or no better than a constant answer: such a part says
+        nothing.
+        """
+        scores = self.scores(split)
+        if name not in scores or "FT" not in scores or not scores["FT"].mean:
+            return None
+        if self.is_chance(name, split) or self.is_chance("FT", split):
+            return None
+        value = scores[name].mean / scores["FT"].mean
+        return value if math.isfinite(value) else None
+
 
 def compare(settings: Iterable[Setting], names: "Names") -> list[Comparison]:
     """One comparison for each data set and model, in the order in which they were found."""

@@ -1,6 +1,7 @@
 """The runs in folders, for the report: what is finished, and what cannot be shown and why."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ class Run:
         if not parts:
             task = report["task"]
             metric = report.get("metric") or _metric(task)
-            return (Result(self, task, metric, report["metrics"], self.options, "eval"),)
+            return (Result(self, task, metric, report["metrics"], self.options, "eval", ""),)
         options = {part.get("name"): part for part in self.options.get("tasks", ())}
         results = []
         for name, part in parts.items():
@@ -90,8 +91,9 @@ class Run:
                 if key.startswith(f"{name}/")
             }
             own = Result(
-                self, part["task"], part["metric"], scores, options.get(name, {}), f"eval_{name}"
-            )
+                self, part["task"], part["metric"], scores, options.get(name, {}), f"eval_{name}",
+                f"{name}/",
+            )  # fmt: skip
             results.append(own)
         return tuple(results)
 
@@ -105,6 +107,7 @@ class Result:
         scores: split -> metric -> value.
         data: options that name the data, among others.
         prefix: of the metrics in the curve.
+        part: what stands before the splits in report.json.
     """
 
     run: Run
@@ -113,10 +116,23 @@ class Result:
     scores: dict[str, dict[str, float]]
     data: dict[str, Any]
     prefix: str
+    part: str
 
     @property
     def model(self) -> str:
         return str(self.run.report["model"])
+
+    def chance(self, split: str) -> float | None:
+        """The score that is no better than a constant answer's; None where none is known.
+
+        That is two standard errors above it, as if the score were a part of the examples.
+        """
+        constant = (self.run.report.get("baselines") or {}).get(self.part + split, {})
+        count = (self.run.report.get("examples") or {}).get(self.part + split)
+        value = constant.get(self.metric)
+        if not (run_folder.is_number(value) and run_folder.is_number(count)) or not count:
+            return None
+        return value + 2 * math.sqrt(max(0.0, value * (1 - value)) / count)
 
     @property
     def splits(self) -> list[str]:

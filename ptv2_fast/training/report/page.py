@@ -38,7 +38,6 @@ from ptv2_fast.training.report.tables import (
     cost_table,
     metrics_table,
     paper_table,
-    ratio_of,
     share,
 )
 from ptv2_fast.training.report.text import finding, joined, lead, method_name
@@ -168,7 +167,7 @@ def tiles(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> list[tuple[
     """A few figures for the top of the page: (figure, what it is)."""
     found = [(str(len(runs)), "finished runs")]
     found.append((str(len({one.title for one in comparisons})), "data sets"))
-    ratios = [ratio_of(one.scores(one.splits[0])) for one in comparisons]
+    ratios = [one.ratio(one.splits[0]) for one in comparisons]
     known = [value for value in ratios if value is not None]
     if known:
         mean = sum(known) / len(known)

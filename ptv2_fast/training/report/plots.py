@@ -43,13 +43,10 @@ def _score_figure(comparisons: Sequence[Comparison]) -> list[Figure]:
 def _parameter_figure(comparisons: Sequence[Comparison]) -> list[Figure]:
     points: dict[str, list[tuple[float, float]]] = {}
     for one in comparisons:
-        scores = one.scores(one.splits[0])
-        for name, score in scores.items():
-            part = cost_of(one.settings[name], "part")
-            if part and "FT" in scores and scores["FT"].mean:
-                ratio = score.mean / scores["FT"].mean
-                if math.isfinite(ratio):
-                    points.setdefault(name, []).append((100 * part, 100 * ratio))
+        for name in one.scores(one.splits[0]):
+            part, ratio = cost_of(one.settings[name], "part"), one.ratio(one.splits[0], name)
+            if part and ratio is not None:
+                points.setdefault(name, []).append((100 * part, 100 * ratio))
     if len(points) < 2:
         return []
     words = []

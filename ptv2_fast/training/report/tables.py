@@ -15,6 +15,7 @@ from ptv2_fast.training.statistic import Statistic
 Published = Callable[[str, str], Sequence[Any]]
 
 NONE = "–"  # noqa: RUF001
+CHANCE = "chance"
 
 
 @dataclass(frozen=True)
@@ -113,11 +114,14 @@ def paper_table(
             printed = _printed(one, split, published, sources)
             cells = [score_cell(scores.get(n), n in best, printed.get(n, "")) for n in names]
             head = Cell(one.title, f"{split}, {metric_name(one.metric)}")
-            rows.append(Row(head, (*cells, Cell(ratio(scores)))))
+            rows.append(Row(head, (*cells, Cell(ratio(one, split)))))
     columns = {name: COLUMNS.get(name, name) for name in names}
     columns["PT-2 / FT"] = "P-Tuning v2 as a part of fine-tuning"
     caption = f"{model}: scores in per cent"
-    return Table(caption, "Data set", columns, tuple(rows), _source_notes(sources))
+    notes = _source_notes(sources)
+    if any(row.cells[-1].text == CHANCE for row in rows):
+        notes = (*notes, f"{CHANCE}: one of the two is no better than a constant answer.")
+    return Table(caption, "Data set", columns, tuple(rows), notes)
 
 
 def _source_notes(sources: dict[str, bool]) -> tuple[str, ...]:
@@ -128,18 +132,15 @@ def _source_notes(sources: dict[str, bool]) -> tuple[str, ...]:
     return (note, mark) if any(sources.values()) else (note,)
 
 
-def ratio(scores: dict[str, Statistic]) -> str:
-    """P-Tuning v2's score as a part of fine-tuning's."""
-    value = ratio_of(scores)
-    return NONE if value is None else f"{100 * value:.1f} %"
-
-
-def ratio_of(scores: dict[str, Statistic]) -> float | None:
-    """The same as a number; None where one of the two is missing."""
-    if "FT" not in scores or "PT-2" not in scores or not scores["FT"].mean:
-        return None
-    value = scores["PT-2"].mean / scores["FT"].mean
-    return value if math.isfinite(value) else None
+def ratio(one: Comparison, split: str) -> str:
+    """P-Tuning v2's score as a part of fine-tuning's, in words."""
+    value = one.ratio(split)
+    if value is not None:
+        return f"{100 * value:.1f} %"
+    chance = {"FT", "PT-2"} <= set(one.scores(split)) and (
+        one.is_chance("FT", split) or one.is_chance("PT-2", split)
+    )
+    return CHANCE if chance else NONE
 
 
 def _printed(

@@ -10,7 +10,6 @@ from ptv2_fast.training.report.tables import (
     cost_of,
     metric_name,
     percent,
-    ratio_of,
     share,
 )
 from ptv2_fast.training.statistic import Statistic
@@ -42,8 +41,8 @@ def lead(runs: Sequence[Run], comparisons: Sequence[Comparison]) -> str:
         f"{_count(len(runs), 'run')} of {joined([method_name(name) for name in columns])} on "
         f"{joined(titles)} with {joined(models)}."
     )
-    scores = [one.scores(one.splits[0]) for one in comparisons]
-    ratios = [value for value in map(ratio_of, scores) if value is not None]
+    found = [one.ratio(one.splits[0]) for one in comparisons]
+    ratios = [value for value in found if value is not None]
     if ratios:
         low, high = (f"{100 * value:.1f}" for value in (min(ratios), max(ratios)))
         reach = f"{low} %" if low == high else f"{low} to {high} %"
@@ -70,13 +69,16 @@ def finding(one: Comparison) -> str:
     text += f"{'are' if len(best) > 1 else 'is'} best with {percent(scores[best[0]].mean)}."
     if "PT-2" in scores:
         text += _standing(one, scores, best)
+    chance = [method_name(name) for name in scores if one.is_chance(name, split)]
+    if chance:
+        text += f" No better than a constant answer: {joined(chance)}."
     return text
 
 
 def _standing(one: Comparison, scores: dict[str, Statistic], best: Sequence[str]) -> str:
     own = scores["PT-2"]
     text = "" if "PT-2" in best else f" P-Tuning v2 reaches {percent(own.mean)}"
-    ratio = ratio_of(scores)
+    ratio = one.ratio(one.splits[0])
     if ratio is not None:
         words = f"{100 * ratio:.1f} % of fine-tuning's {percent(scores['FT'].mean)}"
         text += f", {words}" if text else f" P-Tuning v2 reaches {words}"
