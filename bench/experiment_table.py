@@ -16,6 +16,9 @@ from ptv2_fast.training.statistic import Statistic
 Row = dict[str, str]
 
 _METHODS = ("fine-tuning", "lora", "p-tuning-v2", "prompt-tuning", "linear-probe")
+# Where fine-tuning or P-Tuning v2 is within two standard errors of a constant answer, with the
+# score of that: one as a part of the other says nothing there.
+_CHANCE = {"boolq": 0.613, "disfl_qa": 0.307, "multirc": 0.599, "rte": 0.527, "wsc": 0.635}
 _RUN = re.compile(r"(?P<variant>.+?)(-lr-(?P<rate>.+))?-seed-\d+")
 
 
@@ -51,7 +54,10 @@ def compare(name: str, variants: dict[str, list[Row]]) -> str:
     prefix, full = variants["p-tuning-v2"], variants["fine-tuning"]
     split = "test" if prefix[0]["test"] else "validation"
     cells = [score(variants[method]) if method in variants else "" for method in _METHODS]
-    cells.append(f"{100 * mean(prefix, split) / mean(full, split):.1f} %")
+    if name in _CHANCE:
+        cells.append(f"chance ({100 * _CHANCE[name]:.1f})")
+    else:
+        cells.append(f"{100 * mean(prefix, split) / mean(full, split):.1f} %")
     for cost in ("step_seconds", "kept_bytes", "train_seconds"):
         cells.append(f"{mean(prefix, cost) / mean(full, cost):.2f}")
     return table_row(f"{name} ({prefix[0]['metric']}, {split})", cells)

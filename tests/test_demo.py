@@ -23,3 +23,13 @@ def test_the_demo_writes_its_report_and_tags_a_sentence(tmp_path, monkeypatch, c
     assert "p-tuning-v2" in (tmp_path / "report.md").read_text()
     assert (tmp_path / "f1_over_time.png").stat().st_size > 0
     assert "In Oslo ." in capsys.readouterr().out
+
+
+def test_the_part_that_trains_is_that_of_print_trainable_parameters():
+    row = {"f1": 0.5, "trainable_parameters": 593_289, "total_parameters": 23_158_665,
+           "saved_bytes": 1, "steps": 1, "recipe": {"batch_size": 1}, "step_seconds": 1,
+           "kept_bytes": 1}  # fmt: skip
+    methods = dict.fromkeys(demo.RECIPES, row)
+    methods["fine-tuning"] = {**row, "trainable_parameters": 22_568_841}
+    assert demo.table_rows(methods)[list(methods).index("p-tuning-v2")][3] == "2.56"
+    assert "trains 2.56 % of the parameters" in demo.summary(methods)

@@ -151,20 +151,19 @@ COLUMNS = (
     "method", "F1", "trained", "%", "MB saved", "steps", "batch", "ms/step", "MB kept",
 )  # fmt: skip
 LEGEND = (
-    "F1: test split. trained: parameters. MB saved: adapter or checkpoint. MB kept: for the "
-    f"backward pass of a step on {KEPT_BATCH} sentences."
+    "F1: test split. trained: parameters, and per cent of all. MB saved: adapter or checkpoint. "
+    f"MB kept: for the backward pass of a step on {KEPT_BATCH} sentences."
 )
 
 
 def table_rows(methods: dict[str, dict[str, Any]]) -> list[list[str]]:
     """The table as text, a row for each method."""
-    total = methods["fine-tuning"]["trainable_parameters"]
     return [
         [
             name,
             f"{row['f1']:.3f}",
             f"{row['trainable_parameters']:,}",
-            f"{100 * row['trainable_parameters'] / total:.2f}",
+            f"{_per_cent_trained(row):.2f}",
             f"{row['saved_bytes'] / 1e6:.2f}",
             f"{row['steps']}",
             f"{row['recipe']['batch_size']}",
@@ -173,6 +172,11 @@ def table_rows(methods: dict[str, dict[str, Any]]) -> list[list[str]]:
         ]
         for name, row in methods.items()
     ]
+
+
+def _per_cent_trained(row: dict[str, Any]) -> float:
+    """Of all parameters of its model, as `print_trainable_parameters` counts."""
+    return 100 * row["trainable_parameters"] / row["total_parameters"]
 
 
 def markdown(report: dict[str, Any]) -> str:
@@ -200,8 +204,8 @@ def summary(methods: dict[str, dict[str, Any]]) -> str:
     """The comparison in a sentence."""
     found = compare(methods)
     return (
-        f"p-tuning-v2 reaches {100 * found['f1_over_fine_tuning']:.1f} % of fine-tuning's F1 with "
-        f"{100 * found['trained_over_fine_tuning']:.2f} % of its trained parameters; "
+        f"p-tuning-v2 reaches {100 * found['f1_over_fine_tuning']:.1f} % of fine-tuning's F1 and "
+        f"trains {_per_cent_trained(methods['p-tuning-v2']):.2f} % of the parameters; "
         f"{found['f1_points_over_prompt_tuning']:+.1f} points against prompt-tuning, "
         f"{found['f1_points_over_linear_probe']:+.1f} against linear-probe."
     )
