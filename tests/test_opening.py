@@ -88,6 +88,14 @@ def test_a_fine_tuned_run_opens_too(home, tmp_path):
     assert torch.equal(model(**batch).logits, prepared.model.eval()(**batch).logits)
 
 
+def test_a_checkpoint_of_a_method_that_cannot_open_it_is_refused(home, tmp_path):
+    shutil.copytree(home / "run", tmp_path / "run")
+    config = (tmp_path / "run" / "config.json").read_text()
+    (tmp_path / "run" / "config.json").write_text(config.replace("p-tuning-v2", "linear-probe"))
+    with pytest.raises(ValueError, match="a finished run of linear-probe, got its checkpoint-2"):
+        ptv2_fast.load(tmp_path / "run" / "checkpoints" / "checkpoint-2")
+
+
 def test_transformers_and_peft_refuse_a_run_and_say_what_to_call(home):
     run = str(home / "run")
     for opens in (

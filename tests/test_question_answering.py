@@ -395,6 +395,7 @@ def test_training_end_to_end(benchmark, method, model, tmp_path, capsys):
     file = tmp_path / f"dev-v{version}.json"
     assert cli.main(["eval", "--run", str(output), "--data", str(file)]) == 0
     again = json.loads(capsys.readouterr().out)
+    assert again.pop("baseline", {"answer": "no answer"})["answer"] == "no answer"
     assert again == scores | {"examples": 16, "truncated_examples": 0}
     typed = "anna lives in\tAnna lives in Berlin. Bob sleeps and was good."
     assert cli.main(["predict", "--run", str(output), "--text", typed]) == 0

@@ -1,6 +1,6 @@
 """Running a model over examples: predictions in their order, and scores."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -81,7 +81,7 @@ def score(
 
 def evaluate_file(
     run: "TrainedRun", path: Path, batch_size: int = 32
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
     """The scores of a trained run on a labelled file, and its predictions.
 
     Returns:
@@ -101,9 +101,8 @@ def evaluate_file(
     if examples.remarks:
         scores["remarks"] = examples.remarks
     scores |= compare(task, results, examples, labels)
-    for line, expected in zip(lines, task.expected(examples), strict=True):
-        line["expected"] = expected
-    return scores, lines
+    pairs = zip(lines, task.expected(examples), strict=True)
+    return scores, ({**line, "expected": expected} for line, expected in pairs)
 
 
 def predict_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> list[dict[str, Any]]:
@@ -131,15 +130,15 @@ def _predict_examples(
     run: "TrainedRun", examples: Examples, batch_size: int
 ) -> list[dict[str, Any]]:
     features = run.task.featurize(examples, run.tokenizer, None, run.max_length)
-    return _describe(run, features, batch_size)[1]
+    return list(_describe(run, features, batch_size)[1])
 
 
 def _describe(
     run: "TrainedRun", features: Features, batch_size: int
-) -> tuple[list[Any], list[dict[str, Any]]]:
-    """The results of the examples, and how they are printed."""
+) -> tuple[list[Any], Iterator[dict[str, Any]]]:
+    """The results of the examples, and how they are printed, made when asked for."""
     task, labels = run.task, run.labels
     predicted, certainty = _run(run.model, task, features, run.tokenizer, batch_size, certain=True)
     results, scores = task.results(predicted, features, labels), task.scores(certainty, features)
     rows = zip(features.examples.table, results, scores, strict=True)
-    return results, [task.describe(row, one, labels, sure) for row, one, sure in rows]
+    return results, (task.describe(row, one, labels, sure) for row, one, sure in rows)
