@@ -1,9 +1,12 @@
-"""ptv2-fast: P-Tuning v2 with fused kernels that read the prefix in place."""
+"""ptv2-fast: P-Tuning v2 with fused kernels that read the prefix in place.
+
+The raw operators, torch.ops.ptv2, are registered by ptv2_fast.ops, which the first use of a name
+below imports; where torch has been imported already, this does.
+"""
 
 import importlib
+import sys
 from typing import TYPE_CHECKING
-
-from ptv2_fast.ops import backends, prefix_attention, prefix_attention_with_lse
 
 if TYPE_CHECKING:
     from ptv2_fast.adapters import load_adapter, save_adapter
@@ -14,21 +17,26 @@ if TYPE_CHECKING:
         get_nb_trainable_parameters,
         print_trainable_parameters,
     )
+    from ptv2_fast.ops import prefix_attention, prefix_attention_with_lse
+    from ptv2_fast.ops.backends import backends
     from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
     from ptv2_fast.training.opening import load
 
 __version__ = "0.1.0"
 
-# Imported on first use: transformers takes seconds.
+# Imported on first use: torch and transformers take seconds, and the help of a command needs none.
 _LAZY = {
     "PTuningV2Config": "ptv2_fast.prefix",
     "PrefixEncoder": "ptv2_fast.prefix",
     "attach": "ptv2_fast.encoders",
+    "backends": "ptv2_fast.ops",
     "detach": "ptv2_fast.encoders",
     "disabled": "ptv2_fast.encoders",
     "get_nb_trainable_parameters": "ptv2_fast.encoders",
     "load": "ptv2_fast.training.opening",
     "load_adapter": "ptv2_fast.adapters",
+    "prefix_attention": "ptv2_fast.ops",
+    "prefix_attention_with_lse": "ptv2_fast.ops",
     "print_trainable_parameters": "ptv2_fast.encoders",
     "save_adapter": "ptv2_fast.adapters",
 }
@@ -48,6 +56,10 @@ __all__ = [
     "print_trainable_parameters",
     "save_adapter",
 ]
+
+
+if "torch" in sys.modules:
+    importlib.import_module("ptv2_fast.ops")
 
 
 def __getattr__(name: str):

@@ -12,10 +12,13 @@ from pathlib import Path
 
 import pytest
 
+import ptv2_fast
 from ptv2_fast import cli
 from ptv2_fast.training.options import METHODS_OF_OPTION, ModelOptions
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
+
+LOADING = "loading torch and transformers ..."
 
 
 @pytest.fixture(scope="module")
@@ -138,8 +141,8 @@ def test_predict_tags_typed_sentences_and_files_without_labels(trained, tmp_path
 def test_predict_warns_of_scripts_without_blanks_in_one_line(trained):
     command = ["-m", "ptv2_fast.cli", "predict", "--run", str(trained), "--text", "\u6211" * 9]
     done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
-    assert done.stderr.startswith("note: typed text 1: words are cut at blanks")
-    assert len(done.stderr.splitlines()) == 1
+    loading, note = done.stderr.splitlines()
+    assert loading == LOADING and note.startswith("note: typed text 1: words are cut at blanks")
 
 
 def test_predict_answers_each_line_of_stdin(trained, capsys, monkeypatch):
@@ -318,6 +321,11 @@ def test_bad_config_files_name_the_file_and_the_option(tiny, tmp_path, capsys):
             '{"max_lenght": 3}',
             "unknown options ['max_lenght']; close to 'max_lenght' are",
         ),
+        (
+            "g.json",
+            '{"lr": 3, "weight_deca": 1}',
+            "close to 'lr' are ['learning_rate']; close to 'weight_deca' are ['weight_decay'",
+        ),
         ("c.json", '{"seed": ', "c.json cannot be read"),
         ("e.yaml", "on: 1", "unknown options ['True']"),
         (
@@ -351,6 +359,60 @@ def test_corrupt_and_foreign_adapters_end_with_one_line(trained, tiny, tmp_path,
     assert "words_column: expected a column of" in fails_with_one_line(command, capsys)
 
 
+def test_help_version_and_bad_arguments_import_nothing_heavy(tmp_path):
+    """They come at once; and so does the word that what is heavy is being loaded."""
+    commands = "train multitask eval predict ablate search report tasks env".split()
+    files = ["--train-file", "/nowhere.txt", "--output", str(tmp_path / "run")]
+    lines = [["--help"], ["--version"], *([name, "--help"] for name in commands), ["trian"],
+             ["train", "--epochs", "3"], ["train", "--task", "ner", "--model", "m", *files],
+             ["train", "--task", "token-classification", "--model", "m", *files],
+             ["eval", "--run", "/nowhere", "--data", "x"]]  # fmt: skip
+    code = f"""
+import contextlib, io, sys
+from ptv2_fast import cli
+for words in {lines!r}:
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()):
+        cli.main(words)
+print(sorted({{"torch", "numpy", "transformers", "datasets", "pandas"}} & set(sys.modules)))
+sys.modules["datasets"] = None
+cli.main(["train", "--task", "rte", "--model", "m", "--output", {str(tmp_path / "run")!r}])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})  # fmt: skip
+    assert done.stdout == "[]\n", done.stderr
+    messages = done.stderr.splitlines()
+    for message, part in zip(
+        messages, ("train", "--num-train-epochs", "['token-classification']", "'/nowhere.txt'",
+                   "config.json", LOADING, "the package datasets"),
+        strict=True,
+    ):  # fmt: skip
+        assert part in message
+
+
+@pytest.mark.parametrize(
+    ("words", "meant"),
+    [
+        (["train", "--epochs", "3"], "--num-train-epochs"),
+        (["train", "--per_device_eval_batch_size=8"], "--eval-batch-size"),
+        (["train", "--output_dir", "runs/x"], "--output"),
+        (["train", "--learning-rte", "1"], "--learning-rate"),
+        (["ablate", "depth", "--step", "2"], "--steps"),
+        (["train", "--method", "prefix-tuning"], "p-tuning-v2"),
+        (["train", "--schedule", "constant with warmup"], "constant_with_warmup"),
+        (["predcit"], "predict"),
+    ],
+)
+def test_unknown_options_and_values_are_answered_by_those_that_were_meant(words, meant, capsys):
+    assert f"did you mean {meant}" in fails_with_one_line(words, capsys)
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"ptv2-fast {ptv2_fast.__version__}\n"
+
+
 def test_env_runs_without_transformers():
     code = (
         "import sys; sys.modules['transformers'] = None\n"
@@ -382,5 +444,5 @@ def test_a_missing_package_is_named_in_one_line(tiny, tmp_path, module, package)
     )
     assert done.returncode == 2
     expected = f"ptv2-fast train: error: expected the package {package}, which is not installed"
-    assert done.stderr.splitlines() == [expected]
+    assert done.stderr.splitlines() == [LOADING, expected]
     assert not (tmp_path / "run").exists()

@@ -213,7 +213,8 @@ def test_deep_nesting_does_not_kill_the_process(tmp_path):
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "2 2 2 2\n")
     lines = done.stderr.splitlines()
-    for name, line in zip(names * 2, lines, strict=True):
+    assert [line.split()[0] for line in lines] == 4 * ["loading", "error:"]
+    for name, line in zip(names * 2, lines[1::2], strict=True):
         assert f"{name}: cannot be read" in line and "nested too deeply" in line
 
 

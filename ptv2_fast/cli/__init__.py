@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from ptv2_fast import __version__
 from ptv2_fast.cli import ablate, environment, multitask, report, score, search, tasks, train
 from ptv2_fast.cli.parser import BAD_INPUT, INTERRUPTED, BadInput, Parser, with_dashes
 
@@ -33,6 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         description="P-Tuning v2 and its baselines on Hugging Face encoders.",
         allow_abbrev=False,
     )
+    parser.add_argument("--version", action="version", version=f"ptv2-fast {__version__}")
     commands = parser.add_subparsers(metavar="command", required=True)
     for command in _COMMANDS:
         command.add(commands)

@@ -2,13 +2,15 @@
 
 import argparse
 import dataclasses
+import multiprocessing
 import os
 import sys
 import typing
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
+from ptv2_fast.hints import close_to
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.tasks.options import Options, value_type
 from ptv2_fast.training.options import METHODS_OF_OPTION, SECTIONS, RunConfig, read_config_file
@@ -19,10 +21,38 @@ INTERRUPTED = 130
 
 
 class Parser(argparse.ArgumentParser):
-    """One line for a bad option instead of the whole usage."""
+    """One line for a bad option instead of the whole usage, with what may have been meant."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(BAD_INPUT, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+    def parse_known_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def]
+        """As argparse's, but an unknown option of a command is the first thing that is said."""
+        if self._subparsers is None:
+            known = self._option_string_actions
+            unknown = [name for name in _option_names(args) if name not in known]
+            if unknown:
+                self.error(f"unrecognized arguments: {' '.join(unknown)}{_meant(unknown, known)}")
+        return super().parse_known_args(args, namespace)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except argparse.ArgumentError as error:
+            meant = _meant([str(value)], action.choices or ())
+            raise argparse.ArgumentError(action, error.message + meant) from None
+
+
+def _option_names(words: Sequence[str]) -> list[str]:
+    """The words that argparse takes for options, without their values."""
+    before = words[: words.index("--")] if "--" in words else words
+    return [word.partition("=")[0] for word in before if word[:2] == "--" and " " not in word]
+
+
+def _meant(names: Sequence[str], known: Iterable[str]) -> str:
+    close = {name: close_to(name, known) for name in names}
+    hints = [f"for {name}, did you mean {' or '.join(c)}?" for name, c in close.items() if c]
+    return "".join(f"; {line}" for line in hints)
 
 
 class BadInput(Exception):
@@ -133,7 +163,13 @@ def add_options(group: Any, part: type[Options], names: Sequence[str] | None = N
 
 
 def quieten(progress: bool = False) -> None:
-    """Leave the terminal to our own lines and, with `progress`, the bars of long work."""
+    """Load what is heavy, and leave the terminal to our own lines.
+
+    Args:
+        progress: and to the bars of long work.
+    """
+    if "transformers" not in sys.modules and multiprocessing.parent_process() is None:
+        print("loading torch and transformers ...", file=sys.stderr, flush=True)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     import datasets
     import transformers

@@ -1,13 +1,13 @@
 """ptv2-fast tasks: the rows of the paper, other published data sets, and the recipes."""
 
 import dataclasses
-import difflib
 import json
 import textwrap
 from collections.abc import Iterator
 from typing import Any
 
 from ptv2_fast.cli.parser import BadInput, add_command
+from ptv2_fast.hints import hint
 from ptv2_fast.recipes import load_recipe, recipes
 from ptv2_fast.recipes.published import COLUMNS, TITLES, Figure, all_figures
 from ptv2_fast.tasks.benchmarks import BENCHMARKS, Benchmark
@@ -60,11 +60,9 @@ def _tasks(options: dict[str, Any]) -> None:
     name = options["name"]
     known = (*BENCHMARKS, *recipes())
     if name is not None and name not in known:
-        close = difflib.get_close_matches(name, known, n=3, cutoff=0.4)
-        hint = f"; close to it are {close}" if close else ""
         raise BadInput(
-            f"name: expected a published data set or a recipe, got {name!r}{hint}; without a name "
-            "all are listed"
+            f"name: expected a published data set or a recipe, got {name!r}"
+            f"{hint(name, known)}; without a name all are listed"
         )
     if options["json"]:
         print(json.dumps(_as_json(name), indent=2))

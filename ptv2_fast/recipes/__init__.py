@@ -4,7 +4,6 @@ Beside options a file has a one-line `description` and, where the run is not pos
 `unsupported`, which says why. A preset leaves the task to the user.
 """
 
-import difflib
 import functools
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from ptv2_fast.hints import hint
 from ptv2_fast.training.options import flatten
 
 __all__ = ["Recipe", "load_recipe", "read_recipe", "recipes"]
@@ -44,10 +44,9 @@ def load_recipe(name: str) -> Recipe:
         ValueError: for an unknown recipe.
     """
     if name not in recipes():
-        close = difflib.get_close_matches(name, recipes(), n=3, cutoff=0.4)
-        hint = f"; close to it are {close}" if close else ""
         raise ValueError(
-            f"recipe: expected a name that `ptv2-fast tasks` lists, got {name!r}{hint}"
+            f"recipe: expected a name that `ptv2-fast tasks` lists, got {name!r}"
+            + hint(name, recipes())
         )
     values = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     description, unsupported = values.pop("description"), values.pop("unsupported", None)

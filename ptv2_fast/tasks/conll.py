@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
-from ptv2_fast.tasks.sources import Source, check_not_empty
+from ptv2_fast.tasks.sources import Source
+from ptv2_fast.tasks.tables import check_not_empty
 
 # Of CoNLL-2003, of CoNLL-2004 with relations, and of CoNLL-2012.
 _DOCUMENT_LINE = re.compile(r"-DOCSTART-(\s|$)|#doc\s+\d+\s*$|#(begin|end) document\b")

@@ -15,14 +15,8 @@ from transformers import (
 )
 
 from ptv2_fast.tasks.cells import parse_list
-from ptv2_fast.tasks.sources import (
-    TYPED,
-    Source,
-    check_not_empty,
-    keep_columns,
-    read_rows,
-    read_table,
-)
+from ptv2_fast.tasks.sources import TYPED, Source
+from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_rows, read_table
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task, share, was_cut
 from ptv2_fast.tasks.text_metrics import scores, titles
 

@@ -1,11 +1,11 @@
 """Options as dataclasses that check themselves and from which the command line is built."""
 
 import dataclasses
-import difflib
 import types
 import typing
 from typing import Any
 
+from ptv2_fast.hints import hint
 from ptv2_fast.tasks.benchmarks import BENCHMARKS, Benchmark
 
 FAMILIES = (
@@ -185,11 +185,9 @@ class DataOptions(Options):
         super().__post_init__()
         known = (*FAMILIES, *BENCHMARKS)
         if self.task not in known:
-            close = difflib.get_close_matches(str(self.task), known, n=3, cutoff=0.4)
-            hint = f"; close to it are {close}" if close else ""
             raise ValueError(
                 f"task: expected one of {FAMILIES} or a published data set, as `ptv2-fast tasks` "
-                f"lists them, got {self.task!r}{hint}"
+                f"lists them, got {self.task!r}" + hint(str(self.task), known)
             )
         self.require(
             self.data_dir is None or self.benchmark is not None,

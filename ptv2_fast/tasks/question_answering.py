@@ -17,7 +17,8 @@ from ptv2_fast.tasks.answer_spans import (
     with_probabilities,
 )
 from ptv2_fast.tasks.question_files import question_table, read_questions, trainable
-from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty
+from ptv2_fast.tasks.sources import TYPED, Source
+from ptv2_fast.tasks.tables import check_not_empty
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task
 
 _LABELS = ["start", "end"]  # the two columns of the head

@@ -11,7 +11,8 @@ from datasets import Dataset, Sequence, Value
 from datasets import Features as Schema
 
 from ptv2_fast.tasks.json_files import load_json
-from ptv2_fast.tasks.sources import Source, check_not_empty, read_columns
+from ptv2_fast.tasks.sources import Source
+from ptv2_fast.tasks.tables import check_not_empty, read_columns
 from ptv2_fast.tasks.task import LISTED, Examples
 
 NOT_IN_CONTEXT = -1

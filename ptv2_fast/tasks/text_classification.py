@@ -8,7 +8,8 @@ from datasets import Dataset
 from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
-from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, read_columns, read_rows
+from ptv2_fast.tasks.sources import TYPED, Source
+from ptv2_fast.tasks.tables import check_not_empty, read_columns, read_rows
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, share, was_cut
 from ptv2_fast.tasks.text_metrics import scores, titles
 

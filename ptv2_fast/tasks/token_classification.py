@@ -31,7 +31,8 @@ from ptv2_fast.tasks.chunks import (
 )
 from ptv2_fast.tasks.comparison import label_figures
 from ptv2_fast.tasks.conll import holds_columns, read_conll
-from ptv2_fast.tasks.sources import TYPED, Source, check_not_empty, keep_columns, read_table
+from ptv2_fast.tasks.sources import TYPED, Source
+from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_table
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
 from ptv2_fast.tasks.typed_words import typed_words, word_offsets
 

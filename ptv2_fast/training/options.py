@@ -1,13 +1,13 @@
 """What a run is: model, method and training options, and how they are read from files."""
 
 import dataclasses
-import difflib
 import json
 import math
 from pathlib import Path
 from typing import Any
 
 from ptv2_fast.files import without_word
+from ptv2_fast.hints import close_to
 from ptv2_fast.tasks.options import DataOptions, Options, option
 from ptv2_fast.training.depth import parse_depth
 
@@ -278,9 +278,9 @@ def flatten(values: dict[str, Any]) -> dict[str, Any]:
     names = [str(name).replace("-", "_") for name, _ in given]
     unknown = sorted(set(names) - set(known))
     if unknown:
-        close = difflib.get_close_matches(unknown[0], known, n=3, cutoff=0.5)
-        hint = f"; close to {unknown[0]!r} are {close}" if close else ""
-        raise ValueError(f"config: unknown options {unknown}{hint}")
+        close = {name: close_to(name, known) for name in unknown}
+        hints = [f"; close to {name!r} are {found}" for name, found in close.items() if found]
+        raise ValueError(f"config: unknown options {unknown}{''.join(hints)}")
     names = [known[name] for name in names]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:

@@ -1,0 +1,164 @@
+"""Reading tables from files and from the hub, with errors that name the file and the row."""
+
+import itertools
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pandas
+from datasets import ClassLabel, Dataset
+
+from ptv2_fast.tasks.benchmarks import Benchmark
+from ptv2_fast.tasks.json_files import read_json_rows
+from ptv2_fast.tasks.sources import Source
+
+# Rows in one piece of a table: the text of a piece must stay below 2 GiB, and the passages of
+# ReCoRD, once for each entity, are more.
+_ROWS = 100_000
+
+
+def read_rows(source: Source, benchmark: Benchmark, template: str) -> Dataset:
+    """Read a split of a published data set and phrase its rows as its family takes them.
+
+    Raises:
+        ValueError: for a file that cannot be read, a row that lacks a field, or no rows.
+    """
+    rows = _phrased(source, benchmark, template)
+    parts = []
+    while part := list(itertools.islice(rows, _ROWS)):
+        parts.append(Dataset.from_list(part))
+    check_not_empty(source, len(parts))
+    return datasets.concatenate_datasets(parts)
+
+
+def _phrased(source: Source, benchmark: Benchmark, template: str) -> Iterator[dict[str, Any]]:
+    assert benchmark.rows is not None
+    table = read_table(source, benchmark.table)
+    names = table.column_names
+    spelt = {name: _spelt_out(table, name) for name in names}
+    for index, values in enumerate(zip(*spelt.values(), strict=True)):
+        try:
+            yield from benchmark.rows(dict(zip(names, values, strict=True)), template)
+        except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
+            raise ValueError(
+                f"{source.name} row {index + 1}: expected a row of {benchmark.title}, got columns "
+                f"{names} ({type(error).__name__}: {error})"
+            ) from error
+
+
+def read_columns(source: Source, columns: dict[str, str], optional: tuple = ()) -> Dataset:
+    """Read a table and keep the named columns.
+
+    Args:
+        source: csv, tsv, json, parquet or hub.
+        columns: our name -> name in the source.
+        optional: those of our names that may be absent.
+
+    Returns:
+        A data set with our names as columns; class labels are spelt out.
+
+    Raises:
+        ValueError: for a file that cannot be read, a missing column, or no rows.
+    """
+    return keep_columns(read_table(source), source, columns, optional)
+
+
+def keep_columns(
+    table: Dataset, source: Source, columns: dict[str, str], optional: tuple = ()
+) -> Dataset:
+    """What `read_columns` does with the table of its source."""
+    kept = {ours: theirs for ours, theirs in columns.items() if theirs in table.column_names}
+    for ours, theirs in columns.items():
+        if ours not in kept and ours not in optional:
+            raise ValueError(
+                f"{ours}_column: expected a column of {source.name}, got {theirs!r}; it has "
+                f"{table.column_names}"
+            )
+    return Dataset.from_dict({ours: _spelt_out(table, theirs) for ours, theirs in kept.items()})
+
+
+def check_not_empty(source: Source, count: int) -> None:
+    """Raise a ValueError when the source has no examples."""
+    if count == 0:
+        raise _empty(source)
+
+
+def _empty(source: Source) -> ValueError:
+    return ValueError(f"{source.name}: expected examples, got an empty data set")
+
+
+def read_table(source: Source, csv_options: Mapping[str, Any] | None = None) -> Dataset:
+    """The whole table of a source.
+
+    Args:
+        source: csv, tsv, json, parquet or hub.
+        csv_options: keyword arguments of pandas.read_csv; with them other suffixes are read as tsv.
+
+    Raises:
+        ValueError: for a file that cannot be read, or no rows.
+    """
+    if source.format == "other" and csv_options is None:
+        raise ValueError(f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet")
+    try:
+        table = _load(source, csv_options or {})
+    except Exception as error:  # datasets raises its own kinds, from many libraries below it
+        if "corresponds to no data" in str(error):  # a table with a header and no rows
+            raise _empty(source) from error
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())[:300]
+        raise ValueError(f"{source.name}: cannot be read as {source.format}: {reason}") from error
+    check_not_empty(source, len(table))
+    return table
+
+
+def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
+    if source.hub is not None:
+        return _load_split(*source.hub)
+    path = str(source.path)
+    if not Path(path).stat().st_size:
+        return Dataset.from_dict({})
+    if source.format in ("csv", "tsv", "other"):
+        # Cells stay as they are spelt: "NA" is a word, "01" and "true" are labels.
+        separator = "," if source.format == "csv" else "\t"
+        options = {"sep": separator, "dtype": str, "na_filter": False, **csv_options}
+        frame = pandas.read_csv(path, **options)
+        if not isinstance(frame.index, pandas.RangeIndex):
+            # The first cells would be the names of the rows, and the others move to the left.
+            raise ValueError(
+                f"expected rows of {len(frame.columns)} cells, as the header, got more"
+            )
+        if separator == "\t" and frame.stack().str.contains(separator).any():
+            # Two rows in one, or more: quotation marks that are text were taken for those of cells.
+            raise ValueError("expected no tab inside a cell, got one between quotation marks")
+        return Dataset.from_pandas(frame, preserve_index=False)
+    if source.format == "json":
+        return read_json_rows(Path(path))
+    # Read into memory and drop the cache: a user's file is small beside the model, and a second
+    # copy in the home folder would outlive it.
+    with tempfile.TemporaryDirectory() as cache:
+        return Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=True)
+
+
+def _load_split(name: str, config: str | None, split: str) -> Dataset:
+    """A split of a data set of the hub, or of a folder, whose JSON is read as that of files."""
+    if Path(name).is_dir():
+        builder = datasets.load_dataset_builder(name, config)
+        files = (getattr(builder.config, "data_files", None) or {}).get(split) or []
+        suffixes = {Source(file, Path(file)).format for file in files}
+        if suffixes == {"json"} and builder.info.features is None:
+            tables = [read_json_rows(Path(file)) for file in files]
+            return datasets.concatenate_datasets(tables)
+    return datasets.load_dataset(name, config, split=split)
+
+
+def _spelt_out(table: Dataset, column: str) -> list:
+    """The values of a column, with class numbers replaced by class names."""
+    feature, values = table.features[column], table[column][:]
+    if isinstance(feature, ClassLabel):
+        return [None if value is None or value < 0 else feature.int2str(value) for value in values]
+    inner = getattr(feature, "feature", None)
+    if isinstance(inner, ClassLabel):
+        return [row and [None if n < 0 else inner.int2str(n) for n in row] for row in values]
+    return values
