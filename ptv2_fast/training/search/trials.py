@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 import math
 import multiprocessing
+import sqlite3
 import sys
 import time
 import traceback
@@ -29,6 +31,7 @@ from ptv2_fast.training.search.space import Space, distributions
 from ptv2_fast.training.sweeps.sweep import free_memory, one_line
 
 STUDY = "study.db"
+_PATIENCE = 120  # seconds that a process waits while another writes
 
 # A trial that is running will be one of these, or its process dies.
 _COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
@@ -69,17 +72,30 @@ def readable_study(search: Search) -> Iterator[None]:
     """Within the context a study that cannot be read raises a ValueError."""
     file = search.folder / STUDY
     try:
+        _check_database(file)
         yield
-    except (SQLAlchemyError, OptunaError) as error:
+    except (
+        SQLAlchemyError, OptunaError, sqlite3.Error,
+        KeyError, UnicodeDecodeError, json.JSONDecodeError,  # of optuna, for rows with other text
+    ) as error:  # fmt: skip
         cause = getattr(error, "orig", None) or error.__cause__ or error
         reason = one_line(cause if isinstance(cause, Exception) else error)
         raise ValueError(f"study: expected a database, got {file} ({reason:.200})") from error
 
 
+def _check_database(file: Path) -> None:
+    """Raise a sqlite3.Error for a damaged page, which would be read when it is needed alone."""
+    if file.is_file():
+        with contextlib.closing(sqlite3.connect(file, timeout=_PATIENCE)) as database:
+            ((found, *_), *_) = database.execute("PRAGMA integrity_check")
+        if found != "ok":
+            raise sqlite3.DatabaseError(" ".join(found.split()))
+
+
 def open_study(search: Search) -> optuna.Study:
     """The study in the folder, a new one when there is none; to be called in `readable_study`."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    settings = {"connect_args": {"timeout": 120}}
+    settings = {"connect_args": {"timeout": _PATIENCE}}
     storage = optuna.storages.RDBStorage(
         f"sqlite:///{search.folder / STUDY}", engine_kwargs=settings
     )
