@@ -42,6 +42,35 @@ def test_words_and_their_labels_are_counted(model, tmp_path, capsys):
     assert found["memory_bytes"] > 10_000 and found["scoring_seconds"] >= 0
 
 
+def test_a_multitask_run_shows_steps_time_and_memory(model, tmp_path, capsys):
+    """Of 24 + 12 examples in batches of 4, two to a step: five steps an epoch."""
+    config = {
+        "model": model, "num_virtual_tokens": 4, "batch_size": 4, "gradient_accumulation_steps": 2,
+        "tasks": [
+            {"name": name, "task": "token-classification",
+             "train_file": write_conll(tmp_path / f"{name}.txt", count),
+             "validation_file": write_conll(tmp_path / f"{name}-dev.txt", 4)}
+            for name, count in (("first", 24), ("second", 12))
+        ],
+    }  # fmt: skip
+    (tmp_path / "multi.json").write_text(json.dumps(config))
+    command = ["multitask", "--config", str(tmp_path / "multi.json"), "--dry-run"]
+    assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
+    shown = json.loads(capsys.readouterr().out.partition("\n")[2])
+    run, training = shown["run"], shown["training"]
+    assert {name: part["batches_per_epoch"] for name, part in run["tasks"].items()} == {
+        "first": 6, "second": 3
+    }  # fmt: skip
+    assert run["tasks"]["second"]["examples"] == {"train": 12, "validation": 4}
+    assert run["steps"] == 15 and training["num_train_epochs"] == 3 and training["eval_steps"] == 5
+    assert training["learning_rate"] == training["head_learning_rate"] > 0
+    assert [table["max_length"] for table in shown["tasks"]] == [24, 24]
+    found = run["estimate"]
+    assert found["training_seconds"] == pytest.approx(found["step_seconds"] * 15, abs=0.06)
+    assert found["memory_bytes"] > 10_000 and found["scoring_seconds"] >= 0
+    assert not (tmp_path / "run").exists()
+
+
 def test_limits_in_steps_and_seconds(model, tmp_path, capsys):
     train = write_reviews(tmp_path / "train.csv", 8)
     shown = plan(capsys, model, tmp_path, "text-classification", train, "--max-steps", "7")

@@ -255,7 +255,15 @@ def test_ablate_from_the_command_line(tiny, tmp_path, capsys):
     assert cli.main([*command, "--dry-run"]) == 0
     printed = capsys.readouterr()
     assert "mlp-seed-42 prefix_projection=True seed=42" in printed.out
-    assert '2 runs; the first, plain-seed-42: {"metric": "' in printed.err
+    first, whole = (
+        json.loads(line.partition(": ")[2])
+        for line in printed.err.splitlines()
+        if line.startswith(("2 runs; the first, plain-seed-42: ", "all that are to be run, if "))
+    )
+    assert whole["runs"] == 2
+    for name in ("training_seconds", "scoring_seconds"):
+        assert whole[name] == pytest.approx(2 * first["estimate"][name], abs=0.1)
+    assert whole["memory_bytes"] == first["estimate"]["memory_bytes"] > 10_000
     assert not (tmp_path / "runs").exists()
     assert cli.main(command) == 0
     assert [row["prefix_projection"] for row in rows(tmp_path / "runs")] == ["False", "True"]
@@ -267,7 +275,9 @@ def test_ablate_from_the_command_line(tiny, tmp_path, capsys):
     capsys.readouterr()
     more = ["--output", output + "2", "--resume", "--seeds", "7", "--dry-run"]
     assert cli.main(["ablate", "length", *more]) == 0
-    runs = [line.split()[0] for line in capsys.readouterr().out.splitlines()]
+    printed = capsys.readouterr()
+    assert 'if each is like plain-3-seed-7: {"runs": 2, ' in printed.err, "two are finished"
+    runs = [line.split()[0] for line in printed.out.splitlines()]
     assert runs == ["plain-3-seed-42", "mlp-3-seed-42", "plain-3-seed-7", "mlp-3-seed-7"]
     assert cli.main(["ablate", "depth", "--output", output, "--resume", "--steps", "1"]) == 2
     assert "expected the sweep of reparam" in capsys.readouterr().err

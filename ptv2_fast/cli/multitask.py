@@ -83,18 +83,11 @@ def _train(
     for data in config.tasks:
         checked(find_sources, data)  # before the heavy imports
     quieten(config.training.progress)
+    from ptv2_fast.training.dry_run import describe_tasks
     from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 
     prepared = checked(prepare_tasks, config, folder, resume=resume, overwrite=overwrite)
     for number, (name, part) in enumerate(prepared.parts.items()):
         print_features(part, f"{name}/")
         print(f"{name}: {prepared.batches[number]} batches an epoch", file=sys.stderr)
-    train_and_print(train_tasks, prepared, folder, dry_run, _plan)
-
-
-def _plan(prepared: Any) -> dict[str, Any]:
-    """The options that are set, and examples, labels and metric of each data set."""
-    from ptv2_fast.training.dry_run import describe_data, without_nothing
-
-    options = without_nothing(prepared.config.to_dict())
-    return options | {"run": {name: describe_data(p) for name, p in prepared.parts.items()}}
+    train_and_print(train_tasks, prepared, folder, dry_run, describe_tasks)

@@ -74,7 +74,7 @@ def refuse_given(options: dict[str, Any], varied: Iterable[str]) -> None:
 
 
 def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:
-    """Run a sweep, or check its first run, and print mean and standard deviation by setting.
+    """Run a sweep, and print mean and standard deviation by setting; or check its first run.
 
     Raises:
         BadInput: for bad input; at the end, when a run failed.
@@ -82,17 +82,23 @@ def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry
     if not resume:  # what is finished needs its data no more
         checked(find_sources, sweep.base.data)
     quieten()
-    from ptv2_fast.training.dry_run import describe_run
+    from ptv2_fast.training.dry_run import describe_run, of_all_runs
     from ptv2_fast.training.prepare import prepare
     from ptv2_fast.training.sweeps.results import summarize
-    from ptv2_fast.training.sweeps.sweep import check_sweep_output, run_sweep
+    from ptv2_fast.training.sweeps.sweep import check_sweep_output, is_finished, run_sweep
 
     sweep = checked(check_sweep_output, sweep, folder, resume=resume, overwrite=overwrite)
     if dry_run:
-        name, config = next(iter(sweep.configs().items()))
+        configs = sweep.configs()
+        left = [name for name in configs if not (resume and is_finished(folder / name))]
+        name = next(iter(left or configs))
+        config = configs[name]
         prepared = checked(prepare, config, folder / name, resume=resume, overwrite=overwrite)
-        first = json.dumps(describe_run(prepared)["run"], ensure_ascii=False)
-        print(f"{len(sweep.changes)} runs; the first, {name}: {first}", file=sys.stderr)
+        run = describe_run(prepared)["run"]
+        first = json.dumps(run, ensure_ascii=False)
+        print(f"{len(configs)} runs; the first, {name}: {first}", file=sys.stderr)
+        whole = json.dumps(of_all_runs(run["estimate"], len(left)))
+        print(f"all that are to be run, if each is like {name}: {whole}", file=sys.stderr)
         for name, changes in sweep.changes.items():
             print(name, *(f"{option}={value}" for option, value in changes.items()))
         return

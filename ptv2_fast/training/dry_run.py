@@ -2,7 +2,8 @@
 
 import math
 import time
-from typing import Any, cast
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,9 @@ from torch import Tensor, nn
 from ptv2_fast.tasks.task import Features
 from ptv2_fast.training.measure import kept_bytes
 from ptv2_fast.training.prepare import Prepared, runs_until_stopped
+
+if TYPE_CHECKING:
+    from ptv2_fast.training.multitask.train import PreparedTasks
 
 _LABELS = 100  # how many are listed
 _STATES = 3  # a gradient and AdamW's two moments for each trained parameter
@@ -21,20 +25,56 @@ def describe_run(prepared: Prepared) -> dict[str, dict[str, Any]]:
     One training step and one batch of scoring are run to estimate time and memory.
     """
     tables = without_nothing(prepared.config.to_dict())
-    arguments, total = prepared.arguments, steps(prepared)
     tables["data"]["max_length"] = prepared.max_length
-    tables["training"]["learning_rate"] = arguments.learning_rate
-    tables["training"].setdefault("head_learning_rate", arguments.learning_rate)
-    if total is not None and arguments.max_steps < 0:
-        tables["training"]["num_train_epochs"] = arguments.num_train_epochs
-    if arguments.eval_strategy != "no" and not prepared.config.training.eval_seconds:
-        tables["training"]["eval_steps"] = arguments.eval_steps
-    if arguments.save_strategy != "no" and not prepared.config.training.eval_seconds:
-        tables["training"]["save_steps"] = arguments.save_steps
+    batches = math.ceil(len(prepared.features["train"]) / prepared.config.training.batch_size)
+    total = _describe_training(tables["training"], prepared, batches)
     run: dict[str, Any] = describe_data(prepared)
     run["steps"] = total
-    run["estimate"] = estimate(prepared, total)
+    run["estimate"] = estimate([prepared], [1.0], total)
     return tables | {"run": without_nothing(run)}
+
+
+def describe_tasks(prepared: "PreparedTasks") -> dict[str, dict[str, Any]]:
+    """The same of a multi-task run, with a step of each data set; data sets are in "tasks"."""
+    tables = without_nothing(prepared.config.to_dict())
+    parts, batches = list(prepared.parts.values()), prepared.batches
+    for table, part in zip(tables["tasks"], parts, strict=True):
+        table["max_length"] = part.max_length
+    total = _describe_training(tables["training"], parts[0], sum(batches))
+    run: dict[str, Any] = {"tasks": {}, "steps": total}
+    for (name, part), count in zip(prepared.parts.items(), batches, strict=True):
+        run["tasks"][name] = {**describe_data(part), "batches_per_epoch": count}
+    shares = [count / sum(batches) for count in batches]
+    run["estimate"] = estimate(parts, shares, total, prepared.heads.activate)
+    return tables | {"run": without_nothing(run)}
+
+
+def of_all_runs(one: dict[str, Any], count: int) -> dict[str, Any]:
+    """The estimate of runs one after another that each take what one of them does."""
+    seconds = ("training_seconds", "scoring_seconds")
+    whole = {name: round(count * one[name], 1) for name in seconds}
+    return {"runs": count, **whole, "memory_bytes": one["memory_bytes"]}
+
+
+def _describe_training(table: dict[str, Any], prepared: Prepared, batches: int) -> int | None:
+    """Fill in the training options that were found; returns the optimizer steps.
+
+    Args:
+        table: those that were given.
+        prepared: the run, or one of its data sets.
+        batches: of an epoch.
+    """
+    arguments, options = prepared.arguments, prepared.config.training
+    total = steps(prepared, batches)
+    table["learning_rate"] = arguments.learning_rate
+    table.setdefault("head_learning_rate", arguments.learning_rate)
+    if total is not None and arguments.max_steps < 0:
+        table["num_train_epochs"] = arguments.num_train_epochs
+    if arguments.eval_strategy != "no" and not options.eval_seconds:
+        table["eval_steps"] = arguments.eval_steps
+    if arguments.save_strategy != "no" and not options.eval_seconds:
+        table["save_steps"] = arguments.save_steps
+    return total
 
 
 def describe_data(prepared: Prepared) -> dict[str, Any]:
@@ -48,58 +88,95 @@ def describe_data(prepared: Prepared) -> dict[str, Any]:
     }
 
 
-def steps(prepared: Prepared) -> int | None:
-    """Optimizer steps of the whole run; None where time alone ends it."""
+def steps(prepared: Prepared, batches: int) -> int | None:
+    """Optimizer steps of the whole run; None where time alone ends it.
+
+    Args:
+        prepared: the run, or one of its data sets.
+        batches: of an epoch.
+    """
     if runs_until_stopped(prepared.config.training):
         return None
-    arguments, rows = prepared.arguments, len(prepared.features["train"])
+    arguments = prepared.arguments
     if arguments.max_steps > 0:
         return arguments.max_steps
-    batches = math.ceil(rows / arguments.per_device_train_batch_size)
     epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
     return math.ceil(arguments.num_train_epochs * epoch)
 
 
-def estimate(prepared: Prepared, total: int | None) -> dict[str, Any]:
+def estimate(
+    parts: Sequence[Prepared],
+    shares: Sequence[float],
+    total: int | None,
+    activate: Callable[[int], object] = lambda number: None,
+) -> dict[str, Any]:
     """Seconds of a step, of training and of scoring, and bytes of memory, on this machine.
 
     Args:
+        parts: the data sets of one model.
+        shares: the part of all batches that is of each data set.
         total: optimizer steps; None = until max_seconds.
+        activate: is called with the number of a data set before its step.
     """
-    model, arguments = prepared.model, prepared.arguments
+    model, arguments = parts[0].model, parts[0].arguments
     cast(nn.Module, model).to(arguments.device)
-    train, size = prepared.features["train"], arguments.per_device_train_batch_size
-    order = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)
-    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
-    model.train()
-    loss = _loss(prepared, train, order[:1])
-    loss.backward()  # what happens in a first step alone is not counted
-    kept = kept_bytes(lambda: _loss(prepared, train, order[:size]), model)
-    started = time.perf_counter()
-    _loss(prepared, train, drawn[:size]).backward()
-    _wait(model.device)
-    step_seconds = (time.perf_counter() - started) * arguments.gradient_accumulation_steps
-    model.zero_grad(set_to_none=True)
-    model.eval()
-    scored = _scoring_seconds(prepared, total)
-    limit = prepared.config.training.max_seconds
-    seconds = math.inf if total is None else step_seconds * total
-    seconds = min(seconds, limit or math.inf)
+    step_seconds, scored, kept = 0.0, 0.0, 0
+    for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
+        activate(number)
+        seconds, size = _step(part)
+        step_seconds += share * seconds * arguments.gradient_accumulation_steps
+        kept = max(kept, size)
+        scored += _scoring_seconds(part, total)
+    activate(0)
+    limit = parts[0].config.training.max_seconds
+    whole = math.inf if total is None else step_seconds * total
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return {
         "device": str(model.device),
         "step_seconds": round(step_seconds, 4),
-        "training_seconds": round(seconds, 1),
+        "training_seconds": round(min(whole, limit or math.inf), 1),
         "scoring_seconds": round(scored, 1),
         "memory_bytes": held + _STATES * trained + kept,
     }
 
 
+def _step(prepared: Prepared) -> tuple[float, int]:
+    """Seconds of a training step on one batch, and bytes kept in one on the longest examples."""
+    model, train = prepared.model, prepared.features["train"]
+    size = prepared.arguments.per_device_train_batch_size
+    order = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)
+    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
+    model.train()
+    _loss(prepared, train, order[:1]).backward()  # what a first step alone needs is not counted
+    kept = kept_bytes(lambda: _loss(prepared, train, order[:size]), model)
+    started = time.perf_counter()
+    _loss(prepared, train, drawn[:size]).backward()
+    _wait(model.device)
+    seconds = time.perf_counter() - started
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    return seconds, kept
+
+
+def scorings(prepared: Prepared, total: int | None) -> int:
+    """How often the validation examples are scored, the last time included.
+
+    Args:
+        total: optimizer steps; None = until max_seconds.
+    """
+    arguments, options = prepared.arguments, prepared.config.training
+    if options.eval_seconds is not None and options.max_seconds is not None:
+        return math.ceil(options.max_seconds / options.eval_seconds)
+    if total is None:
+        return 1
+    return math.ceil(total / int(arguments.eval_steps or total))
+
+
 def _scoring_seconds(prepared: Prepared, total: int | None) -> float:
-    """Of all scorings during training and of the last one of every split."""
-    arguments, watched = prepared.arguments, prepared.watched
-    times = 0 if total is None else int(total // (arguments.eval_steps or total))
+    """Of all scorings during training and of a last one of each split not scored by then."""
+    arguments = prepared.arguments
+    times = scorings(prepared, total)
     seconds = 0.0
     for name, features in prepared.features.items():
         if name == "train":
@@ -111,9 +188,7 @@ def _scoring_seconds(prepared: Prepared, total: int | None) -> float:
             _loss(prepared, features, rows[:count])
         _wait(prepared.model.device)
         row = (time.perf_counter() - started) / count
-        seconds += row * len(features)
-        if name == "validation" and watched is not None:
-            seconds += row * len(watched) * times
+        seconds += row * len(features) * (times if name == "validation" else 1)
     return seconds
 
 

@@ -79,7 +79,7 @@ def _run_all(sweep: Sweep, folder: Path, announce: Callable[[str], None]) -> Out
     configs = sweep.configs()
     sweep.write(folder)
     # All of them first, so that a row stays in results.csv while a run before it is repeated.
-    finished = [name for name in configs if (folder / name / run_folder.REPORT).is_file()]
+    finished = [name for name in configs if is_finished(folder / name)]
     outcome = Outcome({name: run_folder.read_report(folder / name) for name in finished})
     if outcome.reports:
         write_results(folder, sweep, outcome)
@@ -116,6 +116,11 @@ def run_once(config: RunConfig, folder: Path) -> dict[str, Any]:
     """
     begun = folder.is_dir() and any(output.contents(folder))
     return train(prepare(config, folder, resume=begun))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether a run has come to its end."""
+    return (folder / run_folder.REPORT).is_file()
 
 
 def one_line(error: Exception) -> str:
