@@ -7,13 +7,15 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
 from safetensors import SafetensorError
 
 from ptv2_fast import cli
-from ptv2_fast.training import run_folder
+from ptv2_fast.training import output, run_folder
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
@@ -90,6 +92,51 @@ def test_a_run_of_our_own_is_overwritten(tiny, tmp_path):
     (output / "adapter" / "old").write_text("")
     assert cli.main(words(tiny, output, "--overwrite")) == 0
     assert not (output / "adapter" / "old").exists() and (output / "report.json").is_file()
+
+
+class Ranks:
+    """torch.distributed as two threads see it that are two processes of a training."""
+
+    def __init__(self) -> None:
+        self.own, self.place = threading.local(), threading.Barrier(2, timeout=20)
+
+    def is_available(self) -> bool:
+        return True
+
+    is_initialized = is_available
+
+    def get_rank(self) -> int:
+        return self.own.rank
+
+    def barrier(self) -> None:
+        self.place.wait()
+
+
+def test_one_of_several_processes_overwrites_while_the_others_wait(tmp_path, monkeypatch):
+    ranks, seen = Ranks(), {}
+    monkeypatch.setattr(output, "_distributed", lambda: ranks)
+    output.write_mark(tmp_path, "run")
+    (tmp_path / "old").write_text("")
+    deleted = []
+    monkeypatch.setattr(output, "_delete", lambda path: deleted.append(path) or path.unlink())
+
+    def process(rank: int) -> None:
+        ranks.own.rank = rank
+        if rank == 0:
+            time.sleep(0.2)  # the other one is there first
+        with output.alone(tmp_path, "run", True, lambda: None):
+            seen[rank] = (tmp_path / "old").exists()
+            if rank == 0:
+                (tmp_path / "new").write_text("")
+            output.wait_for_all()
+
+    threads = [threading.Thread(target=process, args=(rank,)) for rank in (0, 1)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert seen == {0: False, 1: False}
+    assert deleted == [tmp_path / "old"] and (tmp_path / "new").exists()
 
 
 def test_a_report_replaces_its_own_files_alone(tmp_path, capsys):
@@ -266,6 +313,34 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (folder / "whole" / ADAPTER).read_bytes()
 
 
+@pytest.mark.parametrize("damaged", ["gone", "cut short"])
+def test_a_run_does_not_end_with_the_last_weights_when_the_best_are_gone(
+    damaged, tiny, tmp_path, capsys, monkeypatch
+):
+    """The first of three scorings is the best; --resume begins again where nothing is whole."""
+    best = tmp_path / "run" / "checkpoints" / "checkpoint-2"
+    scores = iter([0.9, 0.3, 0.2])
+
+    def score(*unused) -> dict[str, float]:
+        accuracy = next(scores)
+        if accuracy == 0.2 and damaged == "gone":
+            shutil.rmtree(best)
+        elif accuracy == 0.2:
+            weights = (best / "model.safetensors").read_bytes()
+            (best / "model.safetensors").write_bytes(weights[:-9])
+        return {"accuracy": accuracy, "f1": accuracy}
+
+    monkeypatch.setattr("ptv2_fast.training.trainer.score", score)
+    line = fails(words(tiny | STEPS, tmp_path / "run"), capsys)
+    assert "the best checkpoint of the run is gone or damaged: checkpoint-2" in line
+    assert line.endswith("; continue with --resume")
+    assert not (tmp_path / "run" / "report.json").exists()
+    monkeypatch.undo()
+    with pytest.warns(UserWarning, match="checkpoint-6 is damaged"):
+        assert cli.main(["train", "--output", str(tmp_path / "run"), "--resume"]) == 0
+    assert (tmp_path / "run" / "report.json").exists()
+
+
 # The command line
 
 
@@ -343,13 +418,19 @@ def test_a_loop_of_links_is_one_line(tiny, tmp_path, capsys):
 
 
 def test_a_damaged_study_is_one_line(tiny, tmp_path, capsys):
+    """Wherever the damage is: sqlite reads a page when it is asked for what is in it."""
     folder = tmp_path / "search"
     command = ["search", *words(tiny, folder, "--trials", "1")[1:]]
     assert cli.main(command) == 0
     study = folder / "study.db"
     content = study.read_bytes()
-    study.write_bytes(content[:4096] + b"\xff" * (len(content) - 4096))
-    assert "study: expected a database" in fails(command, capsys)
+    size = int.from_bytes(content[16:18], "big")
+    pages = len(content) // size
+    damages = [(b"\xff" * size, place * size) for place in (1, 14, pages - 1)]
+    damages.append((b"(", content.index(b'{"name": "FloatDistribution"')))
+    for bad, place in damages:
+        study.write_bytes(content[:place] + bad + content[place + len(bad) :])
+        assert f"study: expected a database, got {study}" in fails(command, capsys), place
 
 
 # Search

@@ -10,8 +10,8 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NoReturn
 
-from ptv2_fast.hints import close_to
 from ptv2_fast.recipes import read_recipe
+from ptv2_fast.tasks.hints import close_to
 from ptv2_fast.tasks.options import Options, value_type
 from ptv2_fast.training.options import METHODS_OF_OPTION, SECTIONS, RunConfig, read_config_file
 

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 from ptv2_fast.cli.parser import BadInput, add_command
-from ptv2_fast.hints import hint
 from ptv2_fast.recipes import load_recipe, recipes
 from ptv2_fast.recipes.published import COLUMNS, TITLES, Figure, all_figures
 from ptv2_fast.tasks.benchmarks import BENCHMARKS, Benchmark
+from ptv2_fast.tasks.hints import hint
 
 _WIDTH = 80
 _TABLES = {

@@ -125,7 +125,9 @@ def print_features(prepared: "Prepared", prefix: str = "") -> None:
     for split, features in prepared.features.items():
         cut = features.truncated
         note = f", {cut} cut to {prepared.max_length} tokens" if cut else ""
-        print(f"{prefix}{split}: {len(features.examples)} examples{note}", file=sys.stderr)
+        total = features.examples.drawn_from
+        drawn = f" of {total}, drawn by the seed" if total else ""
+        print(f"{prefix}{split}: {len(features.examples)} examples{drawn}{note}", file=sys.stderr)
         for remark, value in features.examples.remarks.items():
             print(f"{prefix}{split}: {remark}: {value}", file=sys.stderr)
     metric, titles = prepared.task.metric, prepared.task.titles(prepared.labels)
@@ -156,5 +158,8 @@ def train_and_print(
     if not is_first():
         return
     for name, scores in report["metrics"].items():
-        print(f"{name}: " + ", ".join(f"{key} {value:.4f}" for key, value in scores.items()))
+        total = report["drawn_from"].get(name)
+        part = f" ({report['examples'][name]} of {total} examples)" if total else ""
+        figures = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
+        print(f"{name}{part}: {figures}")
     print(f"written to {folder}")

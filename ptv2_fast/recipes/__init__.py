@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ptv2_fast.hints import hint
+from ptv2_fast.tasks.hints import hint
 from ptv2_fast.training.options import flatten
 
 __all__ = ["Recipe", "load_recipe", "read_recipe", "recipes"]

@@ -127,12 +127,10 @@ class MultipleChoice(Task):
         return [{"label": str(logits.index(max(logits))), "logits": logits} for logits in predicted]
 
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
-        names = self.benchmark.metrics if self.benchmark else self.default_metrics
-        return scores(names, self.options.task, results, examples.table, labels)
+        return scores(self.figures, self.options.task, results, examples.table, labels)
 
     def titles(self, labels: list[str]) -> dict[str, str]:
-        names = self.benchmark.metrics if self.benchmark else self.default_metrics
-        return titles(names, self.options.task)
+        return titles(self.figures, self.options.task)
 
     def describe(
         self,

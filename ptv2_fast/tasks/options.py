@@ -5,8 +5,8 @@ import types
 import typing
 from typing import Any
 
-from ptv2_fast.hints import hint
 from ptv2_fast.tasks.benchmarks import BENCHMARKS, Benchmark
+from ptv2_fast.tasks.hints import hint
 
 FAMILIES = (
     "text-classification", "token-classification", "semantic-role-labeling", "multiple-choice",
@@ -174,7 +174,8 @@ class DataOptions(Options):
     )
     max_train_examples: int | None = option(None, "train on this many examples, drawn by the seed")
     max_eval_examples: int | None = option(
-        None, "during training score only this many validation examples, drawn by the seed"
+        None,
+        "score only this many validation examples, drawn by the seed; test examples are all scored",
     )
     feature_cache: str | None = option(
         None, "folder that keeps tokenized examples for later runs (default: memory only)"

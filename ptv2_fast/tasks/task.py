@@ -43,12 +43,14 @@ class Examples:
     Attributes:
         unit: what messages call one of them ("row", "sentence"), counted from 1.
         remarks: what was odd in the source but accepted, for the user and the report.
+        drawn_from: how many there were, when these are a part of them; None = all.
     """
 
     source: Source
     table: Dataset
     unit: str = "row"
     remarks: dict[str, Any] = field(default_factory=dict)
+    drawn_from: int | None = None
 
     def __len__(self) -> int:
         return len(self.table)
@@ -146,9 +148,14 @@ class Task(Compared, ABC):
         return self.options.benchmark
 
     @property
+    def figures(self) -> tuple[str, ...]:
+        """The names of the figures that are asked for."""
+        return self.benchmark.metrics if self.benchmark else self.default_metrics
+
+    @property
     def metric(self) -> str:
         """The figure that selects the best checkpoint, larger is better."""
-        return (self.benchmark.metrics if self.benchmark else self.default_metrics)[0]
+        return self.figures[0]
 
     @abstractmethod
     def read(self, source: Source, labelled: bool = True) -> Examples:

@@ -41,6 +41,18 @@ def last_checkpoint(folder: Path, processes: int = 1, needs_best: bool = False) 
     return None
 
 
+def check_best(checkpoint: Path) -> None:
+    """Check the checkpoint with which a run is about to end.
+
+    Raises:
+        OSError: when it is gone or damaged; a resumed run goes on from an older one.
+    """
+    try:
+        _check_weights(checkpoint)
+    except ValueError as error:
+        raise OSError(f"the best checkpoint of the run is gone or damaged: {error}") from error
+
+
 def _match(path: Path) -> re.Match[str] | None:
     return _NAME.fullmatch(path.name) if path.is_dir() else None
 

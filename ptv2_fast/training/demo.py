@@ -79,6 +79,7 @@ def make_config(method: str, seconds: float) -> RunConfig:
             "save_steps": 0,
             "warmup_ratio": 0.05,
             "seed": SEED,
+            "logging_steps": 100,
             "progress": False,
             **dataclasses.asdict(RECIPES[method]),
         }
@@ -88,8 +89,6 @@ def make_config(method: str, seconds: float) -> RunConfig:
 def train_method(method: str, seconds: float, folder: Path) -> dict[str, Any]:
     """Train one method and return its row of the report."""
     prepared = prepare(make_config(method, seconds), folder, overwrite=True)
-    assert prepared.watched is not None
-    prepared.features["validation"] = prepared.watched
     report = train(prepared)
     lines = (folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()
     log = [json.loads(line) for line in lines]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.files import without_word
-from ptv2_fast.hints import close_to
+from ptv2_fast.tasks.hints import close_to
 from ptv2_fast.tasks.options import DataOptions, Options, option
 from ptv2_fast.training.depth import parse_depth
 

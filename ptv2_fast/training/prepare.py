@@ -52,15 +52,6 @@ class Prepared:
         found = {"labels": self.labels, "max_length": self.max_length}
         return found if self.started_from is None else {**found, "started_from": self.started_from}
 
-    @property
-    def watched(self) -> Features | None:
-        """The validation features that are scored during training."""
-        whole = self.features.get("validation")
-        count = self.config.data.max_eval_examples
-        if whole is None or count is None or count >= len(whole.examples):
-            return whole
-        return whole.take(whole.examples.draw(count, self.config.training.seed))
-
 
 def prepare(
     config: RunConfig, folder: Path, *, resume: bool = False, overwrite: bool = False
@@ -117,12 +108,17 @@ def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
     labels = task.find_labels(examples["train"])
     remarks = examples["train"].remarks | label_remarks(labels)
     examples["train"] = dataclasses.replace(examples["train"], remarks=remarks)
-    count, total = config.data.max_train_examples, len(examples["train"])
-    if count is not None and count < total:
-        drawn = examples["train"].draw(count, config.training.seed)[:count]
-        examples["train"] = examples["train"].select(drawn)
     for part in examples.values():
         task.check_labels(part, labels)
+    limits = {"train": config.data.max_train_examples, "test": None}
+    for name, part in examples.items():
+        kind = name.partition("_")[0]  # of "validation_mismatched", "test_wsj"
+        count = limits.get(kind, config.data.max_eval_examples)
+        if count is not None and count < len(part):
+            drawn = part.draw(count, config.training.seed)
+            if kind == "train":  # which may have a part of a group
+                drawn = drawn[:count]
+            examples[name] = dataclasses.replace(part.select(drawn), drawn_from=len(part))
     return task, examples, labels
 
 
@@ -206,7 +202,7 @@ def training_arguments(
         load_best_model_at_end=load_best,
         metric_for_best_model=metric,
         greater_is_better=True if has_validation else None,
-        disable_tqdm=not options.progress,
+        disable_tqdm=True,  # Progress has its own bars
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )

@@ -23,7 +23,7 @@ from ptv2_fast.training.options import TrainingOptions
 from ptv2_fast.training.output import is_first, wait_for_all
 from ptv2_fast.training.prepare import Prepared
 from ptv2_fast.training.scoring import score
-from ptv2_fast.training.trainer import TaskTrainer
+from ptv2_fast.training.trainer import PacedTrainer, TaskTrainer
 
 
 def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) -> dict[str, Any]:
@@ -53,7 +53,7 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
             tokenizer=prepared.tokenizer,
             labels=prepared.labels,
             train=prepared.features["train"],
-            validation=prepared.watched,
+            validation=prepared.features.get("validation"),
             **pace(config.training, clock, folder, callbacks),
         )
         trainer.train(resume_from_checkpoint=checkpoint_of(prepared))
@@ -61,7 +61,7 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         if is_first():
             save_trained(prepared.model, config.model.method, folder)
         wait_for_all()
-        report = _report(prepared, clock, trainer.state.global_step)
+        report = _report(prepared, clock, trainer)
         if is_first():
             run_folder.finish(folder, report)
         return report
@@ -93,6 +93,7 @@ def pace(
     """The arguments of `PacedTrainer` beside the model and what it learns from."""
     return {
         "clock": clock,
+        "progress": options.progress,
         "head_learning_rate": options.head_learning_rate,
         "epoch_decay": options.schedule_decay if options.schedule == "exponential" else None,
         "callbacks": [
@@ -127,26 +128,35 @@ class _MetricsFile(TrainerCallback):
         run_folder.write_text(self.path, "".join(lines))
 
 
-def _report(prepared: Prepared, clock: StepClock, steps: int) -> dict[str, Any]:
+def _report(prepared: Prepared, clock: StepClock, trainer: PacedTrainer) -> dict[str, Any]:
     return {
         "task": prepared.config.data.task,
         "metric": prepared.task.metric,
         "metric_title": prepared.task.titles(prepared.labels)[prepared.task.metric],
-        "metrics": score_splits(prepared),
+        "metrics": score_splits(prepared, trainer.final_scores.get("")),
         "saved_bytes": run_folder.saved_bytes(prepared.folder),
         "started_from": prepared.started_from,
         **describe_data(prepared),
-        **describe_training(prepared, clock, steps),
+        **describe_training(prepared, clock, trainer.state.global_step),
     }
 
 
-def score_splits(prepared: Prepared) -> dict[str, dict[str, float]]:
-    """The metrics of every split but the training data."""
+def score_splits(
+    prepared: Prepared, validation: dict[str, float] | None
+) -> dict[str, dict[str, float]]:
+    """The metrics of every split but the training data.
+
+    Args:
+        prepared: with the trained model.
+        validation: those of the validation split, when they are known.
+    """
     options = prepared.config.training
+    known = {} if validation is None else {"validation": validation}
     return {
-        name: score(
+        name: known.get(name)
+        or score(
             prepared.model, prepared.task, features, prepared.tokenizer, prepared.labels,
-            options.eval_batch_size, options.bf16,
+            options.eval_batch_size, options.bf16, options.progress,
         )
         for name, features in prepared.features.items()
         if name != "train"
@@ -158,6 +168,7 @@ def describe_data(prepared: Prepared) -> dict[str, dict[str, Any]]:
     features = prepared.features.items()
     return {
         "examples": {name: len(f.examples) for name, f in features},
+        "drawn_from": {n: f.examples.drawn_from for n, f in features if f.examples.drawn_from},
         "truncated_examples": {name: f.truncated for name, f in features},
         "remarks": {name: f.examples.remarks for name, f in features if f.examples.remarks},
         "baselines": {

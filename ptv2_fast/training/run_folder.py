@@ -32,8 +32,10 @@ TASKS = "tasks"
 # By kind of folder, the file that says what was begun in it.
 MARKS = {"run": CONFIG, "sweep": "sweep.json", "search": "study.db"}
 # What report.json may hold, beside what names the run.
-_TABLES = ("machine", "versions", "examples", "truncated_examples", "remarks", "tasks",
-           "baselines")  # fmt: skip
+_TABLES = (
+    "machine", "versions", "examples", "drawn_from", "truncated_examples", "remarks", "tasks",
+    "baselines",
+)  # fmt: skip
 _NUMBERS = (
     "trainable_parameters", "total_parameters", "saved_bytes", "steps", "train_seconds",
     "step_seconds", "kept_bytes", "peak_memory_bytes",

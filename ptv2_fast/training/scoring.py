@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptv2_fast.tasks.comparison import compare
 from ptv2_fast.tasks.sources import file_source
 from ptv2_fast.tasks.task import Examples, Features, Task
+from ptv2_fast.training.progress import scoring_bar
 
 if TYPE_CHECKING:
     from ptv2_fast.training.models import TrainedRun
@@ -23,10 +24,12 @@ def predict(
     labels: list[str],
     batch_size: int = 32,
     bf16: bool = False,
+    progress: bool | None = None,
 ) -> list[Any]:
     """The results of `task`, one per example, in order.
 
     Runs in eval mode, in batches of similar length, and draws nothing from torch's generator.
+    A bar shows how far it is: with `progress`, or when that is None, on a terminal.
     """
     predicted, _ = _run(model, task, features, tokenizer, batch_size, bf16)
     return task.results(predicted, features, labels)
@@ -50,7 +53,8 @@ def _run(
     certainty: list[Any] = [None] * len(rows)
     was_training = model.training
     model.eval()
-    for first in range(0, len(order), batch_size):
+    batches = range(0, len(order), batch_size)
+    for first in scoring_bar(batches, features.examples.source.name, progress):
         indices = order[first : first + batch_size]
         batch = collate([rows[i] for i in indices]).to(model.device)
         inputs = {name: t for name, t in batch.items() if name not in task.label_columns}
@@ -73,9 +77,10 @@ def score(
     labels: list[str],
     batch_size: int = 32,
     bf16: bool = False,
+    progress: bool | None = None,
 ) -> dict[str, float]:
     """The metrics of `task` on labelled features."""
-    results = predict(model, task, features, tokenizer, labels, batch_size, bf16)
+    results = predict(model, task, features, tokenizer, labels, batch_size, bf16, progress)
     return task.metrics(results, features.examples, labels)
 
 

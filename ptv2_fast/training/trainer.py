@@ -1,9 +1,11 @@
 """Hugging Face's Trainer with our order of batches, learning rates, time limit and scoring."""
 
+import contextlib
 import math
 import time
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -21,7 +23,9 @@ from transformers import (
 
 from ptv2_fast.tasks.task import Features, Task
 from ptv2_fast.training.baselines import LORA, PROMPT
+from ptv2_fast.training.checkpoints import check_best
 from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.progress import Progress
 from ptv2_fast.training.scoring import score
 
 # Batches of similar length are drawn from groups of this many batches.
@@ -78,6 +82,7 @@ class PacedTrainer(Trainer):
         rows: what the collator takes a list of.
         collate: makes a batch.
         clock: counts the steps' seconds.
+        progress: show bars.
         head_learning_rate: of what lies outside backbone, prefix, prompt and LoRA; None = the same.
         epoch_decay: multiplies the learning rates after each epoch; None = the schedule of `args`.
         callbacks: further callbacks.
@@ -91,11 +96,14 @@ class PacedTrainer(Trainer):
         rows: Any,
         collate: Callable[[list[Any]], Any],
         clock: StepClock,
+        progress: bool = False,
         head_learning_rate: float | None = None,
         epoch_decay: float | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
-        self.clock = clock
+        self.clock, self.progress = clock, progress
+        self.scored: dict[int, dict[str, dict[str, float]]] = {}
+        self._shown = Progress(clock, progress)
         self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
         super().__init__(
             model,
@@ -104,12 +112,12 @@ class PacedTrainer(Trainer):
             train_dataset=rows,
             # Trainer asks that there is one; `evaluate` does not look at it.
             eval_dataset=None if args.eval_strategy == "no" else rows,
-            callbacks=[clock, *(callbacks or [])],
+            callbacks=[clock, self._shown, *(callbacks or [])],
         )
         # Encoders take such arguments and ignore them, so that Trainer would add up the losses of
         # the batches in a step where they have to be averaged.
         self.model_accepts_loss_kwargs = False
-        self.remove_callback(PrinterCallback)  # metrics.jsonl holds what it prints
+        self.remove_callback(PrinterCallback)  # Progress writes its lines
 
     @property
     def step_size(self) -> int:
@@ -121,8 +129,36 @@ class PacedTrainer(Trainer):
         """The order of the rows, of known length."""
 
     @abstractmethod
-    def scores(self) -> dict[str, float]:
-        """The metrics of the validation examples, which draw nothing from torch's generator."""
+    def scores(self) -> dict[str, dict[str, float]]:
+        """The metrics of the validation examples, which draw nothing from torch's generator.
+
+        By name of the data set; "" where there is one alone.
+        """
+
+    def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
+        """Figures of all data sets together."""
+        return {}
+
+    @property
+    def final_scores(self) -> dict[str, dict[str, float]]:
+        """What `scores` gave for the weights as they are after training.
+
+        Empty when these were not scored, or before the run was resumed.
+        """
+        state = self.state
+        is_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
+        step = state.best_global_step if is_best else state.global_step
+        return self.scored.get(cast(int, step), {})
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        """As Trainer's."""
+        with contextlib.closing(self._shown):
+            return super().train(*args, **kwargs)
+
+    def _load_best_model(self) -> None:
+        """As Trainer's, which keeps the last weights when the best ones are not there."""
+        check_best(Path(cast(str, self.state.best_model_checkpoint)))
+        super()._load_best_model()
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """No batch when training is over already: Trainer takes a step before it asks."""
@@ -170,9 +206,15 @@ class PacedTrainer(Trainer):
     ) -> dict[str, float]:
         """Score the validation examples."""
         started = time.perf_counter()
-        scores = self.scores()
-        scores["runtime"] = time.perf_counter() - started
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        scores = self.scored[self.state.global_step] = self.scores()
+        figures = {
+            f"{name}_{metric}" if name else metric: value
+            for name, own in scores.items()
+            for metric, value in own.items()
+        }
+        figures |= self.summary(scores)
+        figures["runtime"] = time.perf_counter() - started
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(
             self.args, self.state, self.control, metrics
@@ -214,13 +256,14 @@ class TaskTrainer(PacedTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
         return LengthGroupedOrder(self.train_lengths, self.step_size, self.args.seed)
 
-    def scores(self) -> dict[str, float]:
+    def scores(self) -> dict[str, dict[str, float]]:
         """See `PacedTrainer`."""
         assert self.validation is not None
-        return score(
+        scores = score(
             cast(PreTrainedModel, self.model), self.task, self.validation, self.tokenizer,
-            self.labels, self.args.eval_batch_size, self.args.bf16,
+            self.labels, self.args.eval_batch_size, self.args.bf16, self.progress,
         )  # fmt: skip
+        return {"": scores}
 
 
 def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:

@@ -162,7 +162,6 @@ class MultiTaskTrainer(PacedTrainer):
 
     def __init__(self, prepared: PreparedTasks, **settings: Any) -> None:
         self.prepared = prepared
-        self.watched = {name: part.watched for name, part in prepared.parts.items()}
         self.collators = [
             part.task.collator(prepared.tokenizer) for part in prepared.parts.values()
         ]
@@ -199,22 +198,23 @@ class MultiTaskTrainer(PacedTrainer):
         self.prepared.heads.activate(inputs.pop(_TASK))
         return super().compute_loss(model, inputs, *args, **kwargs)
 
-    def scores(self) -> dict[str, float]:
-        """The metrics of every data set as NAME_METRIC, and the mean of the selecting ones."""
-        scores: dict[str, float] = {}
-        selecting: list[float] = []
+    def scores(self) -> dict[str, dict[str, float]]:
+        """See `PacedTrainer`."""
+        scores = {}
         for number, (name, part) in enumerate(self.prepared.parts.items()):
-            watched = self.watched[name]
-            if watched is None:
-                continue
-            self.prepared.heads.activate(number)
-            own = score(
-                cast(PreTrainedModel, self.model), part.task, watched, part.tokenizer, part.labels,
-                self.args.eval_batch_size, self.args.bf16,
-            )  # fmt: skip
-            scores |= {f"{name}_{metric}": value for metric, value in own.items()}
-            selecting.append(own[part.task.metric])
-        return {**scores, MEAN: statistics.fmean(selecting)}
+            if "validation" in part.features:
+                self.prepared.heads.activate(number)
+                scores[name] = score(
+                    cast(PreTrainedModel, self.model), part.task, part.features["validation"],
+                    part.tokenizer, part.labels, self.args.eval_batch_size, self.args.bf16,
+                    self.progress,
+                )  # fmt: skip
+        return scores
+
+    def summary(self, scores: dict[str, dict[str, float]]) -> dict[str, float]:
+        """The mean of the metrics that select."""
+        parts = self.prepared.parts
+        return {MEAN: statistics.fmean(own[parts[n].task.metric] for n, own in scores.items())}
 
 
 def train_tasks(
@@ -244,7 +244,7 @@ def train_tasks(
             for number in range(len(prepared.parts)):
                 _save_single(prepared, number)
         wait_for_all()
-        report = _report(prepared, clock, trainer.state.global_step)
+        report = _report(prepared, clock, trainer)
         if is_first():
             run_folder.finish(folder, report)
         return report
@@ -260,13 +260,15 @@ def _save_single(prepared: PreparedTasks, number: int) -> None:
         save_trained(model, part.config.model.method, part.folder)
 
 
-def _report(prepared: PreparedTasks, clock: StepClock, steps: int) -> dict[str, Any]:
+def _report(prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer) -> dict[str, Any]:
+    known = trainer.final_scores
     metrics: dict[str, Any] = {}
     data: dict[str, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     for number, (name, part) in enumerate(prepared.parts.items()):
         prepared.heads.activate(number)
-        metrics |= {f"{name}/{split}": scores for split, scores in score_splits(part).items()}
+        scores = score_splits(part, known.get(name))
+        metrics |= {f"{name}/{split}": own for split, own in scores.items()}
         for key, values in describe_data(part).items():
             data.setdefault(key, {}).update({f"{name}/{s}": v for s, v in values.items()})
         tasks[name] = {
@@ -287,5 +289,5 @@ def _report(prepared: PreparedTasks, clock: StepClock, steps: int) -> dict[str, 
         "saved_bytes": sum(run_folder.saved_bytes(p.folder) for p in prepared.parts.values()),
         "started_from": prepared.started_from,
         **data,
-        **describe_training(first, clock, steps),
+        **describe_training(first, clock, trainer.state.global_step),
     }

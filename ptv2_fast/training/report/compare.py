@@ -18,8 +18,9 @@ _NO_SETTING = NEUTRAL_OPTIONS | {"seed", "logging_steps", "save_steps"}
 # What makes two runs' data different.
 _DATA = (
     "data_dir", "train_file", "validation_file", "test_file", "dataset", "dataset_config",
-    "train_split", "validation_split", "test_split", "max_train_examples",
+    "train_split", "validation_split", "test_split", "max_train_examples", "max_eval_examples",
 )  # fmt: skip
+_COUNTS = {"max_train_examples": "training", "max_eval_examples": "validation"}
 
 
 # Those options of a run, in words.
@@ -165,7 +166,7 @@ def compare(settings: Iterable[Setting], names: "Names") -> list[Comparison]:
 class Names:
     """Names of data sets and models that tell those of a report apart, and say no more.
 
-    Two runs are on the same data when task, files and number of training examples are the same;
+    Two runs are on the same data when task, files and numbers of examples are the same;
     the folder of a published data set counts only where its task has several.
 
     Args:
@@ -210,7 +211,7 @@ def _data_key(result: Result) -> tuple[str, Data]:
 
 
 def _title(task: str, data: Data, same_task: set[Data]) -> str:
-    """The name of a data set: of all that have the task, without the number of examples."""
+    """The name of a data set: of all that have the task, without the numbers of examples."""
     whole = _without_count(data)
     words = [text for _, text in sorted(data - whole)]
     if task in BENCHMARKS:
@@ -236,12 +237,12 @@ def _source(data: Data, same_task: set[Data]) -> str:
 
 
 def _without_count(data: Data) -> Data:
-    return frozenset(pair for pair in data if pair[0] != "max_train_examples")
+    return frozenset(pair for pair in data if pair[0] not in _COUNTS)
 
 
 def _data_words(name: str, value: Any) -> str:
-    if name == "max_train_examples":
-        return f"{value} training examples"
+    if name in _COUNTS:
+        return f"{value} {_COUNTS[name]} examples"
     path = Path(str(value))
     if name == "data_dir":
         return path.name

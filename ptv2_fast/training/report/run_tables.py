@@ -79,9 +79,15 @@ def remarks_table(runs: Sequence[Run], names: Names) -> Table:
     for run in runs:
         title = names.titles(run)
         examples = run.report.get("examples", {})
-        for split, count in run.report.get("truncated_examples", {}).items():
+        counted = [
+            (split, count, f"{count} of {examples.get(split, '?')} examples cut to fit the model")
+            for split, count in run.report.get("truncated_examples", {}).items()
+        ] + [
+            (split, total, f"{examples.get(split, '?')} of {total} examples, drawn by the seed")
+            for split, total in run.report.get("drawn_from", {}).items()
+        ]
+        for split, count, what in counted:
             if count:
-                what = f"{count} of {examples.get(split, '?')} examples cut to fit the model"
                 found[title, split, what] = found.get((title, split, what), 0) + 1
         for split, remarks in run.report.get("remarks", {}).items():
             for name, value in remarks.items():

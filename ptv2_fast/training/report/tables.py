@@ -147,7 +147,8 @@ def _printed(
     one: Comparison, split: str, published: Published | None, sources: dict[str, bool]
 ) -> dict[str, str]:
     """Column -> the published figure; adds its source, and whether any of it is unverified."""
-    part_of_it = one.any.first.data.get("max_train_examples") is not None
+    data = one.any.first.data
+    part_of_it = any(data.get(f"max_{part}_examples") is not None for part in ("train", "eval"))
     if published is None or one.task not in BENCHMARKS or part_of_it:
         return {}
     found: dict[str, str] = {}
