@@ -11,7 +11,7 @@ import pandas
 import pytest
 
 from ptv2_fast.tasks import DataOptions, make_task
-from ptv2_fast.tasks.sources import file_source, find_sources
+from ptv2_fast.tasks.sources import file_source
 
 WORDS = [["Anna", "can't", 'say"so'], ["Oslo", "[", "1]"]]
 TAGS = [["B-PER", "O", "O"], ["B-LOC", "O", "O"]]
@@ -164,18 +164,6 @@ def test_dates_in_json_stay_text(tmp_path, form):
     file = tmp_path / "words.jsonl"
     file.write_text(json.dumps({"tokens": ["2020-01-01"] * 2, "ner_tags": ["O", "O"]}))
     assert read(file)["words"] == [["2020-01-01"] * 2]
-
-
-def test_json_in_a_folder_of_the_hubs_form_is_read_alike(tmp_path):
-    rows = [{"text": "2020-01-01", "label": "a"}, {"text": "2020-01-02", "label": "b"}]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "test.jsonl").write_text("[" * 100_000)
-    options = DataOptions(task="text-classification", dataset=str(tmp_path),
-                          validation_split=None, test_split="test")  # fmt: skip
-    sources, task = find_sources(options), make_task(options)
-    assert task.read(sources["train"]).table.to_list() == rows
-    with pytest.raises(ValueError, match="nested too deeply"):
-        task.read(sources["test"])
 
 
 BAD_JSON = {

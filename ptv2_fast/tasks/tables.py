@@ -1,5 +1,6 @@
 """Reading tables from files and from the hub, with errors that name the file and the row."""
 
+import dataclasses
 import itertools
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -76,7 +77,11 @@ def keep_columns(
                 f"{ours}_column: expected a column of {source.name}, got {theirs!r}; it has "
                 f"{table.column_names}"
             )
-    return Dataset.from_dict({ours: _spelt_out(table, theirs) for ours, theirs in kept.items()})
+    try:
+        spelt = {ours: _spelt_out(table, theirs) for ours, theirs in kept.items()}
+    except ValueError as error:  # of datasets, for the number of a class that is not declared
+        raise ValueError(f"{source.name}: {error}") from error
+    return Dataset.from_dict(spelt)
 
 
 def check_not_empty(source: Source, count: int) -> None:
@@ -142,15 +147,35 @@ def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
 
 
 def _load_split(name: str, config: str | None, split: str) -> Dataset:
-    """A split of a data set of the hub, or of a folder, whose JSON is read as that of files."""
+    """A split of a data set of the hub, or of a folder, whose tables of text are read as files."""
     if Path(name).is_dir():
         builder = datasets.load_dataset_builder(name, config)
-        files = (getattr(builder.config, "data_files", None) or {}).get(split) or []
-        suffixes = {Source(file, Path(file)).format for file in files}
-        if suffixes == {"json"} and builder.info.features is None:
-            tables = [read_json_rows(Path(file)) for file in files]
-            return datasets.concatenate_datasets(tables)
+        paths = (getattr(builder.config, "data_files", None) or {}).get(split) or []
+        files = [Source(path, Path(path)) for path in paths]
+        as_text = {file.format for file in files} <= {"csv", "tsv", "json"}
+        if files and as_text and _has_defaults(builder.config):
+            separator = {"sep": builder.config.sep} if hasattr(builder.config, "sep") else {}
+            table = datasets.concatenate_datasets([_load(file, separator) for file in files])
+            return _with_classes(table, builder.info.features or {})
     return datasets.load_dataset(name, config, split=split)
+
+
+def _has_defaults(config: Any) -> bool:
+    """Whether a card says no more of its files than where they are and what separates cells."""
+    told = ("name", "version", "data_dir", "data_files", "description", "features", "sep")
+    return all(
+        field.name in told or getattr(config, field.name) == field.default
+        for field in dataclasses.fields(config)
+    )
+
+
+def _with_classes(table: Dataset, features: Mapping[str, Any]) -> Dataset:
+    """The table with the classes that a card declares; all else stays as it is spelt."""
+    for name, feature in features.items():
+        is_class = isinstance(getattr(feature, "feature", feature), ClassLabel)
+        if is_class and name in table.column_names:
+            table = table.cast_column(name, feature)
+    return table
 
 
 def _spelt_out(table: Dataset, column: str) -> list:
