@@ -19,18 +19,19 @@ def add(commands: Any) -> None:
 
 
 def _env(options: dict[str, Any]) -> None:
-    import torch
-
-    from ptv2_fast.ops import backends
-    from ptv2_fast.training.machine import processor_name
-
     print(f"python        {platform.python_version()} on {platform.platform()}")
     for package in _PACKAGES:
         try:
             version = metadata.version(package)
         except metadata.PackageNotFoundError:
             version = "not installed"
-        print(f"{package:<13} {version}")
+        print(f"{package:<13} {version}", flush=True)
+
+    import torch  # takes seconds
+
+    from ptv2_fast.ops import backends
+    from ptv2_fast.training.machine import processor_name
+
     threads = torch.get_num_threads()
     print(f"processor     {processor_name()}, {os.cpu_count()} cores, {threads} threads")
     print(f"cpu features  {torch.backends.cpu.get_cpu_capability()}")
