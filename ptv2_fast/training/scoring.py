@@ -31,7 +31,7 @@ def predict(
     Runs in eval mode, in batches of similar length, and draws nothing from torch's generator.
     A bar shows how far it is: with `progress`, or when that is None, on a terminal.
     """
-    predicted, _ = _run(model, task, features, tokenizer, batch_size, bf16)
+    predicted, _ = _run(model, task, features, tokenizer, batch_size, bf16, progress=progress)
     return task.results(predicted, features, labels)
 
 
@@ -44,6 +44,7 @@ def _run(
     batch_size: int,
     bf16: bool = False,
     certain: bool = False,
+    progress: bool | None = None,
 ) -> tuple[list[Any], list[Any]]:
     """What is kept of the model's outputs, one per row, and with `certain` how sure it is."""
     rows = features.model_inputs(tokenizer, task.label_columns)
