@@ -232,7 +232,8 @@ def test_compiles_into_one_graph():
 
 
 def test_forward_itself_is_compiled_and_traced():
-    model, batch = attached("bare"), make_batch(lengths=(11, 11, 11))
+    model = attached(model=tiny_model(head="bare", num_hidden_layers=1))
+    batch = make_batch(lengths=(11, 11, 11))
     model.config.return_dict = False
     expected = model(**batch)[0]
     torch._dynamo.reset()

@@ -205,10 +205,11 @@ def test_one_backbone_carries_one_prefix():
         ptv2_fast.attach(first, config)
     ptv2_fast.detach(first.bert)
     ptv2_fast.attach(second, config)
-    third = tiny_model()
-    third.bert.encoder.layer[2] = second.bert.encoder.layer[2]
-    with pytest.raises(ValueError, match=r"model shares \(bert\.encoder\.layer\.2\)"):
-        ptv2_fast.attach(third, config)
+    for name in ("encoder.layer.2", "embeddings"):  # an offset would shift the other's positions
+        third = tiny_model()
+        third.bert.set_submodule(name, second.bert.get_submodule(name))
+        with pytest.raises(ValueError, match=rf"model shares \(bert\.{name}\)"):
+            ptv2_fast.attach(third, PTuningV2Config(position_offset="prefix"))
 
 
 @pytest.mark.parametrize("precision", ["float32", "bfloat16", "autocast"])

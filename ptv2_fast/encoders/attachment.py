@@ -62,7 +62,7 @@ def _is_disabled(attachment: "Attachment") -> bool:
 
 
 def find_attachment(model: nn.Module) -> "Attachment | None":
-    """The attachment of a model, or of the model that a layer belongs to, or None."""
+    """The attachment of a model, or of the model that a part of a backbone serves, or None."""
     return getattr(model, ATTACHMENT_ATTRIBUTE, None)
 
 
@@ -116,7 +116,7 @@ class Attachment:
         self.frozen.install()
         take_forward(self.backbone, self)
         # Modules that can serve one prefix only: no other attached model may share them.
-        self._changed = list(self.layers)
+        self._changed = [self.backbone.get_submodule(family.embeddings), *self.layers]
         self._handles = self._register_hooks()
         model.save_pretrained = self.save_pretrained  # type: ignore[assignment, method-assign]
         for module in (model, *self._changed):
@@ -134,11 +134,10 @@ class Attachment:
             handles.append(self.layers[-1].register_forward_hook(self.after_last_layer))
         handles += leave_pads_out(self.model, self.layers[-1])
         if self.config.position_offset == "prefix":
-            embeddings = self.backbone.get_submodule(self.family.embeddings)
+            embeddings = self._changed[0]
             handles.append(
                 embeddings.register_forward_pre_hook(self.before_embeddings, with_kwargs=True)
             )
-            self._changed.append(embeddings)
         return handles
 
     def _convert_backbone(self, frozen_names: set[str]) -> dict[str, torch.dtype]:
