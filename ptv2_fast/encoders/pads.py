@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT
+
 _HEAD = "qa_outputs"  # transformers' name for it in every model
 
 
@@ -45,7 +47,9 @@ def reads_pads(model: nn.Module) -> bool:
 def _clear_pads(layer: nn.Module, args: tuple, kwargs: dict[str, Any], states: Tensor) -> Tensor:
     """States [B, T, C] with zeros for pad tokens, as frozen blocks give them."""
     mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    return states if mask is None else states.masked_fill(~mask.bool()[..., None], 0.0)
+    if mask is None or kwargs[STATE_ARGUMENT].run is not None:
+        return states
+    return states.masked_fill(~mask.bool()[..., None], 0.0)
 
 
 def _hide_pads(head: nn.Module, args: tuple, logits: Tensor) -> Tensor:
