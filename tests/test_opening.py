@@ -87,6 +87,16 @@ def test_a_fine_tuned_run_opens_too(home, tmp_path):
     assert labels == LABELS
     assert torch.equal(model(**batch).logits, prepared.model.eval()(**batch).logits)
 
+    for name, content in {
+        "model/model.safetensors": b"{[", "model/config.json": b'{"model_type": "bert"}',
+        "tokenizer/tokenizer.json": b"[]", "tokenizer/tokenizer_config.json": b"[]",
+    }.items():  # fmt: skip
+        before = (tmp_path / "run" / name).read_bytes()
+        (tmp_path / "run" / name).write_bytes(content)
+        with pytest.raises(ValueError, match=r"run/(model|tokenizer) cannot be read"):
+            ptv2_fast.load(tmp_path / "run")
+        (tmp_path / "run" / name).write_bytes(before)
+
 
 def test_a_checkpoint_of_a_method_that_cannot_open_it_is_refused(home, tmp_path):
     shutil.copytree(home / "run", tmp_path / "run")
@@ -139,6 +149,8 @@ def test_a_bad_adapter_outside_a_run_is_one_value_error(home, tmp_path, changes,
 def test_folders_without_one_run_are_refused_by_what_they_hold(home, tmp_path, capsys):
     with pytest.raises(ValueError, match=r"whose config.json is not that of a run"):
         ptv2_fast.load(home / "model")
+    with pytest.raises(ValueError, match="folder: expected a path, got None"):
+        ptv2_fast.load(None)
     with pytest.raises(ValueError, match=r"expected a run folder with config.json"):
         ptv2_fast.load(tmp_path / "nowhere")
     for seed in range(7):

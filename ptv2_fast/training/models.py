@@ -1,9 +1,11 @@
 """Pretrained encoders with a head in, trained ones out: loading and saving for every method."""
 
+import contextlib
 import dataclasses
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -61,13 +63,14 @@ def load_pretrained(
     assert options.model is not None
     config = load_config(options.model, **changes)
     tokenizer = load_tokenizer(options.model)
-    model, report = _model_class(task).from_pretrained(
-        options.model,
-        config=config,
-        dtype=torch.float32,
-        output_loading_info=True,
-        trust_remote_code=False,
-    )
+    with reading(f"model: {options.model}"):
+        model, report = _model_class(task).from_pretrained(
+            options.model,
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            trust_remote_code=False,
+        )
     if report["missing_keys"] and not task.head_is_new:
         warnings.warn(
             f"model: {options.model} has no pretrained head for {task.model_class}; a new one is "
@@ -78,13 +81,30 @@ def load_pretrained(
     return model, tokenizer
 
 
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """Within the context errors of all kinds, which damaged files cause, are a ValueError.
+
+    Args:
+        what: is read, for the message.
+    """
+    try:
+        yield
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:
+        words = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{what} cannot be read ({words})") from error
+
+
 def load_config(name: str, **changes: Any) -> PretrainedConfig:
     """The configuration of a pretrained model; code that comes with it does not run.
 
     Raises:
         OSError, ValueError: when it cannot be read, or asks for code from elsewhere.
     """
-    config = AutoConfig.from_pretrained(name, trust_remote_code=False, **changes)
+    with reading(f"model: {name}"):
+        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **changes)
     attention = config._attn_implementation
     if attention is not None and not str(attention).isidentifier():  # a kernel of the hub
         raise ValueError(f"model: expected {name} to run without foreign code, got the attention "
@@ -99,12 +119,15 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         name: on the hub, or a folder; a Path is a folder and never looked for on the hub.
 
     Raises:
-        ValueError: when there is no fast tokenizer of this model.
+        OSError, ValueError: when there is no fast tokenizer of this model, or a damaged one.
     """
     if isinstance(name, Path) and not name.is_dir():
         raise ValueError(f"tokenizer: expected a folder, got {str(name)!r}")
     # Byte-level tokenizers refuse split words without the blank in front; others ignore it.
-    tokenizer = AutoTokenizer.from_pretrained(name, add_prefix_space=True, trust_remote_code=False)
+    with reading(f"tokenizer: {name}"):
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, add_prefix_space=True, trust_remote_code=False
+        )
     if not tokenizer.is_fast:
         raise ValueError(f"model: expected one with a fast tokenizer, got {str(name)!r}")
     return tokenizer
@@ -157,14 +180,15 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
     if method == "fine-tuning":
         directory = checkpoint or folder / run_folder.MODEL
         _require(directory / "config.json")
-        model, report = _model_class(task).from_pretrained(
-            directory,
-            dtype=torch.float32,
-            output_loading_info=True,
-            use_safetensors=True,
-            local_files_only=True,
-            trust_remote_code=False,
-        )
+        with reading(f"model: {directory}"):
+            model, report = _model_class(task).from_pretrained(
+                directory,
+                dtype=torch.float32,
+                output_loading_info=True,
+                use_safetensors=True,
+                local_files_only=True,
+                trust_remote_code=False,
+            )
         if report["missing_keys"]:
             raise ValueError(
                 f"{directory}: expected every weight of {type(model).__name__}, missing "

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptv2_fast.adapters import load_adapter, read_config, read_labels
 from ptv2_fast.encoders.adapter_files import read_description
-from ptv2_fast.training.models import load_config, load_run, load_tokenizer
+from ptv2_fast.training.models import load_config, load_run, load_tokenizer, reading
 from ptv2_fast.training.run_place import find_place
 
 # The end of a class of transformers -> the auto class that makes one of it.
@@ -54,6 +54,8 @@ def load(folder: str | os.PathLike) -> Loaded:
         ValueError: for a folder without any of them, one of several runs (naming them), one that is
             corrupt, or a base model that cannot be loaded.
     """
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder: expected a path, got {folder!r:.100}")
     folder = Path(folder)
     try:
         if find_place(folder).run is None:
@@ -79,9 +81,10 @@ def _load_alone(folder: Path) -> Loaded:
             "ptv2_fast.load_adapter(model, folder)"
         )
     config = load_config(base, num_labels=len(labels))
-    model = getattr(transformers, auto).from_pretrained(
-        base, config=config, dtype=torch.float32, trust_remote_code=False
-    )
+    with reading(f"base model {base}"):
+        model = getattr(transformers, auto).from_pretrained(
+            base, config=config, dtype=torch.float32, trust_remote_code=False
+        )
     load_adapter(model, folder)
     if torch.cuda.is_available():
         model.cuda()
