@@ -62,6 +62,14 @@ def test_every_folder_of_a_run_opens_the_same_model(home, tmp_path):
                            expected), folder  # fmt: skip
 
 
+def test_an_adapter_opens_in_the_dtype_it_was_saved_in(home, tmp_path):
+    model = ptv2_fast.load(open_lone(tmp_path, home)).model.bfloat16()
+    ptv2_fast.save_adapter(model, tmp_path / "half")
+    again = ptv2_fast.load(tmp_path / "half").model
+    assert again.dtype == again.classifier.weight.dtype == torch.bfloat16
+    assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
 def test_predict_and_pipelines_agree_on_what_was_loaded(home, capsys):
     model, tokenizer, _ = ptv2_fast.load(home / "run")
     tagged = transformers.pipeline("token-classification", model, tokenizer=tokenizer)(SENTENCE)

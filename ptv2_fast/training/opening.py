@@ -10,7 +10,8 @@ import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptv2_fast.adapters import load_adapter, read_config, read_labels
-from ptv2_fast.encoders.adapter_files import read_description
+from ptv2_fast.encoders.adapter_files import read_adapter
+from ptv2_fast.encoders.attachment import ENCODER_NAME
 from ptv2_fast.training.models import load_config, load_run, load_tokenizer, reading
 from ptv2_fast.training.run_place import find_place
 
@@ -67,8 +68,8 @@ def load(folder: str | os.PathLike) -> Loaded:
 
 
 def _load_alone(folder: Path) -> Loaded:
-    """An adapter outside a run, into the model that it names."""
-    description = read_description(folder)
+    """An adapter outside a run, into the model that it names, in the dtype of its head."""
+    description, tensors = read_adapter(folder)
     read_config(description, folder)
     labels = read_labels(description, folder)
     base, made_for = description.get("base_model"), description["model_class"]
@@ -80,10 +81,13 @@ def _load_alone(folder: Path) -> Loaded:
             f"{[*_AUTO_CLASSES]}, got {base!r:.100} and {made_for!r:.100}; make the model and call "
             "ptv2_fast.load_adapter(model, folder)"
         )
+    heads = [t for name, t in tensors.items() if not name.startswith(ENCODER_NAME) and t.numel()]
+    dtypes = {tensor.dtype for tensor in heads if tensor.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
     config = load_config(base, num_labels=len(labels))
     with reading(f"base model {base}"):
         model = getattr(transformers, auto).from_pretrained(
-            base, config=config, dtype=torch.float32, trust_remote_code=False
+            base, config=config, dtype=dtype, trust_remote_code=False
         )
     load_adapter(model, folder)
     if torch.cuda.is_available():
