@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ptv2_fast.encoders.adapter_files import find_description, read_adapter, write_adapter
+from ptv2_fast.encoders.adapter_files import read_adapter, write_adapter
 from ptv2_fast.encoders.attachment import Attachment, find_attachment
 from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
 from ptv2_fast.encoders.selection import ENCODER_NAME
@@ -19,6 +19,7 @@ from ptv2_fast.encoders.vocabulary import (
     restore_rows,
     vocabulary_size,
 )
+from ptv2_fast.files import find_description
 from ptv2_fast.prefix import EXECUTION_FIELDS, PTuningV2Config
 
 # Fields that an adapter and an attached model must share: they decide what the tensors mean.

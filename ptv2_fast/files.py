@@ -1,6 +1,7 @@
 """Files that others may have written: JSON that is no trap, names that stay in their folder."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,15 @@ NO_MODEL = {
     "model_type": "ptv2-fast, which transformers does not open by itself: call "
     "ptv2_fast.load(folder), or ptv2_fast.load_adapter(model, folder)"
 }
+
+# The file that describes an adapter, and PEFT's name of it, which adapters of version 0.1 have.
+ADAPTER_CONFIG_NAMES = ("ptv2_config.json", "adapter_config.json")
+
+
+def find_description(directory: str | os.PathLike) -> Path | None:
+    """The file that describes the adapter in a folder, None where there is none."""
+    paths = (Path(directory) / name for name in ADAPTER_CONFIG_NAMES)
+    return next((path for path in paths if path.is_file()), None)
 
 
 def read_json(path: Path) -> Any:

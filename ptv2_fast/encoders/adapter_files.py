@@ -13,13 +13,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ptv2_fast.files import NO_MODEL, plain_name, read_json_object
+from ptv2_fast.files import (
+    ADAPTER_CONFIG_NAMES,
+    NO_MODEL,
+    find_description,
+    plain_name,
+    read_json_object,
+)
 
-CONFIG_NAME = "ptv2_config.json"
+CONFIG_NAME = ADAPTER_CONFIG_NAMES[0]
 WEIGHTS_NAME = "ptv2_adapter.safetensors"
-# Names of PEFT's, which adapters of version 0.1 have.
-_OLD_CONFIG_NAME = "adapter_config.json"
-_OLD_WEIGHTS_NAME = "adapter_model.safetensors"
+_OLD_WEIGHTS_NAME = "adapter_model.safetensors"  # PEFT's, as adapters of version 0.1 have
 # Trainer reloads a checkpoint from a file of this name only.
 CHECKPOINT_WEIGHTS_NAME = "model.safetensors"
 FORMAT_KEY = "ptv2_format"
@@ -71,12 +75,6 @@ def write_adapter(
     finally:
         temporary_weights.unlink(missing_ok=True)
         temporary_config.unlink(missing_ok=True)
-
-
-def find_description(directory: str | os.PathLike) -> Path | None:
-    """The file that describes the adapter in a folder, None where there is none."""
-    paths = (Path(directory) / name for name in (CONFIG_NAME, _OLD_CONFIG_NAME))
-    return next((path for path in paths if path.is_file()), None)
 
 
 def read_description(directory: str | os.PathLike) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import NamedTuple
 
-from ptv2_fast.files import read_json
+from ptv2_fast.files import find_description, read_json
 from ptv2_fast.training import run_folder
 
 _NAMED = 5  # of several runs in a message
@@ -35,8 +35,6 @@ def find_place(folder: Path) -> Place:
         return Place(above[0], None)
     if above[0].name == run_folder.CHECKPOINTS and folder.is_dir() and is_run(above[1]):
         return Place(above[1], folder)
-    from ptv2_fast.encoders.adapter_files import find_description  # imports torch
-
     if find_description(folder) is not None:
         return Place(None, folder)
     runs = [path for path in sorted(folder.glob("*")) if is_run(path)]

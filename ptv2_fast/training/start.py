@@ -7,7 +7,8 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapters import load_adapter, load_prefix
-from ptv2_fast.encoders.adapter_files import CONFIG_NAME, find_description, read_description
+from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_description
+from ptv2_fast.files import find_description
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import ModelOptions
