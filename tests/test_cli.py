@@ -366,6 +366,7 @@ def test_help_version_and_bad_arguments_import_nothing_heavy(tmp_path):
     lines = [["--help"], ["--version"], *([name, "--help"] for name in commands), ["trian"],
              ["train", "--epochs", "3"], ["train", "--task", "ner", "--model", "m", *files],
              ["train", "--task", "token-classification", "--model", "m", *files],
+             ["train", "--task", "rte", "--model", "/nowhere", "--output", str(tmp_path / "run")],
              ["eval", "--run", "/nowhere", "--data", "x"]]  # fmt: skip
     code = f"""
 import contextlib, io, sys
@@ -383,7 +384,8 @@ cli.main(["train", "--task", "rte", "--model", "m", "--output", {str(tmp_path / 
     messages = done.stderr.splitlines()
     for message, part in zip(
         messages, ("train", "--num-train-epochs", "['token-classification']", "'/nowhere.txt'",
-                   "config.json", LOADING, "the package datasets"),
+                   "model: expected an existing folder", "config.json", LOADING,
+                   "the package datasets"),
         strict=True,
     ):  # fmt: skip
         assert part in message

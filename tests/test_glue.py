@@ -8,7 +8,8 @@ import pytest
 from ptv2_fast import cli
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
-from ptv2_fast.tasks.sources import Source, file_source, find_sources, read_rows
+from ptv2_fast.tasks.sources import Source, file_source, find_sources
+from ptv2_fast.tasks.tables import read_rows
 from tests.models import one_thread  # noqa: F401
 from tests.superglue_files import WRITERS
 from tests.tiny_run import save_tiny_model

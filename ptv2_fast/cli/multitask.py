@@ -4,10 +4,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.cli.parser import add_command, add_options, checked, quieten
+from ptv2_fast.cli.parser import add_command, add_options, check_places, checked, quieten
 from ptv2_fast.cli.sweeps import add_output
 from ptv2_fast.cli.train import is_complete, print_features, train_and_print
-from ptv2_fast.tasks.sources import find_sources
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig, flatten_tasks, read_multitask_file
 from ptv2_fast.training.options import ModelOptions, TrainingOptions
@@ -80,8 +79,7 @@ def _read_config(options: dict[str, Any], started: Path | None) -> MultiTaskConf
 def _train(
     config: MultiTaskConfig, folder: Path, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
-    for data in config.tasks:
-        checked(find_sources, data)  # before the heavy imports
+    check_places(config.model, *config.tasks)
     quieten(config.training.progress)
     from ptv2_fast.training.dry_run import describe_tasks
     from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks

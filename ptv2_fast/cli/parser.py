@@ -8,12 +8,20 @@ import sys
 import typing
 import warnings
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.tasks.hints import close_to
-from ptv2_fast.tasks.options import Options, value_type
-from ptv2_fast.training.options import METHODS_OF_OPTION, SECTIONS, RunConfig, read_config_file
+from ptv2_fast.tasks.options import DataOptions, Options, value_type
+from ptv2_fast.tasks.sources import find_sources
+from ptv2_fast.training.options import (
+    METHODS_OF_OPTION,
+    SECTIONS,
+    ModelOptions,
+    RunConfig,
+    read_config_file,
+)
 
 # Exit codes.
 BAD_INPUT = 2
@@ -132,6 +140,19 @@ def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) ->
             flag = with_dashes(f"--{name}")
             print(f"note: {flag} has no effect on the method {method}", file=sys.stderr)
     return config
+
+
+def check_places(model: ModelOptions, *data: DataOptions) -> None:
+    """Look for the files and folders that a run names, before the heavy imports.
+
+    Raises:
+        BadInput: naming what is not there; a model that may be one of the hub is not looked for.
+    """
+    for part in data:
+        checked(find_sources, part)
+    name = str(model.model)
+    if name.startswith(("/", ".", "~")) and not Path(name).is_dir():
+        raise BadInput(f"model: expected an existing folder, got {name!r}")
 
 
 def add_options(group: Any, part: type[Options], names: Sequence[str] | None = None) -> None:

@@ -10,11 +10,11 @@ from ptv2_fast.cli.parser import (
     BadInput,
     add_command,
     add_run_settings,
+    check_places,
     checked,
     quieten,
     run_config,
 )
-from ptv2_fast.tasks.sources import find_sources
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.search.space import Space, check_space, default_space, read_space
 
@@ -63,7 +63,7 @@ def _search(options: dict[str, Any]) -> None:
     for package in ("optuna", "sqlalchemy"):
         if importlib.util.find_spec(package) is None:
             raise BadInput(f"search: needs {package}: pip install 'ptv2-fast[search]'")
-    checked(find_sources, base.data)  # before the heavy imports
+    check_places(base.model, base.data)
     quieten()
     from ptv2_fast.training.search.results import BEST, TRIALS, best_trial, failures, trial_folder
     from ptv2_fast.training.search.study import Search, run_search

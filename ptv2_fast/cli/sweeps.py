@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.cli.parser import BadInput, checked, quieten, run_config
-from ptv2_fast.tasks.sources import find_sources
+from ptv2_fast.cli.parser import BadInput, check_places, checked, quieten, run_config
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, read_sweep
 
 
@@ -80,7 +79,7 @@ def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry
         BadInput: for bad input; at the end, when a run failed.
     """
     if not resume:  # what is finished needs its data no more
-        checked(find_sources, sweep.base.data)
+        check_places(sweep.base.model, sweep.base.data)
     quieten()
     from ptv2_fast.training.dry_run import describe_run, of_all_runs
     from ptv2_fast.training.prepare import prepare

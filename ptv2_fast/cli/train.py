@@ -10,6 +10,7 @@ from ptv2_fast.cli.parser import (
     BadInput,
     add_command,
     add_run_settings,
+    check_places,
     checked,
     quieten,
     run_config,
@@ -22,7 +23,6 @@ from ptv2_fast.cli.sweeps import (
     run_and_print,
     sweep_before,
 )
-from ptv2_fast.tasks.sources import find_sources
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.sweeps.plan import SWEEP, seeds_sweep
@@ -108,7 +108,7 @@ def _before(folder: Path) -> dict[str, Any]:
 def _train_one(
     config: RunConfig, folder: Path, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
-    checked(find_sources, config.data)  # before the heavy imports
+    check_places(config.model, config.data)
     quieten(config.training.progress)
     from ptv2_fast.training.dry_run import describe_run
     from ptv2_fast.training.prepare import prepare
