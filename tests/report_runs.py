@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 _SECTIONS = {
-    "data": ("train_file", "data_dir", "max_train_examples", "head"),
+    "data": ("train_file", "data_dir", "max_train_examples", "max_eval_examples", "head"),
     "training": ("learning_rate",),
 }
 

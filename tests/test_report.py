@@ -36,7 +36,8 @@ def folder(tmp_path_factory) -> Path:
     for seed, score in ((11, 0.60), (12, 0.70), (13, 0.80)):
         curve = [(10, 0.5), (20, score)]
         write_run(top / f"pt2-{seed}", validation(score), seed=seed, curve=curve)
-    more = {"trainable_parameters": 100_000, "truncated_examples": {"train": 3}}
+    more = {"trainable_parameters": 100_000, "truncated_examples": {"train": 3},
+            "drawn_from": {"train": 9999}}  # fmt: skip
     curve = [(10, 0.6), (20, 0.8)]
     write_run(top / "ft", validation(0.80), method="fine-tuning", curve=curve, report=more)
     write_run(top / "pt", validation(0.55), method="prompt-tuning")
@@ -150,9 +151,14 @@ def test_other_data_is_another_row_and_the_folder_of_the_same_data_is_not(tmp_pa
     write_run(tmp_path / "b", validation(0.7), method="fine-tuning", data_dir="/there/rte")
     write_run(tmp_path / "c", validation(0.8), method="lora")
     write_run(tmp_path / "d", validation(0.9), data_dir="here/rte", max_train_examples=100)
+    write_run(tmp_path / "e", validation(0.9), data_dir="here/rte", max_eval_examples=50)
     runs, _ = find_runs([tmp_path])
     rows = {one.title: list(one.settings) for one in compare(settings_of(runs), Names(runs))}
-    assert rows == {"RTE": ["FT", "PT-2", "LoRA"], "RTE (100 training examples)": ["PT-2"]}
+    assert rows == {
+        "RTE": ["FT", "PT-2", "LoRA"],
+        "RTE (100 training examples)": ["PT-2"],
+        "RTE (50 validation examples)": ["PT-2"],
+    }
 
 
 def test_own_data_is_named_by_what_tells_it_apart(tmp_path):
@@ -227,6 +233,7 @@ def test_what_is_left_out_is_listed_with_the_reason(page, folder):
     assert f"{folder / 'no-curve'}: only its learning curve" in listed
     assert "99.0" not in page
     assert "3 of 2490 examples cut" in page
+    assert "2490 of 9999 examples, drawn by the seed" in page
 
 
 @pytest.mark.parametrize(
