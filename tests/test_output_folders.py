@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -257,91 +256,11 @@ def test_a_kill_before_a_file_has_its_name_leaves_a_folder_that_goes_on(
     assert not list(output.rglob("*.tmp"))
 
 
-def damage(name: str, content: bytes | None = None):
-    def change(checkpoint: Path) -> None:
-        path = checkpoint / name
-        if content is None:
-            path.unlink()
-        else:
-            path.write_bytes(content or path.read_bytes()[:-50])
-
-    return change
-
-
-@pytest.fixture(scope="module")
-def interrupted(tiny, tmp_path_factory):
-    """A whole run's adapter, and the folder of one that was killed after its last step."""
-    folder = tmp_path_factory.mktemp("interrupted")
-    config = RunConfig.from_dict(tiny | STEPS)
-    train(prepare(config, folder / "whole"))
-    prepared = prepare(config, folder / "killed")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("ptv2_fast.training.run.save_trained", interrupt)
-        with pytest.raises(KeyboardInterrupt):
-            train(prepared)
-    return folder, config
+# The command line
 
 
 def interrupt(*unused, **also_unused):
     raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        damage("optimizer.pt"),
-        damage("scheduler.pt"),
-        damage("rng_state.pth"),
-        damage("optimizer.pt", b""),
-        damage("optimizer.pt", b"not an archive"),
-        damage("model.safetensors"),
-        damage("model.safetensors", b"\xff" * 99),
-        damage("trainer_state.json", b"{}"),
-        damage("trainer_state.json", b"[" * 100_000),
-    ],
-)
-def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
-    change, interrupted, tmp_path, monkeypatch
-):
-    folder, config = interrupted
-    shutil.copytree(folder / "killed", tmp_path / "run")
-    checkpoints = tmp_path / "run" / "checkpoints"
-    newest = max(checkpoints.iterdir(), key=lambda path: int(path.name.split("-")[1]))
-    change(newest)
-    with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):
-        train(prepare(config, tmp_path / "run", resume=True))
-    assert (tmp_path / "run" / ADAPTER).read_bytes() == (folder / "whole" / ADAPTER).read_bytes()
-
-
-@pytest.mark.parametrize("damaged", ["gone", "cut short"])
-def test_a_run_does_not_end_with_the_last_weights_when_the_best_are_gone(
-    damaged, tiny, tmp_path, capsys, monkeypatch
-):
-    """The first of three scorings is the best; --resume begins again where nothing is whole."""
-    best = tmp_path / "run" / "checkpoints" / "checkpoint-2"
-    scores = iter([0.9, 0.3, 0.2])
-
-    def score(*unused) -> dict[str, float]:
-        accuracy = next(scores)
-        if accuracy == 0.2 and damaged == "gone":
-            shutil.rmtree(best)
-        elif accuracy == 0.2:
-            weights = (best / "model.safetensors").read_bytes()
-            (best / "model.safetensors").write_bytes(weights[:-9])
-        return {"accuracy": accuracy, "f1": accuracy}
-
-    monkeypatch.setattr("ptv2_fast.training.trainer.score", score)
-    line = fails(words(tiny | STEPS, tmp_path / "run"), capsys)
-    assert "the best checkpoint of the run is gone or damaged: checkpoint-2" in line
-    assert line.endswith("; continue with --resume")
-    assert not (tmp_path / "run" / "report.json").exists()
-    monkeypatch.undo()
-    with pytest.warns(UserWarning, match="checkpoint-6 is damaged"):
-        assert cli.main(["train", "--output", str(tmp_path / "run"), "--resume"]) == 0
-    assert (tmp_path / "run" / "report.json").exists()
-
-
-# The command line
 
 
 @pytest.mark.parametrize(
