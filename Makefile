@@ -1,11 +1,13 @@
 # Every target makes .venv and installs what it needs when missing. Needs Python >= 3.10 and a C++ compiler;
 # make PYTHON=python3.12 setup takes another Python, PTV2_CPP=0 make setup leaves the C++ kernels out.
 PYTHON ?= python3
-# Processes of make test, each with one thread and some 1.3 GB.
+# Processes of make test, each of some 1.3 GB with one thread (and for the C++ kernels a second, which must not
+# wait by spinning).
 WORKERS ?= 2
 BIN := .venv/bin
 CPP := $(wildcard csrc/*)
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 GPU_RESULTS ?= bench/results/gpu-cuda
 
 .PHONY: setup demo test test-slow test-oldest sanitize lint check-resolution bench bench-gpu clean
@@ -19,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/python -m ptv2_fast.training.demo --output runs/demo
 
 test: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/python $(PYTEST)
+	$(THREADS) $(BIN)/python $(PYTEST)
 
 test-slow: .venv/installed
 	$(BIN)/python -m pytest -m slow
@@ -27,7 +29,7 @@ test-slow: .venv/installed
 # The suite on the lowest versions that pyproject.toml admits, in an environment of its own. It builds the
 # extension with them; that one runs with the versions of .venv, too.
 test-oldest: .venv-oldest/installed
-	OMP_NUM_THREADS=1 .venv-oldest/bin/python $(PYTEST)
+	$(THREADS) .venv-oldest/bin/python $(PYTEST)
 
 .venv-oldest/installed: .ci/setup pyproject.toml constraints-oldest.txt setup.py $(CPP)
 	PYTHON=$(PYTHON) .ci/setup .venv-oldest constraints-oldest.txt

@@ -25,6 +25,7 @@ from tests.oracle import (
 
 SMALL = Shape(2, 2, 12, 12, 6, 32)
 GROUPED = Shape(5, 4, 83, 83, 9, 32, group=2)
+GROUPED_FEW = Shape(3, 4, 83, 83, 9, 32, group=2)  # for the interpreter
 SEVERAL_TILES = Shape(3, 2, 33, 33, 20, 32)
 
 
@@ -50,14 +51,17 @@ def check_inputs(backends: list[str], inputs: Inputs, p: float, prefix_p: float)
     return worst
 
 
-def random_case(generator: random.Random, largest: int) -> dict:
-    """Arguments of `check`, the backends apart; sizes up to `largest`."""
+def random_case(generator: random.Random, largest: int, most: int = 3) -> dict:
+    """Arguments of `check`, the backends apart.
+
+    Sizes up to `largest`, and up to `most` sequences and heads for keys and values.
+    """
     sizes = [0, 1, 2, 7, 16, 31, 33, 64, 65, 127, 200, 333]
     sizes = [size for size in sizes if size <= largest]
     group = generator.choice([1, 1, 2, 3])
     shape = Shape(
-        generator.randint(1, 3),
-        generator.randint(1, 3) * group,
+        generator.randint(1, most),
+        generator.randint(1, most) * group,
         *(generator.choice(sizes) for _ in range(3)),
         8 * generator.choice([1, 2, 3, 4, 5, 8, 10, 12, 16]),
         group,
