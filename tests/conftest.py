@@ -1,5 +1,6 @@
 """Interpreted Triton for the whole test process; offline Hugging Face; NaN in every torch.empty."""
 
+import gc
 import os
 
 import pytest
@@ -20,6 +21,12 @@ OPTIONAL = {
     "accelerate", "datasets", "filelock", "jinja2", "matplotlib", "optuna", "pandas", "peft",
     "seqeval", "sklearn",
 }  # fmt: skip
+
+
+def pytest_collection_finish():
+    """Each training run begins with gc.collect(): it need not look at what was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
