@@ -14,11 +14,15 @@ from tests.test_cli import LOADING, fails_with_one_line
 def test_help_version_and_bad_arguments_import_nothing_heavy(tmp_path):
     """They come at once; and so does the word that what is heavy is being loaded."""
     commands = "train multitask eval predict ablate search report tasks env".split()
+    for seed in ("1", "2"):
+        (tmp_path / "seeds" / seed).mkdir(parents=True)
+        (tmp_path / "seeds" / seed / "config.json").write_text('{"found": {}}')
     files = ["--train-file", "/nowhere.txt", "--output", str(tmp_path / "run")]
     lines = [["--help"], ["--version"], *([name, "--help"] for name in commands), ["trian"],
              ["train", "--epochs", "3"], ["train", "--task", "ner", "--model", "m", *files],
              ["train", "--task", "token-classification", "--model", "m", *files],
              ["train", "--task", "rte", "--model", "/nowhere", "--output", str(tmp_path / "run")],
+             ["predict", "--run", str(tmp_path / "seeds"), "--text", "x"],
              ["eval", "--run", "/nowhere", "--data", "x"]]  # fmt: skip
     code = f"""
 import contextlib, io, sys
@@ -36,7 +40,7 @@ cli.main(["train", "--task", "rte", "--model", "m", "--output", {str(tmp_path / 
     messages = done.stderr.splitlines()
     for message, part in zip(
         messages, ("train", "--num-train-epochs", "['token-classification']", "'/nowhere.txt'",
-                   "model: expected an existing folder", "config.json", LOADING,
+                   "model: expected an existing folder", "with several", "config.json", LOADING,
                    "the package datasets"),
         strict=True,
     ):  # fmt: skip
