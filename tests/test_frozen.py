@@ -2,7 +2,6 @@
 
 import copy
 
-import psutil
 import pytest
 import torch
 from torch import Tensor, nn
@@ -18,7 +17,7 @@ from ptv2_fast.ops.dropout import (
 )
 from ptv2_fast.ops.options import Options
 from ptv2_fast.ops.reference import reference_attention
-from ptv2_fast.training.measure import kept_bytes
+from ptv2_fast.training.measure import kept_bytes, process_memory
 from tests.models import (
     DROPOUT,
     WITHOUT_FALLBACK,
@@ -220,7 +219,7 @@ def test_the_process_does_not_grow_with_the_lengths_it_has_seen(dtype):
         batch = make_batch(lengths=lengths.tolist(), width=int(lengths.max()))
         model(**batch).logits.sum().backward()
         if step in (100, 1000):
-            sizes.append(psutil.Process().memory_info().rss)
+            sizes.append(process_memory("VmRSS"))
     assert sizes[1] < 1.05 * sizes[0]
 
 
