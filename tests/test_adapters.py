@@ -3,6 +3,7 @@
 import json
 import math
 
+import numpy
 import peft
 import pytest
 import torch
@@ -106,6 +107,15 @@ def test_labels_come_along_and_inference_is_the_default(saved):
     assert twin.config.id2label == {0: "O", 1: "PER", 2: "LOC"}
     assert twin.config.label2id == {"O": 0, "PER": 1, "LOC": 2}
     assert not twin.training and ptv2_fast.get_nb_trainable_parameters(twin)[0] == 0
+
+
+def test_labels_that_are_numbers_come_back_as_text(tmp_path):
+    model, numbers = attached(), numpy.array([7, 8, 9])
+    # Some versions of transformers refuse them where they are set.
+    vars(model.config)["id2label"] = dict(zip(numbers - 7, numbers, strict=True))
+    ptv2_fast.save_adapter(model, tmp_path)
+    twin = ptv2_fast.load_adapter(plain_twin(attached()), tmp_path)
+    assert twin.config.id2label == {0: "7", 1: "8", 2: "9"}
 
 
 def test_loading_into_an_attached_model_keeps_it_trainable(saved):

@@ -300,7 +300,8 @@ class Attachment:
             "vocab_size": vocabulary_size(self.model),
             "base_vocab_size": self.base_vocabulary_size,
             "num_labels": config.num_labels,
-            "id2label": dict(config.id2label or {}),
+            # Users name classes by numbers too, numpy's among them, which JSON does not know.
+            "id2label": {int(n): str(label) for n, label in (config.id2label or {}).items()},
             "problem_type": config.problem_type,
             "max_length": self.family.max_positions(config) - self.positions_taken,
             "torch_version": torch.__version__,
