@@ -64,6 +64,8 @@ if "torch" in sys.modules:
 
 def __getattr__(name: str):
     if name in _LAZY:
+        if _LAZY[name] != "ptv2_fast.prefix":  # which goes without transformers
+            importlib.import_module("ptv2_fast.training.auto_classes")
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 

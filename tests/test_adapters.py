@@ -9,10 +9,16 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, AutoModelForMaskedLM, AutoModelForSequenceClassification
+from transformers import (
+    CONFIG_MAPPING,
+    AutoModel,
+    AutoModelForMaskedLM,
+    AutoModelForSequenceClassification,
+)
 
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
+from ptv2_fast.files import NO_MODEL
 from tests.models import (
     MODELS,
     make_batch,
@@ -379,6 +385,8 @@ def test_transformers_and_peft_refuse_an_adapter_and_say_what_to_call(
     if not with_peft:
         for module in ("integrations.peft", "models.auto.auto_factory", "pipelines"):
             monkeypatch.setattr(f"transformers.{module}.is_peft_available", lambda: False)
+    # As in a process that has not loaded this package.
+    monkeypatch.delitem(CONFIG_MAPPING._extra_content, NO_MODEL["model_type"])
     directory, model = saved
     model.save_pretrained(directory / "checkpoint")
     for path in map(str, (directory, directory / "checkpoint")):

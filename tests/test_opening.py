@@ -70,6 +70,31 @@ def test_an_adapter_opens_in_the_dtype_it_was_saved_in(home, tmp_path):
     assert torch.equal(again.classifier.weight, model.classifier.weight)
 
 
+def test_auto_classes_and_pipelines_open_an_adapter(home, tmp_path):
+    """As sentence-transformers and SetFit do, to load, to resume and to take the best one back."""
+    model, tokenizer, _ = ptv2_fast.load(home / "run")
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    auto = transformers.AutoModelForTokenClassification
+    again, text = auto.from_pretrained(str(tmp_path)), tokenizer(SENTENCE, return_tensors="pt")
+    assert torch.equal(again(**text).logits, model(**text).logits)
+    tagged = transformers.pipeline("token-classification", str(tmp_path))(SENTENCE)
+    assert tagged == transformers.pipeline("token-classification", model, tokenizer=tokenizer)(
+        SENTENCE
+    )
+    with torch.no_grad():
+        again.prefix_encoder.embedding.weight.zero_()
+    again.load_state_dict(auto.from_pretrained(tmp_path, dtype=torch.float64).state_dict())
+    assert torch.equal(again(**text).logits, model(**text).logits)
+    for other, options, message in (
+        (transformers.AutoModel, {}, "for AutoModel, got one of a BertForTokenClassification"),
+        (auto, {"num_labels": 5}, r"expected no options but dtype .* \['id2label', 'label2id'\]"),
+        (auto, {"device_map": "auto"}, r"expected no options but dtype .* \['device_map'\]"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            other.from_pretrained(tmp_path, **options)
+
+
 def test_predict_and_pipelines_agree_on_what_was_loaded(home, capsys):
     model, tokenizer, _ = ptv2_fast.load(home / "run")
     tagged = transformers.pipeline("token-classification", model, tokenizer=tokenizer)(SENTENCE)

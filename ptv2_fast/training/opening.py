@@ -1,7 +1,6 @@
 """Open what was trained, in one call."""
 
 import os
-import re
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,18 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptv2_fast.adapters import load_adapter, read_config, read_labels
 from ptv2_fast.encoders.adapter_files import read_adapter
 from ptv2_fast.encoders.attachment import ENCODER_NAME
+from ptv2_fast.training.auto_classes import AUTO_CLASSES, auto_class_of
 from ptv2_fast.training.models import load_config, load_run, load_tokenizer, reading
 from ptv2_fast.training.run_place import find_place
-
-# The end of a class of transformers -> the auto class that makes one of it.
-_AUTO_CLASSES = {
-    head: f"AutoModel{head.removeprefix('Model')}"
-    for head in (
-        "Model", "ForSequenceClassification", "ForTokenClassification", "ForQuestionAnswering",
-        "ForMultipleChoice",
-    )
-}  # fmt: skip
-_CLASS = re.compile(r"[A-Z][A-Za-z]*?(Model|For[A-Z][A-Za-z]*)")
 
 
 class Loaded(NamedTuple):
@@ -73,12 +63,11 @@ def _load_alone(folder: Path) -> Loaded:
     read_config(description, folder)
     labels = read_labels(description, folder)
     base, made_for = description.get("base_model"), description["model_class"]
-    match = _CLASS.fullmatch(str(made_for))
-    auto = _AUTO_CLASSES.get(match[1]) if match else None
+    auto = auto_class_of(str(made_for))
     if not isinstance(base, str) or not base or auto is None:
         raise ValueError(
             f"{folder}: expected an adapter that names its base model, and one of the heads "
-            f"{[*_AUTO_CLASSES]}, got {base!r:.100} and {made_for!r:.100}; make the model and call "
+            f"{[*AUTO_CLASSES]}, got {base!r:.100} and {made_for!r:.100}; make the model and call "
             "ptv2_fast.load_adapter(model, folder)"
         )
     heads = [t for name, t in tensors.items() if not name.startswith(ENCODER_NAME) and t.numel()]
