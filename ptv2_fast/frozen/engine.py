@@ -129,7 +129,13 @@ class FrozenRun:
 
 
 def _chunk(hidden: Tensor) -> int:
-    return CPU_CHUNK if hidden.device.type == "cpu" else GPU_CHUNK
+    if hidden.device.type != "cpu":
+        return GPU_CHUNK
+    # Halves are a number of rows that shorter batches have as a whole (layout.py).
+    chunk = len(hidden)
+    while chunk > CPU_CHUNK:
+        chunk = -(-chunk // 2)
+    return chunk
 
 
 def _products_dtype(hidden: Tensor, modules: BlockModules) -> torch.dtype:
