@@ -62,9 +62,78 @@ def test_what_is_no_tensor_is_named(name, value):
 def test_operands_are_tensors(position, value):
     tensors = make_tensors()
     tensors[position] = value
-    names = ("query", "key", "value", "prefix_key", "prefix_value")
-    with pytest.raises(ValueError, match=f"^{names[position]}: expected a tensor, got"):
+    with pytest.raises(ValueError, match=f"^{OPERANDS[position]}: expected a tensor, got"):
         prefix_attention(*tensors)
+
+
+TENSOR_LIKE = {
+    "csr": torch.eye(9).to_sparse_csr(),
+    "coo": torch.ones(2, 2, 9, 16).to_sparse(),
+    "mkldnn": torch.ones(2, 2, 9, 16).to_mkldnn(),
+    "nested": torch.nested.nested_tensor([torch.ones(2, 9, 16), torch.ones(2, 5, 16)]),
+}
+OPERANDS = ("query", "key", "value", "prefix_key", "prefix_value")
+TENSORS = (
+    "key_mask", "seed", "context_lengths", "cu_seqlens", "prefix_index", "prefix_lengths", "bias",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", TENSOR_LIKE)
+def test_tensors_of_another_layout_are_named(kind):
+    for position, name in enumerate(OPERANDS):
+        tensors = make_tensors()
+        tensors[position] = TENSOR_LIKE[kind]
+        with pytest.raises(ValueError, match=f"^{name}: expected .* layout torch.strided, got"):
+            prefix_attention(*tensors)
+    for name in TENSORS:
+        with pytest.raises(ValueError, match=f"^{name}: expected .* layout torch.strided, got"):
+            prefix_attention(*make_tensors(), **{name: TENSOR_LIKE[kind]})
+
+
+LONG = [TENSOR_LIKE["nested"], np.zeros((9, 9)), [[1] * 9] * 99, "x" * 999]
+NAMES = (
+    *TENSORS, "window", "scale", "dropout_p", "prefix_dropout_p", "max_seqlen", "check", "backend",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, value) for name in NAMES for value in LONG),
+        *((name, torch.ones(2, 2, 9, 16)) for name in NAMES if name not in TENSORS),
+        *((name, 10**5000) for name in NAMES if name != "window"),
+    ],
+    ids=lambda value: value[:20] if isinstance(value, str) else type(value).__name__,
+)
+def test_a_long_value_is_not_written_out(name, value):
+    with pytest.raises(ValueError, match=f"^{name}: expected .*, got") as error:
+        prefix_attention(*make_tensors(), **{name: value})
+    assert len(str(error.value)) < 200 and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
+def test_a_generous_max_seqlen_costs_nothing(backend):
+    tensors = [tensor.detach() for tensor in make_tensors()]
+    packed = [tensor.transpose(1, 2).reshape(18, 2, 16) for tensor in tensors[:3]]
+    starts = torch.tensor([0, 9, 18], dtype=torch.int32)
+    results = [
+        prefix_attention(
+            *packed, *tensors[3:], cu_seqlens=starts, max_seqlen=longest, backend=backend
+        )
+        for longest in (18, 2**31 - 1)
+    ]
+    assert torch.equal(*results)
+    with pytest.raises(ValueError, match=r"^max_seqlen: expected an integer in 0..2\*\*31-1, got"):
+        prefix_attention(*packed, *tensors[3:], cu_seqlens=starts, max_seqlen=2**31)
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "split", "triton"])
+def test_an_infinite_score_is_nan_in_its_rows(backend):
+    tensors = [tensor.detach() for tensor in make_tensors()]
+    tensors[0].abs_()
+    tensors[1][0, 1, 3] = float("inf")
+    for result in prefix_attention_with_lse(*tensors, backend=backend):
+        assert result[0, 1].isnan().all() and result.isnan().sum() == result[0, 1].numel()
 
 
 @pytest.mark.parametrize("sizes", [(0, 4), (2, 0), (0, 0)])

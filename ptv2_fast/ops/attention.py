@@ -8,6 +8,7 @@ from ptv2_fast.ops.options import Options
 from ptv2_fast.ops.registration import BACKENDS, CPP_IMPORT_ERROR, HAS_TRITON, KERNEL_DTYPES
 from ptv2_fast.ops.validation import (
     argument_error,
+    shown,
     validate_options,
     validate_tensors,
     validate_values,
@@ -68,8 +69,8 @@ def _resolve_suffix(backend: str | None, query: Tensor) -> str:
     if backend is None:
         served = KERNEL_DTYPES.get(device)
         return "" if served is None or query.dtype in served else "_reference"
-    if backend not in BACKENDS:
-        raise argument_error("backend", f"None or one of {BACKENDS}", repr(backend))
+    if not isinstance(backend, str) or backend not in BACKENDS:
+        raise argument_error("backend", f"None or one of {BACKENDS}", shown(backend))
     if backend == "cpp":
         if CPP_IMPORT_ERROR is not None:
             actual = f"'cpp' without it ({CPP_IMPORT_ERROR})"
@@ -146,7 +147,8 @@ def prefix_attention(
 
     Returns:
         [B, H, T, D] in query's dtype, whose [B, T, H, D] view is contiguous; packed [N, H, D]. A
-        row without a visible column gives 0, a row with a visible score of NaN gives NaN.
+        row without a visible column gives 0, one with a visible score of NaN or inf gives NaN.
+        Masked tokens count nothing as long as what they hold is finite: 0 times NaN is NaN.
 
     Raises:
         ValueError: naming the argument, what was expected and what was given.
@@ -219,10 +221,15 @@ def _attend(
         sizes, key_mask, prefix_index, prefix_lengths, context_lengths, window, bias,
         scale, dropout_p, prefix_dropout_p, seed,
     )  # fmt: skip
+    if not isinstance(check, bool):
+        raise argument_error("check", "a bool", shown(check))
     if window is not None:  # a wider one hides nothing, and kernels add it to positions
         window = min(window, _MAX_WINDOW)
     if (check or query.device.type == "cpu") and values_are_known(query):
         validate_values(sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths)
+    # A generous bound would cost memory and time. With a bias it is a size of that.
+    if max_seqlen is not None and bias is None and values_are_known(query):
+        max_seqlen = min(max_seqlen, query.shape[0])
     suffix = _resolve_suffix(backend, query)
     if seed is None and (dropout_p > 0 or prefix_dropout_p > 0):
         seed = torch.randint(2**63 - 1, (1,), device=query.device)

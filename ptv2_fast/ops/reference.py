@@ -40,7 +40,8 @@ def reference_attention(
     Returns:
         out [B, H, T, D] and lse [B, H, T], the natural logarithm of the softmax denominator, both
         float64 for float64 inputs, else float32; packed [N, H, D] and [N, H]. A row without a
-        visible column has out 0 and lse -inf, a row with a visible score of NaN has out NaN.
+        visible column has out 0 and lse -inf, one with a visible score of NaN or inf has NaN in
+        both.
     """
     if options.cu_seqlens is not None:
         rows = PackedRows(options.cu_seqlens, options.max_seqlen, query.shape[0])
@@ -63,6 +64,7 @@ def reference_attention(
     any_visible = (scores != float("-inf")).any(dim=-1, keepdim=True)
     safe_scores = torch.where(any_visible, scores, torch.zeros_like(scores))
     lse = torch.logsumexp(safe_scores, dim=-1) if scores.shape[-1] else scores.sum(dim=-1)
+    lse = torch.where(lse == float("inf"), float("nan"), lse)  # as softmax of an infinite score
     probabilities = torch.where(any_visible, torch.softmax(safe_scores, dim=-1), 0.0)
     lse = lse.masked_fill(~any_visible[..., 0], float("-inf"))
     multiplier = _probability_multiplier(scores, key.shape[2], options)

@@ -5,8 +5,8 @@ device; `validate_values` does.
 """
 
 import itertools
-import math
 import numbers
+import sys
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,24 @@ class Sizes(NamedTuple):
 def argument_error(argument: str, expected: str, actual: object) -> ValueError:
     """Names the argument, what was expected and what was given."""
     return ValueError(f"{argument}: expected {expected}, got {actual}")
+
+
+def shown(value: object) -> str:
+    """A value that somebody gave, in a few words: of what may be long only its type."""
+    if value is None or isinstance(value, (bool, float, str)):
+        return f"{value!r:.50}"
+    if isinstance(value, int) and abs(value) < 2**100:  # Python writes no number of 5,000 digits
+        return repr(value)
+    return type(value).__name__
+
+
+def check_is_tensor(argument: str, given: object, expected: str = "a tensor") -> None:
+    """Raises a ValueError for anything but a dense tensor."""
+    if not isinstance(given, Tensor):
+        raise argument_error(argument, expected, type(given).__name__)
+    if given.is_nested or given.layout != torch.strided:
+        actual = "a nested one" if given.is_nested else given.layout
+        raise argument_error(argument, f"{expected} of layout torch.strided", actual)
 
 
 # The checks stand as `if` and not behind a function: messages must cost nothing while all is well.
@@ -73,8 +91,8 @@ def validate_tensors(
         ("prefix_value", prefix_value),
         ("cu_seqlens", cu_seqlens),
     ):
-        if not isinstance(given, Tensor) and not (given is None and name == "cu_seqlens"):
-            raise argument_error(name, "a tensor", type(given).__name__)
+        if given is not None or name != "cu_seqlens":
+            check_is_tensor(name, given)
     device, dtype, rank = query.device, query.dtype, 4 if cu_seqlens is None else 3
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != rank:
@@ -109,7 +127,7 @@ def validate_tensors(
         columns = queries
     else:
         if max_seqlen is not None:
-            raise argument_error("max_seqlen", "None without cu_seqlens", max_seqlen)
+            raise argument_error("max_seqlen", "None without cu_seqlens", shown(max_seqlen))
         batch, queries, columns = query.shape[0], query.shape[2], key.shape[2]
     return Sizes(
         batch,
@@ -137,9 +155,9 @@ def _validate_packed(query: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) 
         raise argument_error("cu_seqlens", "torch.int32 [B + 1]", actual)
     _check_device("cu_seqlens", cu_seqlens, query.device)
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise argument_error("max_seqlen", "an integer with cu_seqlens", repr(max_seqlen))
-    if max_seqlen < 0:
-        raise argument_error("max_seqlen", "an integer >= 0", max_seqlen)
+        raise argument_error("max_seqlen", "an integer with cu_seqlens", shown(max_seqlen))
+    if max_seqlen < 0 or max_seqlen >= 2**31:
+        raise argument_error("max_seqlen", "an integer in 0..2**31-1", shown(max_seqlen))
     return cu_seqlens.shape[0] - 1, max_seqlen
 
 
@@ -165,10 +183,10 @@ def validate_options(
         ("bias", bias),
         ("seed", seed),
     ):
-        if given is not None and not isinstance(given, Tensor):
-            raise argument_error(name, "None or a tensor", type(given).__name__)
-    if scale is not None and not (_is_number(scale) and abs(scale) < math.inf):
-        raise argument_error("scale", "None or a finite number", repr(scale))
+        if given is not None:
+            check_is_tensor(name, given, "None or a tensor")
+    if scale is not None and not (_is_number(scale) and abs(scale) <= sys.float_info.max):
+        raise argument_error("scale", "None or a finite number", shown(scale))
     if key_mask is not None:
         if sizes.packed_tokens is not None:
             raise argument_error("key_mask", "None with cu_seqlens", list(key_mask.shape))
@@ -179,7 +197,7 @@ def validate_options(
     _validate_bank(sizes, prefix_index, prefix_lengths)
     if window is not None:
         if type(window) is not int or window < 0:
-            raise argument_error("window", "None or an integer >= 0", repr(window))
+            raise argument_error("window", "None or an integer >= 0", shown(window))
         _check_square("window", sizes)
     if context_lengths is not None:
         _check_vector(
@@ -190,7 +208,7 @@ def validate_options(
         _validate_bias(sizes, bias)
     for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
         if not (_is_number(p) and 0.0 <= p < 1.0):
-            raise argument_error(name, "a probability in [0, 1)", repr(p))
+            raise argument_error(name, "a probability in [0, 1)", shown(p))
     if seed is not None:
         _check_vector("seed", seed, "[1]", 1, torch.int64, sizes.device)
 
@@ -206,7 +224,9 @@ def _validate_bank(
     if sizes.bank_rows is None:
         for name, given in (("prefix_index", prefix_index), ("prefix_lengths", prefix_lengths)):
             if given is not None:
-                raise argument_error(name, "None unless prefix_key is [R, H_kv, P, D]", given)
+                raise argument_error(
+                    name, "None unless prefix_key is [R, H_kv, P, D]", shown(given)
+                )
         return
     if prefix_index is None:
         raise argument_error("prefix_index", "torch.int32 [B], as prefix_key is a bank", None)
