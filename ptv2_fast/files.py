@@ -1,7 +1,9 @@
 """Files that others may have written: JSON that is no trap, names that stay in their folder."""
 
+import gzip
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,22 @@ def find_description(directory: str | os.PathLike) -> Path | None:
     """The file that describes the adapter in a folder, None where there is none."""
     paths = (Path(directory) / name for name in ADAPTER_CONFIG_NAMES)
     return next((path for path in paths if path.is_file()), None)
+
+
+def read_text(path: Path) -> str:
+    """What a text file in UTF-8 says, with or without a byte order mark; unpacked when it is .gz.
+
+    Raises:
+        UnicodeDecodeError: for another encoding.
+        OSError: when the file cannot be read or unpacked.
+    """
+    whole = path.read_bytes()
+    if path.suffix.lower() == ".gz":
+        try:
+            whole = gzip.decompress(whole)
+        except (EOFError, zlib.error) as error:
+            raise OSError(f"not a whole gzip file: {error}") from error
+    return whole.decode("utf-8-sig")
 
 
 def read_json(path: Path) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import itertools
 import json
 import os
 import signal
@@ -241,6 +242,12 @@ def fails_with_one_line(arguments: list[str], capsys) -> str:
     return captured.err
 
 
+# Each line is ten of the line before.
+ALIASES = "a: &a 1\n" + "".join(
+    f"{name}: &{name} [{', '.join(['*' + before] * 10)}]\n"
+    for before, name in itertools.pairwise("abcdefgh")
+)
+
 BAD_TRAINING = {
     "missing file": (["--train-file", "/nowhere.txt"], "expected an existing file"),
     "missing model": (["--model", "/nowhere"], "/nowhere"),
@@ -332,12 +339,38 @@ def test_bad_config_files_name_the_file_and_the_option(tiny, tmp_path, capsys):
             "num_virtual_tokens: 4\npre_seq_len: 8",
             "expected every option once, got ['num_virtual_tokens'] more often",
         ),
+        ("h.json", "[" * 100_000, "h.json cannot be read: maximum recursion depth"),
+        (
+            "i.yaml",
+            ALIASES + "seed: *h\n",
+            "i.yaml cannot be read: expected at most 100,000 values",
+        ),
+        ("j.yaml", "&a [*a]", "j.yaml cannot be read: expected at most 100,000 values"),
+        ("k.json", f'{{"seed": {10**30}}}', "seed: expected an integer of 64 bits"),
+        ("l.json", f'{{"seed": {[7] * 999}}}', "seed: expected a number (int), got [7, 7, 7"),
+        ("m.json", '{"depth": "1-\\u001b[31m"}', "got '1-\\x1b[31m'"),
+        ("n.json", '{"\\u001b[31m": 1}', "unknown options ['\\x1b[31m']"),
         ("d.ini", "seed = 1", "expected .json, .toml, .yaml or .yml, got '.ini'"),
     ):
         (tmp_path / name).write_text(content)
         options = ["train", "--output", str(tmp_path / "run"), "--config", str(tmp_path / name),
                    "--task", "token-classification", "--model", tiny["model"]]  # fmt: skip
-        assert message in fails_with_one_line(options, capsys)
+        line = fails_with_one_line(options, capsys)
+        assert message in line and len(line) < 500 and line.rstrip().isprintable()
+
+
+def test_a_line_says_no_more_than_can_be_read(tiny, tmp_path, capsys):
+    file = tmp_path / "train.txt"
+    file.write_text(f"Anna B-PER\nsleeps O\n. O\nand B{'x' * 10**6}\n")
+    options = train_arguments(tiny, tmp_path / "run", "--train-file", str(file))
+    line = fails_with_one_line(options, capsys)
+    assert str(file) in line and len(line) < 2200
+
+
+def test_what_takes_too_much_memory_ends_with_one_line(tiny, tmp_path, capsys):
+    options = train_arguments(tiny, tmp_path / "run", "--num-virtual-tokens", str(2**60))
+    assert cli.main(options) == 2
+    assert "error: not enough memory: " in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_corrupt_and_foreign_adapters_end_with_one_line(trained, tiny, tmp_path, capsys):

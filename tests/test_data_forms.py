@@ -303,11 +303,15 @@ def test_a_carriage_return_ends_a_line(tmp_path):
     assert read(file) == SENTENCES
 
 
-def test_a_damaged_archive_is_one_clear_error(tmp_path):
-    file = tmp_path / "data.txt.gz"
-    file.write_bytes(gzip.compress(PLAIN.encode())[:-9])
-    with pytest.raises(ValueError, match=r"data.txt.gz: cannot be read"):
-        read(file)
+@pytest.mark.parametrize("name", ["data.txt.gz", "data.jsonl.gz", "data.csv.gz", "data.json.gz"])
+def test_a_damaged_archive_is_one_clear_error(tmp_path, name):
+    file = tmp_path / name
+    packed = gzip.compress(PLAIN.encode())
+    task = "question-answering" if name == "data.json.gz" else "token-classification"
+    for content in (packed[:-9], packed[:10] + b"\xff\xff" + packed[12:], packed[10:]):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=f"{name}: cannot be read"):
+            make_task(DataOptions(task=task)).read(file_source(file))
 
 
 def test_tables_with_empty_lines_stay_tables(tmp_path):

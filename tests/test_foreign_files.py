@@ -86,6 +86,62 @@ def test_code_in_the_folder_of_the_pretrained_model_does_not_run(copied, capsys,
     assert not mark.exists()
 
 
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:100])
+
+
+def change_tensors(file: Path, change) -> None:
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+LAYER = "encoder.layer.1.output.dense.weight"
+DAMAGE = {
+    "weights cut": lambda base: cut(base / "model.safetensors"),
+    "weights gone": lambda base: change_tensors(
+        base / "model.safetensors", lambda tensors: tensors.pop(LAYER)
+    ),
+    "weights NaN": lambda base: change_tensors(
+        base / "model.safetensors", lambda tensors: tensors[LAYER].view(-1)[3].fill_(math.nan)
+    ),
+    "a size that is text": lambda base: edit(
+        base / "config.json", lambda c: c.update(hidden_size="x")
+    ),
+    "a size of 2^40": lambda base: edit(
+        base / "config.json", lambda c: c.update(vocab_size=2**40)
+    ),
+    "a list for a model": lambda base: (base / "config.json").write_text("[1]"),
+}  # fmt: skip
+TOKENIZER_DAMAGE = {
+    "tokenizer cut": lambda folder: cut(folder / "tokenizer.json"),
+    "an added token of text": lambda folder: edit(
+        folder / "tokenizer.json", lambda c: c["added_tokens"][0].update(special="yes")
+    ),
+    "a special token that is a number": lambda folder: edit(
+        folder / "tokenizer_config.json", lambda c: c.update(sep_token=7)
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_pretrained_model_is_named_in_one_line(damage, runs, copied, capsys, monkeypatch):
+    run = copied("p-tuning-v2")
+    shutil.copytree(runs / "model", run / "base")
+    edit(run / "config.json", lambda c: c["model"].update(model=str(run / "base")))
+    DAMAGE[damage](run / "base")
+    message = refuse(run, capsys, monkeypatch)
+    assert str(run / "base") in message and len(message) < 600
+
+
+@pytest.mark.parametrize("damage", TOKENIZER_DAMAGE)
+def test_a_damaged_tokenizer_is_named_in_one_line(damage, copied, capsys, monkeypatch):
+    run = copied("p-tuning-v2")
+    TOKENIZER_DAMAGE[damage](run / "tokenizer")
+    message = refuse(run, capsys, monkeypatch)
+    assert str(run / "tokenizer") in message and len(message) < 600
+
+
 def test_a_kernel_of_the_hub_is_no_attention(runs, copied, capsys, monkeypatch):
     run = copied("p-tuning-v2")
     shutil.copytree(runs / "model", run / "base")

@@ -18,6 +18,8 @@ __all__ = ["BAD_INPUT", "INTERRUPTED", "main"]
 
 _COMMANDS = (train, multitask, score, ablate, search, report, tasks, environment)
 
+_LONGEST = 2000  # characters of a message: what it quotes may be a file of one line
+
 _PROJECTS = {"sklearn": "scikit-learn"}  # that have another name than their module
 
 
@@ -62,6 +64,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (OSError, OverflowError, RecursionError, MemoryError) as error:
         return _end(prog, f"{_words(error)}{go_on()}")
     except Exception as error:
+        if _is_lack_of_memory(error):
+            return _end(prog, f"not enough memory: {_words(error):.200}{go_on()}")
         if not _is_failed_write(error):
             raise
         return _end(prog, f"a file could not be written: {_words(error)}{go_on()}")
@@ -70,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _end(prog: str, message: str) -> int:
     """Say what was wrong in one line; returns the exit code."""
-    print(f"{prog}: error: {' '.join(message.split())}", file=sys.stderr)
+    line = " ".join(message[:_LONGEST].split()) + (" ..." if len(message) > _LONGEST else "")
+    # What a file or a name holds may be commands to the terminal.
+    plain = "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in line)
+    print(f"{prog}: error: {plain}", file=sys.stderr)
     return BAD_INPUT
 
 
@@ -87,6 +94,14 @@ def _is_failed_write(error: BaseException) -> bool:
     return (type(error).__name__ == "SafetensorError" and "IoError" in text) or (
         isinstance(error, RuntimeError)
         and any(part in text for part in ("PytorchStreamWriter", "inline_container.cc"))
+    )
+
+
+def _is_lack_of_memory(error: BaseException) -> bool:
+    """Whether torch had no memory for a tensor, or could not even say how much it would take."""
+    return isinstance(error, RuntimeError) and any(
+        part in str(error)
+        for part in ("out of memory", "can't allocate memory", "Storage size calculation overflow")
     )
 
 

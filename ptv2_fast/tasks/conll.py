@@ -1,12 +1,11 @@
 """Reading tagged sentences from text files: CoNLL columns, and verbs with their roles."""
 
-import gzip
 import re
-import zlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
+from ptv2_fast.files import read_text
 from ptv2_fast.tasks.sources import Source
 from ptv2_fast.tasks.tables import check_not_empty
 
@@ -260,12 +259,10 @@ def _lines(source: Source) -> Iterator[tuple[int, str]]:
     """The lines, counted from 1."""
     assert source.path is not None
     try:
-        whole = source.path.read_bytes()
-        packed = source.path.suffix.lower() == ".gz"
-        text = (gzip.decompress(whole) if packed else whole).decode("utf-8-sig")
+        text = read_text(source.path)
     except UnicodeDecodeError as error:
         raise ValueError(f"{source.name}: cannot be read as UTF-8 text: {error}") from error
-    except (OSError, EOFError, zlib.error) as error:
+    except OSError as error:
         raise ValueError(f"{source.name}: cannot be read ({error})") from error
     # Not splitlines(): it also cuts at characters that occur inside words. Carriage returns are the
     # ends of lines of old, or come before a line's end once or more often.

@@ -1,6 +1,5 @@
 """Rows of JSON files as they are spelt: no text becomes a date, and errors name the row."""
 
-import gzip
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,8 @@ from typing import Any
 import pyarrow
 from datasets import Dataset
 from datasets.table import InMemoryTable
+
+from ptv2_fast.files import read_text
 
 _SHOWN = 60  # characters of a value in a message
 _DEEPEST = 30  # lists and objects in each other; Arrow's own limit is 64
@@ -20,12 +21,10 @@ def read_json_rows(path: Path) -> Dataset:
     Raises:
         ValueError: naming the line or the row that is no object, is broken, is nested too deeply or
             has a value of another type than those before it.
-        OSError, EOFError: for a file that cannot be read.
+        OSError: for a file that cannot be read.
     """
-    whole = path.read_bytes()
-    text = (gzip.decompress(whole) if path.suffix.lower() == ".gz" else whole).decode("utf-8-sig")
     rows: list[dict[str, Any]] = []
-    for where, value in _values(text):
+    for where, value in _values(read_text(path)):
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected an object, got {_shown(value)}")
         rows.append(value)

@@ -42,15 +42,17 @@ class Options:
             kind, optional = value_type(hints[field.name])
             if value is None and optional:
                 continue
-            if kind is float and type(value) is int:
+            if kind is float and type(value) is int and abs(value) < 2**1000:
                 value = float(value)
                 object.__setattr__(self, field.name, value)
             if type(value) is not kind:
                 expected = {str: "text", bool: "true or false"}
                 name = expected.get(kind, f"a number ({kind.__name__})")
-                raise ValueError(f"{field.name}: expected {name}, got {value!r}")
+                raise ValueError(f"{field.name}: expected {name}, got {value!r:.100}")
+            if type(value) is int and not -(2**63) <= value < 2**63:
+                raise ValueError(f"{field.name}: expected an integer of 64 bits, got a larger one")
             if choices and value not in choices:
-                raise ValueError(f"{field.name}: expected one of {choices}, got {value!r}")
+                raise ValueError(f"{field.name}: expected one of {choices}, got {value!r:.100}")
 
     @classmethod
     def names(cls) -> dict[str, str]:
@@ -61,7 +63,7 @@ class Options:
     def require(self, condition: bool, name: str, expected: str) -> None:
         """Raise a ValueError that names the field unless the condition holds."""
         if not condition:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r:.100}")
 
 
 @dataclasses.dataclass(frozen=True)

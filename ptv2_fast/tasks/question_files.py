@@ -1,6 +1,5 @@
 """Questions with their contexts and answers: SQuAD's own JSON, and rows in the form of the hub."""
 
-import gzip
 import json
 import re
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ from typing import Any
 from datasets import Dataset, Sequence, Value
 from datasets import Features as Schema
 
+from ptv2_fast.files import read_text
 from ptv2_fast.tasks.json_files import load_json
 from ptv2_fast.tasks.sources import Source
 from ptv2_fast.tasks.tables import check_not_empty, read_columns
@@ -149,14 +149,13 @@ def _table_rows(table: Dataset) -> Iterator[dict[str, Any]]:
 def _json(path: Path) -> Any:
     """The content of a JSON file; None when it is empty or holds one object a line."""
     try:
-        whole = path.read_bytes()
-        text = (gzip.decompress(whole) if path.suffix == ".gz" else whole).decode("utf-8-sig")
+        text = read_text(path)
         return load_json(text) if text.strip() else None
     except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and path.suffix != ".gz":
+        if error.msg == "Extra data" and path.suffix.lower() != ".gz":
             return None
         raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    except (OSError, EOFError, ValueError) as error:
+    except (OSError, ValueError) as error:
         raise ValueError(f"{path}: cannot be read ({error})") from error
 
 

@@ -104,7 +104,6 @@ def sample_token_ids(train_table: Dataset, count: int) -> Tensor:
 
     Examples repeat when they have fewer tokens.
     """
-    ids: list[int] = []
     order = torch.randperm(len(train_table)).tolist()
     drawn = train_table.select(order[:count])["input_ids"][:]
     if drawn and isinstance(drawn[0][0], list):  # several choices in a row
@@ -112,6 +111,5 @@ def sample_token_ids(train_table: Dataset, count: int) -> Tensor:
     inner = [row[1:-1] for row in drawn]
     if not any(inner):
         raise ValueError("init: expected training examples with tokens for init='tokens'")
-    while len(ids) < count:
-        ids += [token for row in inner for token in row]
-    return torch.tensor(ids[:count])
+    ids = torch.tensor([token for row in inner for token in row])
+    return ids[torch.arange(count) % len(ids)]

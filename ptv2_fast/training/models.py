@@ -71,6 +71,13 @@ def load_pretrained(
             output_loading_info=True,
             trust_remote_code=False,
         )
+    _require_finite(model, options.model)
+    missing = [name for name in report["missing_keys"] if _is_of_encoder(name, model)]
+    if missing:
+        raise ValueError(
+            f"model: expected every weight of the encoder in {options.model}, missing "
+            f"{sorted(missing)!r:.200}"
+        )
     if report["missing_keys"] and not task.head_is_new:
         warnings.warn(
             f"model: {options.model} has no pretrained head for {task.model_class}; a new one is "
@@ -83,18 +90,27 @@ def load_pretrained(
 
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
-    """Within the context errors of all kinds, which damaged files cause, are a ValueError.
+    """Within the context transformers reads a model, a configuration or a tokenizer.
 
     Args:
         what: is read, for the message.
+
+    Raises:
+        OSError, MemoryError: of the machine.
+        ValueError: for whatever goes wrong in files of others: transformers and tokenizers check
+            few of them, and their errors are of any type.
     """
     try:
         yield
-    except (OSError, MemoryError):
-        raise
-    except Exception as error:
-        words = f"{type(error).__name__}: {error}"
-        raise ValueError(f"{what} cannot be read ({words})") from error
+    except BaseException as error:
+        of_machine = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
+        # A panic of tokenizers is no Exception.
+        is_panic = type(error).__name__ == "PanicException"
+        if of_machine or not (is_panic or isinstance(error, Exception)):
+            raise
+        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
+        words = " ".join(str(error).split())
+        raise ValueError(f"{what} cannot be read: {kind}{words:.300}") from error
 
 
 def load_config(name: str, **changes: Any) -> PretrainedConfig:
@@ -218,7 +234,12 @@ def _require(file: Path) -> None:
         raise ValueError(f"run: expected a finished run, got no {file}")
 
 
-def _require_finite(model: PreTrainedModel, place: Path) -> None:
+def _is_of_encoder(name: str, model: PreTrainedModel) -> bool:
+    """Whether a method may leave a weight frozen; many encoders come without a pooler."""
+    return name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name
+
+
+def _require_finite(model: PreTrainedModel, place: str | Path) -> None:
     bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
     if bad:
         raise ValueError(f"{place}: expected finite numbers, got infinite or NaN ones in {bad[:3]}")
@@ -237,7 +258,11 @@ def _load_tensors(model: PreTrainedModel, options: ModelOptions, file: Path) -> 
     prepare_model(model, options)
     targets = trained_tensors(model)
     if set(tensors) != set(targets):
-        raise ValueError(f"{file}: expected the tensors {sorted(targets)}, got {sorted(tensors)}")
+        raise ValueError(
+            f"{file}: expected the trained tensors of {options.method}, missing "
+            f"{sorted(set(targets) - set(tensors))!r:.150}, not expected "
+            f"{sorted(set(tensors) - set(targets))!r:.150}"
+        )
     check_tensors(tensors, targets, str(file))
     model.load_state_dict(tensors, strict=False)
 

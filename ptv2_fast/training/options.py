@@ -252,6 +252,8 @@ class RunConfig:
         return self.training.learning_rate or DEFAULT_LEARNING_RATES[self.model.method]
 
 
+_MOST_VALUES = 100_000  # in a YAML file
+
 # Options of earlier versions, which their runs' config.json names even where nobody gave them.
 _TAKEN_OUT = ("cache_frozen_layers",)
 
@@ -308,10 +310,10 @@ def read_table(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config: expected an existing file, got {str(path)!r}")
     try:
         values = _parsers(path.suffix.lower())(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # of json, toml and unicode
+    except (ValueError, RecursionError) as error:  # of json, toml, yaml and unicode
         raise ValueError(f"config: {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
-        raise ValueError(f"config: expected a table of options in {path}, got {values!r}")
+        raise ValueError(f"config: expected a table of options in {path}, got {values!r:.100}")
     values.pop("found", None)  # what a run's config.json keeps beside the options
     return without_word(values)
 
@@ -334,6 +336,16 @@ def _parse_yaml(text: str) -> Any:
     import yaml
 
     try:
-        return yaml.safe_load(text)
+        content = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ValueError(" ".join(str(error).split())) from error
+    # Aliases make much of little: ten lines of them would be written out as a billion values.
+    left, count = [content], 0
+    while left:
+        value = left.pop()
+        left += [*value, *value.values()] if isinstance(value, dict) else []
+        left += value if isinstance(value, list) else []
+        count += 1
+        if count > _MOST_VALUES:
+            raise ValueError(f"expected at most {_MOST_VALUES:,} values, aliases counted in full")
+    return content

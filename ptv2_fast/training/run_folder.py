@@ -186,7 +186,10 @@ def read_run_config(folder: Path, kind: type[Config] = RunConfig) -> tuple[Any, 
     if kind is RunConfig:
         _check_facts(facts, folder / CONFIG)
     options = {name: value for name, value in content.items() if name != "found"}
-    return kind.from_dict(options), facts
+    try:
+        return kind.from_dict(options), facts
+    except ValueError as error:
+        raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 
 def _check_facts(facts: dict[str, Any], place: Path) -> None:

@@ -28,6 +28,8 @@ def find_place(folder: Path) -> Place:
         ValueError: for a folder of several runs, naming them, and one with nothing to open.
     """
     above = folder.absolute().parents
+    if not folder.is_dir():
+        raise _no_run(folder)
     if is_run(folder):
         return Place(folder, None)
     name = folder.absolute().name
@@ -47,9 +49,12 @@ def find_place(folder: Path) -> Place:
             f"{[*map(str, runs[:_NAMED])]}{more}"
         )
     other = (folder / run_folder.CONFIG).is_file()
-    raise ValueError(
-        f"run: expected a run folder with {run_folder.CONFIG}, got {str(folder)!r}"
-        + (f", whose {run_folder.CONFIG} is not that of a run" if other else "")
+    raise _no_run(folder, f", whose {run_folder.CONFIG} is not that of a run" if other else "")
+
+
+def _no_run(folder: Path, why: str = "") -> ValueError:
+    return ValueError(
+        f"run: expected a run folder with {run_folder.CONFIG}, got {str(folder)!r}{why}"
     )
 
 
