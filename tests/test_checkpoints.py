@@ -4,6 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from ptv2_fast import cli
 from ptv2_fast.training.options import RunConfig
@@ -63,6 +64,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):
         train(prepare(config, tmp_path / "run", resume=True))
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (folder / "whole" / ADAPTER).read_bytes()
+
+
+def test_a_checkpoint_of_other_shapes_is_one_line(interrupted, tmp_path, capsys):
+    folder, _ = interrupted
+    shutil.copytree(folder / "killed", tmp_path / "run")
+    for file in tmp_path.glob("run/checkpoints/*/model.safetensors"):
+        tensors = load_file(file)
+        save_file({name: tensor[:-1].clone() for name, tensor in tensors.items()}, file)
+    assert cli.main(["train", "--output", str(tmp_path / "run"), "--resume"]) == cli.BAD_INPUT
+    line = capsys.readouterr().err.splitlines()[-1]
+    assert "not of this model: " in line and "size mismatch" in line
 
 
 @pytest.mark.parametrize("damaged", ["gone", "cut short"])

@@ -155,6 +155,14 @@ class PacedTrainer(Trainer):
         with contextlib.closing(self._shown):
             return super().train(*args, **kwargs)
 
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
+        """As Trainer's, which says in many lines that the weights are not of this model."""
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, *args, **kwargs)
+        except RuntimeError as error:
+            words = " ".join(str(error).split())
+            raise OSError(f"{resume_from_checkpoint}: not of this model: {words:.300}") from error
+
     def _load_best_model(self) -> None:
         """As Trainer's, which keeps the last weights when the best ones are not there."""
         check_best(Path(cast(str, self.state.best_model_checkpoint)))
