@@ -90,6 +90,14 @@ def test_tensors_of_another_layout_are_named(kind):
             prefix_attention(*make_tensors(), **{name: TENSOR_LIKE[kind]})
 
 
+@pytest.mark.parametrize("position", range(5))
+def test_a_tensor_without_dimensions_is_named(position):
+    tensors = make_tensors()
+    tensors[position] = torch.tensor(1.0)
+    with pytest.raises(ValueError, match=f"^{OPERANDS[position]}: expected .*, got"):
+        prefix_attention(*tensors)
+
+
 LONG = [TENSOR_LIKE["nested"], np.zeros((9, 9)), [[1] * 9] * 99, "x" * 999]
 NAMES = (
     *TENSORS, "window", "scale", "dropout_p", "prefix_dropout_p", "max_seqlen", "check", "backend",

@@ -144,7 +144,7 @@ def validate_tensors(
 
 def _check_operand(name: str, tensor: Tensor, device: torch.device) -> None:
     _check_device(name, tensor, device)
-    if tensor.stride(-1) != 1 and tensor.numel() > 0:
+    if tensor.dim() > 0 and tensor.stride(-1) != 1 and tensor.numel() > 0:
         raise argument_error(name, "last stride 1", tensor.stride())
 
 
