@@ -104,10 +104,10 @@ def start_from(
 def _fits(start: Start, model: PreTrainedModel, data: DataOptions) -> bool:
     """Whether an adapter's head is one for the labels of the model and the task of the data."""
     description = read_description(start.adapter)
-    labels = {int(number): label for number, label in description.get("id2label", {}).items()}
+    labels = {str(number): label for number, label in (model.config.id2label or {}).items()}
     return (
         description.get("model_class") == type(model).__name__
-        and labels == model.config.id2label
+        and description.get("id2label") == labels
         and (start.data is None or start.data.task == data.task)
     )
 
