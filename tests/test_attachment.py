@@ -12,7 +12,8 @@ import transformers
 from safetensors.torch import load_file
 
 import ptv2_fast
-from ptv2_fast import PTuningV2Config
+from ptv2_fast import PrefixEncoder, PTuningV2Config
+from ptv2_fast.encoders.families import FAMILIES, Family
 from ptv2_fast.encoders.first_token import reads_first_only
 from tests.models import (
     P,
@@ -32,7 +33,12 @@ from tests.models import (
         ({"modules_to_save": ["poolr"]}, {}, "modules_to_save: .* got 'poolr'"),
         ({"num_virtual_tokens": 40, "position_offset": "prefix"}, {}, "no position remains"),
         ({}, {"hidden_size": 20}, "expected a head_dim that is a multiple of 8 up to 256, got 10"),
-        ({}, {"is_decoder": True}, "expected an encoder, got config.is_decoder"),
+        ({}, {"is_decoder": True}, "expected an encoder with config.is_decoder False, got True"),
+        (
+            {},
+            {"position_embedding_type": "relative_key"},
+            "config.position_embedding_type 'absolute', got 'relative_key'",
+        ),
     ],
 )
 def test_what_cannot_be_attached_is_refused_and_left_alone(fields, overrides, message):
@@ -49,6 +55,95 @@ def test_an_unsupported_model_names_the_supported_ones():
         ptv2_fast.attach(model, PTuningV2Config())
     with pytest.raises(ValueError, match="expected a transformers PreTrainedModel"):
         ptv2_fast.attach(torch.nn.Linear(2, 2), PTuningV2Config())
+    for name in ("max_position_embeddings", "pad_token_id"):
+        config = transformers.PreTrainedConfig()
+        vars(config).update({"max_position_embeddings": 8, "pad_token_id": 1, name: None})
+        with pytest.raises(ValueError, match=f"an integer config.{name}, got None"):
+            FAMILIES["roberta"].max_positions(config)
+
+
+class OwnModel(transformers.PreTrainedModel):
+    """Stands for the code of a checkpoint, that has the parts of a BERT."""
+
+    config_class = transformers.BertConfig
+
+
+class RemoteModel(transformers.BertModel):
+    __module__ = "transformers_modules.someone.modeling"
+
+
+@pytest.mark.parametrize("kind", [OwnModel, RemoteModel])
+def test_a_backbone_that_is_not_of_transformers_says_so(kind):
+    message = f"of transformers' own code, got {kind.__name__} of {kind.__module__}"
+    with pytest.raises(ValueError, match=message):
+        ptv2_fast.attach(kind(tiny_config()), PTuningV2Config())
+
+
+def call_twice(model) -> None:
+    attention = model.bert.encoder.layer[1].attention
+    forward = type(attention.self).forward.__get__(attention.self)
+    attention.self.forward = lambda *args, **kwargs: (
+        forward(*args, **kwargs) and forward(*args, **kwargs)
+    )
+
+
+def call_another(model) -> None:
+    model.set_attn_implementation = lambda name: None
+
+
+def demand_a_cap(model) -> None:
+    layer = model.bert.encoder.layer[0]
+    layer.forward = functools.partial(type(layer).forward, layer, softcap=30.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (call_twice, "expected one call of 'ptv2_prefix' by every layer of BertModel, got 2 by"),
+        (call_another, r"layers \[0, 1, 2\] of BertModel did not call the attention function"),
+        (demand_a_cap, "softcap: expected None in the attention of layer 0, got a float"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:the backbone runs without frozen blocks")
+def test_attention_that_misses_the_operator_is_refused_and_left_alone(change, message):
+    model = tiny_model()
+    change(model)
+    before, weights = state_of(model), copy.deepcopy(model.state_dict())
+    with pytest.raises(ValueError, match=message):
+        ptv2_fast.attach(model, PTuningV2Config(backbone_dtype="bf16"))
+    assert state_of(model) == before
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_an_attention_of_its_own_code_is_refused(monkeypatch):
+    """A model of transformers that calls no attention function, whatever its row says."""
+    monkeypatch.setitem(FAMILIES, "mpnet", Family(post_layer_norm=False))
+    with pytest.raises(ValueError, match=r"layers \[0, 1, 2\] of MPNetModel did not call"):
+        ptv2_fast.attach(tiny_model("mpnet"), PTuningV2Config(backbone="hook"))
+
+
+def test_the_proof_at_attach_leaves_no_trace():
+    model, calls = tiny_model(hidden_dropout_prob=0.5).train(), []
+    model.bert.encoder.layer[1].eval()
+    for module in (model.bert, model.bert.encoder.layer[0].attention.self):
+        module.register_forward_hook(lambda *unused: calls.append(1))
+        module.register_forward_pre_hook(lambda *unused: calls.append(1))
+    modes = [module.training for module in model.modules()]
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    config = PTuningV2Config(backbone="hook")
+    torch.manual_seed(0)
+    PrefixEncoder(config, num_layers=3, num_heads=2, head_dim=8)
+    drawn = torch.get_rng_state()
+    torch.manual_seed(0)
+    ptv2_fast.attach(model, config)
+    assert torch.equal(torch.get_rng_state(), drawn)
+    assert [m.training for n, m in model.named_modules() if "prefix" not in n] == modes
+    assert all(torch.equal(buffers[name], value) for name, value in model.named_buffers())
+    assert calls == []
+    model(**make_batch())
+    assert len(calls) == 4
+    with torch.device("meta"):
+        ptv2_fast.attach(tiny_model(), PTuningV2Config())
 
 
 def test_attaching_twice_or_onto_peft_is_refused():
@@ -86,7 +181,9 @@ class WordsOnly(torch.nn.Module):
         super().__init__()
         self.word_embeddings = words
 
-    def forward(self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None):
+    def forward(
+        self, input_ids, token_type_ids=None, position_ids=None, inputs_embeds=None, **unused
+    ):
         return self.word_embeddings(input_ids)
 
 

@@ -311,6 +311,29 @@ def test_what_is_not_served_is_refused(extra, message):
         attached()(**{**make_batch(), **extra})
 
 
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("position_bias", torch.ones(1, 2, 11, 11)),
+        ("softcap", 30.0),
+        ("s_aux", torch.ones(2)),
+        ("head_mask", torch.ones(2)),
+        ("sliding_window", 4),
+        ("cu_seq_lens_q", torch.tensor([0, 11])),
+        ("unheard_of", True),
+    ],
+)
+def test_an_argument_of_attention_that_is_not_served_is_named(name, value, backbone):
+    model, batch = attached(backbone=backbone), make_batch()
+    without = model(**batch).logits
+    harmless = {name: None, "use_mask": False, "num_items_in_batch": 3}
+    assert torch.equal(model(**batch, **harmless).logits, without)
+    kind = type(value).__name__
+    with pytest.raises(ValueError, match=f"{name}: expected None in .* layer 0, got a {kind}"):
+        model(**batch, **{name: value})
+
+
 def test_a_data_parallel_replica_is_refused():
     model = attached()
     model.bert._is_replica = True  # what torch.nn.parallel.replicate sets on its copies

@@ -91,7 +91,8 @@ class Attachment:
             self._offset_argument = family.offset_argument(self.backbone)
 
         self._trained_ids: tuple[int, ...] = ()  # as they were when they were last checked
-        # Nothing is changed before the last of these lines, which may raise.
+        # Nothing is changed before the last of these lines, which may raise. Below, only the proof
+        # at the end may.
         self.saved_names = find_saved_names(model, family, self.config.modules_to_save)
         self.frozen = FrozenBackbone(
             self.layers,
@@ -112,15 +113,22 @@ class Attachment:
         model.add_module(ENCODER_NAME, encoder)
         self.saved_names += [f"{ENCODER_NAME}.{name}" for name in encoder.state_dict()]
         self.set_trainable(not self.config.inference_mode)
-        self._old_dtypes = self._convert_backbone(set(frozen_names))
+        self._old_dtypes: dict[str, torch.dtype] = {}
         self.frozen.install()
-        take_forward(self.backbone, self)
+        forward = take_forward(self.backbone, self)
         # Modules that can serve one prefix only: no other attached model may share them.
         self._changed = [self.backbone.get_submodule(family.embeddings), *self.layers]
         self._handles = self._register_hooks()
         model.save_pretrained = self.save_pretrained  # type: ignore[assignment, method-assign]
         for module in (model, *self._changed):
             setattr(module, ATTACHMENT_ATTRIBUTE, self)
+        try:
+            forward.prove(len(self.layers))
+        except BaseException:
+            self.undo()
+            raise
+        # Last, because converting back does not restore what was rounded.
+        self._old_dtypes = self._convert_backbone(set(frozen_names))
 
     def _register_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
         handles = [
@@ -231,7 +239,7 @@ class Attachment:
 
     def after_last_layer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
         """Give the head the dtype of its weights, with `backbone_dtype`."""
-        return output.to(next(iter(self._old_dtypes.values())))
+        return output.to(next(iter(self._old_dtypes.values()), output.dtype))
 
     def before_embeddings(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
@@ -242,7 +250,7 @@ class Attachment:
         embeds = kwargs.get("inputs_embeds")
         if embeds is not None and self.family.pads_keep_position:
             # transformers ignores the shift for embedded input of this family.
-            first = self.model.config.pad_token_id + 1 + self.positions_taken
+            first = self.family.first_position(self.model.config) + self.positions_taken
             positions = torch.arange(first, first + embeds.shape[1], device=embeds.device)
             return args, {**kwargs, "position_ids": positions.expand(embeds.shape[:2])}
         return args, {**kwargs, self._offset_argument: self.positions_taken}

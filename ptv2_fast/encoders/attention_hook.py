@@ -4,7 +4,7 @@ The prefixes of one forward travel as a keyword argument from the backbone to ev
 call, so that checkpointing recomputes with the prefix of the forward it belongs to.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 
 from torch import Tensor, nn
@@ -16,6 +16,18 @@ from ptv2_fast.ops import prefix_attention
 
 ATTENTION_NAME = "ptv2_prefix"
 STATE_ARGUMENT = "ptv2_prefix_state"
+# Arguments that attention gets in some version of transformers and that do not change it: positions
+# act in the embeddings, the others say what is returned, or how a loss is divided.
+_WITHOUT_EFFECT = frozenset(
+    (
+        STATE_ARGUMENT,
+        "cache_position",
+        "num_items_in_batch",
+        "output_hidden_states",
+        "position_ids",
+        "return_dict",
+    )
+)
 
 
 @dataclass
@@ -32,6 +44,27 @@ class PrefixState:
     keep_input_gradient: bool
     run: FrozenRun | None = None
     called: list[int] = field(default_factory=list)
+    backend: str | None = None
+
+    def missed(self, layers: Collection[int]) -> dict[int, int]:
+        """Layer -> number of its attention calls, for those of `layers` with another than one."""
+        counts = {layer: self.called.count(layer) for layer in layers}
+        return {layer: count for layer, count in counts.items() if count != 1}
+
+
+def check_served(arguments: dict[str, object], layer: int) -> None:
+    """Check the keyword arguments of a layer's attention that the operator does not get.
+
+    Raises:
+        ValueError: when one could change the result: it is neither None nor False, and not known
+            to have no effect.
+    """
+    for name, value in arguments.items():
+        if value is not None and value is not False and name not in _WITHOUT_EFFECT:
+            raise ValueError(
+                f"{name}: expected None in the attention of layer {layer}, got a "
+                f"{type(value).__name__}, which attention with a prefix does not serve"
+            )
 
 
 def _attention(
@@ -54,6 +87,7 @@ def _attention(
     if getattr(module, "is_causal", False):
         raise ValueError("is_causal: expected False (an encoder), got True")
     layer: int = module.layer_idx  # type: ignore[assignment]
+    check_served(kwargs, layer)
     prefix = state.layers.get(layer)
     if prefix is None:
         heads, head_dim = query.shape[1], query.shape[3]
@@ -71,6 +105,7 @@ def _attention(
         scale=scaling,
         dropout_p=dropout,
         prefix_dropout_p=state.prefix_dropout if prefix is not None and module.training else 0.0,
+        backend=state.backend,
     )
     return out.transpose(1, 2), None
 

@@ -7,10 +7,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
 from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
-from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
+from ptv2_fast.encoders.hooks import (
+    WithoutProducts,
+    has_backward_hooks,
+    has_foreign_hooks,
+    in_eval_mode,
+    without_foreign_hooks,
+)
 from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
 from ptv2_fast.encoders.pads import reads_pads
 from ptv2_fast.frozen.engine import FrozenRun
@@ -85,19 +92,57 @@ class BackboneForward:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         state = _start(self.attachment, arguments, first_token_only)
         output = self._inner(*args, **{**kwargs, STATE_ARGUMENT: state})
-        silent = [layer for layer in state.layers if layer not in state.called]
-        if silent:
+        missed = state.missed(state.layers)
+        if missed:
             raise RuntimeError(
-                f"layers {silent} of {type(self.backbone).__name__} did not call the attention "
-                f"function {ATTENTION_NAME!r}: their prefix had no effect (was the model's "
-                "attention implementation changed after attach?)"
+                f"{_describe_missed(missed, self.backbone)} (was the model's attention "
+                "implementation changed after attach?)"
             )
         return output
+
+    def prove(self, num_layers: int) -> None:
+        """Run two tokens through the backbone: every layer has to call the operator once.
+
+        The layers' own code runs, not frozen blocks, in eval mode, with the operator in plain torch
+        and without the products of linear layers, whose weights would take long to read. Nobody
+        else's hooks are called. A backbone on the meta device, and any while hooks on all modules
+        are registered, is left to the check of its first forward.
+
+        Raises:
+            ValueError: when some layer does not, or has an attention that is not served.
+        """
+        tensors = (*self.backbone.parameters(), *self.backbone.buffers())
+        if any(tensor.is_meta for tensor in tensors) or has_any_global_hook():
+            return
+        weight = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
+        ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+        # No layer has a prefix: empty ones are made where the layer is.
+        state = PrefixState({}, 0.0, keep_input_gradient=False, backend="reference")
+        with torch.no_grad(), in_eval_mode(self.backbone), without_foreign_hooks(self.backbone):
+            with WithoutProducts():
+                self._inner(input_ids=ids, **{STATE_ARGUMENT: state})
+        missed = state.missed(range(num_layers))
+        if missed:
+            raise ValueError(f"model: {_describe_missed(missed, self.backbone)}")
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
         if self.replaced is None:
             return type(self.backbone).forward(self.backbone, *args, **kwargs)
         return self.replaced(*args, **kwargs)
+
+
+def _describe_missed(missed: dict[int, int], backbone: nn.Module) -> str:
+    name = type(backbone).__name__
+    silent = [layer for layer, count in missed.items() if count == 0]
+    if silent:
+        return (
+            f"layers {silent} of {name} did not call the attention function {ATTENTION_NAME!r}: "
+            "their prefix had no effect"
+        )
+    return (
+        f"expected one call of {ATTENTION_NAME!r} by every layer of {name}, got "
+        f"{', '.join(f'{count} by layer {layer}' for layer, count in missed.items())}"
+    )
 
 
 def take_forward(backbone: nn.Module, attachment: "Attachment") -> BackboneForward:

@@ -32,9 +32,16 @@ class Family:
     post_layer_norm: bool = True
 
     def max_positions(self, config: PretrainedConfig) -> int:
-        """Longest input, in tokens, that the position table of the backbone serves."""
-        reserved = config.pad_token_id + 1 if self.pads_keep_position else 0
-        return config.max_position_embeddings - reserved
+        """Longest input, in tokens, that the position table of the backbone serves.
+
+        Raises:
+            ValueError: when the configuration does not say how long the table is.
+        """
+        return _integer(config, "max_position_embeddings") - self.first_position(config)
+
+    def first_position(self, config: PretrainedConfig) -> int:
+        """Row of the position table at which the first token stands."""
+        return _integer(config, "pad_token_id") + 1 if self.pads_keep_position else 0
 
     def offset_argument(self, backbone: nn.Module) -> str:
         """The argument of the embeddings' forward that shifts the positions of all tokens.
@@ -66,15 +73,55 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+# Options that change what attention computes -> the values with which it is an encoder's.
+_SERVED_OPTIONS: dict[str, tuple[object, ...]] = {
+    "is_decoder": (None, False),
+    "is_encoder_decoder": (None, False),
+    "add_cross_attention": (None, False),
+    "position_embedding_type": (None, "absolute"),
+}
+
+
 def find_family(config: PretrainedConfig) -> Family:
     """The row of this configuration's `model_type`.
 
     Raises:
         ValueError: when there is none; the message lists the supported types.
     """
-    family = FAMILIES.get(config.model_type)
+    model_type = getattr(config, "model_type", None)
+    family = FAMILIES.get(model_type)  # type: ignore[arg-type]
     if family is None:
-        raise ValueError(
-            f"model_type: expected one of {sorted(FAMILIES)}, got {config.model_type!r}"
-        )
+        raise ValueError(f"model_type: expected one of {sorted(FAMILIES)}, got {model_type!r}")
     return family
+
+
+def check_backbone(backbone: nn.Module) -> None:
+    """Check that a backbone is transformers' own and has no option that no family serves.
+
+    Raises:
+        ValueError: when its class comes with a checkpoint or from elsewhere, for a `model_type`
+            without a family, and for an option, which it names.
+    """
+    kind = type(backbone)
+    is_remote = kind.__module__.startswith("transformers_modules.")
+    if is_remote or not any(k.__module__.startswith("transformers.models.") for k in kind.__mro__):
+        raise ValueError(
+            f"model: expected a backbone of transformers' own code, got {kind.__qualname__} of "
+            f"{kind.__module__} (remote code): load it without trust_remote_code, if transformers "
+            "has this model"
+        )
+    config = backbone.config
+    find_family(config)  # type: ignore[arg-type]
+    for name, served in _SERVED_OPTIONS.items():
+        value = getattr(config, name, None)
+        if value not in served:
+            raise ValueError(
+                f"model: expected an encoder with config.{name} {served[-1]!r}, got {value!r}"
+            )
+
+
+def _integer(config: PretrainedConfig, name: str) -> int:
+    value = getattr(config, name, None)
+    if not isinstance(value, int):
+        raise ValueError(f"model: expected an integer config.{name}, got {value!r}")
+    return value

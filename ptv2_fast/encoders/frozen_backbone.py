@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 from transformers.activations import GELUActivation
 
-from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState, check_served
 from ptv2_fast.encoders.checkpointing import (
     checkpoint_unless_frozen,
     is_checkpointed,
@@ -48,6 +48,8 @@ class FrozenLayerForward:
         state = kwargs.get(STATE_ARGUMENT)
         if not isinstance(state, PrefixState) or state.run is None:
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
+        # The mask is in the layout of the run.
+        check_served({k: v for k, v in kwargs.items() if k != "attention_mask"}, self.index)
         prefix = state.layers.get(self.index)
         state.called.append(self.index)
         return state.run.run_layer(self.index, hidden_states, prefix, self.modules, self.weights)

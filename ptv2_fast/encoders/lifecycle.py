@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.attachment import DISABLED, Attachment, find_attachment
-from ptv2_fast.encoders.families import Family, find_family
+from ptv2_fast.encoders.families import Family, check_backbone, find_family
 from ptv2_fast.encoders.selection import ENCODER_NAME
 from ptv2_fast.encoders.token_init import token_prefix
 from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
@@ -21,6 +21,9 @@ def attach(
     The backbone (embeddings and encoder layers) is frozen; the prefix, registered as
     `prefix_encoder` with float32 weights, and everything outside the backbone are trainable. The
     class of the model and the signature of its forward do not change.
+
+    At the end two tokens run through the backbone to prove that every layer calls the attention
+    operator once. On the meta device, or with hooks on all modules, the first forward proves it.
 
     Args:
         model: a model of transformers of a supported family, bare or with a head.
@@ -141,11 +144,8 @@ def _check_model(model: PreTrainedModel, config: PTuningV2Config) -> Family:
     from_peft = any(type(module).__module__.startswith("peft.") for module in model.modules())
     if from_peft or hasattr(model, "peft_config"):
         raise ValueError("model: expected a model without PEFT adapters, got one with them")
+    check_backbone(model.base_model)
     family = find_family(model.config)
-    if model.config.is_decoder or model.config.add_cross_attention:
-        raise ValueError(
-            "model: expected an encoder, got config.is_decoder or config.add_cross_attention True"
-        )
     limit = family.max_positions(model.config)
     if config.position_offset == "prefix" and config.num_virtual_tokens >= limit:
         raise ValueError(

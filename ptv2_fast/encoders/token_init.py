@@ -5,6 +5,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.hooks import in_eval_mode
 from ptv2_fast.prefix import PrefixEncoder
 
 
@@ -54,16 +55,13 @@ def token_prefix(
         projection.register_forward_hook(_recorder(record))
         for projection, record in zip(projections, outputs, strict=True)
     ]
-    modes = [(module, module.training) for module in backbone.modules()]
     try:
-        backbone.eval()
-        for chunk in ids.split(family.max_positions(model.config)):
-            backbone(input_ids=chunk[None])
+        with in_eval_mode(backbone):
+            for chunk in ids.split(family.max_positions(model.config)):
+                backbone(input_ids=chunk[None])
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in modes:
-            module.training = mode
     flat = torch.stack([torch.cat(record) for record in outputs])  # [2 L', P, H * D]
     heads = flat.view(len(encoder.layers), 2, length, encoder.num_heads, encoder.head_dim)
     return heads.transpose(2, 3).float()
