@@ -1,22 +1,45 @@
 """Tiny random encoders of transformers, their batches, and prefix attention by concatenation."""
 
+import contextlib
 import copy
 import dataclasses
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AutoConfig, DynamicCache, PreTrainedModel
+from transformers import AttentionInterface, AutoConfig, DynamicCache, PreTrainedModel
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
 
 import ptv2_fast
 from bench.models import cache_argument
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders.attachment import find_attachment
+from ptv2_fast.encoders.families import FAMILIES
 from tests.closeness import assert_close_to_oracle
 
-MODEL_TYPES = ("bert", "roberta", "xlm-roberta", "electra")
+MODEL_TYPES = tuple(FAMILIES)
+BACKBONES = {
+    name: ("frozen", "hook") if family.post_layer_norm else ("hook",)
+    for name, family in FAMILIES.items()
+}
+WAYS = [(name, backbone) for name, ways in BACKBONES.items() for backbone in ways]
+# Backbones that take no cache; what some configurations need or name differently.
+WITHOUT_CACHE = ("albert", "distilbert")
+OVERRIDES = {
+    "albert": {"embedding_size": 24, "num_hidden_groups": 2, "classifier_dropout_prob": 0.0},
+    "distilbert": {
+        "hidden_dim": 24,
+        "dropout": 0.0,
+        "attention_dropout": 0.0,
+        "qa_dropout": 0.0,
+        "seq_classif_dropout": 0.0,
+    },
+    "electra": {"embedding_size": 24},
+    "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
+}
 HEADS = {
     "bare": transformers.AutoModel,
     "sequence": transformers.AutoModelForSequenceClassification,
@@ -44,7 +67,7 @@ def tiny_config(model_type: str = "bert", **overrides):
     values = {
         "vocab_size": 60,
         "hidden_size": 16,
-        "embedding_size": 16 if model_type != "electra" else 24,
+        "embedding_size": 16,
         "num_hidden_layers": 3,
         "num_attention_heads": 2,
         "intermediate_size": 24,
@@ -58,6 +81,7 @@ def tiny_config(model_type: str = "bert", **overrides):
         "classifier_dropout": 0.0,
         "attn_implementation": "eager",
     }
+    values |= OVERRIDES.get(model_type, {})
     return AutoConfig.for_model(model_type, **{**values, **overrides})
 
 
@@ -109,17 +133,51 @@ def real_tokens(head: str, batch: dict[str, Tensor]) -> Tensor | int:
 
 def unshifted_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     """Position ids without an offset, by the rule of the model's family, [B, T]."""
-    if model.config.model_type in ("bert", "electra"):
+    if not FAMILIES[model.config.model_type].pads_keep_position:
         return torch.arange(input_ids.shape[-1], device=input_ids.device).expand(input_ids.shape)
     pad = model.config.pad_token_id
     real = input_ids.ne(pad).long()
     return real.cumsum(-1) * real + pad
 
 
+@contextlib.contextmanager
+def concatenating_attention(model: PreTrainedModel, prefixes: dict[int, Tensor]) -> Iterator[None]:
+    """Within the context a plain model concatenates prefixes to keys and values.
+
+    Args:
+        model: a plain model, whose layers call their attention once each, in order.
+        prefixes: layer -> [2, H, P, D].
+    """
+    calls = itertools.count()
+
+    def concatenate(module, query, key, value, attention_mask, scaling=None, **kwargs):
+        prefix = prefixes.get(next(calls))
+        if prefix is not None:
+            rows = prefix[:, None].expand(-1, len(query), -1, -1, -1)
+            key, value = torch.cat((rows[0], key), dim=2), torch.cat((rows[1], value), dim=2)
+            if attention_mask is not None:
+                attention_mask = torch.nn.functional.pad(
+                    attention_mask, (prefix.shape[2], 0), value=True
+                )
+        scores = query @ key.transpose(2, 3) * scaling
+        if attention_mask is not None:
+            scores = scores.masked_fill(~attention_mask, -1e9)
+        return (scores.softmax(-1) @ value).transpose(1, 2), None
+
+    AttentionInterface.register("test_concatenation", concatenate)
+    ALL_MASK_ATTENTION_FUNCTIONS.register("test_concatenation", sdpa_mask)
+    old = model.config._attn_implementation
+    model.set_attn_implementation("test_concatenation")
+    yield
+    model.set_attn_implementation(old)
+
+
 def concatenated_forward(
     model: PreTrainedModel, prefix: Tensor, batch: dict[str, Tensor], shifted: bool
 ):
     """Prefix tuning as PEFT runs it, by transformers' cache: expand, concatenate, widen the mask.
+
+    Models that take no cache run an attention function that does this instead.
 
     Args:
         model: a plain model.
@@ -128,6 +186,10 @@ def concatenated_forward(
         shifted: leave the positions to transformers, which counts from the cache's length.
     """
     input_ids, mask = batch["input_ids"], batch["attention_mask"]
+    if model.config.model_type in WITHOUT_CACHE:
+        offset = {"position_ids": unshifted_positions(model, input_ids) + prefix.shape[3]}
+        with concatenating_attention(model, dict(enumerate(prefix))):
+            return model(**batch, **(offset if shifted else {}))
     cache = DynamicCache()
     rows = input_ids.numel() // input_ids.shape[-1]
     for layer, (key, value) in enumerate(prefix):

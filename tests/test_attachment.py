@@ -5,6 +5,7 @@ import functools
 import inspect
 import io
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 
 import ptv2_fast
 from ptv2_fast import PrefixEncoder, PTuningV2Config
-from ptv2_fast.encoders.families import FAMILIES, Family
+from ptv2_fast.encoders.families import FAMILIES, Family, supported_types
 from ptv2_fast.encoders.first_token import reads_first_only
 from tests.models import (
     P,
@@ -50,9 +51,10 @@ def test_what_cannot_be_attached_is_refused_and_left_alone(fields, overrides, me
 
 
 def test_an_unsupported_model_names_the_supported_ones():
-    model = tiny_model("distilbert", dim=16, n_heads=2, n_layers=1, hidden_dim=8)
-    with pytest.raises(ValueError, match=r"\['bert', 'electra', 'roberta', 'xlm-roberta'\], got"):
-        ptv2_fast.attach(model, PTuningV2Config())
+    with pytest.raises(ValueError, match=r"one of albert \(hook\), bert, .*; got 'mpnet'"):
+        ptv2_fast.attach(tiny_model("mpnet"), PTuningV2Config())
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert f"by `model_type`: {supported_types()};" in readme
     with pytest.raises(ValueError, match="expected a transformers PreTrainedModel"):
         ptv2_fast.attach(torch.nn.Linear(2, 2), PTuningV2Config())
     for name in ("max_position_embeddings", "pad_token_id"):
@@ -117,7 +119,7 @@ def test_attention_that_misses_the_operator_is_refused_and_left_alone(change, me
 
 def test_an_attention_of_its_own_code_is_refused(monkeypatch):
     """A model of transformers that calls no attention function, whatever its row says."""
-    monkeypatch.setitem(FAMILIES, "mpnet", Family(post_layer_norm=False))
+    monkeypatch.setitem(FAMILIES, "mpnet", Family(attention="attention.attn"))
     with pytest.raises(ValueError, match=r"layers \[0, 1, 2\] of MPNetModel did not call"):
         ptv2_fast.attach(tiny_model("mpnet"), PTuningV2Config(backbone="hook"))
 
@@ -191,7 +193,7 @@ def test_embeddings_that_shift_no_positions_are_refused_with_an_offset():
     model = tiny_model()
     model.bert.embeddings = WordsOnly(model.bert.embeddings.word_embeddings)
     before = state_of(model)
-    with pytest.raises(ValueError, match=r"position_offset: expected 'none'.* WordsOnly that"):
+    with pytest.raises(ValueError, match=r"position_offset: expected 'none'.* WordsOnly"):
         ptv2_fast.attach(model, PTuningV2Config(position_offset="prefix"))
     assert state_of(model) == before
     attached(model=model)

@@ -1,20 +1,23 @@
 """Attached encoders against prefix tuning by concatenation, and the promises of attach."""
 
 import copy
+import functools
 import inspect
 import types
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import AttentionInterface
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from torch.utils.checkpoint import checkpoint
 
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders import max_input_tokens
 from ptv2_fast.encoders.checkpointing import checkpoint_activations
+from ptv2_fast.encoders.families import FAMILIES
 from tests.models import (
+    BACKBONES,
+    DROPOUT,
     MAX_POSITIONS,
     MODEL_TYPES,
     MODELS,
@@ -22,6 +25,7 @@ from tests.models import (
     assert_close_to_model,
     attached,
     check_equals_concatenation,
+    concatenating_attention,
     make_batch,
     one_thread,  # noqa: F401
     outputs_of,
@@ -30,8 +34,14 @@ from tests.models import (
 )
 
 
-@pytest.mark.parametrize("backbone", ["frozen", "hook"])
-@pytest.mark.parametrize(("model_type", "head"), MODELS)
+@pytest.mark.parametrize(
+    ("model_type", "head", "backbone"),
+    [
+        (model_type, head, backbone)
+        for model_type, head in MODELS
+        for backbone in BACKBONES[model_type]
+    ],
+)
 def test_outputs_and_prefix_gradients_equal_concatenation(model_type, head, backbone):
     plain = tiny_model(model_type, head)
     model = attached(head, model=copy.deepcopy(plain), backbone=backbone)
@@ -63,20 +73,7 @@ def test_explicit_position_ids_are_taken_as_they_are():
 
 
 def test_layers_outside_the_subset_run_without_a_prefix():
-    """Against an attention function of the test's own, since a cache has one length for all."""
-
-    def concatenate(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        batch_size = len(query)
-        if module.layer_idx in chosen:
-            prefix_key, prefix_value = chosen[module.layer_idx]
-            key = torch.cat((prefix_key.expand(batch_size, -1, -1, -1), key), dim=2)
-            value = torch.cat((prefix_value.expand(batch_size, -1, -1, -1), value), dim=2)
-            attention_mask = torch.nn.functional.pad(attention_mask, (P, 0), value=True)
-        scores = (query @ key.transpose(2, 3) * scaling).masked_fill(~attention_mask, -1e9)
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
-
-    AttentionInterface.register("test_subset", concatenate)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("test_subset", sdpa_mask)
+    """Against an attention function of the tests' own, since a cache has one length for all."""
     plain = tiny_model()
     model = attached(model=copy.deepcopy(plain), layers=[2, 1])
     assert model.prefix_encoder.embedding.weight.shape == (P, 2 * 2 * 16)
@@ -85,11 +82,9 @@ def test_layers_outside_the_subset_run_without_a_prefix():
     assert [h.requires_grad for h in output.hidden_states] == [False, False, True, True]
 
     def concatenated(plain, prefix: Tensor) -> tuple[Tensor]:
-        chosen.update(enumerate(prefix, start=1))
-        return (plain(**batch).logits,)
+        with concatenating_attention(plain, dict(enumerate(prefix, start=1))):
+            return (plain(**batch).logits,)
 
-    chosen: dict[int, Tensor] = {}
-    plain.set_attn_implementation("test_subset")
     assert_close_to_model((output.logits,), concatenated, plain, model.prefix_encoder().detach())
 
 
@@ -176,6 +171,37 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(lengths, use_reentr
     assert whole.view(P, 3, -1).abs().amax(dim=(0, 2)).min() > 0
     # Each layer runs once forward and once again in the backward pass.
     assert calls == [3 * 2]
+
+
+@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "albert"])
+def test_checkpointing_trains_every_prefix(model_type):
+    model, batch = attached("token", model_type, backbone="hook").train(), make_batch()
+    table = model.prefix_encoder.embedding.weight
+
+    def gradient() -> Tensor:
+        return torch.autograd.grad(model(**batch).logits.square().sum(), table)[0]
+
+    whole = gradient()
+    checkpoint_activations(model)
+    assert torch.equal(gradient(), whole)
+    assert all(getattr(layer, "gradient_checkpointing", True) for layer in layers_of(model))
+
+
+def test_a_layer_of_many_numbers_is_not_recomputed():
+    """transformers checkpoints no ALBERT; whoever does gets no gradient of another layer."""
+    model = attached("token", "albert")
+    with pytest.raises(ValueError, match="does not support"):
+        checkpoint_activations(model)
+    layer = layers_of(model)[0]
+    call = functools.partial(type(layer).forward, layer)
+    layer.forward = functools.partial(checkpoint, call, use_reentrant=False)
+    loss = model(**make_batch()).logits.sum()
+    with pytest.raises(RuntimeError, match="no way to recompute one"):
+        loss.backward()
+
+
+def layers_of(model) -> list[torch.nn.Module]:
+    return FAMILIES[model.config.model_type].layer_modules(model.base_model)
 
 
 def test_layers_below_the_lowest_prefix_have_no_backward_pass():
@@ -342,18 +368,21 @@ def test_a_data_parallel_replica_is_refused():
 
 
 @pytest.mark.parametrize("layers", [None, [0, 2]])
-def test_tokens_init_is_the_keys_and_values_of_the_given_tokens(layers):
-    model = tiny_model("bert", "bare", hidden_dropout_prob=0.5).train()
+@pytest.mark.parametrize("model_type", ["albert", "bert", "distilbert"])
+def test_tokens_init_is_the_keys_and_values_of_the_given_tokens(model_type, layers):
+    model = tiny_model(model_type, "bare", **DROPOUT, dropout=0.5).train()
     input_ids = torch.randint(2, 60, (P + 2,))
     config = PTuningV2Config(num_virtual_tokens=P, init="tokens", layers=layers)
     plain = copy.deepcopy(model).eval()
     ptv2_fast.attach(model, config, init_input_ids=input_ids)
-    assert model.training and model.encoder.layer[0].training
+    assert model.training and all(layer.training for layer in layers_of(model))
 
     hidden_states = plain(input_ids[None, :P], output_hidden_states=True).hidden_states
     for layer, (key, value) in model.prefix_encoder.layer_prefixes().items():
-        attention = plain.encoder.layer[layer].attention.self
-        for actual, projection in ((key, attention.key), (value, attention.value)):
+        family = FAMILIES[model_type]
+        attention = layers_of(plain)[layer].get_submodule(family.attention)
+        for actual, name in ((key, family.key), (value, family.value)):
+            projection = attention.get_submodule(name)
             expected = projection(hidden_states[layer])[0].view(P, 2, 8).transpose(0, 1)
             assert torch.equal(actual, expected)
 

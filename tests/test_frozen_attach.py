@@ -17,6 +17,7 @@ from ptv2_fast.frozen import engine
 from ptv2_fast.frozen.memory import POLICIES
 from ptv2_fast.training.measure import kept_bytes
 from tests.models import (
+    BACKBONES,
     DROPOUT,
     WITHOUT_FALLBACK,
     attached,
@@ -85,9 +86,10 @@ def test_changed_weights_are_seen(change):
     torch.testing.assert_close(model(**batch).logits, other(**batch).logits)
 
 
-def test_backbone_dtype_converts_frozen_weights_only_and_detach_converts_back():
-    plain, batch = tiny_model(), make_batch()
-    for backbone in ("frozen", "hook"):
+@pytest.mark.parametrize("model_type", ["bert", *(n for n in BACKBONES if len(BACKBONES[n]) == 1)])
+def test_backbone_dtype_converts_frozen_weights_only_and_detach_converts_back(model_type):
+    plain, batch = tiny_model(model_type), make_batch()
+    for backbone in BACKBONES[model_type]:
         model = attached(
             model=copy.deepcopy(plain), backbone_dtype="bf16", backbone=backbone
         ).train()

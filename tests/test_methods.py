@@ -95,7 +95,7 @@ def test_lora_adds_its_product_to_queries_and_values(model_type):
         torch.nn.init.normal_(up)
         linears[name].weight.data += 6 / 2 * up.data @ down.data
         changed += 1
-    assert changed == 2 * 3
+    assert changed == 2 * (2 if model_type == "albert" else 3)  # layers with weights of their own
     torch.testing.assert_close(model(**batch).logits, plain(**batch).logits)
 
 

@@ -20,6 +20,7 @@ from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from ptv2_fast.training.scoring import predict
 from tests.models import (
+    BACKBONES,
     MODEL_TYPES,
     assert_close_to_model,
     make_batch,
@@ -135,7 +136,7 @@ def test_logits_and_loss_are_those_of_the_plain_model_at_the_mask(model_type):
     plain = tiny_lm(model_type)
     batch, places = masked_batch()
     labels = torch.tensor([2, 0, 1])
-    for backbone in ("frozen", "hook"):
+    for backbone in BACKBONES[model_type]:
         config = PTuningV2Config(num_virtual_tokens=5, backbone=backbone)
         model = copy.deepcopy(plain)
         MaskReader(model, MASK, WORDS)

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from tests.models import (
-    MODEL_TYPES,
+    WAYS,
     attached,
     make_batch,
     one_thread,  # noqa: F401
@@ -334,8 +334,7 @@ def test_lora_on_an_attached_model_does_not_freeze_the_prefix_silently():
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize("kind", MODEL_TYPES)
-@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+@pytest.mark.parametrize(("kind", "backbone"), WAYS)
 def test_the_loss_over_positions_of_a_padded_batch_is_the_mean_of_its_texts(kind, backbone):
     model, batch = attached("question", kind, backbone=backbone), make_batch()
     batch["start_positions"] = torch.tensor([0, 6, 2])

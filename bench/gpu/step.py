@@ -17,13 +17,12 @@ from bench.cases import Case
 from bench.gpu.runner import FAILED
 from bench.gpu.stages import LEFT_OUT, Options, Row, reason_of, release
 from bench.measure import time_interleaved
-from bench.models import METHODS, build, why_left_out
+from bench.models import BENCHED, METHODS, build, why_left_out
 from bench.step_columns import time_columns
 from bench.training_step import Step, check_gradients, small_case
-from ptv2_fast.encoders.families import FAMILIES
 
 HELD_AGAINST = ("frozen none", "full fine-tuning, sdpa")
-OTHER_FAMILIES = [family for family in FAMILIES if family != "bert"]
+OTHER_FAMILIES = [family for family in BENCHED if family != "bert"]
 CASES = (
     Case("bert-base", 32, 128, 20, "bf16"),
     Case("bert-base", 32, 128, 20, "bf16", lengths="pad50"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import inspect
 import os
 import threading
 import warnings
@@ -13,7 +14,7 @@ from transformers import PreTrainedModel
 
 import ptv2_fast
 from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
-from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT
+from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, LAYER_ATTRIBUTE, STATE_ARGUMENT
 from ptv2_fast.encoders.backbone_forward import (
     FIRST_TOKEN_ARGUMENT,
     give_forward_back,
@@ -86,9 +87,11 @@ class Attachment:
         self.base_vocabulary_size = base_vocabulary_size(model)
         # By all threads; compiled graphs are guarded by it, which they are not by a thread's own.
         self._times_disabled = 0
-        self._offset_argument = ""
+        embeddings = self.backbone.get_submodule(family.embeddings)
+        # Read here because torch.compile cannot trace inspect.
+        self._embeddings_names = tuple(inspect.signature(embeddings.forward).parameters)
         if self.config.position_offset == "prefix":
-            self._offset_argument = family.offset_argument(self.backbone)
+            family.check_offset(self.backbone)
 
         self._trained_ids: tuple[int, ...] = ()  # as they were when they were last checked
         # Nothing is changed before the last of these lines, which may raise. Below, only the proof
@@ -117,30 +120,46 @@ class Attachment:
         self.frozen.install()
         forward = take_forward(self.backbone, self)
         # Modules that can serve one prefix only: no other attached model may share them.
-        self._changed = [self.backbone.get_submodule(family.embeddings), *self.layers]
-        self._handles = self._register_hooks()
+        self._changed = list(dict.fromkeys((embeddings, *self.layers)))
+        self._numbered = self._number_layers()
+        pads = leave_pads_out(model)
+        self.hides_pads = bool(pads)
+        self._handles = self._register_hooks() + pads
         model.save_pretrained = self.save_pretrained  # type: ignore[assignment, method-assign]
         for module in (model, *self._changed):
             setattr(module, ATTACHMENT_ATTRIBUTE, self)
         try:
-            forward.prove(len(self.layers))
+            forward.prove(len(self.layers), family.proof_indices)
         except BaseException:
             self.undo()
             raise
         # Last, because converting back does not restore what was rounded.
         self._old_dtypes = self._convert_backbone(set(frozen_names))
 
+    def _number_layers(self) -> list[nn.Module]:
+        """Tell attention modules their layer where they do not know it and have one only."""
+        numbered: list[nn.Module] = []
+        if len(set(self.layers)) < len(self.layers):
+            return numbered
+        for index, layer in enumerate(self.layers):
+            attention = layer.get_submodule(self.family.attention)
+            if not hasattr(attention, LAYER_ATTRIBUTE):
+                setattr(attention, LAYER_ATTRIBUTE, index)
+                numbered.append(attention)
+        return numbered
+
     def _register_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
+        encoder = self.backbone.get_submodule(self.family.encoder)
         handles = [
             self.backbone.register_forward_pre_hook(refuse_replica),
-            self.layers[0].register_forward_pre_hook(self.before_first_layer, with_kwargs=True),
+            encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True),
             self.model.register_load_state_dict_pre_hook(self.before_load),
         ]
         if self.backbone is not self.model:
             handles.append(self.model.register_forward_pre_hook(self.before_head, with_kwargs=True))
         if self.config.backbone_dtype is not None:
-            handles.append(self.layers[-1].register_forward_hook(self.after_last_layer))
-        handles += leave_pads_out(self.model, self.layers[-1])
+            last = self.backbone.get_submodule(self.family.exit or self.family.encoder)
+            handles.append(last.register_forward_hook(self.after_encoder))
         if self.config.position_offset == "prefix":
             embeddings = self._changed[0]
             handles.append(
@@ -222,6 +241,8 @@ class Attachment:
         vars(model).update(self._old_ignored_keys)
         for module, config in self._old_configs:
             module.config = config
+        for attention in self._numbered:
+            delattr(attention, LAYER_ATTRIBUTE)
         self.frozen.undo()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._old_requires_grad.get(name, parameter.requires_grad))
@@ -237,25 +258,31 @@ class Attachment:
             return None
         return args, {**kwargs, FIRST_TOKEN_ARGUMENT: True}
 
-    def after_last_layer(self, module: nn.Module, args: tuple, output: Tensor) -> Tensor:
+    def after_encoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Give the head the dtype of its weights, with `backbone_dtype`."""
-        return output.to(next(iter(self._old_dtypes.values()), output.dtype))
+        dtype = next(iter(self._old_dtypes.values()), None)
+        if isinstance(output, Tensor):
+            return output.to(dtype)
+        output.last_hidden_state = output.last_hidden_state.to(dtype)
+        return output
 
     def before_embeddings(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Shift the positions of real tokens by P, unless the caller gave position_ids."""
-        if self.positions_taken == 0 or kwargs.get("position_ids") is not None:
+        # zip is not strict: positional arguments are the first of the names.
+        arguments = {**dict(zip(self._embeddings_names, args, strict=False)), **kwargs}
+        if self.positions_taken == 0 or arguments.get("position_ids") is not None:
             return None
-        embeds = kwargs.get("inputs_embeds")
-        if embeds is not None and self.family.pads_keep_position:
-            # transformers ignores the shift for embedded input of this family.
-            first = self.family.first_position(self.model.config) + self.positions_taken
-            positions = torch.arange(first, first + embeds.shape[1], device=embeds.device)
-            return args, {**kwargs, "position_ids": positions.expand(embeds.shape[:2])}
-        return args, {**kwargs, self._offset_argument: self.positions_taken}
+        ids = arguments.get("input_ids")
+        # Some versions of transformers leave an s out.
+        names = ("input_ids", "inputs_embeds", "input_embeds")
+        tokens = next(arguments[name] for name in names if arguments.get(name) is not None)
+        config, taken = self.model.config, self.positions_taken
+        arguments["position_ids"] = self.family.positions(config, ids, tokens, taken)
+        return (), arguments
 
-    def before_first_layer(
+    def before_encoder(
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Cut the graph below the encoder layers.
@@ -266,10 +293,13 @@ class Attachment:
         state = kwargs.get(STATE_ARGUMENT)
         if state is None:
             return None
-        hidden = args[0] if state.keep_input_gradient else args[0].detach()
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden = hidden if state.keep_input_gradient else hidden.detach()
         if self._old_dtypes:  # trained embeddings keep their dtype
             hidden = hidden.to(self.config.torch_backbone_dtype)
-        return (hidden, *args[1:]), kwargs
+        if args:
+            return (hidden, *args[1:]), kwargs
+        return args, {**kwargs, "hidden_states": hidden}
 
     def before_load(
         self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: object

@@ -16,6 +16,7 @@ from ptv2_fast.ops import prefix_attention
 
 ATTENTION_NAME = "ptv2_prefix"
 STATE_ARGUMENT = "ptv2_prefix_state"
+LAYER_ATTRIBUTE = "layer_idx"  # transformers' name; attach sets it where it is missing
 # Arguments that attention gets in some version of transformers and that do not change it: positions
 # act in the embeddings, the others say what is returned, or how a loss is divided.
 _WITHOUT_EFFECT = frozenset(
@@ -42,6 +43,7 @@ class PrefixState:
     layers: dict[int, tuple[Tensor, Tensor]]
     prefix_dropout: float
     keep_input_gradient: bool
+    num_layers: int
     run: FrozenRun | None = None
     called: list[int] = field(default_factory=list)
     backend: str | None = None
@@ -86,7 +88,7 @@ def _attention(
         )
     if getattr(module, "is_causal", False):
         raise ValueError("is_causal: expected False (an encoder), got True")
-    layer: int = module.layer_idx  # type: ignore[assignment]
+    layer = _layer_of(module, state)
     check_served(kwargs, layer)
     prefix = state.layers.get(layer)
     if prefix is None:
@@ -108,6 +110,24 @@ def _attention(
         backend=state.backend,
     )
     return out.transpose(1, 2), None
+
+
+def _layer_of(module: nn.Module, state: PrefixState) -> int:
+    """The number of a layer: that of its attention module, or, for one of many layers, of the call.
+
+    Raises:
+        RuntimeError: when such a module is called again.
+    """
+    layer: int | None = getattr(module, LAYER_ATTRIBUTE, None)
+    if layer is not None:
+        return layer
+    if len(state.called) >= state.num_layers:
+        raise RuntimeError(
+            f"expected {state.num_layers} calls of {type(module).__name__} in a forward, got more: "
+            "prefixes of layers that share a module go by the number of the call, which leaves no "
+            "way to recompute one (checkpointing)"
+        )
+    return len(state.called)
 
 
 def _mask(

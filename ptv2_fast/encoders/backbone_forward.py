@@ -19,7 +19,7 @@ from ptv2_fast.encoders.hooks import (
     without_foreign_hooks,
 )
 from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
-from ptv2_fast.encoders.pads import reads_pads
+from ptv2_fast.encoders.pads import clear_pads, reads_pads
 from ptv2_fast.frozen.engine import FrozenRun
 
 if TYPE_CHECKING:
@@ -98,15 +98,21 @@ class BackboneForward:
                 f"{_describe_missed(missed, self.backbone)} (was the model's attention "
                 "implementation changed after attach?)"
             )
+        if state.run is None and self.attachment.hides_pads:
+            return clear_pads(output, arguments.get("attention_mask"))
         return output
 
-    def prove(self, num_layers: int) -> None:
+    def prove(self, num_layers: int, indices: tuple[str, ...]) -> None:
         """Run two tokens through the backbone: every layer has to call the operator once.
 
         The layers' own code runs, not frozen blocks, in eval mode, with the operator in plain torch
         and without the products of linear layers, whose weights would take long to read. Nobody
         else's hooks are called. A backbone on the meta device, and any while hooks on all modules
         are registered, is left to the check of its first forward.
+
+        Args:
+            num_layers: calls that have to be made.
+            indices: arguments that get a 0 for each sequence.
 
         Raises:
             ValueError: when some layer does not, or has an attention that is not served.
@@ -117,10 +123,11 @@ class BackboneForward:
         weight = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
         # No layer has a prefix: empty ones are made where the layer is.
-        state = PrefixState({}, 0.0, keep_input_gradient=False, backend="reference")
+        state = PrefixState({}, 0.0, False, num_layers, backend="reference")
+        zeros = dict.fromkeys(indices, ids[:, 0])
         with torch.no_grad(), in_eval_mode(self.backbone), without_foreign_hooks(self.backbone):
             with WithoutProducts():
-                self._inner(input_ids=ids, **{STATE_ARGUMENT: state})
+                self._inner(input_ids=ids, **zeros, **{STATE_ARGUMENT: state})
         missed = state.missed(range(num_layers))
         if missed:
             raise ValueError(f"model: {_describe_missed(missed, self.backbone)}")
@@ -199,6 +206,7 @@ def _start(
         prefix_dropout=config.prefix_dropout,
         keep_input_gradient=(embeds is not None and embeds.requires_grad)
         or _gradient_below_layers(attachment),
+        num_layers=len(attachment.layers),
     )
     state.run = _start_blocks(attachment, arguments, state, first_token_only)
     if state.run is None and backbone.training:
@@ -212,7 +220,8 @@ def _gradient_below_layers(attachment: "Attachment") -> bool:
     The hook of transformers that goes with checkpointing wants none.
     """
     family, backbone = attachment.family, attachment.backbone
-    stems = [name for name in family.frozen if not family.layers.startswith(name + ".")]
+    after = (family.encoder, family.exit)
+    stems = [name for name in family.frozen if name not in after]
     parts = [part for part in (getattr(backbone, stem, None) for stem in stems) if part is not None]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         return True

@@ -3,11 +3,9 @@
 import inspect
 from dataclasses import dataclass
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers import PretrainedConfig
-
-# How many positions a cache takes: the newest name first.
-_OFFSET_ARGUMENTS = ("cache_length", "past_key_values_length")
 
 
 @dataclass(frozen=True)
@@ -17,7 +15,10 @@ class Family:
     `frozen` lists what P-Tuning v2 leaves untouched; what lies outside is trained and saved.
     `pads_keep_position`: pad tokens stand at `pad_token_id` and the others are counted from
     `pad_token_id + 1` (fairseq's rule), instead of every column standing at its index.
-    `post_layer_norm`: the layers are those of BERT in all their parts, which frozen blocks serve.
+    `post_layer_norm`: the layers are those of BERT in all their parts, which frozen blocks serve;
+    others take the hook path. `exit` is the module that gives the last states; "" = the encoder.
+    `proof_indices`: arguments besides the token ids, indices [B], without which the backbone may
+    not run.
     """
 
     frozen: tuple[str, ...] = ("embeddings", "encoder")
@@ -30,6 +31,8 @@ class Family:
     value: str = "value"
     pads_keep_position: bool = False
     post_layer_norm: bool = True
+    exit: str = ""
+    proof_indices: tuple[str, ...] = ()
 
     def max_positions(self, config: PretrainedConfig) -> int:
         """Longest input, in tokens, that the position table of the backbone serves.
@@ -43,33 +46,84 @@ class Family:
         """Row of the position table at which the first token stands."""
         return _integer(config, "pad_token_id") + 1 if self.pads_keep_position else 0
 
-    def offset_argument(self, backbone: nn.Module) -> str:
-        """The argument of the embeddings' forward that shifts the positions of all tokens.
+    def check_offset(self, backbone: nn.Module) -> None:
+        """Check that the positions of a backbone's embeddings can be shifted.
 
         Raises:
-            ValueError: when the forward takes none of the names that versions of transformers use.
+            ValueError: when they have no table of positions.
         """
         embeddings = backbone.get_submodule(self.embeddings)
         arguments = inspect.signature(embeddings.forward).parameters
-        for name in _OFFSET_ARGUMENTS:
-            if name in arguments:
-                return name
-        raise ValueError(
-            "position_offset: expected 'none' for embeddings whose positions cannot be shifted, "
-            f"got 'prefix' for a {type(embeddings).__name__} that takes none of "
-            f"{list(_OFFSET_ARGUMENTS)}"
-        )
+        if not hasattr(embeddings, "position_embeddings") or "position_ids" not in arguments:
+            raise ValueError(
+                "position_offset: expected 'none' for embeddings without a table of positions, got "
+                f"'prefix' for a {type(embeddings).__name__}"
+            )
+
+    def positions(
+        self, config: PretrainedConfig, input_ids: Tensor | None, tokens: Tensor, offset: int
+    ) -> Tensor:
+        """Rows of the position table, [B, T], when the first token stands `offset` further.
+
+        Args:
+            config: of the backbone.
+            input_ids: [B, T]; None for embedded input, whose pads are not known.
+            tokens: [B, T, ...], for the shape.
+            offset: number of positions.
+        """
+        first = self.first_position(config)
+        if self.pads_keep_position and input_ids is not None:
+            is_token = input_ids.ne(first - 1).long()
+            return (is_token.cumsum(dim=1) + offset) * is_token + first - 1
+        positions = torch.arange(first + offset, first + offset + tokens.shape[1])
+        return positions.to(tokens.device).expand(tokens.shape[:2])
 
     def layer_modules(self, backbone: nn.Module) -> list[nn.Module]:
-        """The encoder layers in order."""
+        """The encoder layers in the order of their calls; one called twice is there twice."""
         return list(backbone.get_submodule(self.layers).children())
 
 
+class AlbertFamily(Family):
+    """Groups of layers, each group called several times in a row."""
+
+    def layer_modules(self, backbone: nn.Module) -> list[nn.Module]:
+        """As that of `Family`."""
+        groups = super().layer_modules(backbone)
+        count = _integer(backbone.config, "num_hidden_layers")  # type: ignore[arg-type]
+        # The quotient of floats, as transformers computes it.
+        called = [groups[int(i / (count / len(groups)))] for i in range(count)]
+        return [layer for group in called for layer in group.get_submodule("albert_layers")]  # type: ignore[attr-defined]
+
+
 FAMILIES: dict[str, Family] = {
+    "albert": AlbertFamily(
+        layers="encoder.albert_layer_groups", attention="attention", post_layer_norm=False
+    ),
     "bert": Family(),
-    "roberta": Family(pads_keep_position=True),
-    "xlm-roberta": Family(pads_keep_position=True),
+    "camembert": Family(pads_keep_position=True),
+    "data2vec-text": Family(pads_keep_position=True),
+    "distilbert": Family(
+        frozen=("embeddings", "transformer"),
+        encoder="transformer",
+        layers="transformer.layer",
+        attention="attention",
+        query="q_lin",
+        key="k_lin",
+        value="v_lin",
+        post_layer_norm=False,
+    ),
     "electra": Family(frozen=("embeddings", "embeddings_project", "encoder")),
+    "ernie": Family(),
+    "roberta": Family(pads_keep_position=True),
+    "roberta-prelayernorm": Family(
+        frozen=("embeddings", "encoder", "LayerNorm"),
+        pads_keep_position=True,
+        post_layer_norm=False,
+        exit="LayerNorm",
+    ),
+    "xlm-roberta": Family(pads_keep_position=True),
+    "xlm-roberta-xl": Family(pads_keep_position=True, post_layer_norm=False),
+    "xmod": Family(pads_keep_position=True, post_layer_norm=False, proof_indices=("lang_ids",)),
 }
 
 
@@ -82,6 +136,14 @@ _SERVED_OPTIONS: dict[str, tuple[object, ...]] = {
 }
 
 
+def supported_types() -> str:
+    """The supported model types in one line, as README lists them."""
+    return ", ".join(
+        name if family.post_layer_norm else f"{name} (hook)"
+        for name, family in sorted(FAMILIES.items())
+    )
+
+
 def find_family(config: PretrainedConfig) -> Family:
     """The row of this configuration's `model_type`.
 
@@ -91,7 +153,7 @@ def find_family(config: PretrainedConfig) -> Family:
     model_type = getattr(config, "model_type", None)
     family = FAMILIES.get(model_type)  # type: ignore[arg-type]
     if family is None:
-        raise ValueError(f"model_type: expected one of {sorted(FAMILIES)}, got {model_type!r}")
+        raise ValueError(f"model_type: expected one of {supported_types()}; got {model_type!r}")
     return family
 
 

@@ -15,17 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT
-
 _HEAD = "qa_outputs"  # transformers' name for it in every model
 
 
-def leave_pads_out(model: nn.Module, last_layer: nn.Module) -> list[Any]:
-    """Hook a model's head for question answering, if it has one.
-
-    Args:
-        model: of a supported family.
-        last_layer: of its encoder.
+def leave_pads_out(model: nn.Module) -> list[Any]:
+    """Hook a model's head for question answering, if it has one; pads need states of zeros then.
 
     Returns:
         The handles that take the hooks away.
@@ -33,10 +27,7 @@ def leave_pads_out(model: nn.Module, last_layer: nn.Module) -> list[Any]:
     head = getattr(model, _HEAD, None)
     if not isinstance(head, nn.Module):
         return []
-    return [
-        last_layer.register_forward_hook(_clear_pads, with_kwargs=True),
-        head.register_forward_hook(_hide_pads),
-    ]
+    return [head.register_forward_hook(_hide_pads)]
 
 
 def reads_pads(model: nn.Module) -> bool:
@@ -44,12 +35,20 @@ def reads_pads(model: nn.Module) -> bool:
     return getattr(getattr(model, "sequence_summary", None), "summary_type", "first") != "first"
 
 
-def _clear_pads(layer: nn.Module, args: tuple, kwargs: dict[str, Any], states: Tensor) -> Tensor:
-    """States [B, T, C] with zeros for pad tokens, as frozen blocks give them."""
-    mask = args[1] if len(args) > 1 else kwargs.get("attention_mask")
-    if mask is None or kwargs[STATE_ARGUMENT].run is not None:
-        return states
-    return states.masked_fill(~mask.bool()[..., None], 0.0)
+def clear_pads(output: Any, mask: Tensor | None) -> Any:
+    """A backbone's output with zeros as the states of pad tokens, as frozen blocks give them.
+
+    Args:
+        output: of transformers, its first entry the states [B, T, C].
+        mask: [B, T] or None.
+    """
+    if mask is None:
+        return output
+    states = output[0].masked_fill(~mask.bool()[..., None], 0.0)
+    if isinstance(output, tuple):
+        return (states, *output[1:])
+    output.last_hidden_state = states
+    return output
 
 
 def _hide_pads(head: nn.Module, args: tuple, logits: Tensor) -> Tensor:

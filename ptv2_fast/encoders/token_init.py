@@ -45,16 +45,14 @@ def token_prefix(
             f"{ids.min().item()}..{ids.max().item()}"
         )
 
-    layers = family.layer_modules(backbone)
-    projections: list[nn.Module] = []
-    for index in encoder.layers:
-        attention = layers[index].get_submodule(family.attention)
-        projections += [attention.get_submodule(family.key), attention.get_submodule(family.value)]
-    outputs: list[list[Tensor]] = [[] for _ in projections]
-    handles = [
-        projection.register_forward_hook(_recorder(record))
-        for projection, record in zip(projections, outputs, strict=True)
-    ]
+    # Of every layer in the order of the calls: one module may be several layers.
+    keys: list[Tensor] = []
+    values: list[Tensor] = []
+    handles = []
+    for layer in dict.fromkeys(family.layer_modules(backbone)):
+        attention = layer.get_submodule(family.attention)
+        for name, record in ((family.key, keys), (family.value, values)):
+            handles.append(attention.get_submodule(name).register_forward_hook(_recorder(record)))
     try:
         with in_eval_mode(backbone):
             for chunk in ids.split(family.max_positions(model.config)):
@@ -62,8 +60,11 @@ def token_prefix(
     finally:
         for handle in handles:
             handle.remove()
-    flat = torch.stack([torch.cat(record) for record in outputs])  # [2 L', P, H * D]
-    heads = flat.view(len(encoder.layers), 2, length, encoder.num_heads, encoder.head_dim)
+    count = encoder.num_layers  # each chunk of the tokens ran through all of them
+    pairs = [torch.cat(part[i::count]) for i in encoder.layers for part in (keys, values)]
+    heads = torch.stack(pairs).view(
+        len(encoder.layers), 2, length, encoder.num_heads, encoder.head_dim
+    )
     return heads.transpose(2, 3).float()
 
 

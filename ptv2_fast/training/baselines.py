@@ -86,9 +86,9 @@ def lora(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None)
     """
     family = find_family(model.config)
     peft = _import_peft(options.method)
+    layers = set(family.layer_modules(model.base_model))
     attentions = [
-        f"{model.base_model_prefix}.{family.layers}.{index}.{family.attention}"
-        for index in range(model.config.num_hidden_layers)
+        f"{name}.{family.attention}" for name, module in model.named_modules() if module in layers
     ]
     config = peft.LoraConfig(
         r=options.lora_rank,
