@@ -5,6 +5,7 @@ import functools
 import inspect
 import io
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,8 @@ class RemoteModel(transformers.BertModel):
 
 
 @pytest.mark.parametrize("kind", [OwnModel, RemoteModel])
-def test_a_backbone_that_is_not_of_transformers_says_so(kind):
+def test_a_backbone_that_is_not_of_transformers_says_so(kind, monkeypatch):
+    monkeypatch.setitem(sys.modules, RemoteModel.__module__, sys.modules[__name__])
     message = f"of transformers' own code, got {kind.__name__} of {kind.__module__}"
     with pytest.raises(ValueError, match=message):
         ptv2_fast.attach(kind(tiny_config()), PTuningV2Config())
