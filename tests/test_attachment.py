@@ -18,6 +18,8 @@ from ptv2_fast import PrefixEncoder, PTuningV2Config
 from ptv2_fast.encoders.families import FAMILIES, Family, supported_types
 from ptv2_fast.encoders.first_token import reads_first_only
 from tests.models import (
+    BACKBONES,
+    MODELS,
     P,
     attached,
     make_batch,
@@ -382,3 +384,20 @@ def test_another_wrapper_ends_the_shortcut():
     assert reads_first_only(model, model.bert, model.bert.encoder)
     model.bert.forward = rounded(model.bert.forward)
     assert not reads_first_only(model, model.bert, model.bert.encoder)
+
+
+@pytest.mark.parametrize(("model_type", "head"), MODELS)
+def test_the_shortcut_is_taken_where_other_rows_are_not_read(model_type, head):
+    model, batch = tiny_model(model_type, head), make_batch(head)
+    encoder = model.base_model.get_submodule(FAMILIES[model_type].encoder)
+    reads_first = head in ("sequence", "choice") and "frozen" in BACKBONES[model_type]
+    assert reads_first_only(model, model.base_model, encoder) == reads_first
+    expected = outputs_of(head, model(**batch))
+
+    def replace_others(module, args, output):
+        output.last_hidden_state = torch.cat((output[0][:, :1], output[0][:, 1:] + 1), dim=1)
+        return output
+
+    encoder.register_forward_hook(replace_others)
+    if reads_first:
+        assert torch.equal(outputs_of(head, model(**batch)), expected)

@@ -10,6 +10,12 @@ from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
 
 # Class of the model -> the module that reads the backbone's states ("" = the backbone's pooler).
 _READERS = {
+    "CamembertForSequenceClassification": "classifier",
+    "CamembertForMultipleChoice": "",
+    "Data2VecTextForSequenceClassification": "classifier",
+    "Data2VecTextForMultipleChoice": "",
+    "ErnieForSequenceClassification": "",
+    "ErnieForMultipleChoice": "",
     "BertForSequenceClassification": "",
     "BertForMultipleChoice": "",
     "RobertaForSequenceClassification": "classifier",
@@ -20,6 +26,11 @@ _READERS = {
     "ElectraForMultipleChoice": "sequence_summary",
 }
 _READ_FIRST = (
+    "CamembertPooler",
+    "CamembertClassificationHead",
+    "Data2VecTextPooler",
+    "Data2VecTextClassificationHead",
+    "ErniePooler",
     "BertPooler",
     "RobertaPooler",
     "RobertaClassificationHead",
