@@ -19,6 +19,7 @@ from ptv2_fast.encoders.families import FAMILIES, Family, supported_types
 from ptv2_fast.encoders.first_token import reads_first_only
 from tests.models import (
     BACKBONES,
+    MAX_POSITIONS,
     MODELS,
     P,
     attached,
@@ -150,6 +151,11 @@ def test_the_proof_at_attach_leaves_no_trace():
     assert len(calls) == 4
     with torch.device("meta"):
         ptv2_fast.attach(tiny_model(), PTuningV2Config())
+
+
+def test_one_remaining_position_is_enough():
+    fields = {"num_virtual_tokens": MAX_POSITIONS - 1, "position_offset": "prefix"}
+    attached(**fields)(torch.ones(1, 1, dtype=torch.long))
 
 
 def test_attaching_twice_or_onto_peft_is_refused():

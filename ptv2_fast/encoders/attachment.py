@@ -129,7 +129,8 @@ class Attachment:
         for module in (model, *self._changed):
             setattr(module, ATTACHMENT_ATTRIBUTE, self)
         try:
-            forward.prove(len(self.layers), family.proof_indices)
+            positions = family.max_positions(model.config) - self.positions_taken
+            forward.prove(len(self.layers), min(2, positions), family.proof_indices)
         except BaseException:
             self.undo()
             raise

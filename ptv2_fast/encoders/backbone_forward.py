@@ -102,8 +102,8 @@ class BackboneForward:
             return clear_pads(output, arguments.get("attention_mask"))
         return output
 
-    def prove(self, num_layers: int, indices: tuple[str, ...]) -> None:
-        """Run two tokens through the backbone: every layer has to call the operator once.
+    def prove(self, num_layers: int, tokens: int, indices: tuple[str, ...]) -> None:
+        """Run a few tokens through the backbone: every layer has to call the operator once.
 
         The layers' own code runs, not frozen blocks, in eval mode, with the operator in plain torch
         and without the products of linear layers, whose weights would take long to read. Nobody
@@ -112,6 +112,7 @@ class BackboneForward:
 
         Args:
             num_layers: calls that have to be made.
+            tokens: how many.
             indices: arguments that get a 0 for each sequence.
 
         Raises:
@@ -121,7 +122,7 @@ class BackboneForward:
         if any(tensor.is_meta for tensor in tensors) or has_any_global_hook():
             return
         weight = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
-        ids = torch.zeros(1, 2, dtype=torch.long, device=weight.device)
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=weight.device)
         # No layer has a prefix: empty ones are made where the layer is.
         state = PrefixState({}, 0.0, False, num_layers, backend="reference")
         zeros = dict.fromkeys(indices, ids[:, 0])
