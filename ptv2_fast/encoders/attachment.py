@@ -261,7 +261,9 @@ class Attachment:
 
     def after_encoder(self, module: nn.Module, args: tuple, output: Any) -> Any:
         """Give the head the dtype of its weights, with `backbone_dtype`."""
-        dtype = next(iter(self._old_dtypes.values()), None)
+        if not self._old_dtypes:  # not converted yet
+            return output
+        dtype = next(iter(self._old_dtypes.values()))
         if isinstance(output, Tensor):
             return output.to(dtype)
         output.last_hidden_state = output.last_hidden_state.to(dtype)
