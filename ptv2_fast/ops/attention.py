@@ -227,8 +227,9 @@ def _attend(
         window = min(window, _MAX_WINDOW)
     if (check or query.device.type == "cpu") and values_are_known(query):
         validate_values(sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths)
-    # A generous bound would cost memory and time. With a bias it is a size of that.
-    if max_seqlen is not None and bias is None and values_are_known(query):
+    # A generous bound would cost memory and time. To a bias or context lengths it means something.
+    is_bound_only = bias is None and context_lengths is None
+    if max_seqlen is not None and is_bound_only and values_are_known(query):
         max_seqlen = min(max_seqlen, query.shape[0])
     suffix = _resolve_suffix(backend, query)
     if seed is None and (dropout_p > 0 or prefix_dropout_p > 0):
