@@ -121,6 +121,9 @@ TOKENIZER_DAMAGE = {
     "a special token that is a number": lambda folder: edit(
         folder / "tokenizer_config.json", lambda c: c.update(sep_token=7)
     ),
+    "names of inputs": lambda folder: edit(
+        folder / "tokenizer_config.json", lambda c: c.update(model_input_names=["%s", "input_ids"])
+    ),
 }
 
 

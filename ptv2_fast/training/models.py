@@ -146,6 +146,12 @@ def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
         )
     if not tokenizer.is_fast:
         raise ValueError(f"model: expected one with a fast tokenizer, got {str(name)!r}")
+    first = [*tokenizer.model_input_names][:1]
+    if first != ["input_ids"]:  # by which batches are padded
+        raise ValueError(
+            f"tokenizer: expected model_input_names that begin with 'input_ids' in {name}, got "
+            f"{first!r:.100}"
+        )
     return tokenizer
 
 
