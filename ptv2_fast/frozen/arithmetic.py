@@ -6,8 +6,9 @@ block.py puts them together and says which results are kept.
 from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from ptv2_fast.frozen.layout import append_zeros
 from ptv2_fast.frozen.weights import AnyLinear, BlockWeights, Norm
 from ptv2_fast.ops import elementwise
 from ptv2_fast.ops.dropout import ATTENTION_OUTPUT_STREAM, FEED_FORWARD_STREAM
@@ -271,8 +272,7 @@ class BlockArithmetic:
     def _packed(self, padded: Tensor) -> Tensor:
         """The inverse of `_padded`."""
         rows = padded.transpose(1, 2).flatten(0, 1)[self._places()]
-        missing = len(self.tensors.coordinates) - len(rows)
-        return nn.functional.pad(rows, (0, 0, 0, 0, 0, missing)) if missing else rows
+        return append_zeros(rows, len(self.tensors.coordinates))
 
 
 def _join(parts: list[Tensor]) -> Tensor:

@@ -94,5 +94,12 @@ def _number_of_rows(tokens: int, device: torch.device) -> int:
 
 def _with_rows(tensor: Tensor) -> Tensor:
     """[N, C] -> [rows, C], with zeros."""
-    missing = _number_of_rows(len(tensor), tensor.device) - len(tensor)
-    return nn.functional.pad(tensor, (0, 0, 0, missing)) if missing else tensor
+    return append_zeros(tensor, _number_of_rows(len(tensor), tensor.device))
+
+
+def append_zeros(tensor: Tensor, rows: int) -> Tensor:
+    """[N, ...] -> [rows, ...]; the tensor itself where none are missing."""
+    missing = rows - len(tensor)
+    return (
+        nn.functional.pad(tensor, (0, 0) * (tensor.dim() - 1) + (0, missing)) if missing else tensor
+    )

@@ -6,7 +6,6 @@ from typing import Any
 
 import transformers
 from datasets import Dataset
-from torch import Tensor
 from transformers import (
     BatchEncoding,
     DataCollatorForMultipleChoice,
@@ -15,15 +14,15 @@ from transformers import (
 )
 
 from ptv2_fast.tasks.cells import parse_list
+from ptv2_fast.tasks.one_label import OneLabel
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_rows, read_table
-from ptv2_fast.tasks.task import Collator, Examples, Features, Task, share, was_cut
-from ptv2_fast.tasks.text_metrics import scores, titles
+from ptv2_fast.tasks.task import Collator, Examples, Features, share, was_cut
 
 _NUMBERED_CHOICE = re.compile(r"choice(\d+)")
 
 
-class MultipleChoice(Task):
+class MultipleChoice(OneLabel):
     """Columns: text, choices (a list of texts, as many in every row), label (the index of the
     right one, from 0).
 
@@ -117,20 +116,11 @@ class MultipleChoice(Task):
         collate = DataCollatorForMultipleChoice(tokenizer)
         return lambda rows: BatchEncoding(collate(rows))
 
-    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[float]]:
-        return outputs.logits.float().tolist()
-
     def results(
         self, predicted: list, features: Features, labels: list[str]
     ) -> list[dict[str, Any]]:
         # Not by the labels: another file may have more choices than the training data.
         return [{"label": str(logits.index(max(logits))), "logits": logits} for logits in predicted]
-
-    def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
-        return scores(self.figures, self.options.task, results, examples.table, labels)
-
-    def titles(self, labels: list[str]) -> dict[str, str]:
-        return titles(self.figures, self.options.task)
 
     def describe(
         self,

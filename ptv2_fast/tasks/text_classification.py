@@ -5,16 +5,15 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from datasets import Dataset
-from torch import Tensor
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.one_label import OneLabel
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, read_columns, read_rows
-from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, share, was_cut
-from ptv2_fast.tasks.text_metrics import scores, titles
+from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, share, was_cut
 
 
-class TextClassification(Task):
+class TextClassification(OneLabel):
     """Columns: text, text_pair (of pairs), label; and what the figures of a published set need.
 
     A result is {"label", "logits"}.
@@ -89,21 +88,12 @@ class TextClassification(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return DataCollatorWithPadding(tokenizer)
 
-    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[float]]:
-        return outputs.logits.float().tolist()
-
     def results(
         self, predicted: list, features: Features, labels: list[str]
     ) -> list[dict[str, Any]]:
         return [
             {"label": labels[logits.index(max(logits))], "logits": logits} for logits in predicted
         ]
-
-    def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
-        return scores(self.figures, self.options.task, results, examples.table, labels)
-
-    def titles(self, labels: list[str]) -> dict[str, str]:
-        return titles(self.figures, self.options.task)
 
     def describe(
         self,
