@@ -8,7 +8,7 @@ import peft
 import pytest
 import torch
 import transformers
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from transformers import (
     CONFIG_MAPPING,
     AutoModel,
@@ -17,6 +17,15 @@ from transformers import (
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.files import NO_MODEL
+from tests.adapter_files import (
+    FILES,
+    HUGE,
+    assert_refused,
+    attached,
+    edit_config,
+    edit_tensors,
+    plain_twin,
+)
 from tests.models import (
     MODELS,
     make_batch,
@@ -26,26 +35,7 @@ from tests.models import (
     tiny_model,
 )
 
-FILES = ["ptv2_config.json", "ptv2_adapter.safetensors"]
 ALL_FILES = sorted([*FILES, "config.json"])
-
-
-def attached(model_type: str = "bert", head: str = "token", overrides=None, **fields):
-    model = tiny_model(model_type, head, **(overrides or {}))
-    ptv2_fast.attach(model, PTuningV2Config(**{"num_virtual_tokens": 5, **fields}))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    return model
-
-
-def plain_twin(model, **overrides):
-    """A model of the same class and backbone, with another head."""
-    twin = type(model)(type(model.config)(**{**model.config.to_dict(), **overrides})).eval()
-    backbone = {n: t for n, t in model.state_dict().items() if n in model._keys_to_ignore_on_save}
-    twin.load_state_dict(backbone, strict=False)
-    return twin
 
 
 @pytest.fixture
@@ -205,25 +195,6 @@ def test_an_attached_model_of_another_prefix_is_named(saved):
     assert all(torch.equal(before[name], tensor) for name, tensor in other.state_dict().items())
 
 
-def assert_refused(model, directory, message: str) -> None:
-    """The error, and that the model is as plain as it was."""
-    with pytest.raises(ValueError, match=message):
-        ptv2_fast.load_adapter(model, directory)
-    assert not hasattr(model, "prefix_encoder") and "save_pretrained" not in vars(model)
-
-
-def edit_config(directory, removed: str = "", **changes) -> None:
-    path = directory / FILES[0]
-    content = {**json.loads(path.read_text()), **changes}
-    content.pop(removed, None)
-    path.write_text(json.dumps(content))
-
-
-def edit_tensors(directory, **changes) -> None:
-    tensors = {**load_file(directory / FILES[1]), **changes}
-    save_file({n: t for n, t in tensors.items() if t is not None}, directory / FILES[1])
-
-
 PREFIX_NAME = "prefix_encoder.embedding.weight"
 
 
@@ -256,9 +227,6 @@ def test_a_damaged_adapter_is_refused_and_the_model_stays_plain(saved, damage, m
     directory, model = saved
     damage(directory)
     assert_refused(plain_twin(model), directory, message)
-
-
-HUGE = 10**12
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,7 @@ from transformers import AutoModelForMaskedLM, AutoModelForSequenceClassificatio
 
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
-from tests.models import one_thread, tiny_config, tiny_model  # noqa: F401
-from tests.test_adapters import (
+from tests.adapter_files import (
     FILES,
     HUGE,
     assert_refused,
@@ -19,6 +18,7 @@ from tests.test_adapters import (
     edit_tensors,
     plain_twin,
 )
+from tests.models import one_thread, tiny_config, tiny_model  # noqa: F401
 
 ADDED = {"input_ids": torch.tensor([[5, 60, 7, 63]])}  # two of the tokens 60..63
 
