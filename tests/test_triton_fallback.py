@@ -82,6 +82,6 @@ def test_backward_falls_back_after_a_forward_by_triton():
     ids=lambda error: type(error).__name__,
 )
 def test_what_fails_on_the_device_is_raised(error):
-    serve = triton_calls.with_fallback("gelu", raising(error, []), elementwise.bias_gelu)
+    serve = triton_calls.with_fallback("gelu", raising(error, []), elementwise.bias_activation)
     with pytest.raises(type(error)):
         serve(torch.randn(2, 8), None)

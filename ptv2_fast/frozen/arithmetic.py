@@ -124,7 +124,7 @@ class BlockArithmetic:
         layer, kept, results = self.weights.output, [], []
         for slot, chunk in enumerate(normal.split(self.call.chunk)):
             expanded = self.expand(chunk, slot)
-            activated = self.steps.bias_gelu(expanded, self.weights.intermediate.bias)
+            activated = self.steps.bias_activation(expanded, self.weights.intermediate.bias, "gelu")
             results.append(layer.unbiased(activated, slot))
             if keep_expanded:
                 kept.append(expanded)
@@ -168,7 +168,9 @@ class BlockArithmetic:
                 )
                 expanded = self.expand(normal, slot)
             grad_activated = self.weights.output.input_gradient(grad, slot)
-            grad_expanded = self.steps.bias_gelu_backward(grad_activated, expanded, bias)
+            grad_expanded = self.steps.bias_activation_backward(
+                grad_activated, expanded, bias, "gelu"
+            )
             results.append(self.weights.intermediate.input_gradient(grad_expanded, slot))
         return grad_residual, _join(results)
 
@@ -210,14 +212,14 @@ class BlockArithmetic:
 
     def normalise(self, total: Tensor, statistics: Tensor, norm: Norm) -> Tensor:
         """The output of a LayerNorm again."""
-        return self.steps.layer_norm_again(total, statistics, norm.weight, norm.beta)
+        return self.steps.norm_from_stats(total, statistics, norm.weight, norm.beta)
 
     def _add(
         self, input: Tensor, layer: AnyLinear, residual: Tensor, norm: Norm, p: float,
         stream: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return self.steps.dropout_add_layer_norm(
-            input, layer.bias, residual, norm.weight, norm.beta, norm.epsilon,
+        return self.steps.dropout_add_norm(
+            input, layer.bias, residual, norm.weight, norm.beta, norm.epsilon, True,
             self.tensors.seed, self.coordinates, p, stream,
         )  # fmt: skip
 
@@ -225,8 +227,8 @@ class BlockArithmetic:
         self, grad_out: Tensor, grad_other: Tensor | None, total: Tensor, statistics: Tensor,
         norm: Norm, p: float, stream: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        grad_residual, grad_input = self.steps.dropout_add_layer_norm_backward(
-            grad_out, grad_other, total, statistics, norm.weight,
+        grad_residual, grad_input = self.steps.dropout_add_norm_backward(
+            grad_out, grad_other, None, total, statistics, norm.weight, True,
             self.tensors.seed, self.coordinates, p, stream, self.weights.dtype,
         )  # fmt: skip
         is_same = p == 0.0 and self.weights.dtype == total.dtype

@@ -61,3 +61,8 @@ def split_joint(joint: Tensor, key_value_heads: int) -> tuple[Tensor, Tensor, Te
     heads = joint.shape[1] - 2 * key_value_heads
     query, key, value = joint.split((heads, key_value_heads, key_value_heads), dim=1)
     return query, key, value
+
+
+def widened(tensor: Tensor) -> Tensor:
+    """In fp32, or as it is in float64: the dtype that results are computed in."""
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -34,22 +34,23 @@ def with_fallback(name: str, launch: Callable, fallback: Callable) -> Callable:
 
     Args:
         name: of the operator.
-        launch: takes the operator's arguments, a tensor first.
+        launch: takes the operator's arguments, of which one is a tensor.
         fallback: takes the same.
     """
 
-    def serve(tensor: Tensor, *arguments: Any) -> Any:
+    def serve(*arguments: Any) -> Any:
+        tensor = next(each for each in arguments if isinstance(each, Tensor))
         key = (name, tensor.dtype, tensor.shape[-1])
         if key in _failed or not triton_serves(tensor.device):
-            return fallback(tensor, *arguments)
+            return fallback(*arguments)
         try:
-            return launch(tensor, *arguments)
+            return launch(*arguments)
         except Exception as error:
             if not _is_build_failure(error):
                 raise
             _failed.add(key)
             warnings.warn(_message(key, error), RuntimeWarning, stacklevel=2)
-            return fallback(tensor, *arguments)
+            return fallback(*arguments)
 
     return serve
 
