@@ -22,7 +22,8 @@ from dataclasses import dataclass, replace
 from rich.console import Console
 from rich.table import Table
 
-from ptv2_fast.frozen.memory import BlockShape, kept_bytes_per_token, transient_bytes
+from ptv2_fast.frozen.memory import kept_bytes_per_token, transient_bytes
+from ptv2_fast.frozen.spec import BlockShape
 
 LORA_RANK = 8
 CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens, of the frozen block's feed-forward network
@@ -105,8 +106,11 @@ class StepMemory:
 
 
 def block_shape(encoder: Encoder, batch: Batch) -> BlockShape:
-    size = batch.element_bytes
-    return BlockShape(encoder.hidden, encoder.intermediate, encoder.heads, size, size)
+    head_dim, size = encoder.hidden // encoder.heads, batch.element_bytes
+    return BlockShape(
+        encoder.hidden, encoder.intermediate, encoder.heads, encoder.heads, head_dim, False,
+        size, size,
+    )  # fmt: skip
 
 
 def kept_bytes_of_layer(method: str, encoder: Encoder, batch: Batch) -> int:

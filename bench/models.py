@@ -18,7 +18,7 @@ from bench.cases import Case
 from bench.memory_model import LORA_RANK
 from ptv2_fast import PTuningV2Config, attach
 from ptv2_fast.encoders.families import find_family
-from ptv2_fast.frozen.memory import POLICIES
+from ptv2_fast.frozen.spec import POLICIES
 from ptv2_fast.training.packages import package_file
 
 LARGE = dict(num_hidden_layers=24, hidden_size=1024, num_attention_heads=16, intermediate_size=4096)
@@ -179,7 +179,7 @@ METHODS: dict[str, Callable[[Case, int | None], nn.Module]] = {
 
 def why_left_out(method: str, case: Case, device: str) -> str | None:
     """Why a method cannot train a case here, in one line; None when it can."""
-    if method.startswith("frozen ") and not find_family(MODELS[case.model]).post_layer_norm:
+    if method.startswith("frozen ") and find_family(MODELS[case.model]).describe_block is None:
         return "frozen blocks serve layers like BERT's"
     needed = "flash_attn" if method == FLASH else "peft" if "peft" in method else None
     if needed is not None and importlib.util.find_spec(needed) is None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from bench.cases import Case
 from bench.models import MODELS, build, original_recipe, ours
 from ptv2_fast.encoders.families import find_family
-from ptv2_fast.frozen.memory import POLICIES
+from ptv2_fast.frozen.spec import POLICIES
 from ptv2_fast.training.measure import kept_bytes, process_memory
 
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
@@ -85,7 +85,7 @@ def check_gradients(case: Case, device: str) -> None:
     exact = _prefix_gradient(double, case, device)
     yardstick = (_prefix_gradient(plain, case, device) - exact).abs().max()
     budget = 2 * yardstick + 4 * torch.finfo(case.torch_dtype).eps * exact.abs().max()
-    frozen = find_family(MODELS[case.model]).post_layer_norm
+    frozen = find_family(MODELS[case.model]).describe_block is not None
     ways = {"hook": {"backbone": "hook"}} | {
         policy: {"backbone": "frozen", "recompute": policy} for policy in POLICIES if frozen
     }

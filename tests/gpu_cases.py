@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ptv2_fast.frozen.memory import POLICIES
+from ptv2_fast.frozen.spec import POLICIES
 from tests import attention_checks, elementwise_checks, large_checks, sanitizer_checks
 from tests.attention_checks import check
 from tests.devices import Unavailable, matmul_precision, needs_memory, unwritten_is_nan

@@ -5,7 +5,7 @@ import warnings
 
 import torch
 
-from ptv2_fast.frozen.memory import POLICIES
+from ptv2_fast.frozen.spec import POLICIES
 from tests.models import (
     DROPOUT,
     WITHOUT_FALLBACK,

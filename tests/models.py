@@ -22,7 +22,7 @@ from tests.closeness import assert_close_to_oracle
 
 MODEL_TYPES = tuple(FAMILIES)
 BACKBONES = {
-    name: ("frozen", "hook") if family.post_layer_norm else ("hook",)
+    name: ("frozen", "hook") if family.describe_block else ("hook",)
     for name, family in FAMILIES.items()
 }
 WAYS = [(name, backbone) for name, ways in BACKBONES.items() for backbone in ways]

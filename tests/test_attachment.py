@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 import ptv2_fast
 from ptv2_fast import PrefixEncoder, PTuningV2Config
 from ptv2_fast.encoders.families import FAMILIES, Family, supported_types
-from ptv2_fast.encoders.first_token import reads_first_only
+from ptv2_fast.encoders.first_token import reads_first_token_only
 from tests.models import (
     BACKBONES,
     MAX_POSITIONS,
@@ -55,7 +55,7 @@ def test_what_cannot_be_attached_is_refused_and_left_alone(fields, overrides, me
 
 
 def test_an_unsupported_model_names_the_supported_ones():
-    with pytest.raises(ValueError, match=r"one of albert \(hook\), bert, .*; got 'mpnet'"):
+    with pytest.raises(ValueError, match=r"one of albert, bert, .*; got 'mpnet'"):
         ptv2_fast.attach(tiny_model("mpnet"), PTuningV2Config())
     readme = (Path(__file__).parents[1] / "README.md").read_text()
     assert f"by `model_type`: {supported_types()};" in readme
@@ -372,7 +372,7 @@ def test_the_mixed_precision_of_accelerate_wraps_and_unwraps(head, when, own_acc
     for call in (model, model.forward):
         torch.testing.assert_close(outputs_of(head, call(**batch)), expected)
     if head != "bare":  # the shortcut is as legal as it is without
-        assert reads_first_only(model, model.bert, model.bert.encoder)
+        assert reads_first_token_only(model, model.bert, model.bert.encoder)
     twin = copy.deepcopy(model)
     with torch.no_grad():
         twin.prefix_encoder.embedding.weight.add_(1)
@@ -385,11 +385,11 @@ def test_the_mixed_precision_of_accelerate_wraps_and_unwraps(head, when, own_acc
 def test_another_wrapper_ends_the_shortcut():
     model = attached(backbone="frozen")
     model.forward = functools.wraps(model.forward)(lambda *args, **kwargs: None)
-    assert not reads_first_only(model, model.bert, model.bert.encoder)
+    assert not reads_first_token_only(model, model.bert, model.bert.encoder)
     del model.forward
-    assert reads_first_only(model, model.bert, model.bert.encoder)
+    assert reads_first_token_only(model, model.bert, model.bert.encoder)
     model.bert.forward = rounded(model.bert.forward)
-    assert not reads_first_only(model, model.bert, model.bert.encoder)
+    assert not reads_first_token_only(model, model.bert, model.bert.encoder)
 
 
 @pytest.mark.parametrize(("model_type", "head"), MODELS)
@@ -397,7 +397,7 @@ def test_the_shortcut_is_taken_where_other_rows_are_not_read(model_type, head):
     model, batch = tiny_model(model_type, head), make_batch(head)
     encoder = model.base_model.get_submodule(FAMILIES[model_type].encoder)
     reads_first = head in ("sequence", "choice") and "frozen" in BACKBONES[model_type]
-    assert reads_first_only(model, model.base_model, encoder) == reads_first
+    assert reads_first_token_only(model, model.base_model, encoder) == reads_first
     expected = outputs_of(head, model(**batch))
 
     def replace_others(module, args, output):

@@ -9,7 +9,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ptv2_fast.frozen import engine
 from ptv2_fast.frozen.layout import full_layout, masked_layout
-from ptv2_fast.frozen.memory import POLICIES, BlockShape, kept_bytes_per_token
+from ptv2_fast.frozen.memory import kept_bytes_per_token
+from ptv2_fast.frozen.spec import POLICIES, UPPER_BLOCK, BlockShape
 from ptv2_fast.ops.dropout import (
     ATTENTION_OUTPUT_STREAM,
     FEED_FORWARD_STREAM,
@@ -148,9 +149,9 @@ def test_a_sequence_classifier_computes_the_rows_its_head_reads():
     model, batch, rows = attached(**WITHOUT_FALLBACK), make_batch(), []
     original = engine.run_block
 
-    def spy(hidden, *arguments):
-        result = original(hidden, *arguments)
-        rows.append(len(result[0]))
+    def spy(*arguments):
+        result = original(*arguments)
+        rows.append(len(result.residual))
         return result
 
     engine.run_block = spy
@@ -178,7 +179,7 @@ def test_kept_bytes_are_those_of_the_formula(policy, dtype):
     model = tiny_model(head="token", num_hidden_layers=layers, **overrides, **DROPOUT).to(dtype)
     attached("token", model=model, recompute=policy, **WITHOUT_FALLBACK).train()
     size = dtype.itemsize
-    shape = BlockShape(hidden, 256, heads, size, size)
+    shape = BlockShape(hidden, 256, heads, heads, hidden // heads, False, size, size)
 
     def kept(lengths) -> int:
         batch = make_batch("token", lengths, width=39)
@@ -186,7 +187,7 @@ def test_kept_bytes_are_those_of_the_formula(policy, dtype):
 
     # A difference of two batches: what does not grow with the tokens is no matter here.
     upper = kept_bytes_per_token(policy, shape)
-    lowest = kept_bytes_per_token(policy, shape, is_lowest=True)
+    lowest = kept_bytes_per_token(policy, shape, UPPER_BLOCK.of_lowest())
     expected = 16 * ((layers - 1) * upper + lowest)
     shared = 16 * (8 + 8)  # once a forward: the coordinates and the places of the rows
     assert kept((38, 20, 6)) - kept((22, 20, 6)) == expected + shared

@@ -1,20 +1,20 @@
 """What the frozen block keeps by formula, and the policies that a budget buys."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise, product
 
 import pytest
 
 from ptv2_fast.frozen.memory import (
-    POLICIES,
-    BlockShape,
     choose_policies,
     kept_bytes_per_token,
     peak_bytes,
     recompute_flops_per_token,
 )
+from ptv2_fast.frozen.spec import POLICIES, UPPER_BLOCK, BlockShape
 
-BASE = BlockShape(hidden=768, intermediate=3072, heads=12, element_bytes=2, residual_bytes=2)
+BASE = BlockShape(768, 3072, 12, 12, 64, False, element_bytes=2, residual_bytes=2)
 TOKENS, CHUNK, COLUMNS = 4096, 1024, 640
 
 
@@ -32,12 +32,12 @@ def test_kept_bytes_in_bf16_are_those_of_the_design():
     h, a = BASE.hidden, BASE.heads
     kept = [kept_bytes_per_token(policy, BASE) for policy in POLICIES]
     assert kept == [20 * h + 4 * a + 16, 12 * h + 4 * a + 16, 6 * h + 4 * a + 16, 2 * h + 8]
-    lowest = [kept_bytes_per_token(policy, BASE, is_lowest=True) for policy in POLICIES]
+    lowest = [kept_bytes_per_token(policy, BASE, UPPER_BLOCK.of_lowest()) for policy in POLICIES]
     assert lowest == [16 * h + 4 * a + 16, 8 * h + 4 * a + 16, 8 * h + 4 * a + 16, 4 * h + 8]
 
 
 def test_autocast_keeps_totals_in_the_residual_dtype():
-    autocast = BlockShape(768, 3072, 12, element_bytes=2, residual_bytes=4)
+    autocast = replace(BASE, residual_bytes=4)
     for policy, totals in zip(POLICIES, (2, 2, 2, 1), strict=True):
         added = kept_bytes_per_token(policy, autocast) - kept_bytes_per_token(policy, BASE)
         assert added == totals * 2 * 768

@@ -20,8 +20,9 @@ from ptv2_fast.encoders.backbone_forward import (
     give_forward_back,
     take_forward,
 )
+from ptv2_fast.encoders.blocks import Heads
 from ptv2_fast.encoders.families import Family
-from ptv2_fast.encoders.first_token import reads_first_only
+from ptv2_fast.encoders.first_token import reads_first_token_only
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
 from ptv2_fast.encoders.input_checks import refuse_replica
 from ptv2_fast.encoders.pads import leave_pads_out
@@ -100,7 +101,7 @@ class Attachment:
         self.frozen = FrozenBackbone(
             self.layers,
             family,
-            encoder.num_heads,
+            Heads(encoder.num_heads, encoder.head_dim),
             self.config,
             trains_layers(model, family, self.saved_names),
         )
@@ -255,7 +256,9 @@ class Attachment:
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Tell the backbone, in the arguments of this one call, which states the head reads."""
         encoder = self.backbone.get_submodule(self.family.encoder)
-        if torch.compiler.is_compiling() or not reads_first_only(module, self.backbone, encoder):
+        if torch.compiler.is_compiling() or not reads_first_token_only(
+            module, self.backbone, encoder
+        ):
             return None
         return args, {**kwargs, FIRST_TOKEN_ARGUMENT: True}
 

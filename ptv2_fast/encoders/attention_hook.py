@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 
-from ptv2_fast.frozen.engine import FrozenRun
+from ptv2_fast.frozen.engine import Block, FrozenRun
 from ptv2_fast.ops import prefix_attention
 
 ATTENTION_NAME = "ptv2_prefix"
@@ -36,7 +36,7 @@ class PrefixState:
     """What one forward of the backbone hands to its attention modules.
 
     `layers` maps a layer index to (prefix_key, prefix_value), each [H, P, D]; a layer that is not
-    in it runs without a prefix. With `run` the layers are frozen blocks and call no attention
+    in it runs without a prefix. With `run` the layers are frozen `blocks` and call no attention
     function. Whoever used the prefix of a layer notes the layer in `called`.
     """
 
@@ -45,6 +45,7 @@ class PrefixState:
     keep_input_gradient: bool
     num_layers: int
     run: FrozenRun | None = None
+    blocks: list[Block] = field(default_factory=list)
     called: list[int] = field(default_factory=list)
     backend: str | None = None
 

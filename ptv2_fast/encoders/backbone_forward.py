@@ -252,6 +252,6 @@ def _start_blocks(
         arguments,
         state,
         shows_layers=bool(shows_layers),
-        reads_first_only=first_token_only,
+        first_token_only=first_token_only,
         reads_pads=reads_pads(attachment.model),
     )

@@ -7,6 +7,15 @@ import torch
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
+from ptv2_fast.encoders.blocks import (
+    DescribeBlock,
+    describe_albert,
+    describe_bert,
+    describe_distilbert,
+    describe_pre_norm_roberta,
+    describe_xlm_roberta_xl,
+)
+
 
 @dataclass(frozen=True)
 class Family:
@@ -15,8 +24,8 @@ class Family:
     `frozen` lists what P-Tuning v2 leaves untouched; what lies outside is trained and saved.
     `pads_keep_position`: pad tokens stand at `pad_token_id` and the others are counted from
     `pad_token_id + 1` (fairseq's rule), instead of every column standing at its index.
-    `post_layer_norm`: the layers are those of BERT in all their parts, which frozen blocks serve;
-    others take the hook path. `exit` is the module that gives the last states; "" = the encoder.
+    `describe_block` reads a layer as a frozen block; None: the family takes the hook path.
+    `exit` is the module that gives the last states; "" = the encoder.
     `proof_indices`: arguments besides the token ids, indices [B], without which the backbone may
     not run.
     """
@@ -30,7 +39,7 @@ class Family:
     key: str = "key"
     value: str = "value"
     pads_keep_position: bool = False
-    post_layer_norm: bool = True
+    describe_block: DescribeBlock | None = describe_bert
     exit: str = ""
     proof_indices: tuple[str, ...] = ()
 
@@ -97,7 +106,7 @@ class AlbertFamily(Family):
 
 FAMILIES: dict[str, Family] = {
     "albert": AlbertFamily(
-        layers="encoder.albert_layer_groups", attention="attention", post_layer_norm=False
+        layers="encoder.albert_layer_groups", attention="attention", describe_block=describe_albert
     ),
     "bert": Family(),
     "camembert": Family(pads_keep_position=True),
@@ -110,7 +119,7 @@ FAMILIES: dict[str, Family] = {
         query="q_lin",
         key="k_lin",
         value="v_lin",
-        post_layer_norm=False,
+        describe_block=describe_distilbert,
     ),
     "electra": Family(frozen=("embeddings", "embeddings_project", "encoder")),
     "ernie": Family(),
@@ -118,12 +127,12 @@ FAMILIES: dict[str, Family] = {
     "roberta-prelayernorm": Family(
         frozen=("embeddings", "encoder", "LayerNorm"),
         pads_keep_position=True,
-        post_layer_norm=False,
+        describe_block=describe_pre_norm_roberta,
         exit="LayerNorm",
     ),
     "xlm-roberta": Family(pads_keep_position=True),
-    "xlm-roberta-xl": Family(pads_keep_position=True, post_layer_norm=False),
-    "xmod": Family(pads_keep_position=True, post_layer_norm=False, proof_indices=("lang_ids",)),
+    "xlm-roberta-xl": Family(pads_keep_position=True, describe_block=describe_xlm_roberta_xl),
+    "xmod": Family(pads_keep_position=True, describe_block=None, proof_indices=("lang_ids",)),
 }
 
 
@@ -139,7 +148,7 @@ _SERVED_OPTIONS: dict[str, tuple[object, ...]] = {
 def supported_types() -> str:
     """The supported model types in one line, as README lists them."""
     return ", ".join(
-        name if family.post_layer_norm else f"{name} (hook)"
+        name if family.describe_block else f"{name} (hook)"
         for name, family in sorted(FAMILIES.items())
     )
 

@@ -8,42 +8,55 @@ from torch.nn.modules import module as torch_module
 from ptv2_fast.encoders.backbone_forward import replaced_by_prefix
 from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
 
-# Class of the model -> the module that reads the backbone's states ("" = the backbone's pooler).
-_READERS = {
+# Class of the model -> the module that reads the states of its backbone: "" = the pooler of the
+# backbone, None = the forward of model or backbone itself, row 0.
+_READERS: dict[str, str | None] = {
+    "AlbertForSequenceClassification": None,
+    "AlbertForMultipleChoice": None,
+    "BertForSequenceClassification": "",
+    "BertForMultipleChoice": "",
     "CamembertForSequenceClassification": "classifier",
     "CamembertForMultipleChoice": "",
     "Data2VecTextForSequenceClassification": "classifier",
     "Data2VecTextForMultipleChoice": "",
-    "ErnieForSequenceClassification": "",
-    "ErnieForMultipleChoice": "",
-    "BertForSequenceClassification": "",
-    "BertForMultipleChoice": "",
-    "RobertaForSequenceClassification": "classifier",
-    "RobertaForMultipleChoice": "",
-    "XLMRobertaForSequenceClassification": "classifier",
-    "XLMRobertaForMultipleChoice": "",
+    "DistilBertForSequenceClassification": None,
+    "DistilBertForMultipleChoice": None,
     "ElectraForSequenceClassification": "classifier",
     "ElectraForMultipleChoice": "sequence_summary",
+    "ErnieForSequenceClassification": "",
+    "ErnieForMultipleChoice": "",
+    "RobertaForSequenceClassification": "classifier",
+    "RobertaForMultipleChoice": "",
+    "RobertaPreLayerNormForSequenceClassification": "classifier",
+    "RobertaPreLayerNormForMultipleChoice": "",
+    "XLMRobertaForSequenceClassification": "classifier",
+    "XLMRobertaForMultipleChoice": "",
+    "XLMRobertaXLForSequenceClassification": "classifier",
+    "XLMRobertaXLForMultipleChoice": "",
 }
 _READ_FIRST = (
-    "CamembertPooler",
-    "CamembertClassificationHead",
-    "Data2VecTextPooler",
-    "Data2VecTextClassificationHead",
-    "ErniePooler",
     "BertPooler",
-    "RobertaPooler",
-    "RobertaClassificationHead",
-    "XLMRobertaPooler",
-    "XLMRobertaClassificationHead",
+    "CamembertClassificationHead",
+    "CamembertPooler",
+    "Data2VecTextClassificationHead",
+    "Data2VecTextPooler",
     "ElectraClassificationHead",
+    "ErniePooler",
+    "RobertaClassificationHead",
+    "RobertaPooler",
+    "RobertaPreLayerNormClassificationHead",
+    "RobertaPreLayerNormPooler",
+    "XLMRobertaClassificationHead",
+    "XLMRobertaPooler",
+    "XLMRobertaXLClassificationHead",
+    "XLMRobertaXLPooler",
 )
 
 # Where the wrappers are from that accelerate puts around a forward for mixed precision.
 _MIXED_PRECISION = ("accelerate.utils.operations", "torch.amp.autocast_mode")
 
 
-def reads_first_only(model: nn.Module, backbone: nn.Module, encoder: nn.Module) -> bool:
+def reads_first_token_only(model: nn.Module, backbone: nn.Module, encoder: nn.Module) -> bool:
     """Whether, in a call made now, nothing reads another state than the first token's.
 
     So it is where all that stands between the encoder's output and the logits is transformers'
@@ -53,14 +66,16 @@ def reads_first_only(model: nn.Module, backbone: nn.Module, encoder: nn.Module) 
         model: with its head.
         backbone, encoder: of this model.
     """
-    reader = _READERS.get(type(model).__name__)
-    if reader is None or torch_module._has_any_global_hook():
+    name = type(model).__name__
+    if name not in _READERS or torch_module._has_any_global_hook():
         return False
-    pooler = getattr(backbone, "pooler", None)
-    # A pooler that the head leaves aside is called all the same.
-    readers = [pooler] if pooler is not None or not reader else []
-    if reader:
-        readers.append(getattr(model, reader, None))
+    reader, readers = _READERS[name], []
+    if reader is not None:
+        pooler = getattr(backbone, "pooler", None)
+        # A pooler that the head leaves aside is called all the same.
+        readers = [pooler] if pooler is not None or not reader else []
+        if reader:
+            readers.append(getattr(model, reader, None))
     return (
         _has_own_forward(model)
         and all(_is_untouched(module) for module in (backbone, encoder, *readers))

@@ -1,14 +1,15 @@
 """Encoder layers of transformers that run as frozen blocks, or the reason why they do not."""
 
+import inspect
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
-from transformers.activations import GELUActivation
 
 from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState, check_served
+from ptv2_fast.encoders.blocks import DescribeBlock, Heads, NotServedError
 from ptv2_fast.encoders.checkpointing import (
     checkpoint_unless_frozen,
     is_checkpointed,
@@ -16,9 +17,11 @@ from ptv2_fast.encoders.checkpointing import (
 )
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
-from ptv2_fast.frozen.engine import FrozenRun
+from ptv2_fast.frozen.call import AttentionInputs
+from ptv2_fast.frozen.engine import Block, FrozenRun
 from ptv2_fast.frozen.layout import full_layout, masked_layout
-from ptv2_fast.frozen.weights import BlockModules, WeightReader, is_plain
+from ptv2_fast.frozen.modules import BlockModules
+from ptv2_fast.frozen.weights import WeightReader, is_plain
 from ptv2_fast.prefix import PTuningV2Config
 
 
@@ -27,20 +30,30 @@ class FrozenLayerForward:
 
     The module stays and is called as ever, so that hidden states are recorded and hooks of others
     run; gradient checkpointing does not (checkpointing.py).
+
+    Args:
+        layer: of the encoder.
+        index: its number; None for a module that is several layers, which go by their calls.
+        describe: reads the modules of such a layer.
+        heads: of keys and values.
     """
 
-    def __init__(self, layer: nn.Module, index: int, heads: int) -> None:
-        self.layer, self.index, self.heads = layer, index, heads
-        self._take(_block_modules(layer, heads))
+    def __init__(
+        self, layer: nn.Module, index: int | None, describe: DescribeBlock, heads: Heads
+    ) -> None:
+        self.layer, self.index, self.describe, self.heads = layer, index, describe, heads
+        # Read here because it is needed in every forward.
+        self._names = tuple(inspect.signature(type(layer).forward).parameters)[2:]
+        self._take(describe(layer, heads))
 
-    def look_again(self) -> None:
+    def refresh(self) -> None:
         """Take over modules that were replaced since, say by those of another adapter."""
-        modules = _block_modules(self.layer, self.heads)
-        if modules != self.modules:
+        modules = self.describe(self.layer, self.heads)
+        if modules != self.block.modules:
             self._take(modules)
 
     def _take(self, modules: BlockModules) -> None:
-        self.modules, self.weights = modules, WeightReader(modules)
+        self.block = Block(modules, WeightReader(modules))
         self.inside = _modules_inside(self.layer)
 
     def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -48,20 +61,27 @@ class FrozenLayerForward:
         state = kwargs.get(STATE_ARGUMENT)
         if not isinstance(state, PrefixState) or state.run is None:
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
-        # The mask is in the layout of the run.
-        check_served({k: v for k, v in kwargs.items() if k != "attention_mask"}, self.index)
-        prefix = state.layers.get(self.index)
-        state.called.append(self.index)
-        return state.run.run_layer(self.index, hidden_states, prefix, self.modules, self.weights)
+        # zip is not strict: positional arguments are the first of the names.
+        arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        arguments.pop("attention_mask", None)  # which is in the layout of the run
+        inputs = AttentionInputs()
+        if self.block.modules.spec.rotary is not None:
+            inputs = AttentionInputs(*arguments.pop("position_embeddings"))
+        index = len(state.called) if self.index is None else self.index
+        check_served(arguments, index)
+        state.called.append(index)
+        above = state.blocks[index + 1].modules if index + 1 < state.num_layers else None
+        prefix = state.layers.get(index)
+        return state.run.run_layer(index, hidden_states, prefix, self.block, above, inputs)
 
 
 class FrozenBackbone:
     """The layers of one model as frozen blocks.
 
     Args:
-        layers: the encoder layers.
+        layers: the encoder layers in the order of their calls.
         family: of the model.
-        heads: of its attention.
+        heads: of its attention's keys and values.
         config: the prefix's configuration.
         trains_layers: parameters of the layers are to be trained.
 
@@ -73,16 +93,18 @@ class FrozenBackbone:
         self,
         layers: list[nn.Module],
         family: Family,
-        heads: int,
+        heads: Heads,
         config: PTuningV2Config,
         trains_layers: bool,
     ) -> None:
         self.layers, self.heads, self.config = layers, heads, config
+        self.modules = list(dict.fromkeys(layers))
+        self.describe = family.describe_block
         self._warned: set[str] = set()
         self._forwards: list[FrozenLayerForward] = []
         self.is_possible = config.backbone != "hook"
         if self.is_possible:
-            reason = self._why_never(family)
+            reason = self._static_fallback_reason()
             if reason is None and trains_layers:
                 reason = "modules_to_save trains parameters of the layers"
             if reason is not None:
@@ -91,10 +113,12 @@ class FrozenBackbone:
 
     def install(self) -> None:
         """Take over the forward of every layer, when that is possible."""
-        if not self.is_possible:
+        if not self.is_possible or self.describe is None:
             return
-        for index, layer in enumerate(self.layers):
-            forward = FrozenLayerForward(layer, index, self.heads)
+        is_shared = len(self.modules) < len(self.layers)
+        for index, layer in enumerate(self.modules):
+            number = None if is_shared else index
+            forward = FrozenLayerForward(layer, number, self.describe, self.heads)
             layer.forward = forward  # type: ignore[method-assign]
             self._forwards.append(forward)
 
@@ -103,8 +127,8 @@ class FrozenBackbone:
         for forward in self._forwards:
             if forward.layer.__dict__.get("forward") is forward:
                 del forward.layer.forward
-            forward.weights.separate()
-        restore_checkpointing(self.layers)
+            forward.block.reader.separate()
+        restore_checkpointing(self.modules)
 
     def start(
         self,
@@ -112,7 +136,7 @@ class FrozenBackbone:
         arguments: dict[str, Any],
         state: PrefixState,
         shows_layers: bool,
-        reads_first_only: bool,
+        first_token_only: bool,
         reads_pads: bool,
     ) -> FrozenRun | None:
         """Begin a forward of the backbone; None when it has to take the hook path.
@@ -122,7 +146,7 @@ class FrozenBackbone:
             arguments: of the backbone's forward, by name.
             state: of this forward.
             shows_layers: the states between the layers are asked for.
-            reads_first_only: nothing but the first token of the last layer's output is read.
+            first_token_only: nothing but the first token of the last layer's output is read.
             reads_pads: the states of pad tokens are.
 
         Raises:
@@ -132,7 +156,7 @@ class FrozenBackbone:
         # blocks would hold the lengths of its example.
         if not self._forwards or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        reason = self._why_not_now()
+        reason = self._dynamic_fallback_reason()
         if reason is not None:
             self._fall_back(reason, self.config.backbone == "frozen")
             return None
@@ -150,13 +174,16 @@ class FrozenBackbone:
         if reads_pads and layout.index is not None:
             self._fall_back("the head's summary reads pad tokens")
             return None
-        shows_layers = shows_layers or any(has_foreign_hooks(layer) for layer in self.layers)
+        shows_layers = shows_layers or any(has_foreign_hooks(layer) for layer in self.modules)
         policy = self.config.recompute
-        if any(is_checkpointed(layer) for layer in self.layers):
-            checkpoint_unless_frozen(self.layers)
+        if any(is_checkpointed(layer) for layer in self.modules):
+            checkpoint_unless_frozen(self.modules)
             if policy == "none":
                 policy = "block"
         lowest = 0 if state.keep_input_gradient else min(state.layers, default=len(self.layers))
+        blocks = {forward.layer: forward.block for forward in self._forwards}
+        state.blocks = [blocks[layer] for layer in self.layers]
+        is_causal = state.blocks[-1].modules.spec.is_causal
         return FrozenRun(
             layout,
             num_layers=len(self.layers),
@@ -165,36 +192,37 @@ class FrozenBackbone:
             policy=policy,
             memory_budget=self.config.memory_budget,
             unpack_each=shows_layers,
-            first_rows_only=reads_first_only and not shows_layers,
+            first_token_only=first_token_only and not shows_layers and not is_causal,
         )
 
-    def _why_never(self, family: Family) -> str | None:
-        if not family.post_layer_norm:
-            return "the layers of this family are not those of BERT"
-        for index, layer in enumerate(self.layers):
+    def _static_fallback_reason(self) -> str | None:
+        if self.describe is None:
+            return "the layers of this family are not served"
+        for index, layer in enumerate(self.modules):
             if "forward" in layer.__dict__:
                 return f"layer {index}: its forward was replaced by something else"
-            activation = layer.get_submodule("intermediate").intermediate_act_fn
-            if not _is_exact_gelu(activation):
-                return f"layer {index}: expected the activation 'gelu', got {activation}"
-            reason = _why_not(_block_modules(layer, 1)) or _who_listens(_modules_inside(layer))
+            try:
+                reason = _why_not(self.describe(layer, self.heads))
+            except NotServedError as error:
+                reason = str(error)
+            reason = reason or _who_listens(_modules_inside(layer))
             if reason is not None:
                 return f"layer {index}: {reason}"
         return None
 
-    def _why_not_now(self) -> str | None:
-        for forward in self._forwards:
-            forward.look_again()
-            reason = _why_not(forward.modules) or _who_listens(forward.inside)
+    def _dynamic_fallback_reason(self) -> str | None:
+        for index, forward in enumerate(self._forwards):
+            forward.refresh()
+            reason = _why_not(forward.block.modules) or _who_listens(forward.inside)
             if reason is None and forward.layer.forward is not forward:
                 reason = "its forward was replaced by something else"
             if reason is None and has_backward_hooks(forward.layer):
                 reason = "someone listens to its backward pass"
-            for parameter in forward.modules.parameters():
+            for parameter in forward.block.modules.parameters():
                 if parameter.requires_grad:
                     reason = reason or "its parameters are trained"
             if reason is not None:
-                return f"layer {forward.index}: {reason}"
+                return f"layer {index}: {reason}"
         return None
 
     def _fall_back(self, reason: str, is_error: bool = False) -> None:
@@ -205,44 +233,20 @@ class FrozenBackbone:
             warnings.warn(f"the backbone runs without frozen blocks: {reason}", stacklevel=3)
 
 
-def _is_exact_gelu(activation: object) -> bool:
-    if isinstance(activation, GELUActivation):
-        return activation.act is nn.functional.gelu
-    return isinstance(activation, nn.GELU) and activation.approximate == "none"
-
-
-def _block_modules(layer: Any, heads: int) -> BlockModules:
-    attention, attention_output, output = layer.attention.self, layer.attention.output, layer.output
-    return BlockModules(
-        heads=heads,
-        query=attention.query,
-        key=attention.key,
-        value=attention.value,
-        attention_dropout=attention.dropout,
-        attention_output=attention_output.dense,
-        attention_output_dropout=attention_output.dropout,
-        attention_norm=attention_output.LayerNorm,
-        intermediate=layer.intermediate.dense,
-        output=output.dense,
-        output_dropout=output.dropout,
-        output_norm=output.LayerNorm,
-    )
-
-
 def _why_not(modules: BlockModules) -> str | None:
     """Why these modules cannot be one frozen block; None when they can."""
     for name, linear in modules.linears().items():
+        kind = type(linear)
         # Quantised layers are linear layers of their own kind; adapters wrap one.
         if not isinstance(linear, nn.Linear):
-            kind = type(linear)
             return f"{name} is a {kind.__module__}.{kind.__qualname__}, not a Linear"
-        if (
-            is_plain(linear) and type(linear.weight) is not nn.Parameter
-        ):  # sharded over devices, say
+        if is_plain(linear) and type(linear.weight) is not nn.Parameter:  # sharded, say
             return f"the weight of {name} is a {type(linear.weight).__qualname__}"
-    for norm in (modules.attention_norm, modules.output_norm):
-        if type(norm) is not nn.LayerNorm:
-            return f"expected a LayerNorm, got a {type(norm).__module__}.{type(norm).__qualname__}"
+    for norm in modules.norms():
+        name = f"{type(norm).__module__}.{type(norm).__qualname__}"
+        is_rms = not modules.spec.subtract_mean and name.startswith("transformers.models.")
+        if not (is_rms or type(norm) is nn.LayerNorm) or not isinstance(norm.weight, Tensor):
+            return f"expected a norm with weights, got a {name}"
     return None
 
 

@@ -8,53 +8,30 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor
 
-from ptv2_fast.frozen.layout import append_zeros
-from ptv2_fast.frozen.weights import AnyLinear, BlockWeights, Norm
+from ptv2_fast.frozen.attention import Attention, BlockAttention
+from ptv2_fast.frozen.call import BlockCall, BlockTensors
+from ptv2_fast.frozen.modules import Norm
+from ptv2_fast.frozen.weights import AnyLinear
 from ptv2_fast.ops import elementwise
-from ptv2_fast.ops.dropout import ATTENTION_OUTPUT_STREAM, FEED_FORWARD_STREAM
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.dropout import ACTIVATION_STREAM, ATTENTION_OUTPUT_STREAM, FEED_FORWARD_STREAM
 from ptv2_fast.ops.registration import KERNEL_DTYPES
 
 
-class Dropout(NamedTuple):
-    """The probabilities of a block's dropouts; 0 outside training."""
+class BranchEnd(NamedTuple):
+    """What the end of a branch gives: its sum, and what the next branch starts from."""
 
-    attention: float = 0.0
-    attention_output: float = 0.0
-    output: float = 0.0
-    prefix: float = 0.0
-
-
-class BlockCall(NamedTuple):
-    """What one call of a block is, beside its tensors."""
-
-    weights: BlockWeights
-    dropout: Dropout
-    policy: str
-    chunk: int  # tokens that go through the feed-forward network at a time
-    tokens: int  # N, rows that belong to a token; those behind them are not read
-    max_seqlen: int
-    first_rows_only: bool  # compute the output for the first token of each sequence only
-    below: Norm | None  # the last LayerNorm of the block below, whose total comes along
+    out: Tensor | None  # the norm of the sum, [rows, hidden]; None where no norm follows
+    sum: Tensor  # [rows, hidden]
+    stats: Tensor | None  # fp32 [rows, 2], mean and 1 / deviation of the sum's rows
 
 
-class BlockTensors(NamedTuple):
-    """The tensors of one call that have no gradient."""
+class BlockForward(NamedTuple):
+    """The results of a forward pass."""
 
-    cu_seqlens: Tensor  # int32 [B + 1]
-    coordinates: Tensor  # int32 [N, 2]
-    seed: Tensor | None  # int64 [1]
-    below_total: Tensor | None  # [N, hidden], what the block below normalised, and its statistics
-    below_statistics: Tensor | None
-
-
-class Attention(NamedTuple):
-    """What the backward pass of the attention reads."""
-
-    query: Tensor  # [N, heads, head_dim] or, for first rows only, [B, heads, head_dim]
-    key_value: Tensor | None  # [N, 2, heads, head_dim]
-    out: Tensor  # as query
-    lse: Tensor  # [N or B, heads]
+    attention: Attention
+    attention_end: BranchEnd
+    output_end: BranchEnd
+    expanded: list[Tensor]  # chunks of the feed-forward network's first product, when kept
 
 
 class BlockArithmetic:
@@ -64,217 +41,176 @@ class BlockArithmetic:
         self,
         call: BlockCall,
         tensors: BlockTensors,
-        prefix_key: Tensor,  # [1, heads, P, head_dim], the products' dtype
+        prefix_key: Tensor,  # [1, key_value_heads, P, head_dim], the products' dtype
         prefix_value: Tensor,
         residual_dtype: torch.dtype,
     ) -> None:
         self.call, self.tensors, self.weights = call, tensors, call.weights
-        self.prefix_key, self.prefix_value = prefix_key, prefix_value
-        self.heads, self.head_dim = prefix_key.shape[1], prefix_key.shape[3]
+        self.spec = call.weights.spec
         served = KERNEL_DTYPES.get(prefix_key.device.type, ())
         has_kernels = self.weights.dtype in served and residual_dtype in served
-        self.steps = torch.ops.ptv2 if has_kernels else elementwise
+        self.ops = torch.ops.ptv2 if has_kernels else elementwise
         suffix = "" if has_kernels or not served else "_reference"
-        self._attention_forward = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix)
-        self._attention_backward = getattr(torch.ops.ptv2, "prefix_attention_backward" + suffix)
-        self.rows = tensors.cu_seqlens[:-1].long() if call.first_rows_only else None
+        self.attention = BlockAttention(call, tensors, prefix_key, prefix_value, self.ops, suffix)
+        self.rows = self.attention.rows
         self.coordinates = tensors.coordinates
         if self.rows is not None:
             self.coordinates = self.coordinates[self.rows]
 
     # The parts of the forward pass, in their order.
 
-    def project(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """query [N or B, heads, head_dim] and key_value [N, 2, heads, head_dim]."""
-        products = hidden.to(self.weights.dtype)
-        shape = (-1, self.heads, self.head_dim)
-        if self.rows is None:
-            joined = self.weights.qkv.biased(products).view(-1, 3, self.heads, self.head_dim)
-            return joined[:, 0], joined[:, 1:]
-        key_value = self.weights.key_value.biased(products).unflatten(1, (2, *shape[1:]))
-        return self.weights.query.biased(products[self.rows]).view(shape), key_value
+    def forward(self, residual: Tensor, input: Tensor, keep_expanded: bool = False) -> BlockForward:
+        """One block.
 
-    def attend(self, query: Tensor, key_value: Tensor) -> Attention:
-        """Attention over the prefix and the tokens of each sequence."""
-        operands, options = self._operands(query, key_value)
-        out, lse = self._attention_forward(*operands, *options)
+        Args:
+            residual: [N, hidden], what the attention's output is added to.
+            input: [N, hidden], what the attention reads: the residual, or its norm.
+            keep_expanded: return the chunks of the first product.
+        """
+        attention = self.attention.attend(*self.attention.project(input))
+        attention_end = self.add_attention(residual, attention.out)
+        normal = cast(Tensor, attention_end.out)
+        results, expanded = self.feed_forward(normal, keep_expanded)
+        residual = attention_end.sum if self.spec.pre_norm else normal
+        output_end = self._end_branch(
+            results, self.weights.down, residual, self.call.output_norm,
+            self.call.dropout.output, FEED_FORWARD_STREAM,
+        )  # fmt: skip
+        return BlockForward(attention, attention_end, output_end, expanded)
+
+    def add_attention(self, residual: Tensor, out: Tensor) -> BranchEnd:
+        """The end of the attention's branch."""
         if self.rows is not None:
-            out, lse = out.squeeze(2), lse.squeeze(2)
-        else:
-            out[self.call.tokens :] = 0
-        return Attention(query, key_value, out, lse)
+            residual = residual[self.rows]
+        layer = self.weights.attention_output
+        return self._end_branch(
+            layer.unbiased(out.flatten(1)), layer, residual, self.call.attention_norm,
+            self.call.dropout.attention_output, ATTENTION_OUTPUT_STREAM,
+        )  # fmt: skip
 
-    def add_attention(self, hidden: Tensor, out: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Y, total_1 and its statistics."""
-        layer, residual = self.weights.attention_output, hidden
-        if self.rows is not None:
-            residual = hidden[self.rows]
-        projected = layer.unbiased(out.flatten(1))
-        return self._add(projected, layer, residual, self.weights.attention_norm,
-                         self.call.dropout.attention_output, ATTENTION_OUTPUT_STREAM)  # fmt: skip
-
-    def expand(self, normal: Tensor, slot: int) -> Tensor:
-        """U of chunk number `slot` of Y, without its bias."""
-        return self.weights.intermediate.unbiased(normal.to(self.weights.dtype), slot)
-
-    def add_feed_forward(
-        self, normal: Tensor, keep_expanded: bool
-    ) -> tuple[Tensor, Tensor, Tensor, list[Tensor]]:
-        """Z, total_2, its statistics and the chunks of U when they are kept."""
-        layer, kept, results = self.weights.output, [], []
-        for slot, chunk in enumerate(normal.split(self.call.chunk)):
-            expanded = self.expand(chunk, slot)
-            activated = self.steps.bias_activation(expanded, self.weights.intermediate.bias, "gelu")
-            results.append(layer.unbiased(activated, slot))
+    def feed_forward(self, normal: Tensor, keep_expanded: bool) -> tuple[Tensor, list[Tensor]]:
+        """The network's output without its bias, and the chunks of its first product when kept."""
+        kept, results = [], []
+        for index, chunk in enumerate(normal.split(self.call.chunk)):
+            expanded = self._expand(chunk, index)
+            activated = self._drop_activated(self._activate(expanded), index)
+            results.append(self.weights.down.unbiased(activated, index))
             if keep_expanded:
                 kept.append(expanded)
-        result = self._add(_join(results), layer, normal, self.weights.output_norm,
-                           self.call.dropout.output, FEED_FORWARD_STREAM)  # fmt: skip
-        return *result, kept
+        return _join(results), kept
 
-    def forward(
-        self, hidden: Tensor, keep_expanded: bool = False
-    ) -> tuple[Tensor, Tensor, Tensor, Attention, Tensor, Tensor, list[Tensor]]:
-        """Z, total_2, its statistics; attention, total_1, its statistics, the chunks of U."""
-        attention = self.attend(*self.project(hidden))
-        normal, total_1, statistics_1 = self.add_attention(hidden, attention.out)
-        out, total_2, statistics_2, expanded = self.add_feed_forward(normal, keep_expanded)
-        return out, total_2, statistics_2, attention, total_1, statistics_1, expanded
+    def normalise(self, sum: Tensor, stats: Tensor, norm: Norm) -> Tensor:
+        """The output of a norm from the sum that it got and the statistics of that."""
+        return self.ops.norm_from_stats(sum, stats, norm.weight, norm.beta)
 
     # The parts of the backward pass, in their order.
 
     def feed_forward_gradient(
-        self,
-        grad_out: Tensor,
-        total_2: Tensor,
-        statistics_2: Tensor,
-        total_1: Tensor,
-        statistics_1: Tensor,
-        kept: list[Tensor],
-    ) -> tuple[Tensor, Tensor]:
-        """The two gradients of Y, that through the sum and that through U."""
-        grad_residual, grad_output = self._add_gradient(
-            grad_out, None, total_2, statistics_2, self.weights.output_norm,
+        self, grad_sum: Tensor | None, grad_out: Tensor | None, output_end: BranchEnd,
+        attention_end: BranchEnd, kept: list[Tensor],
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The gradients of the branch's residual and input, from those of its sum and its norm."""
+        grad_residual, grad_output = self._branch_gradient(
+            grad_sum, grad_out, None, output_end, self.call.output_norm,
             self.call.dropout.output, FEED_FORWARD_STREAM,
         )  # fmt: skip
-        bias, results = self.weights.intermediate.bias, []
-        for slot, grad in enumerate(grad_output.split(self.call.chunk)):
-            if kept:
-                expanded = kept[slot]
-            else:
-                rows = slice(slot * self.call.chunk, (slot + 1) * self.call.chunk)
-                normal = self.normalise(
-                    total_1[rows], statistics_1[rows], self.weights.attention_norm
-                )
-                expanded = self.expand(normal, slot)
-            grad_activated = self.weights.output.input_gradient(grad, slot)
-            grad_expanded = self.steps.bias_activation_backward(
-                grad_activated, expanded, bias, "gelu"
+        results = []
+        for index, grad in enumerate(grad_output.split(self.call.chunk)):
+            expanded = kept[index] if kept else self._expand_again(attention_end, index)
+            grad_activated = self._drop_activated(
+                self.weights.down.input_gradient(grad, index), index
             )
-            results.append(self.weights.intermediate.input_gradient(grad_expanded, slot))
+            grad_expanded = self._activation_gradient(grad_activated, expanded)
+            results.append(self.weights.up.input_gradient(grad_expanded, index))
         return grad_residual, _join(results)
 
     def attention_output_gradient(
-        self, grad_residual: Tensor, grad_other: Tensor, total_1: Tensor, statistics_1: Tensor
+        self, grad_residual: Tensor, grad_input: Tensor, attention_end: BranchEnd
     ) -> tuple[Tensor, Tensor]:
-        """The gradient of X through the sum, and that of O."""
-        grad_hidden, grad_projected = self._add_gradient(
-            grad_residual, grad_other, total_1, statistics_1, self.weights.attention_norm,
+        """The gradient of the attention's residual, and that of its heads."""
+        through_norm = not self.spec.pre_norm
+        grad_residual, grad_projected = self._branch_gradient(
+            None if through_norm else grad_residual, grad_residual if through_norm else None,
+            grad_input, attention_end, self.call.attention_norm,
             self.call.dropout.attention_output, ATTENTION_OUTPUT_STREAM,
         )  # fmt: skip
         grad_out = self.weights.attention_output.input_gradient(grad_projected)
-        return grad_hidden, grad_out.unflatten(1, (self.heads, self.head_dim))
+        return grad_residual, grad_out.unflatten(1, (-1, self.weights.modules.head_dim))
 
-    def attention_gradient(
-        self, grad_out: Tensor, attention: Attention, needs_hidden: bool, needs_prefix: bool
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The gradient of X through Q, K and V, and those of the prefix."""
-        operands, options = self._operands(attention.query, attention.key_value)
-        out, lse = attention.out, attention.lse
-        if self.rows is not None:
-            grad_out, out, lse = grad_out.unsqueeze(2), out.unsqueeze(2), lse.unsqueeze(2)
-        joint = needs_hidden and self.rows is None
-        gradients = self._attention_backward(
-            grad_out, *operands, out, lse, None, needs_hidden, needs_hidden, needs_prefix, joint,
-            *options,
-        )  # fmt: skip
-        if not needs_hidden:
-            grad_hidden = None
-        elif joint:
-            gradients[0][self.call.tokens :] = 0
-            grad_hidden = self.weights.qkv.input_gradient(gradients[0].flatten(1))
-        else:
-            grad_key_value = torch.stack([self._packed(part) for part in gradients[1:3]], dim=1)
-            grad_hidden = self.weights.key_value.input_gradient(grad_key_value.flatten(1))
-            grad_query = self.weights.query.input_gradient(gradients[0].reshape(len(out), -1))
-            grad_hidden.index_add_(0, cast(Tensor, self.rows), grad_query)
-        return grad_hidden, gradients[3], gradients[4]
-
-    def normalise(self, total: Tensor, statistics: Tensor, norm: Norm) -> Tensor:
-        """The output of a LayerNorm again."""
-        return self.steps.norm_from_stats(total, statistics, norm.weight, norm.beta)
-
-    def _add(
-        self, input: Tensor, layer: AnyLinear, residual: Tensor, norm: Norm, p: float,
+    def _end_branch(
+        self, input: Tensor, layer: AnyLinear, residual: Tensor, norm: Norm | None, p: float,
         stream: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        return self.steps.dropout_add_norm(
-            input, layer.bias, residual, norm.weight, norm.beta, norm.epsilon, True,
-            self.tensors.seed, self.coordinates, p, stream,
+    ) -> BranchEnd:  # fmt: skip
+        dropout = (self.tensors.seed, self.coordinates, p, stream)
+        if norm is None:
+            return BranchEnd(
+                None, self.ops.dropout_add(input, layer.bias, residual, *dropout), None
+            )
+        return BranchEnd(
+            *self.ops.dropout_add_norm(
+                input, layer.bias, residual, norm.weight, norm.beta, norm.epsilon,
+                norm.subtract_mean, *dropout,
+            )
         )  # fmt: skip
 
-    def _add_gradient(
-        self, grad_out: Tensor, grad_other: Tensor | None, total: Tensor, statistics: Tensor,
-        norm: Norm, p: float, stream: int,
+    def _branch_gradient(
+        self, grad_sum: Tensor | None, grad_out: Tensor | None, grad_other: Tensor | None,
+        end: BranchEnd, norm: Norm | None, p: float, stream: int,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        grad_residual, grad_input = self.steps.dropout_add_norm_backward(
-            grad_out, grad_other, None, total, statistics, norm.weight, True,
-            self.tensors.seed, self.coordinates, p, stream, self.weights.dtype,
-        )  # fmt: skip
-        is_same = p == 0.0 and self.weights.dtype == total.dtype
+        """The gradients of a branch's residual and output, which may be one tensor.
+
+        `grad_sum` is that of the sum, `grad_out` (of the residual's dtype) and `grad_other` (of
+        the products') are of its norm.
+        """
+        dropout = (self.tensors.seed, self.coordinates, p, stream, self.weights.dtype)
+        if grad_out is None and grad_other is None:
+            grad_residual = cast(Tensor, grad_sum)
+            grad_input = self.ops.dropout_backward(grad_residual, *dropout)
+        else:
+            norm = cast(Norm, norm)
+            grad_residual, grad_input = self.ops.dropout_add_norm_backward(
+                grad_out, grad_other, grad_sum, end.sum, end.stats, norm.weight,
+                norm.subtract_mean, *dropout,
+            )  # fmt: skip
+        is_same = p == 0.0 and self.weights.dtype == grad_residual.dtype
         return grad_residual, grad_residual if is_same else grad_input
 
-    def _operands(
-        self, query: Tensor, key_value: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Options]:
-        """The tensors and the options of the attention's raw operators."""
-        options = Options(
-            None, self.tensors.seed, self.head_dim**-0.5, self.call.dropout.attention,
-            self.call.dropout.prefix, cu_seqlens=self.tensors.cu_seqlens,
-            max_seqlen=self.call.max_seqlen,
+    def _expand(self, normal: Tensor, chunk_index: int) -> Tensor:
+        """The network's first product, without its bias."""
+        return self.weights.up.unbiased(normal.to(self.weights.dtype), chunk_index)
+
+    def _expand_again(self, end: BranchEnd, chunk_index: int) -> Tensor:
+        rows = slice(chunk_index * self.call.chunk, (chunk_index + 1) * self.call.chunk)
+        norm = cast(Norm, self.call.attention_norm)
+        normal = self.normalise(end.sum[rows], cast(Tensor, end.stats)[rows], norm)
+        return self._expand(normal, chunk_index)
+
+    def _activate(self, expanded: Tensor) -> Tensor:
+        bias, spec = self.weights.up.bias, self.spec
+        if spec.gate is None:
+            return self.ops.bias_activation(expanded, bias, spec.activation)
+        return self.ops.gated_activation(expanded, bias, spec.activation, spec.gate == "first")
+
+    def _activation_gradient(self, grad_activated: Tensor, expanded: Tensor) -> Tensor:
+        bias, spec = self.weights.up.bias, self.spec
+        if spec.gate is None:
+            return self.ops.bias_activation_backward(
+                grad_activated, expanded, bias, spec.activation
+            )
+        return self.ops.gated_activation_backward(
+            grad_activated, expanded, bias, spec.activation, spec.gate == "first"
+        )
+
+    def _drop_activated(self, activated: Tensor, chunk_index: int) -> Tensor:
+        """Dropout inside the network, of its activation or of the gradient of that."""
+        p = self.call.dropout.activation
+        if p == 0.0:
+            return activated
+        rows = slice(chunk_index * self.call.chunk, (chunk_index + 1) * self.call.chunk)
+        return self.ops.dropout_backward(
+            activated, self.tensors.seed, self.coordinates[rows], p, ACTIVATION_STREAM,
+            activated.dtype,
         )  # fmt: skip
-        if self.rows is None:
-            # Without keys the prefix alone has a gradient, and nothing is read from these.
-            key, value = (query, query) if key_value is None else key_value.unbind(1)
-        else:
-            # One query a sequence: the packed layout has as many queries as tokens, so the keys
-            # and values are padded instead.
-            lengths = self.tensors.cu_seqlens.diff()[:, None]
-            columns = torch.arange(self.call.max_seqlen, device=lengths.device)
-            options = options._replace(key_mask=columns < lengths, cu_seqlens=None, max_seqlen=0)
-            query = query.unsqueeze(2)
-            if key_value is None:
-                key = value = query.expand(-1, -1, self.call.max_seqlen, -1)
-            else:
-                key, value = (self._padded(part) for part in key_value.unbind(1))
-        return (query, key, value, self.prefix_key, self.prefix_value), options
-
-    def _places(self) -> Tensor:
-        """The place of each row in [B * max_seqlen]."""
-        sequence, row = self.tensors.coordinates[: self.call.tokens].long().unbind(1)
-        return sequence * self.call.max_seqlen + row
-
-    def _padded(self, packed: Tensor) -> Tensor:
-        """[N, heads, head_dim] -> [B, heads, max_seqlen, head_dim]."""
-        batch = self.tensors.cu_seqlens.shape[0] - 1
-        padded = packed.new_zeros(batch * self.call.max_seqlen, *packed.shape[1:])
-        padded.index_copy_(0, self._places(), packed[: self.call.tokens])
-        return padded.unflatten(0, (batch, self.call.max_seqlen)).transpose(1, 2)
-
-    def _packed(self, padded: Tensor) -> Tensor:
-        """The inverse of `_padded`."""
-        rows = padded.transpose(1, 2).flatten(0, 1)[self._places()]
-        return append_zeros(rows, len(self.tensors.coordinates))
 
 
 def _join(parts: list[Tensor]) -> Tensor:

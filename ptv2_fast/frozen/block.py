@@ -1,54 +1,94 @@
-"""One post-LN encoder block as one autograd function, with frozen weights.
+"""One encoder block as one autograd function, with frozen weights.
 
-Forward, of X = [N, hidden] (rows are the attended tokens of all sequences):
+Forward, of the residual stream R and the attention's input X, [N, hidden] (rows are the attended
+tokens of all sequences; in a post-norm block X is R):
 
-    Q, K, V = X Wqkv + b                      one product
+    Q, K, V = X Wqkv + b, Q and K rotated     one product
     O       = prefix_attention(Q, K, V)       reads the packed rows by their strides
-    Y       = LayerNorm(X + dropout(O Wo + b))                 total_1 = what is normalised
-    Z       = LayerNorm(Y + dropout(gelu(Y W1 + b) W2 + b))    total_2, likewise
+    S1      = R + dropout(O Wo + b)           attention_sum
+    Y       = norm(S1)
+    S2      = R2 + dropout(activation(Y Wup + b) Wdown + b)     output_sum
 
-Backward gives the gradients of X and of the prefix, and none of a weight. A frozen linear layer
-needs nothing kept for that, LayerNorm its total and two statistics, GELU its input U = Y W1,
+R2 is Y in a post-norm block, which hands up norm(S2), and S1 in a pre-norm block, which hands up S2
+and that in the norm which the block above starts with.
+
+Backward gives the gradients of R, X and the prefix, and none of a weight. A frozen linear layer
+needs nothing kept for that, a norm its sum and two statistics, an activation its input Y Wup,
 attention q, k, v, out and lse, dropout a seed. What of it is kept, and what is computed again from
-what is kept below, says the policy (memory.py). All policies give the same bits, since the same
+what is kept below, says the policy (spec.py). All policies give the same bits, since the same
 products of the same shapes are computed again from the same bits.
 """
+
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ptv2_fast.frozen.arithmetic import Attention, BlockArithmetic, BlockCall, BlockTensors
+from ptv2_fast.frozen.arithmetic import BlockArithmetic, BranchEnd
+from ptv2_fast.frozen.attention import Attention
+from ptv2_fast.frozen.call import BlockCall, BlockTensors
+from ptv2_fast.frozen.modules import Norm
+from ptv2_fast.frozen.spec import Surroundings, kept_names
+
+_KEPT = (
+    "residual", "input", "query", "key_value", "attention_out", "lse", "attention_sum",
+    "attention_stats", "output_sum", "output_stats",
+)  # fmt: skip
+
+
+class BlockResult(NamedTuple):
+    """What a block hands up.
+
+    Args:
+        residual: [N, hidden], or [B, hidden] with `first_token_only`.
+        input: of the attention above: the residual in its norm; None where that is computed there.
+        sum, stats: [N, hidden] and fp32 [N, 2]: what the last norm got, for the block above to
+            compute its input from once more; None without a norm.
+        norm: that norm.
+    """
+
+    residual: Tensor
+    input: Tensor | None
+    sum: Tensor | None
+    stats: Tensor | None
+    norm: Norm | None
 
 
 def run_block(
-    hidden: Tensor,
+    residual: Tensor,
+    input: Tensor | None,
     prefix_key: Tensor,
     prefix_value: Tensor,
     call: BlockCall,
     tensors: BlockTensors,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One block forward, differentiable with respect to `hidden` and the prefix.
+) -> BlockResult:
+    """One block forward, differentiable with respect to `residual`, `input` and the prefix.
 
     Args:
-        hidden: [N, hidden] in the dtype of the residual stream.
-        prefix_key, prefix_value: [heads, P, head_dim]; P may be 0. Cast to the products' dtype.
+        residual: [N, hidden] in the dtype of the residual stream.
+        input: of the attention, likewise; None = the residual.
+        prefix_key, prefix_value: [key_value_heads, P, head_dim]; P may be 0. Cast to the products'
+            dtype.
         call, tensors: see there.
-
-    Returns:
-        The output [N, hidden], or [B, hidden] with `first_rows_only`; what its last LayerNorm
-        normalised, and the statistics of that: for the block above.
     """
     dtype = call.weights.dtype
-    call = call._replace(weights=call.weights.bind())
+    call = call._replace(weights=call.weights.for_forward())
     prefix_key, prefix_value = prefix_key.to(dtype)[None], prefix_value.to(dtype)[None]
+    arguments = (residual, input, prefix_key, prefix_value)
     if torch.is_grad_enabled() and any(
-        tensor.requires_grad for tensor in (hidden, prefix_key, prefix_value)
+        tensor is not None and tensor.requires_grad for tensor in arguments
     ):
-        return _FrozenBlock.apply(hidden, prefix_key, prefix_value, call, *tensors)
-    with _without_autocast(hidden):
-        block = BlockArithmetic(call, tensors, prefix_key, prefix_value, hidden.dtype)
-        return block.forward(hidden)[:3]
+        results = _FrozenBlock.apply(*arguments, call, *tensors)
+    else:
+        with _without_autocast(residual):
+            block = BlockArithmetic(call, tensors, prefix_key, prefix_value, residual.dtype)
+            end = block.forward(residual, residual if input is None else input).output_end
+        results = (end.out, end.sum, end.stats)
+    out, sum, stats = results
+    if call.weights.spec.pre_norm:
+        return BlockResult(sum, out, sum if stats is not None else None, stats, call.output_norm)
+    return BlockResult(out, None, sum, stats, call.output_norm)
 
 
 def _without_autocast(tensor: Tensor) -> torch.autocast:
@@ -57,87 +97,133 @@ def _without_autocast(tensor: Tensor) -> torch.autocast:
 
 class _FrozenBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden, prefix_key, prefix_value, call, *tensors):
+    def forward(ctx, residual, input, prefix_key, prefix_value, call, *tensors):
         tensors = BlockTensors(*tensors)
-        needs_hidden = ctx.needs_input_grad[0]
-        with _without_autocast(hidden):
-            block = BlockArithmetic(call, tensors, prefix_key, prefix_value, hidden.dtype)
-            out, total_2, statistics_2, attention, total_1, statistics_1, expanded = block.forward(
-                hidden, keep_expanded=call.policy == "none"
+        needs_input = any(ctx.needs_input_grad[:2])
+        around = Surroundings(
+            needs_input_gradient=needs_input,
+            has_previous=tensors.previous_sum is not None,
+            has_separate_input=input is not None,
+            has_next_norm=call.output_norm is not None,
+        )
+        names = kept_names(call.policy, around)
+        with _without_autocast(residual):
+            block = BlockArithmetic(call, tensors, prefix_key, prefix_value, residual.dtype)
+            result = block.forward(
+                residual, residual if input is None else input, "expanded" in names
             )
-        query, key_value = attention.query, attention.key_value
-        keeps_query = call.policy in ("none", "ffn")
-        if not needs_hidden:
-            # The prefix alone has a gradient, and that reads no key and no value; the copy frees
-            # them. It costs no more than the input that query would be computed from.
-            keeps_query, query, key_value = call.policy != "block", query.contiguous(), None
-        if not keeps_query:
-            query = key_value = None
-        reads_input = not keeps_query
-        has_below = call.below is not None
-        if call.policy == "block":
-            attention_out = lse = total_1 = statistics_1 = None
-        else:
-            attention_out, lse = attention.out, attention.lse
+        attention, (_, attention_sum, attention_stats), end, expanded = result
+        if "query" in names and "key_value" not in names:
+            attention = attention._replace(query=attention.query.contiguous())  # frees the others
+        values = dict(
+            zip(
+                _KEPT,
+                (residual, input, *attention, attention_sum, attention_stats, end.sum, end.stats),
+                strict=True,
+            )
+        )
+        reads_previous = "query" not in names
         ctx.save_for_backward(
             prefix_key, prefix_value, tensors.cu_seqlens, tensors.coordinates, tensors.seed,
-            tensors.below_total if reads_input and has_below else None,
-            tensors.below_statistics if reads_input and has_below else None,
-            hidden if reads_input and not has_below else None,
-            query, key_value, attention_out, lse,
-            total_1, statistics_1, total_2, statistics_2, *expanded,
+            tensors.previous_sum if reads_previous else None,
+            tensors.previous_stats if reads_previous else None,
+            *tensors[5:],
+            *(values[name] if name in names else None for name in _KEPT),
+            *expanded,
         )  # fmt: skip
-        ctx.call, ctx.residual_dtype = call, hidden.dtype
-        ctx.mark_non_differentiable(total_2, statistics_2)
+        ctx.call, ctx.residual_dtype, ctx.has_separate_input = (
+            call, residual.dtype, input is not None,
+        )  # fmt: skip
+        without_gradient = [] if call.weights.spec.pre_norm else [end.sum]
+        if end.stats is not None:
+            without_gradient.append(end.stats)
+        ctx.mark_non_differentiable(*without_gradient)
         ctx.set_materialize_grads(False)
-        return out, total_2, statistics_2
+        return end.out, end.sum, end.stats
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_out, *_):
-        (
-            prefix_key, prefix_value, cu_seqlens, coordinates, seed, below_total,
-            below_statistics, hidden, query, key_value, attention_out, lse, total_1, statistics_1,
-            total_2, statistics_2, *expanded,
-        ) = ctx.saved_tensors  # fmt: skip
-        nothing = (None,) * 9
-        if grad_out is None:
+    def backward(ctx, grad_out, grad_sum, _):
+        nothing = (None,) * (5 + len(BlockTensors._fields))
+        if grad_out is None and grad_sum is None:
             return nothing
-        needs_hidden, *needs_prefix = ctx.needs_input_grad[:3]
-        tensors = BlockTensors(cu_seqlens, coordinates, seed, below_total, below_statistics)
-        with _without_autocast(grad_out):
+        prefix_key, prefix_value, *saved = ctx.saved_tensors
+        count = len(BlockTensors._fields)
+        tensors, saved = BlockTensors(*saved[:count]), saved[count:]
+        kept = dict(zip(_KEPT, saved[: len(_KEPT)], strict=True))
+        expanded = saved[len(_KEPT) :]
+        needs_residual, needs_input, *needs_prefix = ctx.needs_input_grad[:4]
+        with _without_autocast(prefix_key):
             block = BlockArithmetic(ctx.call, tensors, prefix_key, prefix_value, ctx.residual_dtype)
-            if query is None:
-                if hidden is None:
-                    hidden = block.normalise(below_total, below_statistics, ctx.call.below)
-                query, key_value = block.project(hidden)
-            if attention_out is None:
-                attention = block.attend(query, key_value)
-                _, total_1, statistics_1 = block.add_attention(hidden, attention.out)
-            else:
-                attention = Attention(query, key_value, attention_out, lse)
-            del hidden, query, key_value
-            grad_residual, grad_other = block.feed_forward_gradient(
-                grad_out.contiguous(), total_2, statistics_2, total_1, statistics_1, expanded
+            attention, attention_end = _recompute(block, kept)
+            output_end = BranchEnd(None, kept["output_sum"], kept["output_stats"])
+            del kept, saved
+            grad_residual, grad_input = block.feed_forward_gradient(
+                None if grad_sum is None else grad_sum.contiguous(),
+                None if grad_out is None else grad_out.contiguous(),
+                output_end, attention_end, expanded,
+            )  # fmt: skip
+            grad_residual, grad_heads = block.attention_output_gradient(
+                grad_residual, grad_input, attention_end
             )
-            grad_sum, grad_attention = block.attention_output_gradient(
-                grad_residual, grad_other, total_1, statistics_1
+            del grad_input
+            grad_input, grad_prefix_key, grad_prefix_value = block.attention.gradient(
+                grad_heads, attention, needs_residual or needs_input, any(needs_prefix)
             )
-            del grad_residual, grad_other
-            grad_hidden, grad_prefix_key, grad_prefix_value = block.attention_gradient(
-                grad_attention, attention, needs_hidden, any(needs_prefix)
-            )
-            if grad_hidden is not None:
-                if block.rows is None:
-                    grad_hidden = grad_sum.add_(grad_hidden)
-                else:
-                    grad_hidden = grad_hidden.to(grad_sum.dtype).index_add_(0, block.rows, grad_sum)
+            if grad_input is not None:
+                grad_residual, grad_input = _of_all_rows(
+                    grad_residual, grad_input, block.rows, ctx.has_separate_input
+                )
         wanted = (
             gradient if need else None
             for gradient, need in zip(
-                (grad_hidden, grad_prefix_key, grad_prefix_value),
+                (grad_residual, grad_input, grad_prefix_key, grad_prefix_value),
                 ctx.needs_input_grad,
                 strict=False,
             )
         )
-        return *wanted, *nothing[3:]
+        return *wanted, *nothing[4:]
+
+
+def _recompute(
+    block: BlockArithmetic, kept: dict[str, Tensor | None]
+) -> tuple[Attention, BranchEnd]:
+    """What the backward pass reads of the attention, kept or computed again."""
+    tensors, call = block.tensors, block.call
+    residual, input, query, key_value = (
+        kept[name] for name in ("residual", "input", "query", "key_value")
+    )
+    if query is None:
+        if tensors.previous_sum is not None:
+            stats, norm = cast(Tensor, tensors.previous_stats), cast(Norm, call.previous_norm)
+            input = block.normalise(tensors.previous_sum, stats, norm)
+            residual = tensors.previous_sum if block.spec.pre_norm else input
+        elif input is None:
+            input = residual
+        query, key_value = block.attention.project(cast(Tensor, input))
+    if kept["attention_out"] is None:
+        attention = block.attention.attend(query, cast(Tensor, key_value))
+        return attention, block.add_attention(cast(Tensor, residual), attention.out)
+    attention = Attention(query, key_value, kept["attention_out"], cast(Tensor, kept["lse"]))
+    end = BranchEnd(None, cast(Tensor, kept["attention_sum"]), kept["attention_stats"])
+    return attention, end
+
+
+def _of_all_rows(
+    grad_residual: Tensor, grad_input: Tensor, rows: Tensor | None, is_separate: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of residual and input; their sum and None where these are one tensor.
+
+    Args:
+        grad_residual: [N, hidden], or [B, hidden] of the rows `rows`.
+        grad_input: [N, hidden].
+        rows: of the first tokens, or None.
+        is_separate: residual and input are two tensors.
+    """
+    if rows is None:
+        if is_separate:
+            return grad_residual, grad_input.to(grad_residual.dtype)
+        return grad_residual.add_(grad_input), None
+    start = torch.zeros_like(grad_input) if is_separate else grad_input
+    full = start.to(grad_residual.dtype).index_add_(0, rows, grad_residual)
+    return full, grad_input.to(grad_residual.dtype) if is_separate else None

@@ -1,19 +1,45 @@
 """Runs the blocks of one forward of an encoder: packing, seeds, policies, what passes upwards."""
 
 from dataclasses import dataclass, field
+from typing import NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ptv2_fast.frozen.arithmetic import BlockCall, BlockTensors, Dropout
-from ptv2_fast.frozen.block import run_block
+from ptv2_fast.frozen.block import BlockResult, run_block
+from ptv2_fast.frozen.call import AttentionInputs, BlockCall, BlockTensors, Dropout
 from ptv2_fast.frozen.layout import Layout
-from ptv2_fast.frozen.memory import BlockShape, choose_policies
-from ptv2_fast.frozen.weights import BlockModules, Norm, WeightReader
+from ptv2_fast.frozen.memory import choose_policies
+from ptv2_fast.frozen.modules import BlockModules, Norm, read_norm
+from ptv2_fast.frozen.spec import Surroundings
+from ptv2_fast.frozen.weights import WeightReader
 
 # Tokens that go through a feed-forward network at a time: its 4 x hidden activations neither set
 # the peak of memory nor leave the last cache, and the products are as fast as whole ones.
 CPU_CHUNK, GPU_CHUNK = 1024, 8192
+
+
+class Block(NamedTuple):
+    """One layer's modules and the reader of their weights."""
+
+    modules: BlockModules
+    reader: WeightReader
+
+
+class Handover(NamedTuple):
+    """A block's result with the tensor that transformers carries to the next layer.
+
+    Whoever changes that tensor on its way, in place or for another, has what the block handed up
+    beside it left aside.
+    """
+
+    hidden: Tensor
+    version: int
+    result: BlockResult
+
+    def belongs_to(self, hidden: Tensor) -> bool:
+        """Whether a layer's input is what this block returned."""
+        return hidden is self.hidden and _version(hidden) == self.version
 
 
 @dataclass
@@ -25,10 +51,10 @@ class FrozenRun:
         num_layers: blocks of the encoder.
         lowest: index of the lowest block whose backward pass runs.
         prefix_dropout: probability, in training.
-        policy: what every block keeps for its backward pass (memory.py).
+        policy: what every block keeps for its backward pass (spec.py).
         memory_budget: bytes; chooses a policy for each block instead.
         unpack_each: give every block padded input and output, for whoever looks at them.
-        first_rows_only: the last block computes the first token of each sequence only.
+        first_token_only: the last block computes the first token of each sequence only.
     """
 
     layout: Layout
@@ -38,43 +64,59 @@ class FrozenRun:
     policy: str = "none"
     memory_budget: int | None = None
     unpack_each: bool = False
-    first_rows_only: bool = False
+    first_token_only: bool = False
     _seeds: Tensor | None = None
     _policies: tuple[str, ...] | None = None
-    # What the block below normalised, its statistics and its LayerNorm.
-    _below: tuple[Tensor, Tensor, Norm] | None = field(default=None, repr=False)
+    _handover: Handover | None = field(default=None, repr=False)
+    _angles: dict[int, tuple[Tensor, ...]] = field(default_factory=dict, repr=False)
 
     def run_layer(
         self,
         index: int,
         hidden: Tensor,
         prefix: tuple[Tensor, Tensor] | None,
-        modules: BlockModules,
-        reader: WeightReader,
+        block: Block,
+        above: BlockModules | None,
+        inputs: AttentionInputs,
     ) -> Tensor:
         """The forward of one encoder layer.
 
         Args:
             index: of the layer.
-            hidden: [B, T, hidden] for layer 0 and with `unpack_each`, else [N, hidden].
-            prefix: (prefix_key, prefix_value), each [heads, P, head_dim], or None.
-            modules, reader: of this layer.
+            hidden: [B, T, hidden] for layer 0 and with `unpack_each`, else [rows, hidden].
+            prefix: (prefix_key, prefix_value), each [key_value_heads, P, head_dim], or None.
+            block: of this layer.
+            above: modules of the next layer, or None.
+            inputs: of the attention, as transformers gives them: cosine and sine [1 or B, T, D'].
 
         Returns:
-            [B, T, hidden] from the last layer and with `unpack_each`, else [N, hidden].
+            [B, T, hidden] from the last layer and with `unpack_each`, else [rows, hidden].
         """
+        modules, spec = block.modules, block.modules.spec
         is_last = index == self.num_layers - 1
+        handover, self._handover = self._handover, None
+        handed = None
+        if handover is not None and handover.belongs_to(hidden):
+            handed = handover.result
         if index == 0 or self.unpack_each:
             hidden = self.layout.pack(hidden)
-        weights = reader.read(_products_dtype(hidden, modules))
+        weights = block.reader.read(_products_dtype(hidden, modules))
         # Under autocast the products have its dtype and the rest has the weights' own.
         hidden = hidden.to(modules.dtype)
+        attention_input = None
+        if spec.pre_norm and modules.first_norm is not None:
+            if handed is not None and handed.input is not None:
+                attention_input = handed.input
+            else:
+                handed, attention_input = None, _normalise(hidden, cast(Norm, weights.first_norm))
         dropout = _dropout_of(modules, self.prefix_dropout if prefix is not None else 0.0)
         if prefix is None:
-            empty = hidden.new_empty(modules.heads, 0, hidden.shape[1] // modules.heads)
+            empty = hidden.new_empty(modules.key_value_heads, 0, modules.head_dim)
             prefix = (empty, empty)
-        first_rows_only = is_last and self.first_rows_only
-        below = self._below if index > self.lowest else None
+        previous = handed if handed is not None and index > self.lowest else None
+        next_norm = None
+        if spec.pre_norm and above is not None and not self.unpack_each:
+            next_norm = read_norm(above.first_norm, above.spec)
         call = BlockCall(
             weights=weights,
             dropout=dropout,
@@ -82,21 +124,50 @@ class FrozenRun:
             chunk=_chunk(hidden),
             tokens=self.layout.tokens,
             max_seqlen=self.layout.shape[1],
-            first_rows_only=first_rows_only,
-            below=None if below is None else below[2],
+            first_token_only=is_last and self.first_token_only,
+            next_norm=next_norm,
+            previous_norm=None if previous is None else previous.norm,
         )
         tensors = BlockTensors(
             self.layout.cu_seqlens,
             self.layout.coordinates,
             self._seed(index, hidden) if any(dropout) else None,
-            None if below is None else below[0],
-            None if below is None else below[1],
+            None if previous is None else previous.sum,
+            None if previous is None else previous.stats,
+            *self._rotary_rows(inputs, spec.rotary),
+            inputs.bias,
         )
-        out, total, statistics = run_block(hidden, *prefix, call, tensors)
-        self._below = (total, statistics, weights.output_norm)
-        if first_rows_only:
-            return self.layout.unpack_first(out)
-        return self.layout.unpack(out) if is_last or self.unpack_each else out
+        result = run_block(hidden, attention_input, *prefix, call, tensors)
+        out = result.residual
+        if call.first_token_only:
+            return self.layout.unpack_first_tokens(out)
+        if is_last or self.unpack_each:
+            out = self.layout.unpack(out)
+        if not is_last and result.stats is not None:
+            self._handover = Handover(out, _version(out), result)
+        return out
+
+    def _rotary_rows(
+        self, inputs: AttentionInputs, pairs: str | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The angles of packed rows, fp32 [rows, rotary_dim / 2]; once for layers that share them.
+
+        transformers gives an angle twice, for both elements of a pair.
+        """
+        if pairs is None:
+            return None, None
+        given = cast(Tensor, inputs.cosine)
+        if id(given) not in self._angles:
+            once = slice(given.shape[-1] // 2) if pairs == "half" else slice(None, None, 2)
+            rows = (
+                self.layout.pack(
+                    cast(Tensor, angle)[..., once].float().expand(self.layout.shape[0], -1, -1)
+                )
+                for angle in (given, inputs.sine)
+            )
+            self._angles[id(given)] = (given, *rows)  # kept, so that its id stays its own
+        _, cosine, sine = self._angles[id(given)]
+        return cosine, sine
 
     def _policy(self, index: int, hidden: Tensor, dtype: torch.dtype, modules: BlockModules) -> str:
         if self.memory_budget is None:
@@ -104,20 +175,18 @@ class FrozenRun:
         if index < self.lowest:
             return "none"
         if self._policies is None:
-            shape = BlockShape(
-                hidden=hidden.shape[1],
-                intermediate=modules.intermediate.out_features,
-                heads=modules.heads,
-                element_bytes=dtype.itemsize,
-                residual_bytes=hidden.element_size(),
-            )
             self._policies = choose_policies(
                 self.memory_budget,
                 hidden.shape[0],
-                shape,
+                modules.shape(dtype),
                 self.num_layers,
                 self.lowest,
                 chunk=_chunk(hidden),
+                around=Surroundings(
+                    has_previous=not (self.unpack_each and modules.spec.pre_norm),
+                    has_separate_input=modules.spec.pre_norm,
+                    has_next_norm=not (self.unpack_each and modules.spec.pre_norm),
+                ),
             )
         return self._policies[index - self.lowest]
 
@@ -126,6 +195,21 @@ class FrozenRun:
         if self._seeds is None:
             self._seeds = torch.randint(2**63 - 1, (self.num_layers,), device=hidden.device)
         return self._seeds[index : index + 1]
+
+
+def _version(tensor: Tensor) -> int:
+    """That of a tensor's values, which an inference tensor does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _normalise(hidden: Tensor, norm: Norm) -> Tensor:
+    """The norm of a residual stream that comes from outside of the blocks; torch's own."""
+    shape, weight = hidden.shape[-1:], norm.weight.to(hidden.dtype)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not norm.subtract_mean:
+            return nn.functional.rms_norm(hidden, shape, weight, norm.epsilon)
+        beta = None if norm.beta is None else norm.beta.to(hidden.dtype)
+        return nn.functional.layer_norm(hidden, shape, weight, beta, norm.epsilon)
 
 
 def _chunk(hidden: Tensor) -> int:
@@ -146,12 +230,10 @@ def _products_dtype(hidden: Tensor, modules: BlockModules) -> torch.dtype:
 
 
 def _dropout_of(modules: BlockModules, prefix: float) -> Dropout:
-    def active(module: torch.nn.Dropout) -> float:
-        return module.p if module.training else 0.0
-
     return Dropout(
-        active(modules.attention_dropout),
-        active(modules.attention_output_dropout),
-        active(modules.output_dropout),
-        prefix if modules.attention_dropout.training else 0.0,
+        modules.attention_dropout.probability,
+        modules.attention_output_dropout.probability,
+        modules.activation_dropout.probability,
+        modules.output_dropout.probability,
+        prefix if modules.is_training else 0.0,
     )

@@ -45,7 +45,7 @@ class Layout:
             packed = zeros.index_put((self.index,), packed)
         return packed.view(*self.shape, -1)
 
-    def unpack_first(self, rows: Tensor) -> Tensor:
+    def unpack_first_tokens(self, rows: Tensor) -> Tensor:
         """[B, C], one row of each sequence -> [B, T, C], zeros behind the first token."""
         zeros = rows.new_zeros(self.shape[0], self.shape[1] - 1, rows.shape[1])
         return torch.cat((rows[:, None], zeros), dim=1)

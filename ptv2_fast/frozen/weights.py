@@ -1,13 +1,14 @@
-"""The frozen weights of a post-LN encoder block, in the dtype and the form its products want."""
+"""The frozen weights of an encoder block, in the dtype and the form its products want."""
 
 import copy
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ptv2_fast.frozen.called import CalledLinears
+from ptv2_fast.frozen.modules import BlockModules, Norm, read_norm
+from ptv2_fast.ops.layout import widened
 
 _SHARING_DEVICES = ("cpu", "cuda", "xpu")  # whose memory torch takes from others
 
@@ -22,7 +23,7 @@ class FrozenLinear:
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight = weight
-        self.bias = None if bias is None else _wide(bias)  # for what is fused with the bias
+        self.bias = None if bias is None else widened(bias)  # for what is fused with the bias
         self._bias = None if bias is None else bias.to(weight.dtype)
         # Straight to oneDNN: torch sends fp32 to MKL, which is slower on processors of AMD, and
         # adds the bias of bf16 in a pass of its own.
@@ -38,15 +39,15 @@ class FrozenLinear:
         bias = None if self.bias is None else self.bias[first:last]
         return FrozenLinear(self.weight[first:last], bias)
 
-    def biased(self, input: Tensor, slot: int = 0) -> Tensor:
-        """input @ weight^T + bias, [R, in] -> [R, out]; `slot` is for `CalledLinears`."""
+    def biased(self, input: Tensor, chunk_index: int = 0) -> Tensor:
+        """input @ weight^T + bias, [R, in] -> [R, out]; `chunk_index` is for `CalledLinears`."""
         return self._product(input, self.weight, self._bias)
 
-    def unbiased(self, input: Tensor, slot: int = 0) -> Tensor:
+    def unbiased(self, input: Tensor, chunk_index: int = 0) -> Tensor:
         """input @ weight^T, for a caller that fuses the bias with what follows."""
         return self._product(input, self.weight, None)
 
-    def input_gradient(self, grad_out: Tensor, slot: int = 0) -> Tensor:
+    def input_gradient(self, grad_out: Tensor, chunk_index: int = 0) -> Tensor:
         """grad_out @ weight, [R, out] -> [R, in]."""
         return self._product(grad_out, self.weight.t(), None)
 
@@ -59,139 +60,116 @@ class FrozenLinear:
 AnyLinear = FrozenLinear | CalledLinears
 
 
-class Norm(NamedTuple):
-    """The affine part of a LayerNorm, [hidden], float32 (float64 for a float64 model)."""
-
-    weight: Tensor
-    beta: Tensor
-    epsilon: float
-
-
-@dataclass(frozen=True)
-class BlockModules:
-    """The modules of one block, and its number of heads."""
-
-    heads: int
-    query: nn.Linear
-    key: nn.Linear
-    value: nn.Linear
-    attention_dropout: nn.Dropout
-    attention_output: nn.Linear
-    attention_output_dropout: nn.Dropout
-    attention_norm: nn.LayerNorm
-    intermediate: nn.Linear
-    output: nn.Linear
-    output_dropout: nn.Dropout
-    output_norm: nn.LayerNorm
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the residual stream; quantised layers have none."""
-        return self.output_norm.weight.dtype
-
-    def linears(self) -> dict[str, nn.Linear]:
-        """Name -> linear layer."""
-        names = ("query", "key", "value", "attention_output", "intermediate", "output")
-        return {name: getattr(self, name) for name in names}
-
-    def inputs(self) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-        """The layers of query, key and value, which have the same shape."""
-        return self.query, self.key, self.value
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All weights and biases."""
-        modules = (*self.linears().values(), self.attention_norm, self.output_norm)
-        return [parameter for module in modules for parameter in module.parameters()]
-
-
 class BlockWeights:
     """The weights of a block, as they are now, for products in one dtype.
 
     Args:
         modules: of the block.
         dtype: of the products. Matrices that have it are used where they are.
-        joined: [3 * hidden, hidden], the weights of query, key and value in one; None where these
-            are no plain `nn.Linear`. Such layers are called.
+        joined_inputs, joined_up: the weights of layers that share an input, in one matrix; None
+            where these are no plain `nn.Linear`. Such layers are called.
     """
 
-    def __init__(self, modules: BlockModules, dtype: torch.dtype, joined: Tensor | None) -> None:
-        inputs = modules.inputs()
-        self.qkv: AnyLinear
-        self.query: AnyLinear
-        self.key_value: AnyLinear
-        if joined is not None:
-            fused = FrozenLinear(joined.to(dtype), _join_biases(inputs))
-            hidden = modules.query.out_features
-            self.qkv = fused
-            self.query, self.key_value = fused.rows(0, hidden), fused.rows(hidden, 3 * hidden)
-        else:
-            self.qkv = CalledLinears(inputs)
+    def __init__(
+        self,
+        modules: BlockModules,
+        dtype: torch.dtype,
+        joined_inputs: Tensor | None,
+        joined_up: Tensor | None,
+    ) -> None:
+        self.modules, self.spec, self.dtype = modules, modules.spec, dtype
+        inputs = modules.inputs
+        self.query_key_value = _joined(inputs, joined_inputs, dtype)
+        self.query: AnyLinear | None
+        self.key_value: AnyLinear | None
+        if isinstance(self.query_key_value, FrozenLinear):
+            queries = modules.heads * modules.head_dim
+            rows = queries + 2 * modules.key_value_heads * modules.head_dim
+            self.query = self.query_key_value.rows(0, queries)
+            self.key_value = self.query_key_value.rows(queries, rows)
+        elif len(inputs) == 3:
             self.query, self.key_value = CalledLinears(inputs[:1]), CalledLinears(inputs[1:])
+        else:  # one layer that can only be called gives all three for all rows
+            self.query = self.key_value = None
         self.attention_output = _frozen(modules.attention_output, dtype)
-        self.intermediate = _frozen(modules.intermediate, dtype)
-        self.output = _frozen(modules.output, dtype)
-        self.attention_norm = _norm(modules.attention_norm)
-        self.output_norm = _norm(modules.output_norm)
-        self.dtype = dtype
+        self.up = _joined(modules.up, joined_up, dtype)
+        self.down = _frozen(modules.down, dtype)
+        self.first_norm = read_norm(modules.first_norm, modules.spec)
+        self.second_norm = cast(Norm, read_norm(modules.second_norm, modules.spec))
 
-    def bind(self) -> "BlockWeights":
+    def for_forward(self) -> "BlockWeights":
         """The weights for one forward: called layers leave their graph in a copy."""
         called = {
-            name: part.bind()
+            name: part.for_forward()
             for name, part in vars(self).items()
             if isinstance(part, CalledLinears)
         }
         if not called:
             return self
-        bound = copy.copy(self)
-        vars(bound).update(called)
-        return bound
+        copied = copy.copy(self)
+        vars(copied).update(called)
+        return copied
 
 
 class WeightReader:
     """Reads the `BlockWeights` of a block at each forward, whoever wrote them and however.
 
-    The weights of query, key and value become views of one matrix, so that their one product needs
-    no memory; for products in another dtype than theirs all matrices are converted each time.
+    The weights of layers that share an input become views of one matrix, so that their one product
+    needs no memory; for products in another dtype than theirs all matrices are converted each time.
     """
 
     def __init__(self, modules: BlockModules) -> None:
         self._modules = modules
-        self._joined: Tensor | None = None
+        self._inputs, self._up = _JoinedWeights(modules.inputs), _JoinedWeights(modules.up)
 
     def read(self, dtype: torch.dtype) -> BlockWeights:
         """The weights of now, for products in `dtype`."""
         # Parameters must not become inference tensors: they may be trained on afterwards.
         with torch.inference_mode(False), torch.no_grad():
-            return BlockWeights(self._modules, dtype, self._join())
+            return BlockWeights(self._modules, dtype, self._inputs.join(), self._up.join())
 
     def separate(self) -> None:
-        """Give the parameters of query, key and value memory of their own again."""
-        if self._joined is not None:
-            for linear in self._modules.inputs():
-                linear.weight.data = linear.weight.data.clone()
-            self._joined = None
+        """Give the parameters that were joined memory of their own again."""
+        self._inputs.separate()
+        self._up.separate()
 
-    def _join(self) -> Tensor | None:
-        inputs = self._modules.inputs()
-        if not all(is_plain(linear) for linear in inputs):
+
+class _JoinedWeights:
+    """The weights of linear layers that share an input, as views of one matrix."""
+
+    def __init__(self, linears: tuple[nn.Linear, ...]) -> None:
+        self._linears = linears
+        self._joined: Tensor | None = None
+
+    def join(self) -> Tensor | None:
+        """[all outputs, in]; None when some layer is no plain one."""
+        if not all(is_plain(linear) for linear in self._linears):
             return None
-        weights = [linear.weight.detach() for linear in inputs]
-        if self._joined is None or not _are_parts(weights, self._joined):
+        weights = [linear.weight.detach() for linear in self._linears]
+        if len(weights) == 1:
+            return weights[0]
+        sizes = [len(weight) for weight in weights]
+        if self._joined is None or not _are_parts(weights, self._joined.split(sizes)):
             self._joined = torch.cat(weights)
-            for linear, part in zip(inputs, self._joined.chunk(3), strict=True):
+            for linear, part in zip(self._linears, self._joined.split(sizes), strict=True):
                 linear.weight.data = _with_own_storage(part)
         return self._joined
 
+    def separate(self) -> None:
+        if self._joined is not None:
+            for linear in self._linears:
+                linear.weight.data = linear.weight.data.clone()
+            self._joined = None
+
     def __getstate__(self) -> dict:
-        return {"_modules": self._modules, "_joined": None}
+        return {"_linears": self._linears, "_joined": None}
 
 
-def _are_parts(weights: list[Tensor], joined: Tensor) -> bool:
+def _are_parts(weights: list[Tensor], parts: tuple[Tensor, ...]) -> bool:
     def place(tensor: Tensor) -> tuple:
         return tensor.data_ptr(), tensor.dtype, tensor.stride()
 
-    return [place(weight) for weight in weights] == [place(part) for part in joined.chunk(3)]
+    return [place(weight) for weight in weights] == [place(part) for part in parts]
 
 
 def _with_own_storage(view: Tensor) -> Tensor:
@@ -208,24 +186,22 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear
 
 
+def _joined(linears: tuple[nn.Linear, ...], joined: Tensor | None, dtype: torch.dtype) -> AnyLinear:
+    if joined is None:
+        return CalledLinears(linears)
+    return FrozenLinear(joined.to(dtype), _join_biases(linears))
+
+
 def _frozen(linear: nn.Linear, dtype: torch.dtype) -> AnyLinear:
-    if not is_plain(linear):
-        return CalledLinears((linear,))
-    bias = None if linear.bias is None else linear.bias.detach()
-    return FrozenLinear(linear.weight.detach().to(dtype), bias)
-
-
-def _norm(module: nn.LayerNorm) -> Norm:
-    return Norm(_wide(module.weight.detach()), _wide(module.bias.detach()), module.eps)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+    is_called = not is_plain(linear)
+    return _joined((linear,), None if is_called else linear.weight.detach(), dtype)
 
 
 def _join_biases(linears: tuple[nn.Linear, ...]) -> Tensor | None:
     if all(linear.bias is None for linear in linears):
         return None
+    if len(linears) == 1:
+        return linears[0].bias.detach()
     return torch.cat(
         [
             linear.weight.new_zeros(linear.out_features)

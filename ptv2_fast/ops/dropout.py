@@ -16,6 +16,7 @@ PREFIX_KEY_STREAM = 2  # elements of prefix_key, one mask per sequence
 PREFIX_VALUE_STREAM = 3  # elements of prefix_value, one mask per sequence
 ATTENTION_OUTPUT_STREAM = 4  # hidden states: the output projection of the attention
 FEED_FORWARD_STREAM = 5  # hidden states: the output of the feed-forward network
+ACTIVATION_STREAM = 6  # the activation inside the feed-forward network
 
 _ROUNDS = 7
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)

@@ -1,0 +1,230 @@
+"""How the layers of a family are frozen blocks: their form, and which module has which role."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from ptv2_fast.frozen.modules import BlockModules, DropoutSource
+from ptv2_fast.frozen.spec import BlockSpec
+
+
+class Heads(NamedTuple):
+    """What the modules of a layer do not say: those of keys and values, and their width."""
+
+    number: int
+    dim: int
+
+
+# Describes one layer; raises NotServedError.
+DescribeBlock = Callable[[Any, Heads], BlockModules]
+
+
+class NotServedError(Exception):
+    """Why a layer is no frozen block."""
+
+
+def describe_bert(layer: Any, heads: Heads) -> BlockModules:
+    """BERT, and who has its modules."""
+    attention, attention_output = layer.attention.self, layer.attention.output
+    return BlockModules(
+        BlockSpec(activation=_activation(layer.intermediate.intermediate_act_fn)),
+        *heads,
+        inputs=(attention.query, attention.key, attention.value),
+        attention_output=attention_output.dense,
+        up=(layer.intermediate.dense,),
+        down=layer.output.dense,
+        first_norm=attention_output.LayerNorm,
+        second_norm=layer.output.LayerNorm,
+        attention_dropout=DropoutSource(attention.dropout),
+        attention_output_dropout=DropoutSource(attention_output.dropout),
+        output_dropout=DropoutSource(layer.output.dropout),
+    )
+
+
+def describe_distilbert(layer: Any, heads: Heads) -> BlockModules:
+    """DistilBERT; its attention's output has no dropout."""
+    attention, network = layer.attention, layer.ffn
+    return BlockModules(
+        BlockSpec(activation=_activation(network.activation)),
+        *heads,
+        inputs=(attention.q_lin, attention.k_lin, attention.v_lin),
+        attention_output=attention.out_lin,
+        up=(network.lin1,),
+        down=network.lin2,
+        first_norm=layer.sa_layer_norm,
+        second_norm=layer.output_layer_norm,
+        attention_dropout=DropoutSource(attention.dropout),
+        output_dropout=DropoutSource(network.dropout),
+    )
+
+
+def describe_albert(layer: Any, heads: Heads) -> BlockModules:
+    """ALBERT; its feed-forward network has no dropout."""
+    attention = layer.attention
+    return BlockModules(
+        BlockSpec(activation=_activation(layer.activation)),
+        *heads,
+        inputs=(attention.query, attention.key, attention.value),
+        attention_output=attention.dense,
+        up=(layer.ffn,),
+        down=layer.ffn_output,
+        first_norm=attention.LayerNorm,
+        second_norm=layer.full_layer_layer_norm,
+        attention_dropout=DropoutSource(attention.attention_dropout),
+        attention_output_dropout=DropoutSource(attention.output_dropout),
+    )
+
+
+def describe_pre_norm_roberta(layer: Any, heads: Heads) -> BlockModules:
+    """RoBERTa-PreLayerNorm."""
+    first_norm, second_norm = layer.attention.LayerNorm, layer.intermediate.LayerNorm
+    activation = _activation(layer.intermediate.intermediate_act_fn)
+    return _pre_norm_bert(layer, heads, activation, first_norm, second_norm)
+
+
+def describe_xlm_roberta_xl(layer: Any, heads: Heads) -> BlockModules:
+    """XLM-RoBERTa-XL."""
+    first_norm, second_norm = layer.attention.self_attn_layer_norm, layer.LayerNorm
+    activation = _activation(layer.intermediate.intermediate_act_fn)
+    return _pre_norm_bert(layer, heads, activation, first_norm, second_norm)
+
+
+def describe_esm(layer: Any, heads: Heads) -> BlockModules:
+    """ESM, with a table of positions or rotary ones."""
+    return _pre_norm_bert(layer, heads, "gelu", layer.attention.LayerNorm, layer.LayerNorm)
+
+
+def _pre_norm_bert(
+    layer: Any, heads: Heads, activation: str, first_norm: nn.Module, second_norm: nn.Module
+) -> BlockModules:
+    """BERT's modules with their norms in front."""
+    attention, attention_output = layer.attention.self, layer.attention.output
+    is_rotary = getattr(attention, "position_embedding_type", None) == "rotary"
+    return BlockModules(
+        BlockSpec(pre_norm=True, activation=activation, rotary="half" if is_rotary else None),
+        *heads,
+        inputs=(attention.query, attention.key, attention.value),
+        attention_output=attention_output.dense,
+        up=(layer.intermediate.dense,),
+        down=layer.output.dense,
+        first_norm=first_norm,
+        second_norm=second_norm,
+        attention_dropout=_dropout(attention, "dropout"),
+        attention_output_dropout=DropoutSource(attention_output.dropout),
+        output_dropout=DropoutSource(getattr(layer.output, "dropout", None)),
+    )
+
+
+def describe_modernbert(layer: Any, heads: Heads) -> BlockModules:
+    """ModernBERT: fused products, gated, rotary, windows; no norm in front of the first layer."""
+    attention, network = layer.attn, layer.mlp
+    # Its window is that of flash attention, one more than the distance at which a token is seen.
+    window = attention.sliding_window
+    spec = BlockSpec(
+        pre_norm=True,
+        activation=_activation(network.act),
+        gate="first",
+        rotary="half",
+        window=None if window is None else window - 1,
+    )
+    return BlockModules(
+        spec,
+        *heads,
+        inputs=(attention.Wqkv,),
+        attention_output=attention.Wo,
+        up=(network.Wi,),
+        down=network.Wo,
+        first_norm=None if isinstance(layer.attn_norm, nn.Identity) else layer.attn_norm,
+        second_norm=layer.mlp_norm,
+        attention_dropout=DropoutSource(attention, "attention_dropout"),
+        attention_output_dropout=_of_dropout_module(attention.out_drop),
+        activation_dropout=DropoutSource(network.drop),
+    )
+
+
+def describe_nomic_bert(layer: Any, heads: Heads) -> BlockModules:
+    """NomicBERT and GTE (gated), Jina embeddings v3 (plain): post-norm, rotary."""
+    attention, network = layer.self_attn, layer.mlp
+    is_gated = hasattr(network, "gate_proj")
+    act = network.act_fn if is_gated else network.activation_fn
+    return BlockModules(
+        BlockSpec(activation=_activation(act), gate="first" if is_gated else None, rotary="half"),
+        *heads,
+        inputs=(attention.q_proj, attention.k_proj, attention.v_proj),
+        attention_output=attention.o_proj,
+        up=(network.gate_proj, network.up_proj) if is_gated else (network.fc1,),
+        down=network.down_proj if is_gated else network.fc2,
+        first_norm=layer.post_attention_layernorm,
+        second_norm=layer.post_mlp_layernorm,
+        attention_dropout=DropoutSource(attention, "attention_dropout"),
+        attention_output_dropout=DropoutSource(layer.post_attention_dropout),
+        activation_dropout=DropoutSource(getattr(network, "dropout", None)),
+        output_dropout=DropoutSource(layer.post_mlp_dropout),
+    )
+
+
+def describe_llama(layer: Any, heads: Heads) -> BlockModules:
+    """Llama and who has its modules: RMSNorm, gated, rotary, grouped heads; EuroBERT's see both
+    sides."""
+    attention, network = layer.self_attn, layer.mlp
+    if hasattr(attention, "q_norm"):
+        raise NotServedError("its attention normalises queries and keys")
+    holder = attention if hasattr(attention, "sliding_window") else attention.config
+    window = getattr(holder, "sliding_window", None)
+    spec = BlockSpec(
+        pre_norm=True,
+        subtract_mean=False,
+        activation=_activation(network.act_fn),
+        gate="first",
+        rotary="half",
+        is_causal=attention.is_causal,
+        window=None if window is None else window - 1,
+    )
+    return BlockModules(
+        spec,
+        *heads,
+        inputs=(attention.q_proj, attention.k_proj, attention.v_proj),
+        attention_output=attention.o_proj,
+        up=(network.gate_proj, network.up_proj),
+        down=network.down_proj,
+        first_norm=layer.input_layernorm,
+        second_norm=layer.post_attention_layernorm,
+        attention_dropout=DropoutSource(attention, "attention_dropout"),
+    )
+
+
+def _dropout(module: nn.Module, name: str) -> DropoutSource:
+    """Of a module's attribute, a module itself or a number."""
+    dropout = getattr(module, name)
+    is_module = isinstance(dropout, nn.Module)
+    return DropoutSource(dropout) if is_module else DropoutSource(module, name)
+
+
+def _of_dropout_module(module: nn.Module) -> DropoutSource:
+    return DropoutSource(None if isinstance(module, nn.Identity) else module)
+
+
+_ACTIVATIONS = {  # classes of torch and transformers -> the name in ops/activations.py
+    "FastGELUActivation": "gelu_tanh",
+    "GELU": "gelu",
+    "GELUActivation": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "NewGELUActivation": "gelu_tanh",
+    "PytorchGELUTanh": "gelu_tanh",
+    "QuickGELUActivation": "quick_gelu",
+    "ReLU": "relu",
+    "SiLU": "silu",
+    "SiLUActivation": "silu",
+}
+
+
+def _activation(module: object) -> str:
+    kind = type(module)
+    name = _ACTIVATIONS.get(kind.__name__)
+    if not kind.__module__.startswith(("torch.nn.", "transformers.")) or name is None:
+        served = ", ".join(sorted(set(_ACTIVATIONS.values())))
+        raise NotServedError(f"expected an activation among {served}, got {module}")
+    if isinstance(module, nn.GELU) and module.approximate != "none":
+        return "gelu_tanh"
+    return name

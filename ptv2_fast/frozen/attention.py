@@ -1,0 +1,180 @@
+"""The attention of a frozen block on packed rows: its projections, rotation, and the operator."""
+
+from types import ModuleType
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from ptv2_fast.frozen.call import BlockCall, BlockTensors
+from ptv2_fast.frozen.layout import append_zeros
+from ptv2_fast.frozen.weights import CalledLinears
+from ptv2_fast.ops.options import Options
+
+
+class Attention(NamedTuple):
+    """What the backward pass of the attention reads."""
+
+    query: Tensor  # [N, heads, head_dim] or, for first tokens only, [B, heads, head_dim]
+    key_value: Tensor | None  # [N, 2, key_value_heads, head_dim]
+    out: Tensor  # as query
+    lse: Tensor  # [N or B, heads]
+
+
+class BlockAttention:
+    """The attention of one call."""
+
+    def __init__(
+        self,
+        call: BlockCall,
+        tensors: BlockTensors,
+        prefix_key: Tensor,  # [1, key_value_heads, P, head_dim]
+        prefix_value: Tensor,
+        ops: Any,
+        suffix: str,
+    ) -> None:
+        self.call, self.tensors, self.weights = call, tensors, call.weights
+        self.spec, modules = call.weights.spec, call.weights.modules
+        self.heads, self.key_value_heads = modules.heads, modules.key_value_heads
+        self.head_dim = modules.head_dim
+        self.prefix = (prefix_key, prefix_value)
+        self.ops: ModuleType = ops
+        self._forward = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix)
+        self._backward = getattr(torch.ops.ptv2, "prefix_attention_backward" + suffix)
+        self.rows = tensors.cu_seqlens[:-1].long() if call.first_token_only else None
+
+    def project(self, input: Tensor) -> tuple[Tensor, Tensor]:
+        """query [N or B, heads, head_dim] and key_value [N, 2, key_value_heads, head_dim]."""
+        products, weights = input.to(self.weights.dtype), self.weights
+        queries = self.heads * self.head_dim
+        if self.rows is None or weights.query is None or weights.key_value is None:
+            joined = weights.query_key_value.biased(products)
+            if isinstance(weights.query_key_value, CalledLinears) and self.spec.rotary:
+                joined = joined.clone()  # what a layer of someone else gave is not ours to write to
+            self._rotate(joined, self.heads + self.key_value_heads)
+            query, key_value = joined[:, :queries], joined[:, queries:]
+            if self.rows is not None:
+                query = query[self.rows]
+        else:
+            key_value = weights.key_value.biased(products)
+            self._rotate(key_value, self.key_value_heads)
+            query = weights.query.biased(products[self.rows])
+            self._rotate(query, self.heads, self.rows)
+        return (
+            query.unflatten(1, (self.heads, self.head_dim)),
+            key_value.unflatten(1, (2, self.key_value_heads, self.head_dim)),
+        )
+
+    def attend(self, query: Tensor, key_value: Tensor) -> Attention:
+        """Attention over the prefix and the tokens of each sequence."""
+        operands, options = self._operands(query, key_value)
+        out, lse = self._forward(*operands, *options)
+        if self.rows is not None:
+            out, lse = out.squeeze(2), lse.squeeze(2)
+        else:
+            out[self.call.tokens :] = 0
+        return Attention(query, key_value, out, lse)
+
+    def gradient(
+        self, grad_out: Tensor, attention: Attention, needs_input: bool, needs_prefix: bool
+    ) -> tuple[Tensor | None, Tensor, Tensor]:
+        """The gradient of the input through query, key and value, and those of the prefix."""
+        operands, options = self._operands(attention.query, attention.key_value)
+        out, lse = attention.out, attention.lse
+        if self.rows is not None:
+            grad_out, out, lse = grad_out.unsqueeze(2), out.unsqueeze(2), lse.unsqueeze(2)
+        joint = needs_input and self.rows is None
+        gradients = self._backward(
+            grad_out, *operands, out, lse, None, needs_input, needs_input, needs_prefix, joint,
+            *options,
+        )  # fmt: skip
+        grad_input = None
+        if joint:
+            grad_joined = gradients[0].flatten(1)
+            grad_joined[self.call.tokens :] = 0
+            self._rotate(grad_joined, self.heads + self.key_value_heads, inverse=True)
+            grad_input = self.weights.query_key_value.input_gradient(grad_joined)
+        elif needs_input:
+            grad_input = self._first_token_gradient(*gradients[:3])
+        return grad_input, gradients[3], gradients[4]
+
+    def _first_token_gradient(
+        self, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
+    ) -> Tensor:
+        rows, weights = cast(Tensor, self.rows), self.weights
+        parts = [self._packed(part).flatten(1) for part in (grad_key, grad_value)]
+        grad_key_value = torch.cat(parts, dim=1)
+        grad_query = grad_query.reshape(len(rows), -1)
+        if weights.query is None or weights.key_value is None:
+            grad_joined = grad_query.new_zeros(len(grad_key_value), grad_query.shape[1])
+            grad_joined.index_copy_(0, rows, grad_query)
+            grad_joined = torch.cat((grad_joined, grad_key_value), dim=1)
+            self._rotate(grad_joined, self.heads + self.key_value_heads, inverse=True)
+            return weights.query_key_value.input_gradient(grad_joined)
+        self._rotate(grad_key_value, self.key_value_heads, inverse=True)
+        self._rotate(grad_query, self.heads, rows, inverse=True)
+        grad_input = weights.key_value.input_gradient(grad_key_value)
+        return grad_input.index_add_(0, rows, weights.query.input_gradient(grad_query))
+
+    def _rotate(
+        self, packed: Tensor, heads: int, rows: Tensor | None = None, inverse: bool = False
+    ) -> None:
+        """Rotate the first heads of [R, C] in place, by the positions of all rows or of `rows`."""
+        if self.spec.rotary is None:
+            return
+        angles = (cast(Tensor, self.tensors.cosine), cast(Tensor, self.tensors.sine))
+        cosine, sine = angles if rows is None else (angle[rows] for angle in angles)
+        interleaved = self.spec.rotary == "interleaved"
+        self.ops.rotate_(packed, cosine, sine, heads, self.head_dim, interleaved, inverse)
+
+    def _operands(
+        self, query: Tensor, key_value: Tensor | None
+    ) -> tuple[tuple[Tensor, ...], Options]:
+        """The tensors and the options of the attention's raw operators."""
+        spec, call, starts = self.spec, self.call, self.tensors.cu_seqlens
+        scale = self.head_dim**-0.5 if spec.scale is None else spec.scale
+        dropout = (scale, call.dropout.attention, call.dropout.prefix)
+        if self.rows is None:
+            options = Options(
+                None, self.tensors.seed, *dropout, cu_seqlens=starts, max_seqlen=call.max_seqlen,
+                context_lengths=torch.zeros_like(starts[1:]) if spec.is_causal else None,
+                window=-1 if spec.window is None else spec.window, bias=self.tensors.bias,
+            )  # fmt: skip
+            # Without keys the prefix alone has a gradient, and nothing is read from these.
+            if key_value is None:
+                key = value = query[:, : self.key_value_heads]
+            else:
+                key, value = key_value.unbind(1)
+        else:
+            # One query a sequence: the packed layout has as many queries as tokens, so the keys
+            # and values are padded instead.
+            columns = torch.arange(call.max_seqlen, device=starts.device)
+            mask = columns < starts.diff()[:, None]
+            if spec.window is not None:
+                mask &= columns <= spec.window
+            bias = None if self.tensors.bias is None else self.tensors.bias[:, :, :1]
+            options = Options(mask, self.tensors.seed, *dropout, bias=bias)
+            query = query.unsqueeze(2)
+            if key_value is None:
+                part = query[:, : self.key_value_heads]
+                key = value = part.expand(-1, -1, call.max_seqlen, -1)
+            else:
+                key, value = (self._padded(part) for part in key_value.unbind(1))
+        return (query, key, value, *self.prefix), options
+
+    def _places(self) -> Tensor:
+        """The place of each row in [B * max_seqlen]."""
+        sequence, row = self.tensors.coordinates[: self.call.tokens].long().unbind(1)
+        return sequence * self.call.max_seqlen + row
+
+    def _padded(self, packed: Tensor) -> Tensor:
+        """[N, heads, head_dim] -> [B, heads, max_seqlen, head_dim]."""
+        batch = self.tensors.cu_seqlens.shape[0] - 1
+        padded = packed.new_zeros(batch * self.call.max_seqlen, *packed.shape[1:])
+        padded.index_copy_(0, self._places(), packed[: self.call.tokens])
+        return padded.unflatten(0, (batch, self.call.max_seqlen)).transpose(1, 2)
+
+    def _packed(self, padded: Tensor) -> Tensor:
+        """The inverse of `_padded`."""
+        rows = padded.transpose(1, 2).flatten(0, 1)[self._places()]
+        return append_zeros(rows, len(self.tensors.coordinates))

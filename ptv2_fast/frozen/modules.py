@@ -1,0 +1,124 @@
+"""The modules of a block by their roles, and its norms as tensors."""
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_fast.frozen.spec import BlockShape, BlockSpec
+from ptv2_fast.ops.layout import widened
+
+
+class Norm(NamedTuple):
+    """A norm's weights, [hidden], float32 (float64 for a float64 model)."""
+
+    weight: Tensor
+    beta: Tensor | None
+    epsilon: float
+    subtract_mean: bool  # a LayerNorm; else an RMSNorm
+
+
+class DropoutSource(NamedTuple):
+    """Where a probability of dropout stands, and whether its module trains; None = without."""
+
+    module: nn.Module | None
+    name: str = "p"
+
+    @property
+    def probability(self) -> float:
+        """0 outside training."""
+        is_active = self.module is not None and self.module.training
+        return getattr(self.module, self.name) if is_active else 0.0
+
+
+NO_DROPOUT = DropoutSource(None)
+
+
+@dataclass(frozen=True)
+class BlockModules:
+    """The modules of one block by their roles.
+
+    Args:
+        spec: the form of the block.
+        key_value_heads, head_dim: of its attention.
+        inputs: query, key and value, or one linear layer that gives them one behind the other.
+        attention_output: the output projection.
+        up: the first product of the feed-forward network; of a gated one in two parts, the half
+            that is activated stands first.
+        down: the second.
+        first_norm: in front of the attention (pre-norm, None where a block has none), or behind it.
+        second_norm: in front of the feed-forward network, or behind it.
+        attention_dropout, attention_output_dropout, activation_dropout, output_dropout: of the
+            attention's probabilities, of its output, inside and behind the feed-forward network.
+    """
+
+    spec: BlockSpec
+    key_value_heads: int
+    head_dim: int
+    inputs: tuple[nn.Linear, ...]
+    attention_output: nn.Linear
+    up: tuple[nn.Linear, ...]
+    down: nn.Linear
+    first_norm: nn.Module | None
+    second_norm: nn.Module
+    attention_dropout: DropoutSource = NO_DROPOUT
+    attention_output_dropout: DropoutSource = NO_DROPOUT
+    activation_dropout: DropoutSource = NO_DROPOUT
+    output_dropout: DropoutSource = NO_DROPOUT
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the residual stream; quantised layers have none."""
+        return cast(Tensor, self.second_norm.weight).dtype
+
+    @property
+    def is_training(self) -> bool:
+        """Whether dropout is active."""
+        return self.second_norm.training
+
+    @property
+    def heads(self) -> int:
+        """Of the queries."""
+        heads = self.inputs[0].out_features // self.head_dim
+        return heads - 2 * self.key_value_heads if len(self.inputs) == 1 else heads
+
+    def linears(self) -> dict[str, nn.Linear]:
+        """Name -> linear layer."""
+        inputs = ("query_key_value",) if len(self.inputs) == 1 else ("query", "key", "value")
+        up = ("up",) if len(self.up) == 1 else ("gate", "up")
+        named = zip((*inputs, *up), (*self.inputs, *self.up), strict=True)
+        return {**dict(named), "attention_output": self.attention_output, "down": self.down}
+
+    def norms(self) -> tuple[nn.Module, ...]:
+        """All norms."""
+        return tuple(norm for norm in (self.first_norm, self.second_norm) if norm is not None)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """All weights and biases."""
+        modules = (*self.linears().values(), *self.norms())
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def shape(self, dtype: torch.dtype) -> BlockShape:
+        """The sizes, for products in `dtype`."""
+        return BlockShape(
+            hidden=self.down.out_features,
+            intermediate=self.down.in_features,
+            heads=self.heads,
+            key_value_heads=self.key_value_heads,
+            head_dim=self.head_dim,
+            is_gated=self.spec.gate is not None,
+            element_bytes=dtype.itemsize,
+            residual_bytes=self.dtype.itemsize,
+        )
+
+
+def read_norm(module: nn.Module | None, spec: BlockSpec) -> Norm | None:
+    """A norm's weights as they are now; None for no norm."""
+    if module is None:
+        return None
+    weight, bias = cast(Tensor, module.weight), getattr(module, "bias", None)
+    # transformers' RMSNorms have the second name.
+    epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
+    beta = None if bias is None else widened(bias.detach())
+    return Norm(widened(weight.detach()), beta, cast(float, epsilon), spec.subtract_mean)
