@@ -165,11 +165,11 @@ def describe_nomic_bert(layer: Any, heads: Heads) -> BlockModules:
 
 
 def describe_llama(layer: Any, heads: Heads) -> BlockModules:
-    """Llama and who has its modules: RMSNorm, gated, rotary, grouped heads; EuroBERT's see both
-    sides."""
+    """Llama and who has its modules: RMSNorm, gated, rotary, grouped heads.
+
+    EuroBERT's attention sees both sides, Qwen3's normalises queries and keys.
+    """
     attention, network = layer.self_attn, layer.mlp
-    if hasattr(attention, "q_norm"):
-        raise NotServedError("its attention normalises queries and keys")
     holder = attention if hasattr(attention, "sliding_window") else attention.config
     window = getattr(holder, "sliding_window", None)
     spec = BlockSpec(
@@ -191,6 +191,7 @@ def describe_llama(layer: Any, heads: Heads) -> BlockModules:
         first_norm=layer.input_layernorm,
         second_norm=layer.post_attention_layernorm,
         attention_dropout=DropoutSource(attention, "attention_dropout"),
+        head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else (),
     )
 
 

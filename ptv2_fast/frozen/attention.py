@@ -7,7 +7,9 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.frozen.call import BlockCall, BlockTensors
+from ptv2_fast.frozen.head_norms import normalise_heads, normalise_heads_gradient
 from ptv2_fast.frozen.layout import append_zeros
+from ptv2_fast.frozen.modules import Norm
 from ptv2_fast.frozen.weights import CalledLinears
 from ptv2_fast.ops.options import Options
 
@@ -51,15 +53,17 @@ class BlockAttention:
             joined = weights.query_key_value.biased(products)
             if isinstance(weights.query_key_value, CalledLinears) and self.spec.rotary:
                 joined = joined.clone()  # what a layer of someone else gave is not ours to write to
-            self._rotate(joined, self.heads + self.key_value_heads)
+            if not weights.head_norms:  # else `_operands` does, which keeps these for the norms
+                self._rotate(joined, self.heads + self.key_value_heads)
             query, key_value = joined[:, :queries], joined[:, queries:]
             if self.rows is not None:
                 query = query[self.rows]
         else:
             key_value = weights.key_value.biased(products)
-            self._rotate(key_value, self.key_value_heads)
             query = weights.query.biased(products[self.rows])
-            self._rotate(query, self.heads, self.rows)
+            if not weights.head_norms:
+                self._rotate(key_value, self.key_value_heads)
+                self._rotate(query, self.heads, self.rows)
         return (
             query.unflatten(1, (self.heads, self.head_dim)),
             key_value.unflatten(1, (2, self.key_value_heads, self.head_dim)),
@@ -92,29 +96,53 @@ class BlockAttention:
         if joint:
             grad_joined = gradients[0].flatten(1)
             grad_joined[self.call.tokens :] = 0
-            self._rotate(grad_joined, self.heads + self.key_value_heads, inverse=True)
+            keys = self.heads * self.head_dim
+            values = keys + self.key_value_heads * self.head_dim
+            self._turn_back(grad_joined[:, :keys], grad_joined[:, keys:values], attention)
             grad_input = self.weights.query_key_value.input_gradient(grad_joined)
         elif needs_input:
-            grad_input = self._first_token_gradient(*gradients[:3])
+            grad_input = self._first_token_gradient(*gradients[:3], attention)
         return grad_input, gradients[3], gradients[4]
 
     def _first_token_gradient(
-        self, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor
+        self, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, attention: Attention
     ) -> Tensor:
         rows, weights = cast(Tensor, self.rows), self.weights
         parts = [self._packed(part).flatten(1) for part in (grad_key, grad_value)]
-        grad_key_value = torch.cat(parts, dim=1)
         grad_query = grad_query.reshape(len(rows), -1)
+        self._turn_back(grad_query, parts[0], attention)
+        grad_key_value = torch.cat(parts, dim=1)
         if weights.query is None or weights.key_value is None:
             grad_joined = grad_query.new_zeros(len(grad_key_value), grad_query.shape[1])
             grad_joined.index_copy_(0, rows, grad_query)
             grad_joined = torch.cat((grad_joined, grad_key_value), dim=1)
-            self._rotate(grad_joined, self.heads + self.key_value_heads, inverse=True)
             return weights.query_key_value.input_gradient(grad_joined)
-        self._rotate(grad_key_value, self.key_value_heads, inverse=True)
-        self._rotate(grad_query, self.heads, rows, inverse=True)
         grad_input = weights.key_value.input_gradient(grad_key_value)
         return grad_input.index_add_(0, rows, weights.query.input_gradient(grad_query))
+
+    def _turn_back(self, grad_query: Tensor, grad_key: Tensor, attention: Attention) -> None:
+        """Turn gradients of attended queries and keys into those of projected ones, in place.
+
+        Args:
+            grad_query, grad_key: [N or B, heads * head_dim].
+            attention: with the projected ones.
+        """
+        self._rotate(grad_query, self.heads, self.rows, inverse=True)
+        self._rotate(grad_key, self.key_value_heads, inverse=True)
+        if not self.weights.head_norms:
+            return
+        projected = (attention.query, cast(Tensor, attention.key_value)[:, 0])
+        for gradient, heads, norm in zip(
+            (grad_query, grad_key), projected, self.weights.head_norms, strict=True
+        ):
+            each = gradient.unflatten(1, (-1, self.head_dim))
+            each.copy_(normalise_heads_gradient(each, heads, norm, self.ops))
+
+    def _normalised(self, heads: Tensor, norm: Norm, rows: Tensor | None = None) -> Tensor:
+        """Queries or keys in the norm of their heads, and rotated."""
+        normal = normalise_heads(heads, norm, self.ops)
+        self._rotate(normal.flatten(1), heads.shape[1], rows)
+        return normal
 
     def _rotate(
         self, packed: Tensor, heads: int, rows: Tensor | None = None, inverse: bool = False
@@ -134,6 +162,11 @@ class BlockAttention:
         spec, call, starts = self.spec, self.call, self.tensors.cu_seqlens
         scale = self.head_dim**-0.5 if spec.scale is None else spec.scale
         dropout = (scale, call.dropout.attention, call.dropout.prefix)
+        key, value = (None, None) if key_value is None else key_value.unbind(1)
+        if self.weights.head_norms:
+            query_norm, key_norm = self.weights.head_norms
+            query = self._normalised(query, query_norm, self.rows)
+            key = None if key is None else self._normalised(key, key_norm)
         if self.rows is None:
             options = Options(
                 None, self.tensors.seed, *dropout, cu_seqlens=starts, max_seqlen=call.max_seqlen,
@@ -141,10 +174,8 @@ class BlockAttention:
                 window=-1 if spec.window is None else spec.window, bias=self.tensors.bias,
             )  # fmt: skip
             # Without keys the prefix alone has a gradient, and nothing is read from these.
-            if key_value is None:
+            if key is None or value is None:
                 key = value = query[:, : self.key_value_heads]
-            else:
-                key, value = key_value.unbind(1)
         else:
             # One query a sequence: the packed layout has as many queries as tokens, so the keys
             # and values are padded instead.
@@ -155,11 +186,11 @@ class BlockAttention:
             bias = None if self.tensors.bias is None else self.tensors.bias[:, :, :1]
             options = Options(mask, self.tensors.seed, *dropout, bias=bias)
             query = query.unsqueeze(2)
-            if key_value is None:
+            if key is None or value is None:
                 part = query[:, : self.key_value_heads]
                 key = value = part.expand(-1, -1, call.max_seqlen, -1)
             else:
-                key, value = (self._padded(part) for part in key_value.unbind(1))
+                key, value = self._padded(key), self._padded(value)
         return (query, key, value, *self.prefix), options
 
     def _places(self) -> Tensor:

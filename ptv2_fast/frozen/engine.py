@@ -116,7 +116,8 @@ class FrozenRun:
         previous = handed if handed is not None and index > self.lowest else None
         next_norm = None
         if spec.pre_norm and above is not None and not self.unpack_each:
-            next_norm = read_norm(above.first_norm, above.spec)
+            if above.first_norm is not None:
+                next_norm = read_norm(above.first_norm, above.spec.subtract_mean)
         call = BlockCall(
             weights=weights,
             dropout=dropout,

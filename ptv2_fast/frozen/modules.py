@@ -51,6 +51,7 @@ class BlockModules:
         second_norm: in front of the feed-forward network, or behind it.
         attention_dropout, attention_output_dropout, activation_dropout, output_dropout: of the
             attention's probabilities, of its output, inside and behind the feed-forward network.
+        head_norms: RMSNorms of each head's query and key, in front of their rotation, or none.
     """
 
     spec: BlockSpec
@@ -66,6 +67,7 @@ class BlockModules:
     attention_output_dropout: DropoutSource = NO_DROPOUT
     activation_dropout: DropoutSource = NO_DROPOUT
     output_dropout: DropoutSource = NO_DROPOUT
+    head_norms: tuple[nn.Module, ...] = ()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -92,7 +94,8 @@ class BlockModules:
 
     def norms(self) -> tuple[nn.Module, ...]:
         """All norms."""
-        return tuple(norm for norm in (self.first_norm, self.second_norm) if norm is not None)
+        norms = (self.first_norm, self.second_norm, *self.head_norms)
+        return tuple(norm for norm in norms if norm is not None)
 
     def parameters(self) -> list[nn.Parameter]:
         """All weights and biases."""
@@ -113,12 +116,10 @@ class BlockModules:
         )
 
 
-def read_norm(module: nn.Module | None, spec: BlockSpec) -> Norm | None:
-    """A norm's weights as they are now; None for no norm."""
-    if module is None:
-        return None
+def read_norm(module: nn.Module, subtract_mean: bool) -> Norm:
+    """A norm's weights as they are now."""
     weight, bias = cast(Tensor, module.weight), getattr(module, "bias", None)
     # transformers' RMSNorms have the second name.
     epsilon = module.eps if hasattr(module, "eps") else module.variance_epsilon
     beta = None if bias is None else widened(bias.detach())
-    return Norm(widened(weight.detach()), beta, cast(float, epsilon), spec.subtract_mean)
+    return Norm(widened(weight.detach()), beta, cast(float, epsilon), subtract_mean)

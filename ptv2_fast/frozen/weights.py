@@ -1,13 +1,12 @@
 """The frozen weights of an encoder block, in the dtype and the form its products want."""
 
 import copy
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ptv2_fast.frozen.called import CalledLinears
-from ptv2_fast.frozen.modules import BlockModules, Norm, read_norm
+from ptv2_fast.frozen.modules import BlockModules, read_norm
 from ptv2_fast.ops.layout import widened
 
 _SHARING_DEVICES = ("cpu", "cuda", "xpu")  # whose memory torch takes from others
@@ -94,8 +93,10 @@ class BlockWeights:
         self.attention_output = _frozen(modules.attention_output, dtype)
         self.up = _joined(modules.up, joined_up, dtype)
         self.down = _frozen(modules.down, dtype)
-        self.first_norm = read_norm(modules.first_norm, modules.spec)
-        self.second_norm = cast(Norm, read_norm(modules.second_norm, modules.spec))
+        subtract_mean, first_norm = modules.spec.subtract_mean, modules.first_norm
+        self.first_norm = None if first_norm is None else read_norm(first_norm, subtract_mean)
+        self.second_norm = read_norm(modules.second_norm, subtract_mean)
+        self.head_norms = tuple(read_norm(norm, False) for norm in modules.head_norms)
 
     def for_forward(self) -> "BlockWeights":
         """The weights for one forward: called layers leave their graph in a copy."""
