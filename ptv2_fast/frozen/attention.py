@@ -101,7 +101,9 @@ class BlockAttention:
             self._turn_back(grad_joined[:, :keys], grad_joined[:, keys:values], attention)
             grad_input = self.weights.query_key_value.input_gradient(grad_joined)
         elif needs_input:
-            grad_input = self._first_token_gradient(*gradients[:3], attention)
+            grad_input = self._first_token_gradient(
+                gradients[0], gradients[1], gradients[2], attention
+            )
         return grad_input, gradients[3], gradients[4]
 
     def _first_token_gradient(
