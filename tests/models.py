@@ -1,17 +1,14 @@
 """Tiny random encoders of transformers, their batches, and prefix attention by concatenation."""
 
-import contextlib
 import copy
 import dataclasses
-import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 import transformers
 from torch import Tensor
-from transformers import AttentionInterface, AutoConfig, DynamicCache, PreTrainedModel
-from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, sdpa_mask
+from transformers import CONFIG_MAPPING, AutoConfig, DynamicCache, PreTrainedModel
 
 import ptv2_fast
 from bench.models import cache_argument
@@ -19,11 +16,13 @@ from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders.attachment import find_attachment
 from ptv2_fast.encoders.families import FAMILIES
 from tests.closeness import assert_close_to_oracle
+from tests.concatenation import concatenating_attention
 
-MODEL_TYPES = tuple(FAMILIES)
+# Those that the installed transformers has.
+MODEL_TYPES = tuple(name for name in FAMILIES if name in CONFIG_MAPPING)
 BACKBONES = {
-    name: ("frozen", "hook") if family.describe_block else ("hook",)
-    for name, family in FAMILIES.items()
+    name: ("frozen", "hook") if FAMILIES[name].describe_block else ("hook",)
+    for name in MODEL_TYPES
 }
 WAYS = [(name, backbone) for name, ways in BACKBONES.items() for backbone in ways]
 # Backbones that take no cache; what some configurations need or name differently.
@@ -99,13 +98,17 @@ def attached(head: str = "sequence", model_type: str = "bert", model=None, **fie
     return model
 
 
-# Some versions of transformers build XLM-R for choices without the pooler that its head reads.
-MODELS = [
-    (model_type, head)
-    for model_type in MODEL_TYPES
-    for head in HEADS
-    if head != "choice" or getattr(tiny_model(model_type, head).base_model, "pooler", True)
-]
+def has_class(model_type: str, head: str) -> bool:
+    """Whether transformers has such a model, and one that runs.
+
+    Some versions build XLM-R for choices without the pooler that its head reads.
+    """
+    if CONFIG_MAPPING[model_type] not in HEADS[head]._model_mapping:
+        return False
+    return head != "choice" or getattr(tiny_model(model_type, head).base_model, "pooler", True)
+
+
+MODELS = [(name, head) for name in MODEL_TYPES for head in HEADS if has_class(name, head)]
 
 
 def make_batch(head: str = "sequence", lengths=(11, 7, 4), width: int = 11) -> dict[str, Tensor]:
@@ -140,38 +143,6 @@ def unshifted_positions(model: PreTrainedModel, input_ids: Tensor) -> Tensor:
     return real.cumsum(-1) * real + pad
 
 
-@contextlib.contextmanager
-def concatenating_attention(model: PreTrainedModel, prefixes: dict[int, Tensor]) -> Iterator[None]:
-    """Within the context a plain model concatenates prefixes to keys and values.
-
-    Args:
-        model: a plain model, whose layers call their attention once each, in order.
-        prefixes: layer -> [2, H, P, D].
-    """
-    calls = itertools.count()
-
-    def concatenate(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        prefix = prefixes.get(next(calls))
-        if prefix is not None:
-            rows = prefix[:, None].expand(-1, len(query), -1, -1, -1)
-            key, value = torch.cat((rows[0], key), dim=2), torch.cat((rows[1], value), dim=2)
-            if attention_mask is not None:
-                attention_mask = torch.nn.functional.pad(
-                    attention_mask, (prefix.shape[2], 0), value=True
-                )
-        scores = query @ key.transpose(2, 3) * scaling
-        if attention_mask is not None:
-            scores = scores.masked_fill(~attention_mask, -1e9)
-        return (scores.softmax(-1) @ value).transpose(1, 2), None
-
-    AttentionInterface.register("test_concatenation", concatenate)
-    ALL_MASK_ATTENTION_FUNCTIONS.register("test_concatenation", sdpa_mask)
-    old = model.config._attn_implementation
-    model.set_attn_implementation("test_concatenation")
-    yield
-    model.set_attn_implementation(old)
-
-
 def concatenated_forward(
     model: PreTrainedModel, prefix: Tensor, batch: dict[str, Tensor], shifted: bool
 ):
@@ -204,23 +175,19 @@ def concatenated_forward(
     )
 
 
-def assert_close_to_model(
-    actual: tuple[Tensor, ...],
+def plain_results(
     run: Callable[..., tuple[Tensor, ...]],
     *models_and_tensors: PreTrainedModel | Tensor,
     dtype: torch.dtype = torch.float32,
-) -> float:
-    """Hold `actual` against plain torch: `run(*copies)` in float64 is the oracle.
+) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """What results are held against: the oracle, plain torch, and the natural size of rounding.
 
-    The natural size of rounding is how far one rounding of every weight moves the oracle.
+    The oracle is `run(*copies)` in float64; the natural size is how far one rounding of every
+    weight moves it.
 
     Args:
-        actual: results.
-        run: takes copies of the models and tensors, all of one dtype, and returns as many results.
-        dtype: of the plain results that the error is compared with, and of `actual`.
-
-    Returns:
-        The largest error over its budget.
+        run: takes copies of the models and tensors, all of one dtype, and returns the results.
+        dtype: of plain torch.
     """
 
     def results_in(dtype: torch.dtype, relative_noise: float = 0.0) -> tuple[Tensor, ...]:
@@ -234,12 +201,28 @@ def assert_close_to_model(
     epsilon = torch.finfo(dtype).eps
     oracle, same_dtype = results_in(torch.float64), results_in(dtype)
     rounded = results_in(torch.float64, epsilon)
-    ratios = []
-    for i, tensor in enumerate(actual):
-        magnitude = (rounded[i] - oracle[i]).abs() / epsilon
-        results = (tensor, oracle[i], same_dtype[i], magnitude)
-        ratios.append(assert_close_to_oracle(*results, f"result {i}"))
-    return max(ratios)
+    magnitudes = [(r - o).abs() / epsilon for r, o in zip(rounded, oracle, strict=True)]
+    return list(zip(oracle, same_dtype, magnitudes, strict=True))
+
+
+def assert_close_to_plain(
+    actual: tuple[Tensor, ...], plain: list[tuple[Tensor, Tensor, Tensor]], name: str = "result"
+) -> float:
+    """Hold results against the `plain_results`; returns the largest error over its budget."""
+    return max(
+        assert_close_to_oracle(tensor, *expected, f"{name} {i}")
+        for i, (tensor, expected) in enumerate(zip(actual, plain, strict=True))
+    )
+
+
+def assert_close_to_model(
+    actual: tuple[Tensor, ...],
+    run: Callable[..., tuple[Tensor, ...]],
+    *models_and_tensors: PreTrainedModel | Tensor,
+    dtype: torch.dtype = torch.float32,
+) -> float:
+    """As `assert_close_to_plain`, for results that are compared once."""
+    return assert_close_to_plain(actual, plain_results(run, *models_and_tensors, dtype=dtype))
 
 
 def check_equals_concatenation(

@@ -1,4 +1,4 @@
-"""Attached encoders against prefix tuning by concatenation, and the promises of attach."""
+"""The promises of attach: what an attached encoder computes, counts, refuses and starts from."""
 
 import copy
 import functools
@@ -15,37 +15,21 @@ from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders import max_input_tokens
 from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from ptv2_fast.encoders.families import FAMILIES
+from tests.concatenation import concatenating_attention
 from tests.models import (
-    BACKBONES,
     DROPOUT,
     MAX_POSITIONS,
     MODEL_TYPES,
-    MODELS,
     P,
     assert_close_to_model,
     attached,
     check_equals_concatenation,
-    concatenating_attention,
     make_batch,
     one_thread,  # noqa: F401
     outputs_of,
     real_tokens,
     tiny_model,
 )
-
-
-@pytest.mark.parametrize(
-    ("model_type", "head", "backbone"),
-    [
-        (model_type, head, backbone)
-        for model_type, head in MODELS
-        for backbone in BACKBONES[model_type]
-    ],
-)
-def test_outputs_and_prefix_gradients_equal_concatenation(model_type, head, backbone):
-    plain = tiny_model(model_type, head)
-    model = attached(head, model=copy.deepcopy(plain), backbone=backbone)
-    check_equals_concatenation(plain, model, make_batch(head), head)
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)
@@ -171,20 +155,6 @@ def test_checkpointing_gives_the_same_gradients_with_dropout(lengths, use_reentr
     assert whole.view(P, 3, -1).abs().amax(dim=(0, 2)).min() > 0
     # Each layer runs once forward and once again in the backward pass.
     assert calls == [3 * 2]
-
-
-@pytest.mark.parametrize("model_type", [name for name in MODEL_TYPES if name != "albert"])
-def test_checkpointing_trains_every_prefix(model_type):
-    model, batch = attached("token", model_type, backbone="hook").train(), make_batch()
-    table = model.prefix_encoder.embedding.weight
-
-    def gradient() -> Tensor:
-        return torch.autograd.grad(model(**batch).logits.square().sum(), table)[0]
-
-    whole = gradient()
-    checkpoint_activations(model)
-    assert torch.equal(gradient(), whole)
-    assert all(getattr(layer, "gradient_checkpointing", True) for layer in layers_of(model))
 
 
 def test_a_layer_of_many_numbers_is_not_recomputed():
