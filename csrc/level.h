@@ -2,10 +2,11 @@
 // PTV2_VECTOR_BYTES, PTV2_TILE_VECTORS and PTV2_PAIRS (bfloat16 in pairs rather than as floats).
 #pragma once
 
+#include "activations.h"
 #include "backward.h"
 #include "forward.h"
-#include "gelu.h"
-#include "layer_norm.h"
+#include "norms.h"
+#include "rotary.h"
 
 namespace ptv2::PTV2_LEVEL {
 
@@ -91,12 +92,17 @@ inline void exp_of_each(const float* source, float* destination, int64_t count) 
 
 template <class Input, class Residual>
 constexpr RowKernels row_table() {
-  return {gelu_rows<Input>,
-          gelu_backward_rows<Input>,
-          layer_norm_scratch_bytes,
-          add_layer_norm_rows<Input, Residual>,
-          add_layer_norm_backward_rows<Input, Residual>,
-          layer_norm_rows<Residual>};
+  return {{activation_table<Gelu, Input>(), activation_table<GeluTanh, Input>(),
+           activation_table<Silu, Input>(), activation_table<Relu, Input>(),
+           activation_table<QuickGelu, Input>()},
+          norm_scratch_bytes,
+          add_norm_rows<Input, Residual>,
+          add_norm_backward_rows<Input, Residual>,
+          norm_rows<Residual>,
+          add_rows<Input, Residual>,
+          add_backward_rows<Input, Residual>,
+          rotate_scratch_bytes,
+          rotate_rows<Input>};
 }
 
 constexpr Level make_level(const char* name) {

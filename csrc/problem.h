@@ -137,39 +137,64 @@ struct Kernels {
                    DropoutRow, char* scratch);
 };
 
-// bias_gelu and its gradient: input, grad_out and result [R, C] without gaps.
-struct GeluRows {
+// bias_activation, gated_activation and their gradients: grad_out [R, C], or the result of those
+// without it; input, or the gradient of it, [R, C], of the gated ones [R, 2C]. All without gaps.
+struct ActivationRows {
   const void* input;
-  const float* bias;     // [C], or null
-  const void* grad_out;  // of the gradient only
+  const float* bias;     // as long as a row of input, or null
+  const void* grad_out;  // of the gradients only
   void* result;
-  int64_t columns;
+  int64_t columns;       // C
+  bool activated_first;  // of the gated ones: the first half of a row is the activated one
 };
 
-// dropout_add_layer_norm, its gradient, and layer_norm_again: [R, C] without gaps. Each fills what
-// it reads and writes.
-struct LayerNormRows {
+// dropout_add_norm, its gradient and its parts: [R, C] without gaps. Each fills what it reads and
+// writes.
+struct NormRows {
   const void *input, *residual;
-  const float *bias, *weight, *beta;  // [C]; bias may be null
+  const float *bias, *weight, *beta;  // [C]; bias and beta may be null
   float epsilon;
+  bool subtract_mean;  // LayerNorm, and not RMSNorm
   Dropout dropout;
   const int32_t* coordinates;  // [R, 2]: the sequence of a row, and its row in it
   uint32_t stream;
   int64_t columns;
   void *out, *total;
-  float* statistics;                  // [R, 2]
-  const void *grad_out, *grad_other;  // grad_other may be null
-  void *grad_residual, *grad_input;   // grad_input may be null
+  float* statistics;                               // [R, 2]
+  const void *grad_out, *grad_other, *grad_total;  // each may be null
+  void *grad_residual, *grad_input;                // grad_input may be null
 };
+
+// rotate_: the first `heads` heads of every row.
+struct RotaryRows {
+  void* packed;  // [R, heads, head_dim]
+  int64_t row_stride;
+  const float *cosine, *sine;  // [R, pairs]
+  int64_t pairs, heads, head_dim;
+  bool interleaved, inverse;
+};
+
+// The entry points for one activation, over the rows from first to last - 1.
+struct ActivationKernels {
+  using Run = void (*)(const ActivationRows&, int64_t first, int64_t last);
+  Run forward, backward, gated, gated_backward;
+};
+
+// In the order of RowKernels::activations.
+constexpr const char* kActivationNames[] = {"gelu", "gelu_tanh", "silu", "relu", "quick_gelu"};
+constexpr int kActivations = sizeof(kActivationNames) / sizeof(kActivationNames[0]);
 
 // The entry points for the dtypes of input and residual, over the rows from first to last - 1.
 struct RowKernels {
-  void (*gelu)(const GeluRows&, int64_t first, int64_t last);
-  void (*gelu_backward)(const GeluRows&, int64_t first, int64_t last);
-  int64_t (*scratch_bytes)(int64_t columns);
-  void (*add_layer_norm)(const LayerNormRows&, int64_t first, int64_t last, char* scratch);
-  void (*add_layer_norm_backward)(const LayerNormRows&, int64_t first, int64_t last, char* scratch);
-  void (*layer_norm)(const LayerNormRows&, int64_t first, int64_t last);
+  ActivationKernels activations[kActivations];
+  int64_t (*norm_scratch_bytes)(int64_t columns);
+  void (*add_norm)(const NormRows&, int64_t first, int64_t last, char* scratch);
+  void (*add_norm_backward)(const NormRows&, int64_t first, int64_t last, char* scratch);
+  void (*norm)(const NormRows&, int64_t first, int64_t last);
+  void (*add)(const NormRows&, int64_t first, int64_t last, char* scratch);
+  void (*add_backward)(const NormRows&, int64_t first, int64_t last, char* scratch);
+  int64_t (*rotate_scratch_bytes)(int64_t pairs);
+  void (*rotate)(const RotaryRows&, int64_t first, int64_t last, char* scratch);
 };
 
 // A set of CPU instructions and the kernels built for it.

@@ -7,6 +7,17 @@
 
 namespace ptv2::PTV2_LEVEL {
 
+// Row number `row` of a tensor [R, columns] without gaps; null where there is no tensor.
+template <class Element>
+PTV2_INLINE const Element* row_of(const void* data, int64_t row, int64_t columns) {
+  return data == nullptr ? nullptr : static_cast<const Element*>(data) + row * columns;
+}
+
+template <class Element>
+PTV2_INLINE Element* row_of(void* data, int64_t row, int64_t columns) {
+  return data == nullptr ? nullptr : static_cast<Element*>(data) + row * columns;
+}
+
 struct Whole {};  // kLanes elements
 struct Part {     // fewer: lanes behind them are 0 and are not stored
   int64_t count;

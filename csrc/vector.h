@@ -126,7 +126,8 @@ PTV2_INLINE Floats load_floats(const Bfloat16* address) {
 // The upper 16 bits, rounded to nearest even, in the lower half of each lane.
 PTV2_INLINE Words round_to_bfloat16(Floats values) {
 #if defined(PTV2_NATIVE_PAIRS)
-  return (Words)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)values));
+  return (Words)_mm512_maskz_cvtepu16_epi32(PTV2_ALL_LANES,
+                                            (__m256i)_mm512_cvtneps_pbh((__m512)values));
 #endif
   const Words bits = (Words)values;
   const Words rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16;
