@@ -148,6 +148,51 @@ def _prefix_bytes(problem: Problem, blocks: Blocks, splits: int) -> list[Moved]:
     ]
 
 
+@dataclass(frozen=True)
+class Rows:
+    """Of what the elementwise operators of a block take.
+
+    Args:
+        columns: C.
+        products: bytes of an element of X.
+        residual: bytes of an element of R.
+        has_dropout: p > 0.
+        rotated: elements of a row that are rotated, those of all heads together.
+        rotary_dim: of one head.
+        gradients: given to dropout_add_norm_backward, of grad_out, grad_other and grad_total.
+    """
+
+    columns: int
+    products: int
+    residual: int
+    has_dropout: bool
+    rotated: int = 0
+    rotary_dim: int = 0
+    gradients: tuple[bool, bool, bool] = (True, True, True)
+
+
+def elementwise_bytes(rows: Rows) -> dict[str, int]:
+    """By kernel: bytes of one row, each element moved once; weights stay in the caches."""
+    narrow, wide = rows.products * rows.columns, rows.residual * rows.columns
+    statistics, coordinates = 8, 8 * rows.has_dropout
+    # Without dropout and in one dtype, the gradient of input would be that of residual again.
+    is_same = not rows.has_dropout and rows.products == rows.residual
+    grad_input = 0 if is_same else narrow
+    given = sum(g * size for g, size in zip(rows.gradients, (wide, narrow, wide), strict=True))
+    return {
+        "bias_activation": 2 * narrow,
+        "bias_activation_backward": 3 * narrow,
+        "gated_activation": 3 * narrow,
+        "gated_activation_backward": 5 * narrow,
+        "dropout_add_norm": narrow + 3 * wide + statistics + coordinates,
+        "dropout_add_norm_backward": given + 2 * wide + grad_input + statistics + coordinates,
+        "norm_from_stats": 2 * wide + statistics,
+        "dropout_add": narrow + 2 * wide + coordinates,
+        "dropout_backward": 0 if is_same else wide + narrow + coordinates,
+        "rotate": 2 * rows.rotated * rows.products + 4 * rows.rotary_dim,
+    }
+
+
 def concatenated(problem: Problem) -> Problem:
     """The same attention with the prefix in front of every sequence's own keys and values."""
     sequences = tuple((queries, problem.prefix + tokens) for queries, tokens in problem.sequences)

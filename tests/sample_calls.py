@@ -140,27 +140,63 @@ def layout_call(
     return packed_call([200, 7, 129], Sizes(rows_of_bank=2, head_dim=head_dim), dtype, *dropout)
 
 
+@dataclass(frozen=True)
+class BlockStyle:
+    """What the elementwise operators of a block differ in."""
+
+    activation: str
+    subtract_mean: bool  # LayerNorm with beta, else RMSNorm without
+    interleaved: bool
+    activated_first: bool = True
+
+
+STYLES = {
+    "bert": BlockStyle("gelu", True, False),
+    "llama": BlockStyle("silu", False, False),
+    "glm": BlockStyle("gelu_tanh", True, True, activated_first=False),
+    "t5": BlockStyle("relu", False, True),
+    "clip": BlockStyle("quick_gelu", True, False, activated_first=False),
+}
+
+
 def run_elementwise(
     input_dtype: torch.dtype,
     residual_dtype: torch.dtype,
     rows: int,
     columns: int,
     dropout_p: float,
-    grad_other: bool = True,
+    style: BlockStyle = STYLES["bert"],
+    head_dim: int = 64,
+    rotary_dim: int = 64,
 ) -> None:
-    """Each of the elementwise operators once, with bias."""
+    """Each of the elementwise operators once, with all optional tensors but an RMSNorm's beta.
+
+    Rotated are query and key of packed rows of 3 * columns.
+    """
     input = torch.zeros(rows, columns, dtype=input_dtype)
+    both, packed = input.repeat(1, 2), input.repeat(1, 3)
     residual = torch.zeros(rows, columns, dtype=residual_dtype)
-    bias, weight, beta = (torch.zeros(columns) for _ in range(3))
+    bias, weight = torch.zeros(columns), torch.zeros(columns)
+    beta = torch.zeros(columns) if style.subtract_mean else None
     seed, coordinates = torch.zeros(1, dtype=torch.int64), torch.zeros(rows, 2, dtype=torch.int32)
     dropout = (seed, coordinates, dropout_p, 5)
-    elementwise.launch_bias_gelu(input, bias)
-    elementwise.launch_bias_gelu_backward(torch.zeros_like(input), input, bias)
-    out, total, statistics = elementwise.launch_dropout_add_layer_norm(
-        input, bias, residual, weight, beta, 1e-12, *dropout
+    elementwise.launch_bias_activation(input, bias, style.activation)
+    grad_out = torch.zeros_like(input)
+    elementwise.launch_bias_activation_backward(grad_out, input, bias, style.activation)
+    gated = (both, bias.repeat(2), style.activation, style.activated_first)
+    elementwise.launch_gated_activation(*gated)
+    elementwise.launch_gated_activation_backward(grad_out, *gated)
+    norm = (weight, beta, 1e-12, style.subtract_mean)
+    out, total, statistics = elementwise.launch_dropout_add_norm(
+        input, bias, residual, *norm, *dropout
     )
-    elementwise.launch_layer_norm_again(total, statistics, weight, beta)
-    other = torch.zeros_like(input) if grad_other else None
-    elementwise.launch_dropout_add_layer_norm_backward(
-        torch.zeros_like(out), other, total, statistics, weight, *dropout, input_dtype
+    elementwise.launch_norm_from_stats(total, statistics, weight, beta)
+    gradients = (torch.zeros_like(out), grad_out, torch.zeros_like(total))
+    elementwise.launch_dropout_add_norm_backward(
+        *gradients, total, statistics, weight, style.subtract_mean, *dropout, input_dtype
     )
+    elementwise.launch_dropout_add(input, bias, residual, *dropout)
+    elementwise.launch_dropout_backward(gradients[2], *dropout, input_dtype)
+    angles = torch.zeros(2, rows, rotary_dim // 2)
+    heads = 2 * columns // head_dim
+    elementwise.launch_rotate_(packed, *angles, heads, head_dim, style.interleaved, False)

@@ -14,9 +14,16 @@ from tests.byte_counter import (
     holds,
     splits_of,
 )
-from tests.byte_formulas import Moved, Problem, backward_bytes, forward_bytes
+from tests.byte_formulas import (
+    Moved,
+    Problem,
+    Rows,
+    backward_bytes,
+    elementwise_bytes,
+    forward_bytes,
+)
 from tests.devices import interpreted
-from tests.sample_calls import Call, Sizes, packed_call, padded_call, run_elementwise
+from tests.sample_calls import STYLES, Call, Sizes, packed_call, padded_call, run_elementwise
 
 pytestmark = interpreted
 PADDED_IDS = ["two tiles", "ragged fp32", "grouped fp16", "one short tile"]
@@ -132,28 +139,32 @@ def test_joint_gradients_are_told_apart():
         assert traffic[name].stored == 2 * 2 * 20 * 16 * 2
 
 
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
-@pytest.mark.parametrize("residual_dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_elementwise_kernels_move_every_element_once(residual_dtype, dropout_p):
-    rows, columns = 21, 96
+@pytest.mark.parametrize(
+    ("style", "residual_dtype", "dropout_p"),
+    [
+        ("bert", torch.bfloat16, 0.0),
+        ("llama", torch.bfloat16, 0.1),
+        ("glm", torch.float32, 0.0),
+        ("clip", torch.float32, 0.1),
+    ],
+    ids=str,
+)
+def test_elementwise_kernels_move_every_element_once(style, residual_dtype, dropout_p):
+    rows, columns, head_dim, rotary_dim = 21, 96, 32, 24
     with counted_bytes() as launches:
-        run_elementwise(torch.bfloat16, residual_dtype, rows, columns, dropout_p)
-    narrow, wide = 2 * columns, residual_dtype.itemsize * columns
-    coordinates = 8 if dropout_p else 0
-    # Without dropout and in one dtype, grad_input would be grad_residual again.
-    grad_input = narrow if dropout_p or residual_dtype == torch.float32 else 0
-    floors = {
-        "bias_gelu": 2 * narrow,
-        "bias_gelu_backward": 3 * narrow,
-        "dropout_add_layer_norm": narrow + 3 * wide + 8 + coordinates,
-        "dropout_add_layer_norm_backward": 3 * wide + narrow + grad_input + 8 + coordinates,
-        "layer_norm_again": 2 * wide + 8,
-    }
+        run_elementwise(
+            torch.bfloat16, residual_dtype, rows, columns, dropout_p, STYLES[style], head_dim,
+            rotary_dim,
+        )  # fmt: skip
+    rotated = 2 * columns // head_dim * rotary_dim
+    problem = Rows(columns, 2, residual_dtype.itemsize, dropout_p > 0, rotated, rotary_dim)
+    expected = elementwise_bytes(problem)
     vectors = {"bias", "weight", "beta"}
+    counted = dict.fromkeys(expected, 0)
     for launch in launches:
         per_row = [each for name, each in launch.traffic.items() if name not in vectors | {"seed"}]
-        moved = sum(each.loaded + each.stored for each in per_row)
-        assert moved == rows * floors.pop(launch.kernel), launch.kernel
+        counted[launch.kernel] += sum(each.loaded + each.stored for each in per_row)
         for name in vectors & launch.traffic.keys():
-            assert launch.traffic[name].compulsory == 4 * columns, (launch.kernel, name)
-    assert not floors
+            size = launch.tensors[name].nbytes
+            assert launch.traffic[name].compulsory == size, (launch.kernel, name)
+    assert counted == {kernel: rows * size for kernel, size in expected.items()}

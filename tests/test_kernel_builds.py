@@ -12,6 +12,7 @@ from tests.build_rules import (
     read_bounds,
 )
 from tests.json_lines import json_lines
+from tests.sample_calls import STYLES
 
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 
@@ -61,24 +62,36 @@ def test_packed_banks_are_sound():
 
 
 def assert_elementwise_sound(rows: list[dict]) -> None:
-    names = {"bias_gelu", "dropout_add_layer_norm"}
-    names |= {"layer_norm_again", *(name + "_backward" for name in names)}
+    names = {"bias_activation", "gated_activation", "dropout_add_norm"}
+    names |= {name + "_backward" for name in names}
+    names |= {"norm_from_stats", "dropout_add", "dropout_backward", "rotate"}
     assert {row["kernel"] for row in rows} == names
     messages = [(row, fault) for row in rows for fault in elementwise_faults(row)]
     assert not messages, "\n".join(map(str, messages))
 
 
 def test_elementwise_kernels_are_sound():
-    options = ("--columns", "768", "--dropout", "0.1")
-    assert_elementwise_sound(build(["sm_80", "sm_90", "gfx942"], *options))
+    options = (
+        "--columns",
+        "768",
+        "--dropout",
+        "0.1",
+        "--pairs",
+        "mixed",
+        "--styles",
+        "bert",
+        "glm",
+    )
+    assert_elementwise_sound(build(["sm_80", "gfx942"], *options))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_elementwise_kernels_are_sound_on_every_target(target):
-    columns = ("768", "1024", "4096")
-    rows = build([target], "--columns", *columns, "--dropout", "0.0", "0.1", processes=2)
-    assert_elementwise_sound(rows)
+    every_style = ("--columns", "768", "--dropout", "0.1", "--styles", *STYLES)
+    every_width = ("--columns", "1024", "4096", "--dropout", "0.0", "0.1")
+    assert_elementwise_sound(build([target], *every_style, processes=2))
+    assert_elementwise_sound(build([target], *every_width, processes=2))
 
 
 @pytest.mark.slow

@@ -1,7 +1,7 @@
 """Compiles the shipped kernels for every target, without a GPU, and reads the machine code.
 
     python -m tests.triton_builds --targets sm_80 gfx942 --head-dims 64 --dtypes bf16
-    python -m tests.triton_builds --targets sm_80 gfx942 --columns 768 1024
+    python -m tests.triton_builds --targets sm_80 gfx942 --columns 768 1024 --styles bert llama
 
 Run without TRITON_INTERPRET; prints one JSON object per kernel.
 """
@@ -15,10 +15,14 @@ from dataclasses import asdict, dataclass
 
 from tests.fake_gpu import GPUS, Launch, fake_gpu
 from tests.machine_code import read
-from tests.sample_calls import DTYPES, LAYOUTS, layout_call, run_elementwise
+from tests.sample_calls import DTYPES, LAYOUTS, STYLES, layout_call, run_elementwise
 
 # Of the products and of the residual stream, without and with autocast.
-DTYPE_PAIRS = (("bf16", "bf16"), ("bf16", "fp32"), ("fp32", "fp32"))
+DTYPE_PAIRS = {
+    "bf16": ("bf16", "bf16"),
+    "mixed": ("bf16", "fp32"),
+    "fp32": ("fp32", "fp32"),
+}
 
 
 @dataclass(frozen=True)
@@ -43,10 +47,11 @@ class ElementwiseCase:
     residual_dtype: str
     columns: int
     dropout: float
+    style: str
 
     def run(self) -> None:
         dtypes = (DTYPES[self.input_dtype], DTYPES[self.residual_dtype])
-        run_elementwise(*dtypes, rows=1000, columns=self.columns, dropout_p=self.dropout)
+        run_elementwise(*dtypes, 1000, self.columns, self.dropout, STYLES[self.style])
 
 
 def padding_share(launch: Launch) -> float:
@@ -97,14 +102,16 @@ def main() -> None:
     parser.add_argument(
         "--columns", nargs="+", type=int, help="the elementwise kernels of these widths instead"
     )
+    parser.add_argument("--styles", nargs="+", choices=STYLES, default=["bert"])
+    parser.add_argument("--pairs", nargs="+", choices=DTYPE_PAIRS, default=list(DTYPE_PAIRS))
     parser.add_argument("--processes", type=int, default=2)
     options = parser.parse_args()
     cases: list[Case | ElementwiseCase]
     if options.columns:
         cases = [
-            ElementwiseCase(target, *dtypes, columns, dropout)
-            for columns, dtypes, dropout, target in itertools.product(
-                options.columns, DTYPE_PAIRS, options.dropout, options.targets
+            ElementwiseCase(target, *DTYPE_PAIRS[pair], columns, dropout, style)
+            for columns, pair, dropout, style, target in itertools.product(
+                options.columns, options.pairs, options.dropout, options.styles, options.targets
             )
         ]
     else:

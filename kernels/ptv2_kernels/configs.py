@@ -133,6 +133,18 @@ def row_options(columns: int) -> dict[str, object]:
     return options | {"num_warps": num_warps} | COMPILER_OPTIONS
 
 
+def pair_options(heads: int, pairs: int) -> dict[str, object]:
+    """Tiles of rows, heads and pairs of elements, eight pairs to a thread: 16 bytes of each half.
+
+    No tile has a head too many; a program takes the heads of its rows tile by tile.
+    """
+    block_pairs = triton.next_power_of_2(pairs)
+    block_heads = min(8, heads & -heads)  # the largest power of two that divides heads
+    block_rows = max(1, 1024 // (block_heads * block_pairs))
+    options: dict[str, object] = {"BLOCK_ROWS": block_rows, "BLOCK_HEADS": block_heads}
+    return options | {"BLOCK_PAIRS": block_pairs, "num_warps": 4} | COMPILER_OPTIONS
+
+
 @functools.cache
 def chosen_config(workload: Workload, architecture: str | int) -> Config:
     """The measured configuration of a kernel, or else the shipped one."""

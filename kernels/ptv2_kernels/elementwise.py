@@ -1,4 +1,4 @@
-"""Launchers of the elementwise steps of a frozen block: gelu.py and layer_norm.py.
+"""Launchers of the elementwise operators of a frozen block.
 
 They take the arguments of the operators of `ptv2_fast.ops.elementwise`, which define the results.
 """
@@ -9,13 +9,25 @@ import torch
 import triton
 from torch import Tensor
 
-from ptv2_kernels import gelu
-from ptv2_kernels.configs import COMPILER_OPTIONS, row_options
-from ptv2_kernels.layer_norm import (
-    _dropout_add_layer_norm_backward_kernel,
-    _dropout_add_layer_norm_kernel,
-    _layer_norm_again_kernel,
+from ptv2_kernels.activations import (
+    ACTIVATIONS,
+    BLOCK_COLUMNS,
+    BLOCK_ROWS,
+    _bias_activation_backward_kernel,
+    _bias_activation_kernel,
 )
+from ptv2_kernels.configs import COMPILER_OPTIONS, pair_options, row_options
+from ptv2_kernels.gated_activation import (
+    _gated_activation_backward_kernel,
+    _gated_activation_kernel,
+)
+from ptv2_kernels.norms import (
+    _dropout_add_norm_backward_kernel,
+    _dropout_add_norm_kernel,
+    _norm_from_stats_kernel,
+)
+from ptv2_kernels.residual import _dropout_add_kernel, _dropout_backward_kernel
+from ptv2_kernels.rotary import _rotate_kernel
 
 
 class HiddenDropout(NamedTuple):
@@ -43,53 +55,94 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-def _launch_gelu(kernel, rows_and_columns: torch.Size, *tensors: Tensor | None) -> None:
+def _launch_columns(
+    kernel, rows_and_columns: torch.Size, *tensors: Tensor | None, **constants: str | bool
+) -> None:
+    """`rows_and_columns`: of the result of an activation."""
+    if constants["ACTIVATION"] not in ACTIVATIONS:
+        raise ValueError(
+            f"activation: expected one of {', '.join(ACTIVATIONS)}, got {constants['ACTIVATION']!r}"
+        )
     rows, columns = rows_and_columns
     if rows * columns == 0:
         return
-    tiles = triton.cdiv(rows, gelu.BLOCK_ROWS) * triton.cdiv(columns, gelu.BLOCK_COLUMNS)
+    tiles = triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(columns, BLOCK_COLUMNS)
     kernel[(tiles,)](
         *tensors,
         rows,
         COLUMNS=columns,
-        BLOCK_ROWS=gelu.BLOCK_ROWS,
-        BLOCK_COLUMNS=gelu.BLOCK_COLUMNS,
+        **constants,
+        BLOCK_ROWS=BLOCK_ROWS,
+        BLOCK_COLUMNS=BLOCK_COLUMNS,
         num_warps=4,
         **COMPILER_OPTIONS,
     )
 
 
-def _launch_rows(kernel, rows_and_columns: torch.Size, *arguments) -> None:
+def _launch_rows(kernel, rows_and_columns: torch.Size, *arguments, **constants: bool) -> None:
     rows, columns = rows_and_columns
     if rows * columns == 0:
         return
     kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]),)](
-        *arguments, rows, COLUMNS=columns, **row_options(columns)
+        *arguments, rows, COLUMNS=columns, **constants, **row_options(columns)
     )
 
 
-def launch_bias_gelu(input: Tensor, bias: Tensor | None) -> Tensor:
+def launch_bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     input = input.contiguous()
     out = torch.empty_like(input)
-    _launch_gelu(gelu._bias_gelu_kernel, input.shape, input, _contiguous(bias), out)
+    _launch_columns(
+        _bias_activation_kernel, input.shape,
+        input, _contiguous(bias), out, ACTIVATION=activation,
+    )  # fmt: skip
     return out
 
 
-def launch_bias_gelu_backward(grad_out: Tensor, input: Tensor, bias: Tensor | None) -> Tensor:
+def launch_bias_activation_backward(
+    grad_out: Tensor, input: Tensor, bias: Tensor | None, activation: str
+) -> Tensor:
     input = input.contiguous()
     grad_input = torch.empty_like(input)
-    tensors = (grad_out.contiguous(), input, _contiguous(bias), grad_input)
-    _launch_gelu(gelu._bias_gelu_backward_kernel, input.shape, *tensors)
+    _launch_columns(
+        _bias_activation_backward_kernel, input.shape,
+        grad_out.contiguous(), input, _contiguous(bias), grad_input, ACTIVATION=activation,
+    )  # fmt: skip
     return grad_input
 
 
-def launch_dropout_add_layer_norm(
+def launch_gated_activation(
+    input: Tensor, bias: Tensor | None, activation: str, activated_first: bool
+) -> Tensor:
+    input = input.contiguous()  # [R, 2 C]
+    out = input.new_empty(input.shape[0], input.shape[1] // 2)
+    _launch_columns(
+        _gated_activation_kernel, out.shape,
+        input, _contiguous(bias), out, ACTIVATION=activation, ACTIVATED_FIRST=activated_first,
+    )  # fmt: skip
+    return out
+
+
+def launch_gated_activation_backward(
+    grad_out: Tensor, input: Tensor, bias: Tensor | None, activation: str, activated_first: bool
+) -> Tensor:
+    input = input.contiguous()  # [R, 2 C]
+    grad_input = torch.empty_like(input)
+    _launch_columns(
+        _gated_activation_backward_kernel, grad_out.shape,
+        grad_out.contiguous(), input, _contiguous(bias), grad_input,
+        ACTIVATION=activation, ACTIVATED_FIRST=activated_first,
+    )  # fmt: skip
+    return grad_input
+
+
+def launch_dropout_add_norm(
     input: Tensor,  # [R, C]
     bias: Tensor | None,  # float32 [C]
     residual: Tensor,  # [R, C]
     weight: Tensor,  # float32 [C]
-    beta: Tensor,
+    beta: Tensor | None,
     epsilon: float,
+    subtract_mean: bool,
     seed: Tensor | None,  # int64 [1]
     coordinates: Tensor | None,  # int32 [R, 2]
     dropout_p: float,
@@ -100,28 +153,31 @@ def launch_dropout_add_layer_norm(
     out, total = torch.empty_like(residual), torch.empty_like(residual)
     statistics = residual.new_empty((residual.shape[0], 2), dtype=torch.float32)
     _launch_rows(
-        _dropout_add_layer_norm_kernel,
+        _dropout_add_norm_kernel,
         residual.shape,
         input.contiguous(),
         _contiguous(bias),
         residual,
         weight.contiguous(),
-        beta.contiguous(),
+        _contiguous(beta),
         out,
         total,
         statistics,
         _dropout(seed, coordinates, dropout_p, stream),
         epsilon,
+        SUBTRACT_MEAN=subtract_mean,
     )
     return out, total, statistics
 
 
-def launch_dropout_add_layer_norm_backward(
-    grad_out: Tensor,  # [R, C]
+def launch_dropout_add_norm_backward(
+    grad_out: Tensor | None,  # [R, C]
     grad_other: Tensor | None,  # [R, C], of input_dtype
+    grad_total: Tensor | None,  # [R, C]
     total: Tensor,  # [R, C]
     statistics: Tensor,  # float32 [R, 2]
     weight: Tensor,  # float32 [C]
+    subtract_mean: bool,
     seed: Tensor | None,  # int64 [1]
     coordinates: Tensor | None,  # int32 [R, 2]
     dropout_p: float,
@@ -129,37 +185,102 @@ def launch_dropout_add_layer_norm_backward(
     input_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """grad_residual and grad_input [R, C]; empty(0) where grad_input would be the same again."""
+    if grad_out is None and grad_other is None:
+        raise ValueError("grad_out, grad_other: expected at least one tensor, got None twice")
     total = total.contiguous()
     grad_residual = torch.empty_like(total)
-    is_same = dropout_p == 0.0 and input_dtype == total.dtype
-    grad_input = total.new_empty(0 if is_same else total.shape, dtype=input_dtype)
+    grad_input = _empty_grad_input(total, dropout_p, input_dtype)
     _launch_rows(
-        _dropout_add_layer_norm_backward_kernel,
+        _dropout_add_norm_backward_kernel,
         total.shape,
-        grad_out.contiguous(),
+        _contiguous(grad_out),
         _contiguous(grad_other),
+        _contiguous(grad_total),
         total,
         statistics.contiguous(),
         weight.contiguous(),
         grad_residual,
-        None if is_same else grad_input,
+        grad_input if grad_input.shape == total.shape else None,
         _dropout(seed, coordinates, dropout_p, stream),
+        SUBTRACT_MEAN=subtract_mean,
     )
     return grad_residual, grad_input
 
 
-def launch_layer_norm_again(
-    total: Tensor, statistics: Tensor, weight: Tensor, beta: Tensor
+def _empty_grad_input(total: Tensor, dropout_p: float, input_dtype: torch.dtype) -> Tensor:
+    """Like total in input_dtype; empty(0) where it would hold grad_residual again."""
+    is_same = dropout_p == 0.0 and input_dtype == total.dtype
+    return total.new_empty(0 if is_same else total.shape, dtype=input_dtype)
+
+
+def launch_norm_from_stats(
+    total: Tensor, statistics: Tensor, weight: Tensor, beta: Tensor | None
 ) -> Tensor:
     total = total.contiguous()
     out = torch.empty_like(total)
     _launch_rows(
-        _layer_norm_again_kernel,
+        _norm_from_stats_kernel,
         total.shape,
         total,
         statistics.contiguous(),
         weight.contiguous(),
-        beta.contiguous(),
+        _contiguous(beta),
         out,
     )
     return out
+
+
+def launch_dropout_add(
+    input: Tensor,  # [R, C]
+    bias: Tensor | None,  # float32 [C]
+    residual: Tensor,  # [R, C]
+    seed: Tensor | None,  # int64 [1]
+    coordinates: Tensor | None,  # int32 [R, 2]
+    dropout_p: float,
+    stream: int,
+) -> Tensor:
+    residual = residual.contiguous()
+    total = torch.empty_like(residual)
+    dropout = _dropout(seed, coordinates, dropout_p, stream)
+    tensors = (input.contiguous(), _contiguous(bias), residual, total)
+    _launch_rows(_dropout_add_kernel, residual.shape, *tensors, dropout)
+    return total
+
+
+def launch_dropout_backward(
+    grad_total: Tensor,  # [R, C]
+    seed: Tensor | None,  # int64 [1]
+    coordinates: Tensor | None,  # int32 [R, 2]
+    dropout_p: float,
+    stream: int,
+    input_dtype: torch.dtype,
+) -> Tensor:
+    """The gradient of input [R, C]; empty(0) where it would be grad_total again."""
+    grad_input = _empty_grad_input(grad_total, dropout_p, input_dtype)
+    dropout = _dropout(seed, coordinates, dropout_p, stream)
+    if grad_input.shape == grad_total.shape:
+        tensors = (grad_total.contiguous(), grad_input)
+        _launch_rows(_dropout_backward_kernel, grad_total.shape, *tensors, dropout)
+    return grad_input
+
+
+def launch_rotate_(
+    packed: Tensor,  # [R, >= heads * head_dim], rows contiguous
+    cosine: Tensor,  # float32 [R, rotary_dim / 2]
+    sine: Tensor,
+    heads: int,
+    head_dim: int,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    """Rotates the first heads of every row in place."""
+    rows, half = cosine.shape
+    if rows * heads * half == 0:
+        return
+    options = pair_options(heads, half)
+    kernel = _rotate_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]),)]
+    kernel(
+        packed, cosine.contiguous(), sine.contiguous(), packed.stride(0), rows,
+        HEADS=heads, HEAD_DIM=head_dim, HALF=half, INTERLEAVED=interleaved, INVERSE=inverse,
+        **options,
+    )  # fmt: skip
