@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.adapter_files import read_adapter, write_adapter
 from ptv2_fast.encoders.attachment import Attachment, find_attachment
+from ptv2_fast.encoders.families import find_family
 from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
 from ptv2_fast.encoders.selection import ENCODER_NAME
 from ptv2_fast.encoders.vocabulary import (
@@ -228,11 +229,9 @@ def _check_prefix(
     config: PTuningV2Config, tensors: dict[str, Tensor], model: PreTrainedModel
 ) -> None:
     """Compare the sizes that a configuration names with the tensors, before any is allocated."""
-    heads = model.config.num_attention_heads
+    heads, head_dim = find_family(model.config).key_shape(model.config)
     shapes = config.tensor_shapes(
-        num_layers=model.config.num_hidden_layers,
-        num_heads=heads,
-        head_dim=model.config.hidden_size // heads,
+        num_layers=model.config.num_hidden_layers, num_heads=heads, head_dim=head_dim
     )
     named = {f"{ENCODER_NAME}.{name}": shape for name, shape in shapes.items()}
     missing = sorted(set(named) - set(tensors))

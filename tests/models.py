@@ -36,6 +36,30 @@ OVERRIDES = {
         "seq_classif_dropout": 0.0,
     },
     "electra": {"embedding_size": 24},
+    "esm": {
+        "position_embedding_type": "rotary",
+        "emb_layer_norm_before": True,
+        "token_dropout": True,
+        "mask_token_id": 4,
+    },
+    "eurobert": {"num_key_value_heads": 1},
+    "gemma3_text": {
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+        "sliding_window": 6,
+        "use_bidirectional_attention": True,
+    },
+    "llama": {"num_key_value_heads": 1},
+    "mistral": {"num_key_value_heads": 1, "sliding_window": 4},
+    "modernbert": {"local_attention": 6},
+    "qwen2": {
+        "num_key_value_heads": 1,
+        "use_sliding_window": True,
+        "sliding_window": 4,
+        "max_window_layers": 1,
+    },
+    "qwen3": {"num_key_value_heads": 1, "head_dim": 16},
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
 }
 HEADS = {

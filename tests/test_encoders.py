@@ -28,11 +28,16 @@ from tests.models import (
     one_thread,  # noqa: F401
     outputs_of,
     real_tokens,
+    tiny_config,
     tiny_model,
 )
 
+WITH_POSITION_TABLE = [
+    name for name in MODEL_TYPES if FAMILIES[name].has_position_table(tiny_config(name))
+]
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+
+@pytest.mark.parametrize("model_type", WITH_POSITION_TABLE)
 def test_position_offset_prefix_counts_like_a_cache_of_length_p(model_type):
     plain = tiny_model(model_type, "token")
     model = attached("token", model=copy.deepcopy(plain), position_offset="prefix")

@@ -117,6 +117,13 @@ def test_words_are_tokens_in_the_order_of_the_labels(folder):
             find_word_ids({"yes": word, "no": "bad"}, tokenizer, ["no", "yes"])
 
 
+MASKED = [
+    name
+    for name in MODEL_TYPES
+    if transformers.CONFIG_MAPPING[name] in transformers.AutoModelForMaskedLM._model_mapping
+]
+
+
 def tiny_lm(model_type: str):
     torch.manual_seed(0)
     return transformers.AutoModelForMaskedLM.from_config(tiny_config(model_type)).eval()
@@ -130,7 +137,7 @@ def masked_batch() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return batch | {"input_ids": ids}, places
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MASKED)
 def test_logits_and_loss_are_those_of_the_plain_model_at_the_mask(model_type):
     """With a prefix, as frozen blocks and through hooks; its gradient too."""
     plain = tiny_lm(model_type)
@@ -155,11 +162,12 @@ def test_logits_and_loss_are_those_of_the_plain_model_at_the_mask(model_type):
         output = model(**batch, labels=labels)
         output.loss.backward()
         gradient = model.prefix_encoder.embedding.weight.grad
-        assert_close_to_model((output.logits.detach(), gradient), expected, plain, table)
+        actual = (output.logits.detach(), gradient)
+        assert_close_to_model(actual, lambda *copies: expected(*copies)[:2], plain, table)
         torch.testing.assert_close(output.loss.detach(), expected(plain, table)[2].detach())
 
 
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
+@pytest.mark.parametrize("model_type", MASKED)
 def test_the_product_with_the_vocabulary_has_one_row_a_sequence(model_type):
     model = tiny_lm(model_type)
     MaskReader(model, MASK, WORDS)

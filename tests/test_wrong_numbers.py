@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from tests.models import (
+    MODELS,
     WAYS,
     attached,
     make_batch,
@@ -334,7 +335,9 @@ def test_lora_on_an_attached_model_does_not_freeze_the_prefix_silently():
     assert len(warned) == 1
 
 
-@pytest.mark.parametrize(("kind", "backbone"), WAYS)
+@pytest.mark.parametrize(
+    ("kind", "backbone"), [(kind, way) for kind, way in WAYS if (kind, "question") in MODELS]
+)
 def test_the_loss_over_positions_of_a_padded_batch_is_the_mean_of_its_texts(kind, backbone):
     model, batch = attached("question", kind, backbone=backbone), make_batch()
     batch["start_positions"] = torch.tensor([0, 6, 2])
@@ -350,9 +353,9 @@ def test_the_loss_over_positions_of_a_padded_batch_is_the_mean_of_its_texts(kind
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(value, table)[0] for value in (loss, expected)]
     torch.testing.assert_close(*gradients)
-    handles = len(model.qa_outputs._forward_hooks)
+    assert any(part._forward_hooks for part in model.children())
     ptv2_fast.detach(model)
-    assert (handles, len(model.qa_outputs._forward_hooks)) == (1, 0)
+    assert not any(part._forward_hooks for part in model.children())
 
 
 @pytest.mark.parametrize("summary", ["mean", "last"])

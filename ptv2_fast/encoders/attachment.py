@@ -109,6 +109,8 @@ class Attachment:
         # Empty where the model has that of its class.
         self._old_ignored_keys = {k: v for k, v in vars(model).items() if k == IGNORED_KEYS}
         self._old_configs = _give_own_configs(model)
+        if family.is_decoder:
+            model.config.use_cache = False  # the default where a caller does not say
         model.set_attn_implementation(ATTENTION_NAME)
         frozen_names = [name for name in model.state_dict() if name not in set(self.saved_names)]
         # Trainer compares the keys a checkpoint lacks with this set and is content when equal.
@@ -131,37 +133,49 @@ class Attachment:
             setattr(module, ATTACHMENT_ATTRIBUTE, self)
         try:
             positions = family.max_positions(model.config) - self.positions_taken
-            forward.prove(len(self.layers), min(2, positions), family.proof_indices)
+            key_shape = encoder.num_heads, encoder.head_dim
+            forward.prove(len(self.layers), key_shape, min(2, positions), family.proof_indices)
         except BaseException:
             self.undo()
             raise
         # Last, because converting back does not restore what was rounded.
         self._old_dtypes = self._convert_backbone(set(frozen_names))
 
-    def _number_layers(self) -> list[nn.Module]:
-        """Tell attention modules their layer where they do not know it and have one only."""
-        numbered: list[nn.Module] = []
+    def _number_layers(self) -> list[tuple[nn.Module, dict[str, None]]]:
+        """Tell attention modules their layer where they do not know it and have one only.
+
+        Returns:
+            Those modules, each with the attribute as it was; empty where there was none.
+        """
+        numbered: list[tuple[nn.Module, dict[str, None]]] = []
         if len(set(self.layers)) < len(self.layers):
             return numbered
         for index, layer in enumerate(self.layers):
             attention = layer.get_submodule(self.family.attention)
-            if not hasattr(attention, LAYER_ATTRIBUTE):
+            if getattr(attention, LAYER_ATTRIBUTE, None) is None:
+                old = {k: v for k, v in vars(attention).items() if k == LAYER_ATTRIBUTE}
+                numbered.append((attention, old))
                 setattr(attention, LAYER_ATTRIBUTE, index)
-                numbered.append(attention)
         return numbered
 
     def _register_hooks(self) -> list[torch.utils.hooks.RemovableHandle]:
-        encoder = self.backbone.get_submodule(self.family.encoder)
+        family, backbone = self.family, self.backbone
+        encoder = backbone.get_submodule(family.encoder) if family.encoder else None
+        first, last = encoder or self.layers[0], encoder or self.layers[-1]
         handles = [
-            self.backbone.register_forward_pre_hook(refuse_replica),
-            encoder.register_forward_pre_hook(self.before_encoder, with_kwargs=True),
+            backbone.register_forward_pre_hook(refuse_replica),
+            first.register_forward_pre_hook(self.before_encoder, with_kwargs=True),
             self.model.register_load_state_dict_pre_hook(self.before_load),
         ]
-        if self.backbone is not self.model:
+        if backbone is not self.model:
             handles.append(self.model.register_forward_pre_hook(self.before_head, with_kwargs=True))
         if self.config.backbone_dtype is not None:
-            last = self.backbone.get_submodule(self.family.exit or self.family.encoder)
+            last = backbone.get_submodule(family.exit) if family.exit else last
             handles.append(last.register_forward_hook(self.after_encoder))
+            handles += [
+                layer.register_forward_pre_hook(self.before_layer, with_kwargs=True)
+                for layer in dict.fromkeys(self.layers)
+            ]
         if self.config.position_offset == "prefix":
             embeddings = self._changed[0]
             handles.append(
@@ -243,8 +257,9 @@ class Attachment:
         vars(model).update(self._old_ignored_keys)
         for module, config in self._old_configs:
             module.config = config
-        for attention in self._numbered:
+        for attention, old in self._numbered:
             delattr(attention, LAYER_ATTRIBUTE)
+            vars(attention).update(old)
         self.frozen.undo()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._old_requires_grad.get(name, parameter.requires_grad))
@@ -306,6 +321,17 @@ class Attachment:
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
+
+    def before_layer(
+        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
+    ) -> tuple[tuple, dict[str, Any]] | None:
+        """Give rotations the layers' dtype, with `backbone_dtype`: they have that of the input."""
+        rotation = kwargs.get("position_embeddings")
+        if not self._old_dtypes or rotation is None:
+            return None
+        dtype = self.config.torch_backbone_dtype
+        rotation = tuple(part.to(dtype) for part in rotation)
+        return args, {**kwargs, "position_embeddings": rotation}
 
     def before_load(
         self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: object

@@ -6,9 +6,11 @@ call, so that checkpointing recomputes with the prefix of the forward it belongs
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface
+from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 
 from ptv2_fast.frozen.engine import Block, FrozenRun
@@ -23,12 +25,26 @@ _WITHOUT_EFFECT = frozenset(
     (
         STATE_ARGUMENT,
         "cache_position",
+        "deterministic",
         "num_items_in_batch",
         "output_hidden_states",
         "position_ids",
         "return_dict",
+        "use_cache",
     )
 )
+
+
+class RowMask(NamedTuple):
+    """Which columns attention may see, where that differs from row to row.
+
+    `tokens`: bool [B, T], False for padding, or None. `is_causal`: no column behind the row.
+    `window`: no column further away than so many tokens; None for any.
+    """
+
+    tokens: Tensor | None
+    is_causal: bool = False
+    window: int | None = None
 
 
 @dataclass
@@ -36,14 +52,16 @@ class PrefixState:
     """What one forward of the backbone hands to its attention modules.
 
     `layers` maps a layer index to (prefix_key, prefix_value), each [H, P, D]; a layer that is not
-    in it runs without a prefix. With `run` the layers are frozen `blocks` and call no attention
-    function. Whoever used the prefix of a layer notes the layer in `called`.
+    in it runs without a prefix. `key_shape`: number and width of its heads. With `run` the layers
+    are frozen `blocks` and call no attention function. Whoever used the prefix of a layer notes the
+    layer in `called`.
     """
 
     layers: dict[int, tuple[Tensor, Tensor]]
     prefix_dropout: float
     keep_input_gradient: bool
     num_layers: int
+    key_shape: tuple[int, int]
     run: FrozenRun | None = None
     blocks: list[Block] = field(default_factory=list)
     called: list[int] = field(default_factory=list)
@@ -73,9 +91,9 @@ def check_served(arguments: dict[str, object], layer: int) -> None:
 def _attention(
     module: nn.Module,
     query: Tensor,  # [B, H, T, D]
-    key: Tensor,  # [B, H, T, D]
-    value: Tensor,  # [B, H, T, D]
-    attention_mask: Tensor | None,  # bool [B, T]
+    key: Tensor,  # [B, H_kv, T, D]
+    value: Tensor,  # [B, H_kv, T, D]
+    attention_mask: RowMask | Tensor | None,  # bool [B, T]
     dropout: float = 0.0,
     scaling: float | None = None,
     **kwargs: object,
@@ -87,13 +105,18 @@ def _attention(
             "model itself and not one of its layers, leave its backbone's forward in place (a "
             "wrapper may call it), or detach it"
         )
-    if getattr(module, "is_causal", False):
-        raise ValueError("is_causal: expected False (an encoder), got True")
     layer = _layer_of(module, state)
+    mask = attention_mask if isinstance(attention_mask, RowMask) else RowMask(attention_mask)
+    _check_mask(mask, module, kwargs, layer)
     check_served(kwargs, layer)
+    heads, head_dim = state.key_shape
+    if (key.shape[1], key.shape[3]) != (heads, head_dim):
+        raise ValueError(
+            f"model: expected {heads} heads of width {head_dim} as keys of layer {layer}, by its "
+            f"configuration, got {key.shape[1]} of width {key.shape[3]}"
+        )
     prefix = state.layers.get(layer)
     if prefix is None:
-        heads, head_dim = query.shape[1], query.shape[3]
         prefix_key = prefix_value = query.new_empty(heads, 0, head_dim)
     else:
         prefix_key, prefix_value = prefix
@@ -104,13 +127,39 @@ def _attention(
         value,
         prefix_key,
         prefix_value,
-        key_mask=attention_mask,
+        key_mask=mask.tokens,
+        context_lengths=_no_context(query) if mask.is_causal else None,
+        window=mask.window,
         scale=scaling,
         dropout_p=dropout,
         prefix_dropout_p=state.prefix_dropout if prefix is not None and module.training else 0.0,
         backend=state.backend,
     )
     return out.transpose(1, 2), None
+
+
+def _no_context(query: Tensor) -> Tensor:
+    return torch.zeros(query.shape[0], dtype=torch.int32, device=query.device)
+
+
+def _check_mask(mask: RowMask, module: nn.Module, arguments: dict[str, object], layer: int) -> None:
+    """Check that a layer and its mask mean the same; takes the window out of the arguments.
+
+    Raises:
+        ValueError: when they do not.
+    """
+    is_causal = getattr(module, "is_causal", False)
+    if is_causal != mask.is_causal:
+        raise ValueError(
+            f"is_causal: expected {mask.is_causal} in layer {layer}, by its mask, got {is_causal}"
+        )
+    if mask.window is not None:
+        # transformers counts the row itself too.
+        expected, actual = mask.window + 1, arguments.pop("sliding_window", None)
+        if actual != expected:
+            raise ValueError(
+                f"sliding_window: expected {expected} in layer {layer}, by its mask, got {actual}"
+            )
 
 
 def _layer_of(module: nn.Module, state: PrefixState) -> int:
@@ -135,25 +184,42 @@ def _mask(
     *,
     mask_function: Callable[..., bool] = bidirectional_mask_function,
     attention_mask: Tensor | None = None,
+    local_size: int | None = None,
+    allow_is_causal_skip: bool = False,
+    allow_is_bidirectional_skip: bool = False,
+    config: PretrainedConfig | None = None,
     **kwargs: object,
-) -> Tensor | None:
+) -> RowMask | Tensor | None:
     """The padding mask as it came, bool [B, T] or None; its values are never looked at.
+
+    What else hides columns is read from what transformers allows a mask function to leave to the
+    attention, which it does where nothing is added to a causal or bidirectional mask, or one of
+    these in a window.
 
     Lengths and offsets, which versions of transformers name differently, are left in `kwargs`: the
     backbone's inputs were checked to have one mask column per token and no cache.
 
     Raises:
-        ValueError: for anything but padding of a bidirectional encoder (causal, packed or
-            block-wise masks, masks of other ranks).
+        ValueError: for packed, block-wise and other masks, and those of other ranks.
     """
-    if mask_function is not bidirectional_mask_function:
-        raise ValueError(
-            "attention_mask: expected a plain bidirectional padding mask, got a causal, packed or "
-            f"otherwise structured one ({mask_function!r})"
-        )
     if attention_mask is not None and attention_mask.dim() != 2:
         raise ValueError(f"attention_mask: expected shape [B, T], got {list(attention_mask.shape)}")
-    return attention_mask
+    if mask_function is bidirectional_mask_function:
+        return attention_mask
+    # Of a causal window, and of Gemma's bidirectional one, the size itself is outside.
+    inside = None if local_size is None else local_size - 1
+    if allow_is_causal_skip:
+        return RowMask(attention_mask, is_causal=True, window=inside)
+    if allow_is_bidirectional_skip and local_size is not None:
+        return RowMask(attention_mask, window=local_size)
+    # The union of a causal mask and one that sees ahead as far as back.
+    if getattr(config, "use_bidirectional_attention", False) is True:
+        if mask_function.__name__ == "or_mask":
+            return RowMask(attention_mask, window=inside)
+    raise ValueError(
+        "attention_mask: expected a padding mask, bidirectional or causal, with or without a "
+        f"window, got a packed or otherwise structured one ({mask_function!r})"
+    )
 
 
 AttentionInterface.register(ATTENTION_NAME, _attention)

@@ -2,11 +2,12 @@
 
 import inspect
 from collections.abc import Callable
+from itertools import takewhile
 from types import CodeType, MethodType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
@@ -91,6 +92,8 @@ class BackboneForward:
         # zip is not strict: positional arguments are the first of the names.
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         state = _start(self.attachment, arguments, first_token_only)
+        if self.attachment.family.is_decoder:
+            kwargs |= _known_mask(arguments, self._names[: len(args)])
         output = self._inner(*args, **{**kwargs, STATE_ARGUMENT: state})
         missed = state.missed(state.layers)
         if missed:
@@ -102,7 +105,9 @@ class BackboneForward:
             return clear_pads(output, arguments.get("attention_mask"))
         return output
 
-    def prove(self, num_layers: int, tokens: int, indices: tuple[str, ...]) -> None:
+    def prove(
+        self, num_layers: int, key_shape: tuple[int, int], tokens: int, indices: tuple[str, ...]
+    ) -> None:
         """Run a few tokens through the backbone: every layer has to call the operator once.
 
         The layers' own code runs, not frozen blocks, in eval mode, with the operator in plain torch
@@ -112,6 +117,7 @@ class BackboneForward:
 
         Args:
             num_layers: calls that have to be made.
+            key_shape: number and width of the prefix's heads.
             tokens: how many.
             indices: arguments that get a 0 for each sequence.
 
@@ -124,7 +130,7 @@ class BackboneForward:
         weight = self.backbone.get_input_embeddings().weight  # type: ignore[operator]
         ids = torch.zeros(1, tokens, dtype=torch.long, device=weight.device)
         # No layer has a prefix: empty ones are made where the layer is.
-        state = PrefixState({}, 0.0, False, num_layers, backend="reference")
+        state = PrefixState({}, 0.0, False, num_layers, key_shape, backend="reference")
         zeros = dict.fromkeys(indices, ids[:, 0])
         with torch.no_grad(), in_eval_mode(self.backbone), without_foreign_hooks(self.backbone):
             with WithoutProducts():
@@ -208,11 +214,32 @@ def _start(
         keep_input_gradient=(embeds is not None and embeds.requires_grad)
         or _gradient_below_layers(attachment),
         num_layers=len(attachment.layers),
+        key_shape=(attachment.encoder.num_heads, attachment.encoder.head_dim),
     )
     state.run = _start_blocks(attachment, arguments, state, first_token_only)
     if state.run is None and backbone.training:
         refuse_reentrant_checkpointing(attachment.layers)
     return state
+
+
+def _known_mask(arguments: dict[str, Any], positional: tuple[str, ...]) -> dict[str, Tensor]:
+    """In a trace, the mask of a text without padding, where a decoder got none.
+
+    From positions without a mask transformers finds out whether several texts are packed in one,
+    unless it must not look at values: then it takes them to be, and attention refuses that.
+
+    Args:
+        arguments: of the backbone's forward, by name.
+        positional: names of those that were given by position.
+    """
+    is_traced = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    tokens, given = input_tokens(arguments), ("attention_mask", "position_ids")
+    if not is_traced or tokens is None or "attention_mask" in positional:
+        return {}
+    if any(arguments.get(name) is not None for name in given):
+        return {}
+    ones = torch.ones(tokens.shape[:2], dtype=torch.long, device=tokens.device)
+    return {"attention_mask": ones}
 
 
 def _gradient_below_layers(attachment: "Attachment") -> bool:
@@ -221,8 +248,7 @@ def _gradient_below_layers(attachment: "Attachment") -> bool:
     The hook of transformers that goes with checkpointing wants none.
     """
     family, backbone = attachment.family, attachment.backbone
-    after = (family.encoder, family.exit)
-    stems = [name for name in family.frozen if name not in after]
+    stems = takewhile(lambda stem: not family.layers.startswith(stem), family.frozen)
     parts = [part for part in (getattr(backbone, stem, None) for stem in stems) if part is not None]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         return True

@@ -1,7 +1,8 @@
 """The encoders that can carry a prefix: one row per `model_type` of transformers."""
 
 import inspect
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from ptv2_fast.encoders.blocks import (
     describe_albert,
     describe_bert,
     describe_distilbert,
+    describe_esm,
+    describe_llama,
+    describe_modernbert,
+    describe_nomic_bert,
     describe_pre_norm_roberta,
     describe_xlm_roberta_xl,
 )
@@ -21,11 +26,19 @@ from ptv2_fast.encoders.blocks import (
 class Family:
     """Where the parts of a backbone are, as dotted names relative to it or to one layer.
 
-    `frozen` lists what P-Tuning v2 leaves untouched; what lies outside is trained and saved.
+    `frozen` lists what P-Tuning v2 leaves untouched, in the order of a forward; what lies outside
+    is trained and saved.
+    `encoder`: the module around the layers; "" where they lie on the backbone itself.
+    `query`, `key`, `value`: linear layers of the attention; one of the same name gives the three,
+    one behind the other. `key_norm`: what keys go through before they are rotated, if anything.
     `pads_keep_position`: pad tokens stand at `pad_token_id` and the others are counted from
     `pad_token_id + 1` (fairseq's rule), instead of every column standing at its index.
     `describe_block` reads a layer as a frozen block; None: the family takes the hook path.
-    `exit` is the module that gives the last states; "" = the encoder.
+    `exit` is the module that gives the last states; "" = the encoder,
+    or the last layer.
+    `position_types`: the served values of an option of that name; None: it has no effect, because
+    attention always rotates queries and keys by their positions.
+    `is_decoder`: transformers' class masks what comes later in the text, and has a cache.
     `proof_indices`: arguments besides the token ids, indices [B], without which the backbone may
     not run.
     """
@@ -38,22 +51,42 @@ class Family:
     query: str = "query"
     key: str = "key"
     value: str = "value"
+    key_norm: str = ""
     pads_keep_position: bool = False
     describe_block: DescribeBlock | None = describe_bert
     exit: str = ""
+    position_types: tuple[str | None, ...] | None = (None, "absolute")
+    is_decoder: bool = False
     proof_indices: tuple[str, ...] = ()
 
     def max_positions(self, config: PretrainedConfig) -> int:
-        """Longest input, in tokens, that the position table of the backbone serves.
+        """Longest input, in tokens, that the backbone was made for.
 
         Raises:
-            ValueError: when the configuration does not say how long the table is.
+            ValueError: when the configuration does not say it.
         """
         return _integer(config, "max_position_embeddings") - self.first_position(config)
 
     def first_position(self, config: PretrainedConfig) -> int:
         """Row of the position table at which the first token stands."""
         return _integer(config, "pad_token_id") + 1 if self.pads_keep_position else 0
+
+    def has_position_table(self, config: PretrainedConfig) -> bool:
+        """Whether positions are rows of a table, which has a last one."""
+        return self.position_types is not None and _position_type(config) in (None, "absolute")
+
+    def key_shape(self, config: PretrainedConfig) -> tuple[int, int]:
+        """Number and width of the heads of keys and values, of which queries may have more.
+
+        Raises:
+            ValueError: when the configuration does not say it.
+        """
+        heads, width = _integer(config, "num_attention_heads"), getattr(config, "head_dim", None)
+        if getattr(config, "num_key_value_heads", None) is not None:
+            key_heads = _integer(config, "num_key_value_heads")
+        else:
+            key_heads = heads
+        return key_heads, _integer(config, "hidden_size") // heads if width is None else width
 
     def check_offset(self, backbone: nn.Module) -> None:
         """Check that the positions of a backbone's embeddings can be shifted.
@@ -66,7 +99,7 @@ class Family:
         if not hasattr(embeddings, "position_embeddings") or "position_ids" not in arguments:
             raise ValueError(
                 "position_offset: expected 'none' for embeddings without a table of positions, got "
-                f"'prefix' for a {type(embeddings).__name__}"
+                f"'prefix' for the {type(embeddings).__name__} of a {type(backbone).__name__}"
             )
 
     def positions(
@@ -104,6 +137,27 @@ class AlbertFamily(Family):
         return [layer for group in called for layer in group.get_submodule("albert_layers")]  # type: ignore[attr-defined]
 
 
+# Parts that lie on the backbone itself, with attention that rotates queries and keys.
+_NOMIC = Family(
+    frozen=("embeddings", "rotary_emb", "layers"),
+    encoder="",
+    layers="layers",
+    attention="self_attn",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    describe_block=describe_nomic_bert,
+    position_types=None,
+)
+_EUROBERT = replace(
+    _NOMIC,
+    frozen=("embed_tokens", "rotary_emb", "layers", "norm"),
+    embeddings="embed_tokens",
+    describe_block=describe_llama,
+    exit="norm",
+)
+_LLAMA = replace(_EUROBERT, is_decoder=True)
+
 FAMILIES: dict[str, Family] = {
     "albert": AlbertFamily(
         layers="encoder.albert_layer_groups", attention="attention", describe_block=describe_albert
@@ -123,6 +177,31 @@ FAMILIES: dict[str, Family] = {
     ),
     "electra": Family(frozen=("embeddings", "embeddings_project", "encoder")),
     "ernie": Family(),
+    "esm": Family(
+        frozen=("embeddings", "rotary_embeddings", "encoder", "contact_head"),
+        pads_keep_position=True,
+        describe_block=describe_esm,
+        position_types=(None, "rotary", "absolute"),
+    ),
+    "eurobert": _EUROBERT,
+    "gemma3_text": replace(_LLAMA, key_norm="k_norm", describe_block=None),
+    "gte": _NOMIC,
+    "jina_embeddings_v3": _NOMIC,
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "modernbert": replace(
+        _NOMIC,
+        frozen=("embeddings", "rotary_emb", "layers", "final_norm"),
+        attention="attn",
+        query="Wqkv",
+        key="Wqkv",
+        value="Wqkv",
+        describe_block=describe_modernbert,
+        exit="final_norm",
+    ),
+    "nomic_bert": _NOMIC,
+    "qwen2": _LLAMA,
+    "qwen3": replace(_LLAMA, key_norm="k_norm"),
     "roberta": Family(pads_keep_position=True),
     "roberta-prelayernorm": Family(
         frozen=("embeddings", "encoder", "LayerNorm"),
@@ -141,8 +220,11 @@ _SERVED_OPTIONS: dict[str, tuple[object, ...]] = {
     "is_decoder": (None, False),
     "is_encoder_decoder": (None, False),
     "add_cross_attention": (None, False),
-    "position_embedding_type": (None, "absolute"),
+    "attn_logit_softcapping": (None,),
 }
+# Rotations whose frequencies follow the longest text of a batch, and of batches before it: neither
+# a text's logits nor its loss would be those it has alone.
+_LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def supported_types() -> str:
@@ -182,13 +264,36 @@ def check_backbone(backbone: nn.Module) -> None:
             "has this model"
         )
     config = backbone.config
-    find_family(config)  # type: ignore[arg-type]
-    for name, served in _SERVED_OPTIONS.items():
+    family = find_family(config)  # type: ignore[arg-type]
+    options = _SERVED_OPTIONS
+    if family.position_types is not None:
+        options = {**options, "position_embedding_type": family.position_types}
+    for name, served in options.items():
         value = getattr(config, name, None)
         if value not in served:
             raise ValueError(
                 f"model: expected an encoder with config.{name} {served[-1]!r}, got {value!r}"
             )
+    for rope_type in _rope_types(config):
+        if rope_type in _LENGTH_DEPENDENT_ROPE:
+            raise ValueError(
+                "model: expected rotations that do not depend on the length of a batch, got "
+                f"config.rope_parameters with the rope_type {rope_type!r}"
+            )
+
+
+def _position_type(config: PretrainedConfig) -> str | None:
+    return getattr(config, "position_embedding_type", None)
+
+
+def _rope_types(config: Any) -> list[object]:
+    """The kinds of rotation that a configuration names, for all layers or by kind of layer."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    return [
+        found.get("rope_type")
+        for found in (parameters, *parameters.values())
+        if isinstance(found, dict)
+    ]
 
 
 def _integer(config: PretrainedConfig, name: str) -> int:

@@ -28,6 +28,11 @@ def check_arguments(
     for name in _UNSERVED_ARGUMENTS:
         if arguments.get(name) is not None:
             raise ValueError(f"{name}: expected None on a model with a prefix, got a value")
+    if family.is_decoder and arguments.get("use_cache"):
+        raise ValueError(
+            "use_cache: expected None or False on a model with a prefix, which does not generate, "
+            "got True"
+        )
     if arguments.get("is_causal"):
         raise ValueError("is_causal: expected False (an encoder), got True")
     wants_attentions = arguments.get("output_attentions")
@@ -40,12 +45,15 @@ def check_arguments(
     if tokens is None:
         return  # transformers' own error names the two arguments
     mask = arguments.get("attention_mask")
+    if mask is not None and not isinstance(mask, Tensor):
+        raise ValueError(f"attention_mask: expected a tensor [B, T], got a {type(mask).__name__}")
     if mask is not None and mask.shape != tokens.shape[:2]:
         raise ValueError(
             f"attention_mask: expected shape [B, T] = {list(tokens.shape[:2])}, got "
             f"{list(mask.shape)}"
         )
-    if arguments.get("position_ids") is None:
+    has_table = family.has_position_table(model.config)
+    if has_table and arguments.get("position_ids") is None:
         _check_length(arguments.get("input_ids"), tokens.shape[1], model, family, positions_taken)
 
 

@@ -157,8 +157,7 @@ def _check_model(model: PreTrainedModel, config: PTuningV2Config) -> Family:
 
 
 def _make_encoder(model: PreTrainedModel, family: Family, config: PTuningV2Config) -> PrefixEncoder:
-    heads = model.config.num_attention_heads
-    head_dim = model.config.hidden_size // heads
+    heads, head_dim = family.key_shape(model.config)
     if head_dim % 8 != 0 or head_dim > 256:
         raise ValueError(
             f"model: expected a head_dim that is a multiple of 8 up to 256, got {head_dim}"

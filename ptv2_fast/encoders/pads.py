@@ -15,7 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_HEAD = "qa_outputs"  # transformers' name for it in every model
+# transformers' name for the layer that gives the logits, and those of models that differ: the last
+# one takes what the ones before it make of the states.
+_HEAD = "qa_outputs"
+_OTHER_HEADS = {"ModernBertForQuestionAnswering": ("head", "classifier")}
 
 
 def leave_pads_out(model: nn.Module) -> list[Any]:
@@ -24,10 +27,12 @@ def leave_pads_out(model: nn.Module) -> list[Any]:
     Returns:
         The handles that take the hooks away.
     """
-    head = getattr(model, _HEAD, None)
+    *before, last = _OTHER_HEADS.get(type(model).__name__, (_HEAD,))
+    head = getattr(model, last, None)
     if not isinstance(head, nn.Module):
         return []
-    return [head.register_forward_hook(_hide_pads)]
+    handles = [getattr(model, name).register_forward_hook(_keep_zeros) for name in before]
+    return [*handles, head.register_forward_hook(_hide_pads)]
 
 
 def reads_pads(model: nn.Module) -> bool:
@@ -49,6 +54,11 @@ def clear_pads(output: Any, mask: Tensor | None) -> Any:
         return (states, *output[1:])
     output.last_hidden_state = states
     return output
+
+
+def _keep_zeros(module: nn.Module, args: tuple, states: Tensor) -> Tensor:
+    """States [B, T, C] that are zero throughout where those that they were made of are."""
+    return states.masked_fill((args[0] == 0).all(dim=-1, keepdim=True), 0.0)
 
 
 def _hide_pads(head: nn.Module, args: tuple, logits: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""`init="tokens"`: start the prefix at the keys and values of real tokens."""
+"""`init="tokens"`: start the prefix at the keys and values of real tokens.
+
+Keys are taken before attention rotates them: a prefix has no position.
+"""
 
 import torch
 from torch import Tensor, nn
@@ -51,8 +54,15 @@ def token_prefix(
     handles = []
     for layer in dict.fromkeys(family.layer_modules(backbone)):
         attention = layer.get_submodule(family.attention)
-        for name, record in ((family.key, keys), (family.value, values)):
-            handles.append(attention.get_submodule(name).register_forward_hook(_recorder(record)))
+        key_norm = attention.get_submodule(family.key_norm) if family.key_norm else None
+        for index, name, norm, record in (
+            (1, family.key, key_norm, keys),
+            (2, family.value, None, values),
+        ):
+            # Of queries, keys and values in one.
+            third = index if name == family.query else None
+            recorder = _recorder(record, encoder.num_heads, third, norm)
+            handles.append(attention.get_submodule(name).register_forward_hook(recorder))
     try:
         with in_eval_mode(backbone):
             for chunk in ids.split(family.max_positions(model.config)):
@@ -62,14 +72,22 @@ def token_prefix(
             handle.remove()
     count = encoder.num_layers  # each chunk of the tokens ran through all of them
     pairs = [torch.cat(part[i::count]) for i in encoder.layers for part in (keys, values)]
-    heads = torch.stack(pairs).view(
-        len(encoder.layers), 2, length, encoder.num_heads, encoder.head_dim
-    )
-    return heads.transpose(2, 3).float()
+    return torch.stack(pairs).unflatten(0, (-1, 2)).transpose(2, 3).float()
 
 
-def _recorder(record: list[Tensor]):
+def _recorder(record: list[Tensor], heads: int, third: int | None, norm: nn.Module | None):
+    """A hook that appends what a linear layer gives for the one text of a batch, [T, H, D].
+
+    Args:
+        record: gets it.
+        heads: H.
+        third: which third of the result is meant; None = all of it.
+        norm: applied to each head; None = nothing.
+    """
+
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        record.append(output[0])
+        rows = output[0] if third is None else output[0].chunk(3, dim=-1)[third]
+        rows = rows.unflatten(-1, (heads, -1))
+        record.append(rows if norm is None else norm(rows))
 
     return hook
