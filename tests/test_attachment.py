@@ -20,6 +20,7 @@ from ptv2_fast.encoders.first_token import reads_first_token_only
 from tests.models import (
     BACKBONES,
     MAX_POSITIONS,
+    MODEL_TYPES,
     MODELS,
     P,
     attached,
@@ -392,11 +393,30 @@ def test_another_wrapper_ends_the_shortcut():
     assert not reads_first_token_only(model, model.bert, model.bert.encoder)
 
 
+@pytest.mark.parametrize("model_type", ["eurobert", "modernbert"])
+def test_heads_that_read_all_tokens_end_the_shortcut(model_type):
+    if model_type in MODEL_TYPES:
+        model = tiny_model(model_type, classifier_pooling="mean")
+        assert not reads_first_token_only(model, model.base_model, model.base_model)
+
+
+def test_who_watches_the_norm_behind_the_layers_gets_all_rows():
+    model = tiny_model("roberta-prelayernorm")
+    backbone = model.base_model
+    parts = model, backbone, backbone.encoder, backbone.LayerNorm
+    assert reads_first_token_only(*parts)
+    backbone.LayerNorm.register_forward_hook(lambda *unused: None)
+    assert not reads_first_token_only(*parts)
+
+
 @pytest.mark.parametrize(("model_type", "head"), MODELS)
 def test_the_shortcut_is_taken_where_other_rows_are_not_read(model_type, head):
-    model, batch = tiny_model(model_type, head), make_batch(head)
-    encoder = model.base_model.get_submodule(FAMILIES[model_type].encoder)
-    reads_first = head in ("sequence", "choice") and "frozen" in BACKBONES[model_type]
+    options = {"classifier_pooling": "bos"} if model_type == "eurobert" else {}
+    model, batch = tiny_model(model_type, head, **options), make_batch(head)
+    family = FAMILIES[model_type]
+    encoder = model.base_model.get_submodule(family.encoder)
+    reads_first = head == "sequence" or (head == "choice" and model_type != "modernbert")
+    reads_first &= "frozen" in BACKBONES[model_type] and not family.is_decoder
     assert reads_first_token_only(model, model.base_model, encoder) == reads_first
     expected = outputs_of(head, model(**batch))
 

@@ -270,10 +270,12 @@ class Attachment:
         self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
     ) -> tuple[tuple, dict[str, Any]] | None:
         """Tell the backbone, in the arguments of this one call, which states the head reads."""
-        encoder = self.backbone.get_submodule(self.family.encoder)
-        if torch.compiler.is_compiling() or not reads_first_token_only(
-            module, self.backbone, encoder
-        ):
+        if torch.compiler.is_compiling():
+            return None
+        family, backbone = self.family, self.backbone
+        exit = backbone.get_submodule(family.exit) if family.exit else None
+        encoder = backbone.get_submodule(family.encoder)
+        if not reads_first_token_only(module, backbone, encoder, exit):
             return None
         return args, {**kwargs, FIRST_TOKEN_ARGUMENT: True}
 

@@ -1,6 +1,7 @@
 """Heads that read the first token's state and no other: which they are, and when that holds."""
 
 from types import MethodType
+from typing import Any
 
 from torch import nn
 from torch.nn.modules import module as torch_module
@@ -25,6 +26,12 @@ _READERS: dict[str, str | None] = {
     "ElectraForMultipleChoice": "sequence_summary",
     "ErnieForSequenceClassification": "",
     "ErnieForMultipleChoice": "",
+    "EsmForSequenceClassification": "classifier",
+    "EuroBertForSequenceClassification": None,
+    "GteForSequenceClassification": "",
+    "JinaEmbeddingsV3ForSequenceClassification": "classifier",
+    "ModernBertForSequenceClassification": None,
+    "NomicBertForSequenceClassification": "",
     "RobertaForSequenceClassification": "classifier",
     "RobertaForMultipleChoice": "",
     "RobertaPreLayerNormForSequenceClassification": "classifier",
@@ -42,6 +49,12 @@ _READ_FIRST = (
     "Data2VecTextPooler",
     "ElectraClassificationHead",
     "ErniePooler",
+    "EsmClassificationHead",
+    "EsmPooler",
+    "GtePooler",
+    "JinaEmbeddingsV3ClassificationHead",
+    "JinaEmbeddingsV3Pooler",
+    "NomicBertPooler",
     "RobertaClassificationHead",
     "RobertaPooler",
     "RobertaPreLayerNormClassificationHead",
@@ -52,11 +65,19 @@ _READ_FIRST = (
     "XLMRobertaXLPooler",
 )
 
+# Heads that can read other rows: the option of their configuration, and its value for row 0.
+_POOLING = {
+    "EuroBertForSequenceClassification": "bos",
+    "ModernBertForSequenceClassification": "cls",
+}
+
 # Where the wrappers are from that accelerate puts around a forward for mixed precision.
 _MIXED_PRECISION = ("accelerate.utils.operations", "torch.amp.autocast_mode")
 
 
-def reads_first_token_only(model: nn.Module, backbone: nn.Module, encoder: nn.Module) -> bool:
+def reads_first_token_only(
+    model: nn.Module, backbone: nn.Module, encoder: nn.Module, exit: nn.Module | None = None
+) -> bool:
     """Whether, in a call made now, nothing reads another state than the first token's.
 
     So it is where all that stands between the encoder's output and the logits is transformers'
@@ -65,9 +86,13 @@ def reads_first_token_only(model: nn.Module, backbone: nn.Module, encoder: nn.Mo
     Args:
         model: with its head.
         backbone, encoder: of this model.
+        exit: what normalises the encoder's output, if anything.
     """
     name = type(model).__name__
     if name not in _READERS or torch_module._has_any_global_hook():
+        return False
+    config: Any = model.config
+    if name in _POOLING and config.classifier_pooling != _POOLING[name]:
         return False
     reader, readers = _READERS[name], []
     if reader is not None:
@@ -78,6 +103,7 @@ def reads_first_token_only(model: nn.Module, backbone: nn.Module, encoder: nn.Mo
             readers.append(getattr(model, reader, None))
     return (
         _has_own_forward(model)
+        and (exit is None or not (_is_watched(exit) or "forward" in vars(exit)))
         and all(_is_untouched(module) for module in (backbone, encoder, *readers))
         and all(_reads_first(module) for module in readers)
     )
@@ -118,12 +144,11 @@ def _converts_numbers(forward: object) -> bool:
 
 
 def _is_untouched(module: object) -> bool:
-    return (
-        isinstance(module, nn.Module)
-        and _has_own_forward(module)
-        and not has_foreign_hooks(module)
-        and not has_backward_hooks(module)
-    )
+    return isinstance(module, nn.Module) and _has_own_forward(module) and not _is_watched(module)
+
+
+def _is_watched(module: nn.Module) -> bool:
+    return has_foreign_hooks(module) or has_backward_hooks(module)
 
 
 def _reads_first(module: object) -> bool:

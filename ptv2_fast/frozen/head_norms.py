@@ -11,16 +11,17 @@ from ptv2_fast.ops.layout import widened
 
 def normalise_heads(heads: Tensor, norm: Norm, ops: Any) -> Tensor:
     """[R, heads, head_dim], each head in its norm; `ops` are the elementwise operators."""
-    rows = heads.reshape(-1, heads.shape[-1])
+    rows = heads.reshape(-1, heads.shape[-1]).contiguous()
     return ops.norm_from_stats(rows, _stats(rows, norm), norm.weight, norm.beta).view(heads.shape)
 
 
 def normalise_heads_gradient(grad_out: Tensor, heads: Tensor, norm: Norm, ops: Any) -> Tensor:
     """The gradient of `heads`, contiguous; `grad_out` is that of the normalised ones."""
-    rows = heads.reshape(-1, heads.shape[-1])
+    rows = heads.reshape(-1, heads.shape[-1]).contiguous()
+    grad_rows = grad_out.reshape(rows.shape).contiguous()
     gradient, _ = ops.dropout_add_norm_backward(
-        grad_out.reshape(rows.shape), None, None, rows, _stats(rows, norm), norm.weight, False,
-        None, None, 0.0, 0, rows.dtype,
+        grad_rows, None, None, rows, _stats(rows, norm), norm.weight, False, None, None, 0.0, 0,
+        rows.dtype,
     )  # fmt: skip
     return gradient.view(heads.shape)
 
