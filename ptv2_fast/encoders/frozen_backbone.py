@@ -43,7 +43,7 @@ class FrozenLayerForward:
     ) -> None:
         self.layer, self.index, self.describe, self.heads = layer, index, describe, heads
         # Read here because it is needed in every forward.
-        self._names = tuple(inspect.signature(type(layer).forward).parameters)[2:]
+        self._names = _arguments(layer)[2:]  # without self and the hidden states
         self._take(describe(layer, heads))
 
     def refresh(self) -> None:
@@ -202,7 +202,10 @@ class FrozenBackbone:
             if "forward" in layer.__dict__:
                 return f"layer {index}: its forward was replaced by something else"
             try:
-                reason = _why_not(self.describe(layer, self.heads))
+                modules = self.describe(layer, self.heads)
+                reason = _why_not(modules)
+                if modules.spec.rotary and "position_embeddings" not in _arguments(layer):
+                    reason = "this version of transformers rotates inside of its attention"
             except NotServedError as error:
                 reason = str(error)
             reason = reason or _who_listens(_modules_inside(layer))
@@ -231,6 +234,10 @@ class FrozenBackbone:
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"the backbone runs without frozen blocks: {reason}", stacklevel=3)
+
+
+def _arguments(layer: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(layer).forward).parameters)
 
 
 def _why_not(modules: BlockModules) -> str | None:
