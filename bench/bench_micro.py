@@ -104,7 +104,7 @@ def gelu_calls(shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
     values, bias = torch.randn(shape.batch * shape.tokens, width).to(dtype), torch.randn(width)
     narrow = bias.to(dtype)
     calls = {
-        "ours": lambda: torch.ops.ptv2.bias_gelu(values, bias),
+        "ours": lambda: torch.ops.ptv2.bias_activation(values, bias, "gelu"),
         "torch": lambda: F.gelu(values + narrow),
     }
     return values.numel(), calls
@@ -116,14 +116,62 @@ def gelu_backward_calls(shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
     leaf = values.clone().requires_grad_()
     out = F.gelu(leaf)
     calls = {
-        "ours": lambda: torch.ops.ptv2.bias_gelu_backward(grad, values, None),
+        "ours": lambda: torch.ops.ptv2.bias_activation_backward(grad, values, None, "gelu"),
         "torch": lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0],
     }
     return values.numel(), calls
 
 
+def gated_calls(part: str, shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
+    """`part`: "forward" or "backward" of silu(a) * b, as wide as that of GELU."""
+    rows, width = shape.batch * shape.tokens, 4 * shape.heads * shape.head_dim
+    joint, grad = torch.randn(rows, 2 * width).to(dtype), torch.randn(rows, width).to(dtype)
+    leaf = joint.clone().requires_grad_()
+
+    def eager(values: Tensor) -> Tensor:
+        first, second = values.chunk(2, dim=1)
+        return F.silu(first) * second
+
+    out = eager(leaf)
+    calls = {
+        "forward": {
+            "ours": lambda: torch.ops.ptv2.gated_activation(joint, None, "silu", True),
+            "torch": lambda: eager(joint),
+        },
+        "backward": {
+            "ours": lambda: torch.ops.ptv2.gated_activation_backward(
+                grad, joint, None, "silu", True
+            ),
+            "torch": lambda: torch.autograd.grad(out, leaf, grad, retain_graph=True)[0],
+        },
+    }
+    return grad.numel(), calls[part]
+
+
+def rotation_calls(shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
+    """Of queries and keys within the packed rows of queries, keys and values."""
+    rows, heads, pairs = shape.batch * shape.tokens, 2 * shape.heads, shape.head_dim // 2
+    packed = torch.randn(rows, 3 * shape.heads * shape.head_dim).to(dtype)
+    angle = torch.rand(rows, pairs)
+    cosine, sine = angle.cos(), angle.sin()
+    rotated = packed[:, : heads * shape.head_dim].unflatten(1, (heads, shape.head_dim))
+    wide_cosine, wide_sine = (part.repeat(1, 2)[:, None].to(dtype) for part in (cosine, sine))
+
+    def eager() -> Tensor:
+        first, second = rotated.chunk(2, dim=-1)
+        return rotated * wide_cosine + torch.cat((-second, first), dim=-1) * wide_sine
+
+    calls = {
+        "ours": lambda: torch.ops.ptv2.rotate_(
+            packed, cosine, sine, heads, shape.head_dim, False, False
+        ),
+        "torch": eager,
+    }
+    return rotated.numel(), calls
+
+
 def norm_calls(part: str, shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]:
-    """`part`: "forward", "backward" or "again" of dropout + add + LayerNorm of hidden states."""
+    """`part`: "forward", "backward", "again" or "rms" of dropout + add + norm of hidden states."""
     rows, width = shape.batch * shape.tokens, shape.heads * shape.head_dim
     values, residual, grad = torch.randn(3, rows, width).to(dtype)
     weight, beta = torch.randn(2, width)
@@ -133,28 +181,32 @@ def norm_calls(part: str, shape: Shape, dtype: torch.dtype) -> tuple[int, Calls]
     dropout = SEED, coordinates, DROPOUT_P, ATTENTION_OUTPUT_STREAM
     leaves = values.clone().requires_grad_(), residual.clone().requires_grad_()
 
-    def ours() -> tuple[Tensor, Tensor, Tensor]:
-        return torch.ops.ptv2.dropout_add_layer_norm(
-            values, None, residual, weight, beta, 1e-5, *dropout
+    def ours(beta: Tensor | None = beta, mean: bool = True) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.ptv2.dropout_add_norm(
+            values, None, residual, weight, beta, 1e-5, mean, *dropout
         )
 
     def eager(input: Tensor, other: Tensor) -> Tensor:
         return F.layer_norm(other + F.dropout(input, DROPOUT_P), (width,), *narrow)
+
+    def eager_rms() -> Tensor:
+        return F.rms_norm(residual + F.dropout(values, DROPOUT_P), (width,), narrow[0], 1e-5)
 
     _, total, statistics = ours()
     out = eager(*leaves)
     calls = {
         "forward": {"ours": ours, "torch": lambda: eager(values, residual)},
         "backward": {
-            "ours": lambda: torch.ops.ptv2.dropout_add_layer_norm_backward(
-                grad, None, total, statistics, weight, *dropout, dtype
+            "ours": lambda: torch.ops.ptv2.dropout_add_norm_backward(
+                grad, None, None, total, statistics, weight, True, *dropout, dtype
             ),
             "torch": lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True),
         },
         "again": {
-            "ours": lambda: torch.ops.ptv2.layer_norm_again(total, statistics, weight, beta),
+            "ours": lambda: torch.ops.ptv2.norm_from_stats(total, statistics, weight, beta),
             "torch": lambda: F.layer_norm(total, (width,), *narrow),
         },
+        "rms": {"ours": lambda: ours(None, False), "torch": eager_rms},
     }
     return values.numel(), calls[part]
 
@@ -165,8 +217,12 @@ BLOCKS = {
     "packing": (packing_calls, ("fp32", "bf16")),
     "gelu": (gelu_calls, ("fp32", "bf16")),
     "gelu backward": (gelu_backward_calls, ("fp32", "bf16")),
+    "gated": (partial(gated_calls, "forward"), ("fp32", "bf16")),
+    "gated backward": (partial(gated_calls, "backward"), ("fp32", "bf16")),
+    "rotation": (rotation_calls, ("fp32", "bf16")),
     "dropout+add+norm": (partial(norm_calls, "forward"), ("fp32", "bf16")),
     "dropout+add+norm backward": (partial(norm_calls, "backward"), ("fp32", "bf16")),
+    "dropout+add+rms norm": (partial(norm_calls, "rms"), ("fp32", "bf16")),
     "norm again": (partial(norm_calls, "again"), ("fp32", "bf16")),
 }
 

@@ -12,12 +12,17 @@ from dataclasses import dataclass, replace
 import torch
 
 from ptv2_fast.frozen.spec import POLICIES
+from ptv2_fast.ops.activations import ACTIVATIONS
 from tests import attention_checks, elementwise_checks, large_checks, sanitizer_checks
+from tests.activation_checks import check_tails
 from tests.attention_checks import check
 from tests.devices import Unavailable, matmul_precision, needs_memory, unwritten_is_nan
-from tests.elementwise_checks import DROPOUT_P, DTYPES, make_case
+from tests.elementwise_cases import DTYPES
+from tests.elementwise_checks import VARIANTS, make_variant
 from tests.fuzzing import check_seeds
 from tests.inputs import MASKS, ROWS, Shape
+from tests.norm_checks import check_dropout_mask, check_rows_of_zeros
+from tests.rotary_checks import RotaryShape, check_rotations, make_rotary
 from tests.tracing_checks import check_compiles_as_one_graph, check_raw_operators_pass_opcheck
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -222,8 +227,8 @@ def elementwise(dtypes: str, columns: int) -> Check:
     def run(device: torch.device) -> float:
         rows, ratios = 1003 if device.type == "cuda" else 3, []
         with unwritten_is_nan():
-            for extras, p in ((False, 0.0), (True, DROPOUT_P)):
-                case = make_case((rows, columns), dtypes, extras, p, device)
+            for variant in VARIANTS:
+                case = make_variant((rows, columns), dtypes, variant, device)
                 ratios.append(elementwise_checks.check_operators("triton", case))
         return max(ratios)
 
@@ -239,9 +244,18 @@ def elementwise_groups() -> dict[str, dict[str, Check]]:
         for dtypes in DTYPES
     }
     groups["elementwise-rules"] = {
-        f"tails {name}": Check(
-            lambda device, dtype=dtype: checks.check_gelu_tails(triton, dtype, device),
-            rehearsed=dtype == FP32,
+        f"tails {activation} {name}": Check(
+            lambda device, activation=activation, dtype=dtype: check_tails(
+                triton, activation, dtype, device
+            ),
+            rehearsed=(activation, dtype) == ("gelu", FP32),
+        )
+        for activation in ACTIVATIONS
+        for name, dtype in (("fp32", FP32), ("bf16", BF16))
+    }
+    groups["elementwise-rules"] |= {
+        f"rotation {name}": Check(
+            lambda device, dtype=dtype: check_rotations(triton, dtype, device)
         )
         for name, dtype in (("fp32", FP32), ("bf16", BF16))
     }
@@ -249,11 +263,15 @@ def elementwise_groups() -> dict[str, dict[str, Check]]:
     for dtypes in DTYPES:
         groups["elementwise-rules"] |= {
             f"mask {dtypes}": Check(
-                lambda device, dtypes=dtypes: checks.check_dropout_mask(triton, dtypes, device)
+                lambda device, dtypes=dtypes: check_dropout_mask(triton, dtypes, device)
+            ),
+            f"rows of zeros {dtypes}": Check(
+                lambda device, dtypes=dtypes: check_rows_of_zeros(triton, dtypes, True, device)
             ),
             f"opcheck {dtypes}": Check(
                 lambda device, dtypes=dtypes: checks.check_opcheck(
-                    make_case((5, 20), dtypes, device=device)
+                    make_variant((5, 20), dtypes, "rms-bare-dropout", device),
+                    make_rotary(RotaryShape(5, 2, 20, 7), DTYPES[dtypes][0], device),
                 )
             ),
         }

@@ -11,7 +11,7 @@ from torch import Tensor
 from ptv2_fast.ops.options import Options
 from tests.attention_checks import raw_pair
 from tests.devices import needs_memory
-from tests.elementwise_checks import Case, make_case, operator
+from tests.elementwise_cases import Case, make_case, operator
 
 GIGABYTES = 40
 BEYOND_INT32 = 2**31
@@ -86,11 +86,13 @@ def check_large_rows(device: torch.device, names: tuple[str, ...]) -> None:
 def needed_rows(names: tuple[str, ...]) -> set[str]:
     """The large tensors of a case that these operators read."""
     read = {
-        "bias_gelu": {"input"},
-        "bias_gelu_backward": {"input", "grad_out"},
-        "dropout_add_layer_norm": {"input", "residual"},
-        "dropout_add_layer_norm_backward": {"grad_out", "total"},
-        "layer_norm_again": {"total"},
+        "bias_activation": {"input"},
+        "bias_activation_backward": {"input", "grad_out"},
+        "gated_activation": {"input"},
+        "gated_activation_backward": {"input", "grad_out"},
+        "dropout_add_norm": {"input", "residual"},
+        "dropout_add_norm_backward": {"grad_out", "total"},
+        "norm_from_stats": {"total"},
     }
     return set().union(*(read[name] for name in names))
 
@@ -102,11 +104,19 @@ def rows_of(case: Case, part: slice, large: set[str]) -> Case:
 
 def called(name: str, case: Case) -> list[Tensor]:
     arguments = {
-        "bias_gelu": lambda: (case.input, None),
-        "bias_gelu_backward": lambda: (case.grad_out, case.input, None),
-        "dropout_add_layer_norm": lambda: case.forward,
-        "dropout_add_layer_norm_backward": lambda: case.backward,
-        "layer_norm_again": lambda: case.again,
+        "bias_activation": lambda: (case.input, None, "gelu"),
+        "bias_activation_backward": lambda: (case.grad_out, case.input, None, "gelu"),
+        "gated_activation": lambda: (case.input, None, "silu", True),
+        "gated_activation_backward": lambda: (
+            case.grad_out[:, ::2].contiguous(),
+            case.input,
+            None,
+            "silu",
+            True,
+        ),
+        "dropout_add_norm": lambda: case.forward,
+        "dropout_add_norm_backward": lambda: case.backward,
+        "norm_from_stats": lambda: case.again,
     }[name]()
     results = operator("triton", name)(*arguments)
     return [results] if isinstance(results, Tensor) else list(results)
@@ -115,9 +125,14 @@ def called(name: str, case: Case) -> list[Tensor]:
 CHECKS = {
     "packed": lambda device: check_large_attention(device, True),
     "padded": lambda device: check_large_attention(device, False),
-    "gelu": lambda device: check_large_rows(device, ("bias_gelu", "bias_gelu_backward")),
-    "layer norm": lambda device: check_large_rows(device, ("dropout_add_layer_norm",)),
-    "layer norm backward": lambda device: check_large_rows(
-        device, ("dropout_add_layer_norm_backward", "layer_norm_again")
+    "activation": lambda device: check_large_rows(
+        device, ("bias_activation", "bias_activation_backward")
+    ),
+    "gated activation": lambda device: check_large_rows(
+        device, ("gated_activation", "gated_activation_backward")
+    ),
+    "norm": lambda device: check_large_rows(device, ("dropout_add_norm",)),
+    "norm backward": lambda device: check_large_rows(
+        device, ("dropout_add_norm_backward", "norm_from_stats")
     ),
 }

@@ -14,8 +14,9 @@ import torch
 
 from tests.attention_checks import raw_pair
 from tests.devices import KERNEL_DEVICE, Unavailable
-from tests.elementwise_checks import make_case, run_all
+from tests.elementwise_cases import make_case, run_all
 from tests.inputs import Shape, make_inputs
+from tests.rotary_checks import FLAGS, RotaryShape, make_rotary
 
 ROOT = Path(__file__).parent.parent
 SECONDS = 240
@@ -39,6 +40,9 @@ def launch_everything(device: torch.device) -> None:
             backward(*arguments, True, True, True, False, *options)
     for columns in (312, 1024) if device.type == "cuda" else (40,):
         run_all("triton", make_case((5, columns), "mixed", device=device))
+    rotary = make_rotary(RotaryShape(5, 3, 20, 7, behind=13), torch.bfloat16, device)
+    for flags in FLAGS:
+        rotary.rotate("triton", *flags)
 
 
 def check_with_sanitizer(tool: str, device: torch.device) -> None:

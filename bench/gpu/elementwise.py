@@ -1,186 +1,42 @@
-"""How fast are GELU and dropout + add + LayerNorm on a GPU, against torch, eager and compiled?
+"""How fast are activations, norms and rotary positions on a GPU, against torch, eager and compiled?
 
-A unit is one of the five operators and a dtype ("mixed": bf16 products, fp32 residual stream). Each
-is held to the rules of tests/elementwise_checks.py first. What torch runs is what an encoder runs:
-the bias has been added by the matrix product before, masks and statistics were saved. Columns:
+A unit is one operator and a dtype ("mixed": bf16 products, fp32 residual stream); of activations,
+GELU plain and SiLU gated. Each is held to the rules of tests/ first. What torch runs is what an
+encoder runs: the bias has been added by the matrix product before, masks and statistics were saved,
+and rotated queries and keys are new tensors. `columns` is the width of the result's rows. Columns:
 
     ... call ms         one call with its launches, begun with a cold L2 cache; median, p20, p80
     ... graph ms        one call of a CUDA graph's replay of several, each with tensors of its own,
                         more of them than the L2 cache holds
-    GB/s, of copy       of ours by the byte counts of gelu.py and layer_norm.py, each byte moved
-                        once, by the clock that `clock` names; as a share of what a copy of 1 GiB
-                        reads and writes
+    GB/s, of copy       of ours by its byte count, each byte moved once, by the clock that `clock`
+                        names; as a share of what a copy of 1 GiB reads and writes
     speed-up over ...   by that clock too
 """
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from bench.gpu.elementwise_operators import OPERATORS
 from bench.gpu.graphs import captured
 from bench.gpu.stages import Options, Row, reason_of, release
 from bench.measure import Timing, time_interleaved
 from bench.roofline import copy_bytes_per_ms
 from ptv2_kernels import elementwise as launchers
-from tests.elementwise_checks import (
-    DTYPES,
-    EPSILON,
-    Case,
-    check_gelu,
-    check_layer_norm_backward,
-    check_layer_norm_forward,
-    make_case,
-)
+from tests.elementwise_cases import DTYPES, Case, exact_statistics, make_case
 
 ROWS = {"cuda": (4096, 16384), "cpu": (8,)}
-GELU_COLUMNS = {"cuda": (3072, 4096), "cpu": (96,)}
-NORM_COLUMNS = {"cuda": (768, 1024), "cpu": (40,)}
 CHECKED_ROWS = 37
 DROPOUT_P = 0.1
 COLD_BYTES = {"cuda": 2**28, "cpu": 1}  # what the tensors of a graph's calls have together
 MOST_CALLS = 32  # of a graph
-aten = torch.ops.aten
-
-
-def _gelu(biased: Tensor) -> Tensor:
-    return F.gelu(biased)
-
-
-def _gelu_backward(grad_out: Tensor, biased: Tensor) -> Tensor:
-    return aten.gelu_backward(grad_out, biased)
-
-
-def _norm(
-    dropout_p: float, input: Tensor, residual: Tensor, weight: Tensor, beta: Tensor
-) -> Tensor:
-    total = residual + F.dropout(input, dropout_p)
-    return F.layer_norm(total, total.shape[1:], weight, beta, EPSILON)
-
-
-def _norm_backward(
-    dropout_p: float, grad_out: Tensor, grad_other: Tensor, total: Tensor, mean: Tensor,
-    deviation: Tensor, weight: Tensor, beta: Tensor, mask: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    grad_residual, _, _ = aten.native_layer_norm_backward(
-        grad_out + grad_other, total, total.shape[1:], mean, deviation, weight, beta,
-        [True, False, False],
-    )  # fmt: skip
-    grad_input = grad_residual.to(grad_other.dtype)
-    if dropout_p > 0.0:
-        grad_input = aten.native_dropout_backward(grad_input, mask, 1 / (1 - dropout_p))
-    return grad_residual, grad_input
-
-
-def _norm_again(total: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
-    return F.layer_norm(total, total.shape[1:], weight, beta, EPSILON)
-
-
-def _gelu_arguments(case: Case) -> tuple[tuple, tuple]:
-    return (case.input, case.bias), (case.input,)
-
-
-def _gelu_backward_arguments(case: Case) -> tuple[tuple, tuple]:
-    return (case.grad_other, case.input, case.bias), (case.grad_other, case.input)
-
-
-def _affine(case: Case) -> tuple[Tensor, Tensor]:
-    """In the residual stream's dtype, as an encoder holds them."""
-    return case.weight.to(case.residual.dtype), case.beta.to(case.residual.dtype)
-
-
-def _norm_arguments(case: Case) -> tuple[tuple, tuple]:
-    return case.forward, (case.input, case.residual, *_affine(case))
-
-
-def _norm_backward_arguments(case: Case) -> tuple[tuple, tuple]:
-    weight, beta = _affine(case)
-    _, mean, deviation = aten.native_layer_norm(
-        case.total, case.total.shape[1:], weight, beta, EPSILON
-    )
-    mask = torch.rand(case.input.shape, device=case.input.device) >= case.dropout_p
-    saved = case.total, mean, deviation, weight, beta, mask
-    return case.backward, (case.grad_out, case.grad_other, *saved)
-
-
-def _again_arguments(case: Case) -> tuple[tuple, tuple]:
-    return case.again, (case.total, *_affine(case))
-
-
-def _gelu_bytes(tensors: int, case: Case) -> int:
-    rows, columns = case.input.shape
-    return tensors * rows * columns * case.input.element_size() + 4 * columns
-
-
-def _norm_bytes(inputs: int, residuals: int, vectors: int, case: Case) -> int:
-    """`inputs`, `residuals`, `vectors`: tensors of input's and residual's dtype, of length C."""
-    rows, columns = case.input.shape
-    per_row = columns * (
-        inputs * case.input.element_size() + residuals * case.residual.element_size()
-    )
-    return rows * (per_row + 8 + 8 * (case.dropout_p > 0.0)) + 4 * columns * vectors
-
-
-def _norm_backward_bytes(case: Case) -> int:
-    is_same = case.dropout_p == 0.0 and case.input.dtype == case.residual.dtype
-    return _norm_bytes(1 if is_same else 2, 3, 1, case)
-
-
-@dataclass(frozen=True)
-class Operator:
-    """One of the five.
-
-    Args:
-        plain: the same in torch, of whose arguments dropout_p comes first if `drops`.
-        arguments: those of the operator and of `plain`.
-        byte_count: that the kernel moves.
-        check: raises AssertionError unless its results are right.
-        columns: by device.
-        drops: it knows dropout.
-    """
-
-    plain: Callable
-    arguments: Callable[[Case], tuple[tuple, tuple]]
-    byte_count: Callable[[Case], int]
-    check: Callable[[str, Case], None]
-    columns: dict[str, tuple[int, ...]]
-    drops: bool = False
-
-    @property
-    def dtypes(self) -> tuple[str, ...]:
-        """Those that differ for it: a GELU knows no residual stream."""
-        return tuple(DTYPES) if self.columns is NORM_COLUMNS else ("fp32", "bf16")
-
-
-OPERATORS = {
-    "bias_gelu": Operator(
-        _gelu, _gelu_arguments, functools.partial(_gelu_bytes, 2), check_gelu, GELU_COLUMNS
-    ),
-    "bias_gelu_backward": Operator(
-        _gelu_backward, _gelu_backward_arguments, functools.partial(_gelu_bytes, 3), check_gelu,
-        GELU_COLUMNS,
-    ),
-    "dropout_add_layer_norm": Operator(
-        _norm, _norm_arguments, functools.partial(_norm_bytes, 1, 3, 3), check_layer_norm_forward,
-        NORM_COLUMNS, drops=True,
-    ),
-    "dropout_add_layer_norm_backward": Operator(
-        _norm_backward, _norm_backward_arguments, _norm_backward_bytes, check_layer_norm_backward,
-        NORM_COLUMNS, drops=True,
-    ),
-    "layer_norm_again": Operator(
-        _norm_again, _again_arguments, functools.partial(_norm_bytes, 0, 2, 2),
-        check_layer_norm_forward, NORM_COLUMNS,
-    ),
-}  # fmt: skip
 
 
 def _units(device: torch.device) -> dict[str, tuple[str, str]]:
     if device.type == "cpu":
-        chosen = [("bias_gelu_backward", "bf16"), ("dropout_add_layer_norm_backward", "mixed")]
+        chosen = [("bias_activation_backward", "bf16"), ("dropout_add_norm_backward", "mixed")]
     else:
         chosen = [
             (name, dtypes)
@@ -227,7 +83,6 @@ def _random_case(
         return torch.randn(size, device=device, dtype=dtype)
 
     total = values(rows, columns, dtype=dtype)
-    variance, mean = torch.var_mean(total.float(), dim=1, correction=0)
     row = torch.arange(rows, dtype=torch.int32, device=device)
     return Case(
         input=values(rows, columns, dtype=input_dtype),
@@ -239,9 +94,11 @@ def _random_case(
         coordinates=torch.stack((row // 128, row % 128), dim=1),
         grad_out=values(rows, columns, dtype=dtype),
         grad_other=values(rows, columns, dtype=input_dtype),
+        grad_total=values(rows, columns, dtype=dtype),
         dropout_p=dropout_p,
+        subtract_mean=True,
         total=total,
-        statistics=torch.stack((mean, torch.rsqrt(variance + EPSILON)), dim=1),
+        statistics=exact_statistics(total, True).float(),
     )
 
 
@@ -291,8 +148,8 @@ def _ways(
     operator = OPERATORS[name]
     plain = functools.partial(operator.plain, dropout_p) if operator.drops else operator.plain
     if device.type == "cpu":  # where the operator is C++
-        return {"ours": getattr(launchers, f"launch_{name}"), "torch": plain}, ""
-    ways = {"ours": getattr(torch.ops.ptv2, name), "torch": plain}
+        return {"ours": getattr(launchers, f"launch_{operator.operator}"), "torch": plain}, ""
+    ways = {"ours": getattr(torch.ops.ptv2, operator.operator), "torch": plain}
     torch.compiler.reset()  # or the ninth shape would run uncompiled
     try:
         compiled = torch.compile(plain, fullgraph=True, dynamic=False)
