@@ -257,7 +257,7 @@ def elementwise_groups() -> dict[str, dict[str, Check]]:
         f"rotation {name}": Check(
             lambda device, dtype=dtype: check_rotations(triton, dtype, device)
         )
-        for name, dtype in (("fp32", FP32), ("bf16", BF16))
+        for name, dtype in (("fp32", FP32), ("bf16", BF16), ("fp16", FP16))
     }
     groups["elementwise-bits"] = {}
     for dtypes in DTYPES:
@@ -265,9 +265,14 @@ def elementwise_groups() -> dict[str, dict[str, Check]]:
             f"mask {dtypes}": Check(
                 lambda device, dtypes=dtypes: check_dropout_mask(triton, dtypes, device)
             ),
-            f"rows of zeros {dtypes}": Check(
-                lambda device, dtypes=dtypes: check_rows_of_zeros(triton, dtypes, True, device)
-            ),
+            **{
+                f"rows of zeros {norm} {dtypes}": Check(
+                    lambda device, dtypes=dtypes, is_layer=norm == "layer": check_rows_of_zeros(
+                        triton, dtypes, is_layer, device
+                    )
+                )
+                for norm in ("layer", "rms")
+            },
             f"opcheck {dtypes}": Check(
                 lambda device, dtypes=dtypes: checks.check_opcheck(
                     make_variant((5, 20), dtypes, "rms-bare-dropout", device),

@@ -93,6 +93,8 @@ def needed_rows(names: tuple[str, ...]) -> set[str]:
         "dropout_add_norm": {"input", "residual"},
         "dropout_add_norm_backward": {"grad_out", "total"},
         "norm_from_stats": {"total"},
+        "dropout_add": {"input", "residual"},
+        "dropout_backward": {"total"},
     }
     return set().union(*(read[name] for name in names))
 
@@ -108,18 +110,33 @@ def called(name: str, case: Case) -> list[Tensor]:
         "bias_activation_backward": lambda: (case.grad_out, case.input, None, "gelu"),
         "gated_activation": lambda: (case.input, None, "silu", True),
         "gated_activation_backward": lambda: (
-            case.grad_out[:, ::2].contiguous(),
-            case.input,
-            None,
-            "silu",
-            True,
+            case.grad_out[:, ::2].contiguous(), case.input, None, "silu", True
         ),
         "dropout_add_norm": lambda: case.forward,
         "dropout_add_norm_backward": lambda: case.backward,
         "norm_from_stats": lambda: case.again,
-    }[name]()
+        "dropout_add": lambda: case.addition,
+        "dropout_backward": lambda: case.addition_backward,
+    }[name]()  # fmt: skip
     results = operator("triton", name)(*arguments)
     return [results] if isinstance(results, Tensor) else list(results)
+
+
+def check_large_rotation(device: torch.device) -> None:
+    """Packed query, key and value of a million tokens: rows at both ends and in the middle."""
+    needs_memory(device, GIGABYTES)
+    heads, head_dim, count = 12, 64, BEYOND_INT32 // (3 * 12 * 64) + 8
+    if device.type == "cpu":
+        heads, head_dim, count = 2, 16, 50
+    generator = torch.Generator(device).manual_seed(0)
+    packed = torch.empty(count, 3 * heads * head_dim, dtype=torch.bfloat16, device=device)
+    packed.normal_(generator=generator)
+    angle = torch.rand(count, head_dim // 2, device=device, generator=generator)
+    cosine, sine, rows = angle.cos(), angle.sin(), few(count)
+    alone, rotate = packed[rows], operator("triton", "rotate_")
+    rotate(alone, cosine[rows], sine[rows], 2 * heads, head_dim, False, False)
+    rotate(packed, cosine, sine, 2 * heads, head_dim, False, False)
+    assert torch.equal(packed[rows], alone)
 
 
 CHECKS = {
@@ -135,4 +152,6 @@ CHECKS = {
     "norm backward": lambda device: check_large_rows(
         device, ("dropout_add_norm_backward", "norm_from_stats")
     ),
+    "addition": lambda device: check_large_rows(device, ("dropout_add", "dropout_backward")),
+    "rotation": check_large_rotation,
 }

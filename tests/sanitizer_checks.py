@@ -40,7 +40,8 @@ def launch_everything(device: torch.device) -> None:
             backward(*arguments, True, True, True, False, *options)
     for columns in (312, 1024) if device.type == "cuda" else (40,):
         run_all("triton", make_case((5, columns), "mixed", device=device))
-    rotary = make_rotary(RotaryShape(5, 3, 20, 7, behind=13), torch.bfloat16, device)
+        run_all("triton", make_case((5, columns), "bf16", False, 0.0, device, subtract_mean=False))
+    rotary = make_rotary(RotaryShape(50, 12, 20, 7, behind=13), torch.bfloat16, device)
     for flags in FLAGS:
         rotary.rotate("triton", *flags)
 

@@ -1,9 +1,9 @@
 """How fast are activations, norms and rotary positions on a GPU, against torch, eager and compiled?
 
-A unit is one operator and a dtype ("mixed": bf16 products, fp32 residual stream); of activations,
-GELU plain and SiLU gated. Each is held to the rules of tests/ first. What torch runs is what an
-encoder runs: the bias has been added by the matrix product before, masks and statistics were saved,
-and rotated queries and keys are new tensors. `columns` is the width of the result's rows. Columns:
+A unit is one operator and a dtype ("mixed": bf16 products, fp32 residual stream). Each is held to
+the rules of tests/ first. What torch runs is what an encoder runs: the bias has been added by the
+matrix product before, masks and statistics were saved, and rotated queries and keys are new
+tensors. `columns` is the width of the result's rows, of a rotation that of queries. Columns:
 
     ... call ms         one call with its launches, begun with a cold L2 cache; median, p20, p80
     ... graph ms        one call of a CUDA graph's replay of several, each with tensors of its own,
@@ -36,7 +36,10 @@ MOST_CALLS = 32  # of a graph
 
 def _units(device: torch.device) -> dict[str, tuple[str, str]]:
     if device.type == "cpu":
-        chosen = [("bias_activation_backward", "bf16"), ("dropout_add_norm_backward", "mixed")]
+        chosen = [
+            ("bias_activation_backward gelu", "bf16"),
+            ("dropout_add_norm_backward rms", "mixed"),
+        ]
     else:
         chosen = [
             (name, dtypes)
@@ -73,7 +76,7 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
                 release()
 
 
-def _random_case(
+def random_case(
     shape: tuple[int, int], dtypes: str, dropout_p: float, device: torch.device
 ) -> Case:
     """Made on the device, since those of tests/ take seconds at these sizes."""
@@ -107,12 +110,12 @@ def _measured(
     options: Options, copy_rate: float,
 ) -> Row:  # fmt: skip
     operator = OPERATORS[name]
-    first = _random_case(shape, dtypes, dropout_p, device)
+    first = random_case(shape, dtypes, dropout_p, device)
     moved = operator.byte_count(first)
     count = min(MOST_CALLS, -(-COLD_BYTES[device.type] // moved))
     pairs = [operator.arguments(first)]
     pairs += [
-        operator.arguments(_random_case(shape, dtypes, dropout_p, device)) for _ in range(count - 1)
+        operator.arguments(random_case(shape, dtypes, dropout_p, device)) for _ in range(count - 1)
     ]
     ways, reason = _ways(name, dropout_p, pairs[0][1], device)
     ways = {way: function for way, function in ways.items() if way not in options.without}

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tests.activation_checks import check_activation
+from tests.byte_formulas import Rows, elementwise_bytes
 from tests.elementwise_cases import DTYPES, EPSILON, Case, exact_statistics
 from tests.norm_checks import check_norm_backward, check_norm_forward
 from tests.rotary_checks import check_rotations
@@ -17,25 +18,18 @@ INNER_COLUMNS = {"cuda": (3072, 4096), "cpu": (96,)}
 HIDDEN_COLUMNS = {"cuda": (768, 1024), "cpu": (64,)}
 HEAD_DIM = 64  # of what is rotated
 aten = torch.ops.aten
+ACTIVATIONS = {"gelu": (F.gelu, aten.gelu_backward), "silu": (F.silu, aten.silu_backward)}
 
 
-def _gelu(biased: Tensor) -> Tensor:
-    return F.gelu(biased)
-
-
-def _gelu_backward(grad_out: Tensor, biased: Tensor) -> Tensor:
-    return aten.gelu_backward(grad_out, biased)
-
-
-def _gated(joint: Tensor) -> Tensor:
+def _gated(activation: str, joint: Tensor) -> Tensor:
     first, second = joint.chunk(2, dim=1)
-    return F.silu(first) * second
+    return ACTIVATIONS[activation][0](first) * second
 
 
-def _gated_backward(grad_out: Tensor, joint: Tensor) -> Tensor:
+def _gated_backward(activation: str, grad_out: Tensor, joint: Tensor) -> Tensor:
+    activate, gradient = ACTIVATIONS[activation]
     first, second = joint.chunk(2, dim=1)
-    grad_first = aten.silu_backward(grad_out * second, first)
-    return torch.cat((grad_first, grad_out * F.silu(first)), dim=1)
+    return torch.cat((gradient(grad_out * second, first), grad_out * activate(first)), dim=1)
 
 
 def _norm(
@@ -46,18 +40,20 @@ def _norm(
 
 
 def _norm_backward(
-    dropout_p: float, grad_out: Tensor, grad_other: Tensor, grad_total: Tensor, total: Tensor,
-    mean: Tensor, deviation: Tensor, weight: Tensor, beta: Tensor, mask: Tensor,
+    dropout_p: float, grad_out: Tensor, grad_other: Tensor, total: Tensor, mean: Tensor,
+    deviation: Tensor, weight: Tensor, beta: Tensor, mask: Tensor,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     grad_residual, _, _ = aten.native_layer_norm_backward(
         grad_out + grad_other, total, total.shape[1:], mean, deviation, weight, beta,
         [True, False, False],
     )  # fmt: skip
-    grad_residual = grad_residual + grad_total
-    grad_input = grad_residual.to(grad_other.dtype)
-    if dropout_p > 0.0:
-        grad_input = aten.native_dropout_backward(grad_input, mask, 1 / (1 - dropout_p))
-    return grad_residual, grad_input
+    return grad_residual, _dropped(dropout_p, grad_residual.to(grad_other.dtype), mask)
+
+
+def _dropped(dropout_p: float, grad: Tensor, mask: Tensor) -> Tensor:
+    return (
+        grad if dropout_p == 0.0 else aten.native_dropout_backward(grad, mask, 1 / (1 - dropout_p))
+    )
 
 
 def _rms_norm(
@@ -67,32 +63,63 @@ def _rms_norm(
     return F.rms_norm(total, total.shape[1:], weight, EPSILON), total
 
 
+def _rms_norm_backward(
+    dropout_p: float, grad_other: Tensor, grad_total: Tensor, total: Tensor, deviation: Tensor,
+    weight: Tensor, mask: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """In float32 step by step, as the gradient of transformers' RMSNorm is computed."""
+    normal, scaled = total.float() * deviation, grad_other.float() * weight
+    grad = deviation * (scaled - normal * (scaled * normal).mean(1, keepdim=True))
+    grad_residual = grad_total + grad.to(total.dtype)
+    return grad_residual, _dropped(dropout_p, grad_residual.to(grad_other.dtype), mask)
+
+
+def _dropout_add(dropout_p: float, input: Tensor, residual: Tensor) -> Tensor:
+    return residual + F.dropout(input, dropout_p)
+
+
 def _norm_again(total: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
     return F.layer_norm(total, total.shape[1:], weight, beta, EPSILON)
 
 
-def _rotated(heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotated(interleaved: bool, heads: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     """heads: [R, heads, head_dim]; cosine, sine: [R, 1, head_dim]."""
-    first, second = heads.chunk(2, dim=-1)
-    return heads * cosine + torch.cat((-second, first), dim=-1) * sine
+    if interleaved:
+        turned = torch.stack((-heads[..., 1::2], heads[..., 0::2]), dim=-1).flatten(-2)
+    else:
+        first, second = heads.chunk(2, dim=-1)
+        turned = torch.cat((-second, first), dim=-1)
+    return heads * cosine + turned * sine
 
 
-def _gelu_arguments(case: Case) -> tuple[tuple, tuple]:
-    return (case.input, case.bias, "gelu"), (case.input,)
+def _activation_arguments(activation: str, case: Case) -> tuple[tuple, tuple]:
+    return (case.input, case.bias, activation), (case.input,)
 
 
-def _gelu_backward_arguments(case: Case) -> tuple[tuple, tuple]:
-    return (case.grad_other, case.input, case.bias, "gelu"), (case.grad_other, case.input)
+def _activation_backward_arguments(activation: str, case: Case) -> tuple[tuple, tuple]:
+    ours, plain = _activation_arguments(activation, case)
+    return (case.grad_other, *ours), (case.grad_other, *plain)
 
 
-def _gated_arguments(case: Case) -> tuple[tuple, tuple]:
+def _gated_arguments(activation: str, case: Case) -> tuple[tuple, tuple]:
     joint, bias = case.doubled
-    return (joint, bias, "silu", True), (joint,)
+    return (joint, bias, activation, True), (joint,)
 
 
-def _gated_backward_arguments(case: Case) -> tuple[tuple, tuple]:
-    joint, bias = case.doubled
-    return (case.grad_other, joint, bias, "silu", True), (case.grad_other, joint)
+def _gated_backward_arguments(activation: str, case: Case) -> tuple[tuple, tuple]:
+    ours, plain = _gated_arguments(activation, case)
+    return (case.grad_other, *ours), (case.grad_other, *plain)
+
+
+def _post_norm(case: Case) -> Case:
+    """BERT's: LayerNorm, whose result has two gradients."""
+    return replace(case, grad_total=None)
+
+
+def _pre_norm(case: Case) -> Case:
+    """Llama's: RMSNorm, whose result has one gradient and whose sum another one."""
+    statistics = exact_statistics(case.total, False).float()
+    return replace(case, subtract_mean=False, beta=None, grad_out=None, statistics=statistics)
 
 
 def _affine(case: Case) -> tuple[Tensor, Tensor]:
@@ -105,8 +132,12 @@ def _norm_arguments(case: Case) -> tuple[tuple, tuple]:
 
 
 def _rms_norm_arguments(case: Case) -> tuple[tuple, tuple]:
-    case = replace(case, subtract_mean=False, beta=None)
-    return case.forward, (case.input, case.residual, case.weight.to(case.residual.dtype))
+    weight = case.weight.to(case.residual.dtype)
+    return _pre_norm(case).forward, (case.input, case.residual, weight)
+
+
+def _mask(case: Case) -> Tensor:
+    return torch.rand(case.input.shape, device=case.input.device) >= case.dropout_p
 
 
 def _norm_backward_arguments(case: Case) -> tuple[tuple, tuple]:
@@ -114,66 +145,37 @@ def _norm_backward_arguments(case: Case) -> tuple[tuple, tuple]:
     _, mean, deviation = aten.native_layer_norm(
         case.total, case.total.shape[1:], weight, beta, EPSILON
     )
-    mask = torch.rand(case.input.shape, device=case.input.device) >= case.dropout_p
-    saved = case.total, mean, deviation, weight, beta, mask
-    return case.backward, (case.grad_out, case.grad_other, case.grad_total, *saved)
+    saved = case.total, mean, deviation, weight, beta, _mask(case)
+    return _post_norm(case).backward, (case.grad_out, case.grad_other, *saved)
+
+
+def _rms_norm_backward_arguments(case: Case) -> tuple[tuple, tuple]:
+    case = _pre_norm(case)
+    saved = case.total, case.statistics[:, 1:], case.weight, _mask(case)
+    return case.backward, (case.grad_other, case.grad_total, *saved)
+
+
+def _addition_arguments(case: Case) -> tuple[tuple, tuple]:
+    return case.addition, (case.input, case.residual)
 
 
 def _again_arguments(case: Case) -> tuple[tuple, tuple]:
     return case.again, (case.total, *_affine(case))
 
 
-def _rotation_arguments(case: Case) -> tuple[tuple, tuple]:
-    """The heads are rotated again and again; that changes no speed."""
+def _rotation_arguments(interleaved: bool, case: Case) -> tuple[tuple, tuple]:
+    """Query and key of packed rows, which are rotated again and again: that changes no speed."""
     rows, columns = case.input.shape
     angle = torch.rand(rows, HEAD_DIM // 2, device=case.input.device)
-    cosine, sine = angle.cos(), angle.sin()
-    packed = case.input.clone()
-    ours = packed, cosine, sine, columns // HEAD_DIM, HEAD_DIM, False, False
-    wide = (part.repeat(1, 2)[:, None].to(packed.dtype) for part in (cosine, sine))
-    return ours, (packed.unflatten(1, (-1, HEAD_DIM)), *wide)
-
-
-def _activation_bytes(tensors: int, vectors: int, case: Case) -> int:
-    """`tensors` of the result's size without gate, `vectors` of its length."""
-    rows, columns = case.input.shape
-    return tensors * rows * columns * case.input.element_size() + 4 * columns * vectors
-
-
-def _norm_bytes(inputs: int, residuals: int, vectors: int, case: Case) -> int:
-    """`inputs`, `residuals`, `vectors`: tensors of input's and residual's dtype, of length C."""
-    rows, columns = case.input.shape
-    per_row = columns * (
-        inputs * case.input.element_size() + residuals * case.residual.element_size()
-    )
-    return rows * (per_row + 8 + 8 * (case.dropout_p > 0.0)) + 4 * columns * vectors
-
-
-def _norm_backward_bytes(case: Case) -> int:
-    is_same = case.dropout_p == 0.0 and case.input.dtype == case.residual.dtype
-    return _norm_bytes(1 if is_same else 2, 4, 1, case)
-
-
-def _rotation_bytes(case: Case) -> int:
-    rows, columns = case.input.shape
-    return rows * (2 * columns * case.input.element_size() + 4 * HEAD_DIM)
-
-
-def _check_gelu(backend: str, case: Case) -> float:
-    return check_activation(backend, case, "gelu", None)
-
-
-def _check_gated(backend: str, case: Case) -> float:
-    return check_activation(backend, case, "silu", True)
-
-
-def _check_rms_norm(backend: str, case: Case) -> float:
-    statistics = exact_statistics(case.total, False).float()
-    return check_norm_forward(backend, replace(case, subtract_mean=False, statistics=statistics))
-
-
-def _check_rotation(backend: str, case: Case) -> float:
-    return check_rotations(backend, case.input.dtype, case.input.device)
+    angles, packed = (angle.cos(), angle.sin()), case.input.repeat(1, 3)
+    heads = 2 * columns // HEAD_DIM
+    ours = packed, *angles, heads, HEAD_DIM, interleaved, False
+    if interleaved:
+        wide = [each.repeat_interleave(2, dim=1) for each in angles]
+    else:
+        wide = [each.repeat(1, 2) for each in angles]
+    rotated = packed[:, : 2 * columns].unflatten(1, (heads, HEAD_DIM))
+    return ours, (rotated, *(each[:, None].to(packed.dtype) for each in wide))
 
 
 @dataclass(frozen=True)
@@ -184,66 +186,104 @@ class Operator:
         operator: its name.
         plain: the same in torch, of whose arguments dropout_p comes first if `drops`.
         arguments: those of the operator and of `plain`.
-        byte_count: that the kernel moves.
         check: raises AssertionError unless its results are right.
         columns: by device.
+        vectors: of C float32 numbers, which the kernel reads.
         drops: it knows dropout.
         mixes: it knows a residual stream.
+        gradients: of dropout_add_norm_backward, as in byte_formulas.Rows.
     """
 
     operator: str
     plain: Callable
     arguments: Callable[[Case], tuple[tuple, tuple]]
-    byte_count: Callable[[Case], int]
     check: Callable[[str, Case], float]
     columns: dict[str, tuple[int, ...]]
+    vectors: int
     drops: bool = False
     mixes: bool = False
+    gradients: tuple[bool, bool, bool] = (True, True, True)
 
     @property
     def dtypes(self) -> tuple[str, ...]:
         """Those that differ for it."""
         return tuple(DTYPES) if self.mixes else ("fp32", "bf16")
 
+    def byte_count(self, case: Case) -> int:
+        """How many bytes the kernel moves."""
+        rows, columns = case.input.shape
+        problem = Rows(
+            columns, case.input.element_size(), case.residual.element_size(),
+            case.dropout_p > 0.0, 2 * columns, HEAD_DIM, self.gradients,
+        )  # fmt: skip
+        row = elementwise_bytes(problem)[self.operator.removesuffix("_")]
+        return rows * row + 4 * columns * self.vectors
 
-def _norm_operator(name: str, *fields, drops: bool = True) -> Operator:
-    return Operator(name, *fields, HIDDEN_COLUMNS, drops=drops, mixes=True)
+
+def _activations(activation: str) -> dict[str, Operator]:
+    """Plain and gated ones, and their gradients."""
+    forward, backward = ACTIVATIONS[activation]
+
+    def operator(name: str, plain: Callable, arguments: Callable, first: bool | None) -> Operator:
+        def check(backend: str, case: Case) -> float:
+            return check_activation(backend, case, activation, first)
+
+        vectors = 1 if first is None else 2
+        bound = functools.partial(arguments, activation)
+        return Operator(name, plain, bound, check, INNER_COLUMNS, vectors)
+
+    gated, gated_backward = (functools.partial(f, activation) for f in (_gated, _gated_backward))
+    calls = (
+        ("bias_activation", forward, _activation_arguments, None),
+        ("bias_activation_backward", backward, _activation_backward_arguments, None),
+        ("gated_activation", gated, _gated_arguments, True),
+        ("gated_activation_backward", gated_backward, _gated_backward_arguments, True),
+    )
+    return {f"{call[0]} {activation}": operator(*call) for call in calls}
+
+
+def _norm_operator(
+    name: str, plain: Callable, arguments: Callable, check: Callable, vectors: int, **fields
+) -> Operator:
+    fields = {"drops": True, "mixes": True, **fields}
+    return Operator(name, plain, arguments, check, HIDDEN_COLUMNS, vectors, **fields)
+
+
+def _rotation(interleaved: bool) -> Operator:
+    plain, arguments = (functools.partial(f, interleaved) for f in (_rotated, _rotation_arguments))
+
+    def check(backend: str, case: Case) -> float:
+        return check_rotations(backend, case.input.dtype, case.input.device)
+
+    return Operator("rotate_", plain, arguments, check, HIDDEN_COLUMNS, 0)
 
 
 OPERATORS = {
-    "bias_activation": Operator(
-        "bias_activation", _gelu, _gelu_arguments, functools.partial(_activation_bytes, 2, 1),
-        _check_gelu, INNER_COLUMNS,
-    ),
-    "bias_activation_backward": Operator(
-        "bias_activation_backward", _gelu_backward, _gelu_backward_arguments,
-        functools.partial(_activation_bytes, 3, 1), _check_gelu, INNER_COLUMNS,
-    ),
-    "gated_activation": Operator(
-        "gated_activation", _gated, _gated_arguments, functools.partial(_activation_bytes, 3, 2),
-        _check_gated, INNER_COLUMNS,
-    ),
-    "gated_activation_backward": Operator(
-        "gated_activation_backward", _gated_backward, _gated_backward_arguments,
-        functools.partial(_activation_bytes, 5, 2), _check_gated, INNER_COLUMNS,
-    ),
+    **_activations("gelu"),
+    **{name: each for name, each in _activations("silu").items() if name.startswith("gated")},
     "dropout_add_norm": _norm_operator(
-        "dropout_add_norm", _norm, _norm_arguments, functools.partial(_norm_bytes, 1, 3, 3),
-        check_norm_forward,
+        "dropout_add_norm", _norm, _norm_arguments, check_norm_forward, 3
     ),
     "dropout_add_norm rms": _norm_operator(
         "dropout_add_norm", _rms_norm, _rms_norm_arguments,
-        functools.partial(_norm_bytes, 1, 3, 2), _check_rms_norm,
+        lambda backend, case: check_norm_forward(backend, _pre_norm(case)), 2,
     ),
     "dropout_add_norm_backward": _norm_operator(
         "dropout_add_norm_backward", _norm_backward, _norm_backward_arguments,
-        _norm_backward_bytes, check_norm_backward,
+        lambda backend, case: check_norm_backward(backend, _post_norm(case)), 1,
+        gradients=(True, True, False),
+    ),
+    "dropout_add_norm_backward rms": _norm_operator(
+        "dropout_add_norm_backward", _rms_norm_backward, _rms_norm_backward_arguments,
+        lambda backend, case: check_norm_backward(backend, _pre_norm(case)), 1,
+        gradients=(False, True, True),
     ),
     "norm_from_stats": _norm_operator(
-        "norm_from_stats", _norm_again, _again_arguments, functools.partial(_norm_bytes, 0, 2, 2),
-        check_norm_forward, drops=False,
+        "norm_from_stats", _norm_again, _again_arguments, check_norm_forward, 2, drops=False
     ),
-    "rotate_": Operator(
-        "rotate_", _rotated, _rotation_arguments, _rotation_bytes, _check_rotation, HIDDEN_COLUMNS,
+    "dropout_add": _norm_operator(
+        "dropout_add", _dropout_add, _addition_arguments, check_norm_forward, 1
     ),
+    "rotate_": _rotation(interleaved=False),
+    "rotate_ interleaved": _rotation(interleaved=True),
 }  # fmt: skip

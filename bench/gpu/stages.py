@@ -63,7 +63,7 @@ STAGES = {
     "attention": Stage(
         "the operator against concatenation, Flex and variable-length attention", gigabytes=16
     ),
-    "elementwise": Stage("GELU, dropout + add + LayerNorm against torch, eager and compiled"),
+    "elementwise": Stage("activations, norms and rotations against torch, eager and compiled"),
     "step": Stage(
         "training steps against fine-tuning, LoRA and PEFT's prefix", ("transformers",), 16
     ),
