@@ -1,5 +1,7 @@
 """What only interpreted Triton can show: accesses out of bounds, fp16, the split of the batch."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -10,8 +12,11 @@ from ptv2_kernels.forward import launch_forward
 from ptv2_kernels.measured import KERNELS
 from tests.attention_checks import check
 from tests.devices import KERNEL_DEVICE, interpreted
+from tests.elementwise_cases import make_case, operator, run_all
+from tests.elementwise_checks import make_variant
 from tests.inputs import Shape, make_inputs
 from tests.oracle import run_backend
+from tests.rotary_checks import RotaryShape, check_rotations, make_rotary
 from tests.triton_interpreter import bounds_checked
 
 
@@ -69,6 +74,49 @@ def test_bounds_check_sees_an_access_outside(argument):
         options = options._replace(bias=options.bias[:, :, : query.shape[0] - 1].clone())
     with bounds_checked(), pytest.raises(Exception, match="outside every argument"):
         launch_forward(query, key, value, prefix_key, prefix_value, *options)
+
+
+@interpreted
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("variant", ["layer-extras-dropout", "rms-bare-dropout"])
+def test_elementwise_kernels_stay_inside_their_tensors(variant):
+    """Also where neither rows nor columns fill a tile."""
+    with bounds_checked():
+        run_all("triton", make_variant((9, 300), "mixed", variant))
+        run_all("triton", make_variant((3, 5), "fp32", variant))
+
+
+@interpreted
+@pytest.mark.parametrize("name", ["weight", "input", "bias", "coordinates"])
+def test_bounds_check_sees_an_elementwise_access_outside(name):
+    """The check can fail, on tensors one element or one row too short."""
+    case = make_case((9, 300), "fp32")
+    short = dataclasses.replace(case, **{name: getattr(case, name)[:-1].clone()})
+    with bounds_checked(), pytest.raises(Exception, match="outside every argument"):
+        operator("triton", "dropout_add_norm")(*short.forward)
+
+
+@interpreted
+def test_rotation_stays_inside_its_rows():
+    """NaN lies around them, and must be there afterwards; angles are not read beyond their end."""
+    with bounds_checked():
+        for dtype in (torch.bfloat16, torch.float16):
+            check_rotations("triton", dtype)
+
+
+def test_rotation_that_would_write_elsewhere_is_refused():
+    case = make_rotary(RotaryShape(5, 2, 20, 7), torch.float32, KERNEL_DEVICE)
+    packed, cosine, sine = case.packed, case.cosine, case.sine
+    for message, arguments in (
+        ("heads, head_dim: expected at most 40 columns", (packed, cosine, sine, 3, 20)),
+        ("packed: expected last stride 1", (packed.T, cosine, sine, 1, 5)),
+        ("packed: expected rows that lie", (packed[:1].expand(5, -1), cosine, sine, 2, 20)),
+        ("cosine: expected at most 5 columns", (packed, cosine, sine, 4, 10)),
+        ("cosine: expected shape", (packed, cosine[1:], sine, 2, 20)),
+        ("sine: expected shape", (packed, cosine, sine[:, 1:], 2, 20)),
+    ):
+        with pytest.raises(ValueError, match=message):
+            operator("triton", "rotate_")(*arguments, False, False)
 
 
 @pytest.mark.usefixtures("nan_filled_empty")

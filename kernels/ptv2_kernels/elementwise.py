@@ -16,7 +16,7 @@ from ptv2_kernels.activations import (
     _bias_activation_backward_kernel,
     _bias_activation_kernel,
 )
-from ptv2_kernels.configs import COMPILER_OPTIONS, pair_options, row_options
+from ptv2_kernels.configs import COMPILER_OPTIONS, row_options
 from ptv2_kernels.gated_activation import (
     _gated_activation_backward_kernel,
     _gated_activation_kernel,
@@ -27,7 +27,20 @@ from ptv2_kernels.norms import (
     _norm_from_stats_kernel,
 )
 from ptv2_kernels.residual import _dropout_add_kernel, _dropout_backward_kernel
-from ptv2_kernels.rotary import _rotate_kernel
+from ptv2_kernels.rotary import launch_rotate_
+
+__all__ = [
+    "launch_bias_activation",
+    "launch_bias_activation_backward",
+    "launch_dropout_add",
+    "launch_dropout_add_norm",
+    "launch_dropout_add_norm_backward",
+    "launch_dropout_backward",
+    "launch_gated_activation",
+    "launch_gated_activation_backward",
+    "launch_norm_from_stats",
+    "launch_rotate_",
+]
 
 
 class HiddenDropout(NamedTuple):
@@ -262,25 +275,3 @@ def launch_dropout_backward(
         tensors = (grad_total.contiguous(), grad_input)
         _launch_rows(_dropout_backward_kernel, grad_total.shape, *tensors, dropout)
     return grad_input
-
-
-def launch_rotate_(
-    packed: Tensor,  # [R, >= heads * head_dim], rows contiguous
-    cosine: Tensor,  # float32 [R, rotary_dim / 2]
-    sine: Tensor,
-    heads: int,
-    head_dim: int,
-    interleaved: bool,
-    inverse: bool,
-) -> None:
-    """Rotates the first heads of every row in place."""
-    rows, half = cosine.shape
-    if rows * heads * half == 0:
-        return
-    options = pair_options(heads, half)
-    kernel = _rotate_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]),)]
-    kernel(
-        packed, cosine.contiguous(), sine.contiguous(), packed.stride(0), rows,
-        HEADS=heads, HEAD_DIM=head_dim, HALF=half, INTERLEAVED=interleaved, INVERSE=inverse,
-        **options,
-    )  # fmt: skip

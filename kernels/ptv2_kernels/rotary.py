@@ -11,6 +11,9 @@ or writes there. Bytes per row of elements of e bytes, each moved once: 2 heads 
 
 import triton
 import triton.language as tl
+from torch import Tensor
+
+from ptv2_kernels.configs import pair_options
 
 
 @triton.jit
@@ -82,3 +85,53 @@ def _rotate_kernel(
             )
         else:
             _rotate_halves(head_ptrs, inside, cosine, sine, HALF, BLOCK_PAIRS)
+
+
+def launch_rotate_(
+    packed: Tensor,  # [R, >= heads * head_dim], rows contiguous
+    cosine: Tensor,  # float32 [R, rotary_dim / 2]
+    sine: Tensor,
+    heads: int,
+    head_dim: int,
+    interleaved: bool,
+    inverse: bool,
+) -> None:
+    """Rotates the first heads of every row.
+
+    Raises:
+        ValueError: where it would write elsewhere.
+    """
+    rows, half = packed.shape[0], cosine.shape[1]
+    _check_fit(packed, cosine, sine, heads, head_dim)
+    if rows * heads * half == 0:
+        return
+    options = pair_options(heads, half)
+    _rotate_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]),)](
+        packed, cosine.contiguous(), sine.contiguous(), packed.stride(0), rows,
+        HEADS=heads, HEAD_DIM=head_dim, HALF=half, INTERLEAVED=interleaved, INVERSE=inverse,
+        **options,
+    )  # fmt: skip
+
+
+def _check_fit(packed: Tensor, cosine: Tensor, sine: Tensor, heads: int, head_dim: int) -> None:
+    (rows, columns), width = packed.shape, heads * head_dim
+    if width > columns:
+        raise ValueError(
+            f"heads, head_dim: expected at most {columns} columns of packed, got {heads} heads of "
+            f"{head_dim}"
+        )
+    if width > 1 and packed.stride(1) != 1:
+        raise ValueError(f"packed: expected last stride 1, got {packed.stride(1)}")
+    if rows > 1 and abs(packed.stride(0)) < width:
+        raise ValueError(
+            f"packed: expected rows that lie apart, got stride {packed.stride(0)} for {width} "
+            "columns"
+        )
+    half = cosine.shape[1]
+    if 2 * half > head_dim:
+        raise ValueError(
+            f"cosine: expected at most {head_dim // 2} columns, half of head_dim, got {half}"
+        )
+    for name, angles in (("cosine", cosine), ("sine", sine)):
+        if angles.shape != (rows, half):
+            raise ValueError(f"{name}: expected shape {[rows, half]}, got {list(angles.shape)}")
