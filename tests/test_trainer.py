@@ -10,7 +10,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
-from tests.models import make_batch, one_thread, tiny_model  # noqa: F401
+from tests.models import MODEL_TYPES, make_batch, one_thread, tiny_model  # noqa: F401
 
 STEPS = 6
 # What transformers calls deprecated must not reach a user by our doing.
@@ -50,10 +50,12 @@ class Kill(TrainerCallback):
             raise KilledError
 
 
-def make_trainer(directory, callbacks=(), padded: bool = True, **arguments) -> Trainer:
+def make_trainer(
+    directory, callbacks=(), padded: bool = True, model_type: str = "bert", **arguments
+) -> Trainer:
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
-    model = tiny_model(**dropout)
+    model = tiny_model(model_type, **dropout)
     ptv2_fast.attach(
         model, PTuningV2Config(num_virtual_tokens=5, prefix_projection=True, prefix_dropout=0.1)
     )
@@ -84,13 +86,17 @@ def assert_bit_equal(actual: dict, expected: dict) -> None:
     assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
 
 
-def test_a_killed_run_resumes_to_the_same_bits(tmp_path, caplog):
-    whole = make_trainer(tmp_path / "whole")
+KINDS = [name for name in ("bert", "modernbert", "llama") if name in MODEL_TYPES]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_killed_run_resumes_to_the_same_bits(kind, tmp_path, caplog):
+    whole = make_trainer(tmp_path / "whole", model_type=kind)
     whole.train()
-    killed = make_trainer(tmp_path / "killed", [Kill(step=5)])
+    killed = make_trainer(tmp_path / "killed", [Kill(step=5)], model_type=kind)
     with pytest.raises(KilledError):
         killed.train()
-    resumed = make_trainer(tmp_path / "killed")
+    resumed = make_trainer(tmp_path / "killed", model_type=kind)
     start = trained_tensors(resumed.model)
     with caplog.at_level(logging.WARNING, "transformers"):
         resumed.train(resume_from_checkpoint=True)
