@@ -1,11 +1,13 @@
 """Prefix attention as nobody here computes it: every row's own copy, in front of keys and values.
 
 An attention function of transformers for plain models, on the masks that transformers' eager
-attention gets.
+attention gets; and a forward for the attention of models that ask for no function.
 """
 
 import contextlib
+import functools
 import itertools
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -51,7 +53,7 @@ def concatenating_attention(model: PreTrainedModel, prefixes: dict[int, Tensor])
     """Within the context a plain model has prefixes.
 
     Args:
-        model: a plain model, whose layers call their attention once each, in order.
+        model: a plain model, whose layers run their attention once each, in order.
         prefixes: layer -> [2, H_kv, P, D].
     """
     calls = itertools.count()
@@ -63,11 +65,43 @@ def concatenating_attention(model: PreTrainedModel, prefixes: dict[int, Tensor])
         added = (attention_mask, position_bias)
         return attend(query, key, value, prefix, added, scaling), None
 
+    def forward(module, hidden, attention_mask=None, position_bias=None, mask=None, **kwargs):
+        if position_bias is None:
+            position_bias = module.compute_bias(hidden.shape[1], hidden.shape[1])
+        heads = position_bias.shape[1]
+        query, key, value = (
+            linear(hidden).unflatten(2, (heads, -1)).transpose(1, 2)
+            for linear in (module.q, module.k, module.v)
+        )
+        scale = query.shape[3] ** -0.5 if type(module).__name__.startswith("MPNet") else 1.0
+        added = attention_mask if mask is None else mask
+        out, _ = concatenate(module, query, key, value, added, scale, position_bias)
+        return module.o(out.flatten(2)), position_bias
+
+    with_own_code = [module for module in model.modules() if computes_itself(module)]
+    for module in with_own_code:
+        module.forward = functools.partial(forward, module)
     AttentionInterface.register(NAME, concatenate)
     ALL_MASK_ATTENTION_FUNCTIONS.register(NAME, ALL_MASK_ATTENTION_FUNCTIONS["eager"])
     old = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    if not with_own_code:
+        set_attention(model, NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(old)
+        for module in with_own_code:
+            del module.forward
+        set_attention(model, old)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Of all parts: some versions of transformers leave out those with their own configuration."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.set_attn_implementation(name)
+
+
+def computes_itself(module) -> bool:
+    """Whether this is attention that asks transformers for no function."""
+    own = all(hasattr(module, name) for name in "qkvo")
+    return own and "ALL_ATTENTION_FUNCTIONS" not in vars(sys.modules[type(module).__module__])

@@ -34,7 +34,10 @@ BACKBONES = {
 }
 WAYS = [(name, backbone) for name, ways in BACKBONES.items() for backbone in ways]
 # Backbones that take no cache; what some configurations need or name differently.
-WITHOUT_CACHE = ("albert", "distilbert")
+WITHOUT_CACHE = ("albert", "distilbert", "mobilebert", "mpnet")
+# The encoder alone, where transformers' AutoModel is an encoder with a decoder.
+TEXT_ENCODERS = ("t5", "mt5", "umt5")
+T5 = {"d_kv": 8, "d_ff": 24, "dropout_rate": 0.0}
 OVERRIDES = {
     "albert": {"embedding_size": 24, "num_hidden_groups": 2, "classifier_dropout_prob": 0.0},
     "distilbert": {
@@ -69,6 +72,11 @@ OVERRIDES = {
         "max_window_layers": 1,
     },
     "qwen3": {"num_key_value_heads": 1, "head_dim": 16},
+    # Norms that only scale and shift: its states would grow with large weights.
+    "mobilebert": {"embedding_size": 8, "intra_bottleneck_size": 16, "initializer_range": 0.15},
+    "mt5": T5,
+    "t5": T5,
+    "umt5": T5,
     "xmod": {"languages": ["en_XX", "de_DE"], "default_language": "de_DE"},
 }
 HEADS = {
@@ -119,7 +127,14 @@ def tiny_config(model_type: str = "bert", **overrides):
 
 def tiny_model(model_type: str = "bert", head: str = "sequence", **overrides) -> PreTrainedModel:
     labels = {"num_labels": 2} if head == "question" else {}
-    return HEADS[head].from_config(tiny_config(model_type, **labels, **overrides)).eval()
+    config = tiny_config(model_type, **labels, **overrides)
+    return auto_class(model_type, head).from_config(config).eval()
+
+
+def auto_class(model_type: str, head: str):
+    if head == "bare" and model_type in TEXT_ENCODERS:
+        return transformers.AutoModelForTextEncoding
+    return HEADS[head]
 
 
 def attached(head: str = "sequence", model_type: str = "bert", model=None, **fields):
@@ -136,7 +151,10 @@ def has_class(model_type: str, head: str) -> bool:
 
     Some versions build XLM-R for choices without the pooler that its head reads.
     """
-    if CONFIG_MAPPING[model_type] not in HEADS[head]._model_mapping:
+    mapping = auto_class(model_type, head)._model_mapping
+    if CONFIG_MAPPING[model_type] not in mapping:
+        return False
+    if hasattr(tiny_model(model_type, head).base_model, "decoder"):
         return False
     return head != "choice" or getattr(tiny_model(model_type, head).base_model, "pooler", True)
 
@@ -245,10 +263,10 @@ def plain_results(
 def assert_close_to_plain(
     actual: tuple[Tensor, ...], plain: list[tuple[Tensor, Tensor, Tensor]], name: str = "result"
 ) -> float:
-    """Hold results against the `plain_results`; returns the largest error over its budget."""
+    """Hold results against the first of `plain_results`; returns the worst error in budgets."""
     return max(
         assert_close_to_oracle(tensor, *expected, f"{name} {i}")
-        for i, (tensor, expected) in enumerate(zip(actual, plain, strict=True))
+        for i, (tensor, expected) in enumerate(zip(actual, plain, strict=False))
     )
 
 

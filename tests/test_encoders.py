@@ -220,8 +220,9 @@ def test_dropout_acts_in_training_only(overrides, fields):
     assert not torch.equal(model(**batch).logits, model(**batch).logits)
 
 
-def test_compiles_into_one_graph():
-    model = attached("token", position_offset="prefix").train()
+@pytest.mark.parametrize("model_type", ["bert", "mpnet"])
+def test_compiles_into_one_graph(model_type):
+    model = attached("token", model_type, position_offset="prefix").train()
     batch, table = make_batch(), model.prefix_encoder.embedding.weight
     torch._dynamo.reset()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
@@ -343,7 +344,7 @@ def test_a_data_parallel_replica_is_refused():
 
 
 @pytest.mark.parametrize("layers", [None, [0, 2]])
-@pytest.mark.parametrize("model_type", ["albert", "bert", "distilbert"])
+@pytest.mark.parametrize("model_type", ["albert", "bert", "distilbert", "mpnet"])
 def test_tokens_init_is_the_keys_and_values_of_the_given_tokens(model_type, layers):
     model = tiny_model(model_type, "bare", **DROPOUT, dropout=0.5).train()
     input_ids = torch.randint(2, 60, (P + 2,))

@@ -88,7 +88,7 @@ def test_changed_weights_are_seen(change):
 
 @pytest.mark.parametrize("model_type", ["bert", *(n for n in BACKBONES if len(BACKBONES[n]) == 1)])
 def test_backbone_dtype_converts_frozen_weights_only_and_detach_converts_back(model_type):
-    plain, batch = tiny_model(model_type), make_batch()
+    plain, batch = tiny_model(model_type, "token"), make_batch()
     for backbone in BACKBONES[model_type]:
         model = attached(
             model=copy.deepcopy(plain), backbone_dtype="bf16", backbone=backbone
@@ -96,7 +96,7 @@ def test_backbone_dtype_converts_frozen_weights_only_and_detach_converts_back(mo
         for name, parameter in model.named_parameters():
             frozen = not parameter.requires_grad
             assert parameter.dtype == (torch.bfloat16 if frozen else torch.float32), name
-        output, *gradients = step_results(model, batch)
+        output, *gradients = step_results(model, batch, "token")
         assert output.dtype == torch.float32
         assert all(gradient.dtype == torch.float32 for gradient in gradients)
         assert all(gradient.abs().max() > 0 for gradient in gradients)

@@ -172,8 +172,8 @@ def test_the_product_with_the_vocabulary_has_one_row_a_sequence(model_type):
     model = tiny_lm(model_type)
     MaskReader(model, MASK, WORDS)
     shapes = []
-    model.get_output_embeddings().register_forward_hook(
-        lambda module, args, output: shapes.append(tuple(output.shape))
+    model.register_forward_hook(
+        lambda module, args, output: shapes.append(tuple(output.logits.shape)), prepend=True
     )
     model(**masked_batch()[0])
     assert shapes == [(3, 1, 60)]

@@ -25,6 +25,12 @@ from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.first_token import reads_first_token_only
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
 from ptv2_fast.encoders.input_checks import refuse_replica
+from ptv2_fast.encoders.own_attention import (
+    find_own_attention,
+    give_attention_back,
+    running_state,
+    take_attention,
+)
 from ptv2_fast.encoders.pads import leave_pads_out
 from ptv2_fast.encoders.selection import (
     ENCODER_NAME,
@@ -105,13 +111,19 @@ class Attachment:
             self.config,
             trains_layers(model, family, self.saved_names),
         )
+        attentions = [layer.get_submodule(family.attention) for layer in self.layers]
+        self.own_attention = find_own_attention(attentions)
         self._old_requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         # Empty where the model has that of its class.
         self._old_ignored_keys = {k: v for k, v in vars(model).items() if k == IGNORED_KEYS}
         self._old_configs = _give_own_configs(model)
         if family.is_decoder:
             model.config.use_cache = False  # the default where a caller does not say
-        model.set_attn_implementation(ATTENTION_NAME)
+        take_attention(self.own_attention)
+        # Some versions of transformers leave out parts that have a configuration of their own.
+        for module in model.modules() if not self.own_attention else ():
+            if isinstance(module, PreTrainedModel):
+                module.set_attn_implementation(ATTENTION_NAME)
         frozen_names = [name for name in model.state_dict() if name not in set(self.saved_names)]
         # Trainer compares the keys a checkpoint lacks with this set and is content when equal.
         model._keys_to_ignore_on_save = set(frozen_names)
@@ -260,6 +272,7 @@ class Attachment:
         for attention, old in self._numbered:
             delattr(attention, LAYER_ATTRIBUTE)
             vars(attention).update(old)
+        give_attention_back(self.own_attention)
         self.frozen.undo()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._old_requires_grad.get(name, parameter.requires_grad))
@@ -313,7 +326,7 @@ class Attachment:
         Checkpointing makes the embeddings require grad; without the cut the layers up to the
         lowest prefixed one would record a backward pass that nobody needs.
         """
-        state = kwargs.get(STATE_ARGUMENT)
+        state = running_state() if self.own_attention else kwargs.get(STATE_ARGUMENT)
         if state is None:
             return None
         hidden = args[0] if args else kwargs["hidden_states"]

@@ -6,7 +6,7 @@ call, so that checkpointing recomputes with the prefix of the forward it belongs
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ _WITHOUT_EFFECT = frozenset(
         "use_cache",
     )
 )
+# Classes of attention that add a `position_bias`, [1, H, T, T], to the scores of tokens.
+_WITH_BIAS = ("MPNetSelfAttention", "MT5Attention", "T5Attention", "UMT5Attention")
 
 
 class RowMask(NamedTuple):
@@ -66,6 +68,16 @@ class PrefixState:
     blocks: list[Block] = field(default_factory=list)
     called: list[int] = field(default_factory=list)
     backend: str | None = None
+    # A bias as transformers has it, and its copy.
+    _bias: tuple[Tensor, Tensor] | None = None
+
+    def readable_bias(self, bias: Tensor | None) -> Tensor | None:
+        """A bias with a last stride of 1; the layers that share it share its copy."""
+        if bias is None or bias.stride(-1) == 1:
+            return bias
+        if self._bias is None or self._bias[0] is not bias:
+            self._bias = bias, bias.contiguous()
+        return self._bias[1]
 
     def missed(self, layers: Collection[int]) -> dict[int, int]:
         """Layer -> number of its attention calls, for those of `layers` with another than one."""
@@ -88,7 +100,7 @@ def check_served(arguments: dict[str, object], layer: int) -> None:
             )
 
 
-def _attention(
+def attention_with_prefix(
     module: nn.Module,
     query: Tensor,  # [B, H, T, D]
     key: Tensor,  # [B, H_kv, T, D]
@@ -98,6 +110,7 @@ def _attention(
     scaling: float | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
+    """What attention modules call, [B, T, H, D]; `kwargs` as in `check_served`."""
     state = kwargs.get(STATE_ARGUMENT)
     if not isinstance(state, PrefixState):
         raise RuntimeError(
@@ -108,6 +121,7 @@ def _attention(
     layer = _layer_of(module, state)
     mask = attention_mask if isinstance(attention_mask, RowMask) else RowMask(attention_mask)
     _check_mask(mask, module, kwargs, layer)
+    bias: Any = kwargs.pop("position_bias", None) if _takes_bias(module) else None
     check_served(kwargs, layer)
     heads, head_dim = state.key_shape
     if (key.shape[1], key.shape[3]) != (heads, head_dim):
@@ -130,12 +144,17 @@ def _attention(
         key_mask=mask.tokens,
         context_lengths=_no_context(query) if mask.is_causal else None,
         window=mask.window,
+        bias=state.readable_bias(bias),
         scale=scaling,
         dropout_p=dropout,
         prefix_dropout_p=state.prefix_dropout if prefix is not None and module.training else 0.0,
         backend=state.backend,
     )
     return out.transpose(1, 2), None
+
+
+def _takes_bias(module: nn.Module) -> bool:
+    return any(kind.__name__ in _WITH_BIAS for kind in type(module).__mro__)
 
 
 def _no_context(query: Tensor) -> Tensor:
@@ -222,6 +241,6 @@ def _mask(
     )
 
 
-AttentionInterface.register(ATTENTION_NAME, _attention)
+AttentionInterface.register(ATTENTION_NAME, attention_with_prefix)
 # Without a mask function of the same name transformers drops every mask, without a word.
 ALL_MASK_ATTENTION_FUNCTIONS.register(ATTENTION_NAME, _mask)

@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook as has_any_global_hook
 
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, STATE_ARGUMENT, PrefixState
-from ptv2_fast.encoders.checkpointing import refuse_reentrant_checkpointing
+from ptv2_fast.encoders.checkpointing import (
+    checkpoint_unless_frozen,
+    refuse_reentrant_checkpointing,
+)
 from ptv2_fast.encoders.hooks import (
     WithoutProducts,
     has_backward_hooks,
@@ -20,6 +23,7 @@ from ptv2_fast.encoders.hooks import (
     without_foreign_hooks,
 )
 from ptv2_fast.encoders.input_checks import check_arguments, input_tokens
+from ptv2_fast.encoders.own_attention import call_within
 from ptv2_fast.encoders.pads import clear_pads, reads_pads
 from ptv2_fast.frozen.engine import FrozenRun
 
@@ -94,7 +98,7 @@ class BackboneForward:
         state = _start(self.attachment, arguments, first_token_only)
         if self.attachment.family.is_decoder:
             kwargs |= _known_mask(arguments, self._names[: len(args)])
-        output = self._inner(*args, **{**kwargs, STATE_ARGUMENT: state})
+        output = self._run(state, *args, **kwargs)
         missed = state.missed(state.layers)
         if missed:
             raise RuntimeError(
@@ -134,10 +138,16 @@ class BackboneForward:
         zeros = dict.fromkeys(indices, ids[:, 0])
         with torch.no_grad(), in_eval_mode(self.backbone), without_foreign_hooks(self.backbone):
             with WithoutProducts():
-                self._inner(input_ids=ids, **zeros, **{STATE_ARGUMENT: state})
+                self._run(state, input_ids=ids, **zeros)
         missed = state.missed(range(num_layers))
         if missed:
             raise ValueError(f"model: {_describe_missed(missed, self.backbone)}")
+
+    def _run(self, state: PrefixState, *args: Any, **kwargs: Any) -> Any:
+        """The forward itself, with a state for its attention modules."""
+        if self.attachment is not None and self.attachment.own_attention:
+            return call_within(state, self._inner, *args, **kwargs)
+        return self._inner(*args, **{**kwargs, STATE_ARGUMENT: state})
 
     def _inner(self, *args: Any, **kwargs: Any) -> Any:
         if self.replaced is None:
@@ -218,6 +228,8 @@ def _start(
     )
     state.run = _start_blocks(attachment, arguments, state, first_token_only)
     if state.run is None and backbone.training:
+        if attachment.own_attention:
+            checkpoint_unless_frozen(attachment.layers)
         refuse_reentrant_checkpointing(attachment.layers)
     return state
 

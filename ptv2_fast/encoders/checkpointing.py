@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.own_attention import keep_state
 
 _FUNCTION = "_gradient_checkpointing_func"  # transformers' name for it, on every layer
 
@@ -18,7 +19,8 @@ class UnlessFrozen:
 
     Some versions of transformers checkpoint around a layer's call, others in its forward, which
     `FrozenLayerForward` replaces. A frozen block recomputes by itself and is called directly; a
-    layer on the hook path is checkpointed as ever.
+    layer on the hook path is checkpointed as ever, with its state where it has none among its
+    arguments.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -29,7 +31,7 @@ class UnlessFrozen:
         state = getattr(call_layer, "keywords", {}).get(STATE_ARGUMENT)
         if isinstance(state, PrefixState) and state.run is not None:
             return call_layer(*args)
-        return self.function(call_layer, *args)
+        return self.function(keep_state(call_layer), *args)
 
 
 def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool = False) -> None:

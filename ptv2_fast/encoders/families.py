@@ -88,6 +88,10 @@ class Family:
             key_heads = heads
         return key_heads, _integer(config, "hidden_size") // heads if width is None else width
 
+    def encoder_config(self, backbone: nn.Module) -> PretrainedConfig:
+        """The configuration that the layers were made from."""
+        return backbone.config  # type: ignore[return-value]
+
     def check_offset(self, backbone: nn.Module) -> None:
         """Check that the positions of a backbone's embeddings can be shifted.
 
@@ -137,6 +141,49 @@ class AlbertFamily(Family):
         return [layer for group in called for layer in group.get_submodule("albert_layers")]  # type: ignore[attr-defined]
 
 
+class MobileBertFamily(Family):
+    """Attention of another width than the states between the layers."""
+
+    def key_shape(self, config: PretrainedConfig) -> tuple[int, int]:
+        """As that of `Family`."""
+        heads = _integer(config, "num_attention_heads")
+        return heads, _integer(config, "true_hidden_size") // heads
+
+
+class T5Family(Family):
+    """Positions are relative: each attention adds a bias by distance, for texts of any length."""
+
+    def max_positions(self, config: PretrainedConfig) -> int:
+        """The length of the texts that a checkpoint was trained on; longer ones run too."""
+        named = getattr(config, "n_positions", None)
+        return _T5_LENGTH if named is None else _integer(config, "n_positions")
+
+    def has_position_table(self, config: PretrainedConfig) -> bool:
+        """As that of `Family`."""
+        return False
+
+    def key_shape(self, config: PretrainedConfig) -> tuple[int, int]:
+        """As that of `Family`."""
+        return _integer(config, "num_heads"), _integer(config, "d_kv")
+
+    def encoder_config(self, backbone: nn.Module) -> PretrainedConfig:
+        """As that of `Family`; that of the backbone may be of an encoder with a decoder."""
+        return backbone.encoder.config  # type: ignore[return-value, union-attr]
+
+
+_T5_LENGTH = 512  # Raffel et al. 2020; where the configuration does not say
+_T5 = T5Family(
+    frozen=("shared", "encoder"),
+    embeddings="shared",
+    encoder="",
+    layers="encoder.block",
+    attention="layer.0.SelfAttention",
+    query="q",
+    key="k",
+    value="v",
+    describe_block=None,
+    exit="encoder",
+)
 # Parts that lie on the backbone itself, with attention that rotates queries and keys.
 _NOMIC = Family(
     frozen=("embeddings", "rotary_emb", "layers"),
@@ -202,6 +249,16 @@ FAMILIES: dict[str, Family] = {
     "nomic_bert": _NOMIC,
     "qwen2": _LLAMA,
     "qwen3": replace(_LLAMA, key_norm="k_norm"),
+    "mobilebert": MobileBertFamily(describe_block=None),
+    "mpnet": Family(
+        attention="attention.attn",
+        query="q",
+        key="k",
+        value="v",
+        pads_keep_position=True,
+        describe_block=None,
+    ),
+    "mt5": _T5,
     "roberta": Family(pads_keep_position=True),
     "roberta-prelayernorm": Family(
         frozen=("embeddings", "encoder", "LayerNorm"),
@@ -209,6 +266,8 @@ FAMILIES: dict[str, Family] = {
         describe_block=describe_pre_norm_roberta,
         exit="LayerNorm",
     ),
+    "t5": _T5,
+    "umt5": _T5,
     "xlm-roberta": Family(pads_keep_position=True),
     "xlm-roberta-xl": Family(pads_keep_position=True, describe_block=describe_xlm_roberta_xl),
     "xmod": Family(pads_keep_position=True, describe_block=None, proof_indices=("lang_ids",)),
@@ -263,9 +322,10 @@ def check_backbone(backbone: nn.Module) -> None:
             f"{kind.__module__} (remote code): load it without trust_remote_code, if transformers "
             "has this model"
         )
-    config = backbone.config
-    family = find_family(config)  # type: ignore[arg-type]
-    options = _SERVED_OPTIONS
+    family = find_family(backbone.config)  # type: ignore[arg-type]
+    if isinstance(getattr(backbone, "decoder", None), nn.Module):
+        raise ValueError(f"model: expected an encoder, got a {kind.__name__}, which has a decoder")
+    config, options = family.encoder_config(backbone), _SERVED_OPTIONS
     if family.position_types is not None:
         options = {**options, "position_embedding_type": family.position_types}
     for name, served in options.items():
