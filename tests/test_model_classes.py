@@ -13,9 +13,11 @@ from torch import Tensor
 
 import ptv2_fast
 from ptv2_fast.encoders.checkpointing import checkpoint_activations
+from ptv2_fast.training.auto_classes import auto_class_of
 from tests.concatenation import concatenating_attention
 from tests.models import (
     BACKBONES,
+    HEADS,
     MODELS,
     assert_close_to_plain,
     attached,
@@ -33,6 +35,7 @@ SIZES = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 48}
 @pytest.mark.parametrize(("model_type", "head"), MODELS)
 def test_a_prefix_equals_its_concatenation_in_every_row(model_type, head, tmp_path):
     plain = with_uneven_weights(tiny_model(model_type, head, **SIZES))
+    assert auto_class_of(type(plain).__name__) == HEADS[head].__name__
     batch, models = make_batch(head), {}
     for backbone in BACKBONES[model_type]:
         torch.manual_seed(1)  # the same prefix for all

@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from transformers import AutoModel, T5EncoderModel
 
 import ptv2_fast
 from ptv2_fast import cli
@@ -15,7 +16,7 @@ from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
-from tests.models import one_thread  # noqa: F401
+from tests.models import attached, make_batch, one_thread, tiny_config  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 
 LABELS = ["B-LOC", "B-PER", "O"]
@@ -93,6 +94,20 @@ def test_auto_classes_and_pipelines_open_an_adapter(home, tmp_path):
     ):
         with pytest.raises(ValueError, match=message):
             other.from_pretrained(tmp_path, **options)
+
+
+def test_the_encoder_of_a_model_with_a_decoder_opens(home, tmp_path):
+    base = str(shutil.copytree(home / "model", tmp_path / "model"))
+    T5EncoderModel(tiny_config("t5")).save_pretrained(base)
+    model = attached("bare", model=T5EncoderModel.from_pretrained(base))
+    ptv2_fast.save_adapter(model, tmp_path / "adapter")
+    batch = make_batch("bare")
+    expected = model.eval()(**batch).last_hidden_state
+    for again in (
+        ptv2_fast.load(tmp_path / "adapter").model,
+        AutoModel.from_pretrained(tmp_path / "adapter"),
+    ):
+        assert torch.equal(again(**batch).last_hidden_state, expected)
 
 
 def test_predict_and_pipelines_agree_on_what_was_loaded(home, capsys):

@@ -20,7 +20,8 @@ ATTENTION_NAME = "ptv2_prefix"
 STATE_ARGUMENT = "ptv2_prefix_state"
 LAYER_ATTRIBUTE = "layer_idx"  # transformers' name; attach sets it where it is missing
 # Arguments that attention gets in some version of transformers and that do not change it: positions
-# act in the embeddings, the others say what is returned, or how a loss is divided.
+# and types act in the embeddings, if a model has them; the others say what is returned, or how a
+# loss is divided.
 _WITHOUT_EFFECT = frozenset(
     (
         STATE_ARGUMENT,
@@ -30,6 +31,7 @@ _WITHOUT_EFFECT = frozenset(
         "output_hidden_states",
         "position_ids",
         "return_dict",
+        "token_type_ids",
         "use_cache",
     )
 )

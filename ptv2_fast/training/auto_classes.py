@@ -21,7 +21,7 @@ AUTO_CLASSES = (
     "AutoModel", "AutoModelForSequenceClassification", "AutoModelForTokenClassification",
     "AutoModelForQuestionAnswering", "AutoModelForMultipleChoice",
 )  # fmt: skip
-_CLASS = re.compile(r"[A-Z][A-Za-z]*?(Model|For[A-Z][A-Za-z]*)")
+_CLASS = re.compile(r"[A-Z][A-Za-z0-9]*?(?:Encoder)?(Model|For[A-Z][A-Za-z]*)")
 # The way to a folder, which is there already, and what every configuration says.
 _WITHOUT_MEANING = {
     "adapter_kwargs", "cache_dir", "code_revision", "dtype", "force_download", "local_files_only",

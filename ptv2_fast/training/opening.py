@@ -73,6 +73,8 @@ def _load_alone(folder: Path) -> Loaded:
     heads = [t for name, t in tensors.items() if not name.startswith(ENCODER_NAME) and t.numel()]
     dtypes = {tensor.dtype for tensor in heads if tensor.is_floating_point()}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    if str(made_for).endswith("EncoderModel"):  # whose AutoModel has a decoder too
+        auto = "AutoModelForTextEncoding"
     config = load_config(base, num_labels=len(labels))
     with reading(f"base model {base}"):
         model = getattr(transformers, auto).from_pretrained(
