@@ -74,7 +74,16 @@ class PrefixState:
     _bias: tuple[Tensor, Tensor] | None = None
 
     def readable_bias(self, bias: Tensor | None) -> Tensor | None:
-        """A bias with a last stride of 1; the layers that share it share its copy."""
+        """A bias with a last stride of 1; the layers that share it share its copy.
+
+        Raises:
+            ValueError: for one that trains.
+        """
+        if bias is not None and bias.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                "position_bias: expected one without a gradient, got one that trains: freeze the "
+                "table that it is from (modules_to_save may not name it)"
+            )
         if bias is None or bias.stride(-1) == 1:
             return bias
         if self._bias is None or self._bias[0] is not bias:

@@ -3,7 +3,8 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from ptv2_fast.frozen.modules import BlockModules, DropoutSource
 from ptv2_fast.frozen.spec import BlockSpec
@@ -18,6 +19,10 @@ class Heads(NamedTuple):
 
 # Describes one layer; raises NotServedError.
 DescribeBlock = Callable[[Any, Heads], BlockModules]
+# (layer, bias that it was given, T) -> its bias for the scores of tokens, [1, H, T, T].
+FindBias = Callable[[Any, Tensor | None, int], Tensor | None]
+# (states, that bias) -> what transformers' layer returns.
+LayerOutput = Callable[[Tensor, Tensor | None], Any]
 
 
 class NotServedError(Exception):
@@ -193,6 +198,78 @@ def describe_llama(layer: Any, heads: Heads) -> BlockModules:
         attention_dropout=DropoutSource(attention, "attention_dropout"),
         head_norms=(attention.q_norm, attention.k_norm) if hasattr(attention, "q_norm") else (),
     )
+
+
+def describe_mpnet(layer: Any, heads: Heads) -> BlockModules:
+    """MPNet: BERT with a bias for the scores."""
+    attention = layer.attention.attn
+    return BlockModules(
+        BlockSpec(activation=_activation(layer.intermediate.intermediate_act_fn)),
+        *heads,
+        inputs=(attention.q, attention.k, attention.v),
+        attention_output=attention.o,
+        up=(layer.intermediate.dense,),
+        down=layer.output.dense,
+        first_norm=layer.attention.LayerNorm,
+        second_norm=layer.output.LayerNorm,
+        attention_dropout=DropoutSource(attention.dropout),
+        attention_output_dropout=DropoutSource(layer.attention.dropout),
+        output_dropout=DropoutSource(layer.output.dropout),
+    )
+
+
+def describe_t5(layer: Any, heads: Heads) -> BlockModules:
+    """The encoders of T5, mT5 and UMT5: RMSNorm, a bias for the scores, which are not scaled."""
+    (first, second), network = layer.layer, layer.layer[1].DenseReluDense
+    attention = first.SelfAttention
+    if attention.q.weight.dtype == torch.float16:
+        raise NotServedError("its states are clamped in float16")
+    is_gated = hasattr(network, "wi_0")
+    spec = BlockSpec(
+        pre_norm=True,
+        subtract_mean=False,
+        activation=_activation(network.act),
+        gate="first" if is_gated else None,
+        scale=1.0,
+    )
+    return BlockModules(
+        spec,
+        *heads,
+        inputs=(attention.q, attention.k, attention.v),
+        attention_output=attention.o,
+        up=(network.wi_0, network.wi_1) if is_gated else (network.wi,),
+        down=network.wo,
+        first_norm=first.layer_norm,
+        second_norm=second.layer_norm,
+        attention_dropout=DropoutSource(attention, "dropout"),
+        attention_output_dropout=DropoutSource(first.dropout),
+        activation_dropout=DropoutSource(network.dropout),
+        output_dropout=DropoutSource(second.dropout),
+    )
+
+
+def given_bias(layer: Any, given: Tensor | None, tokens: int) -> Tensor | None:
+    """MPNet's bias, [1, H, T, T], which transformers has copied for each sequence."""
+    return None if given is None else given[:1]
+
+
+def shared_bias(layer: Any, given: Tensor | None, tokens: int) -> Tensor | None:
+    """T5's, of the first layer, which the others are given; UMT5's, of each layer."""
+    attention = layer.layer[0].SelfAttention
+    if given is not None or not attention.has_relative_attention_bias:
+        return given
+    device = attention.relative_attention_bias.weight.device
+    return attention.compute_bias(tokens, tokens, device=device)
+
+
+def states_in_tuple(states: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """What a layer of MPNet returns."""
+    return (states,)
+
+
+def states_and_bias(states: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:
+    """What a layer of T5 returns: states, its bias, that of another attention."""
+    return states, bias, None
 
 
 def _dropout(module: nn.Module, name: str) -> DropoutSource:

@@ -10,15 +10,23 @@ from transformers import PretrainedConfig
 
 from ptv2_fast.encoders.blocks import (
     DescribeBlock,
+    FindBias,
+    LayerOutput,
     describe_albert,
     describe_bert,
     describe_distilbert,
     describe_esm,
     describe_llama,
     describe_modernbert,
+    describe_mpnet,
     describe_nomic_bert,
     describe_pre_norm_roberta,
+    describe_t5,
     describe_xlm_roberta_xl,
+    given_bias,
+    shared_bias,
+    states_and_bias,
+    states_in_tuple,
 )
 
 
@@ -34,8 +42,9 @@ class Family:
     `pads_keep_position`: pad tokens stand at `pad_token_id` and the others are counted from
     `pad_token_id + 1` (fairseq's rule), instead of every column standing at its index.
     `describe_block` reads a layer as a frozen block; None: the family takes the hook path.
-    `exit` is the module that gives the last states; "" = the encoder,
-    or the last layer.
+    `find_bias`, `layer_output`: of layers whose attention adds a bias, and of those that return
+    more than their states.
+    `exit` is the module that gives the last states; "" = the encoder, or the last layer.
     `position_types`: the served values of an option of that name; None: it has no effect, because
     attention always rotates queries and keys by their positions.
     `is_decoder`: transformers' class masks what comes later in the text, and has a cache.
@@ -54,6 +63,8 @@ class Family:
     key_norm: str = ""
     pads_keep_position: bool = False
     describe_block: DescribeBlock | None = describe_bert
+    find_bias: FindBias | None = None
+    layer_output: LayerOutput | None = None
     exit: str = ""
     position_types: tuple[str | None, ...] | None = (None, "absolute")
     is_decoder: bool = False
@@ -181,7 +192,9 @@ _T5 = T5Family(
     query="q",
     key="k",
     value="v",
-    describe_block=None,
+    describe_block=describe_t5,
+    find_bias=shared_bias,
+    layer_output=states_and_bias,
     exit="encoder",
 )
 # Parts that lie on the backbone itself, with attention that rotates queries and keys.
@@ -256,7 +269,9 @@ FAMILIES: dict[str, Family] = {
         key="k",
         value="v",
         pads_keep_position=True,
-        describe_block=None,
+        describe_block=describe_mpnet,
+        find_bias=given_bias,
+        layer_output=states_in_tuple,
     ),
     "mt5": _T5,
     "roberta": Family(pads_keep_position=True),
@@ -267,7 +282,7 @@ FAMILIES: dict[str, Family] = {
         exit="LayerNorm",
     ),
     "t5": _T5,
-    "umt5": _T5,
+    "umt5": replace(_T5, layer_output=None),
     "xlm-roberta": Family(pads_keep_position=True),
     "xlm-roberta-xl": Family(pads_keep_position=True, describe_block=describe_xlm_roberta_xl),
     "xmod": Family(pads_keep_position=True, describe_block=None, proof_indices=("lang_ids",)),

@@ -2,7 +2,7 @@
 
 import inspect
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from ptv2_fast.encoders.checkpointing import (
 )
 from ptv2_fast.encoders.families import Family
 from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
+from ptv2_fast.encoders.own_attention import replaces_attention, running_state
 from ptv2_fast.frozen.call import AttentionInputs
 from ptv2_fast.frozen.engine import Block, FrozenRun
 from ptv2_fast.frozen.layout import full_layout, masked_layout
@@ -34,31 +35,32 @@ class FrozenLayerForward:
     Args:
         layer: of the encoder.
         index: its number; None for a module that is several layers, which go by their calls.
-        describe: reads the modules of such a layer.
+        family: of the model; it describes such a layer.
         heads: of keys and values.
     """
 
-    def __init__(
-        self, layer: nn.Module, index: int | None, describe: DescribeBlock, heads: Heads
-    ) -> None:
-        self.layer, self.index, self.describe, self.heads = layer, index, describe, heads
+    def __init__(self, layer: nn.Module, index: int | None, family: Family, heads: Heads) -> None:
+        self.layer, self.index, self.family, self.heads = layer, index, family, heads
         # Read here because it is needed in every forward.
         self._names = _arguments(layer)[2:]  # without self and the hidden states
-        self._take(describe(layer, heads))
+        self._take(self._describe())
 
     def refresh(self) -> None:
         """Take over modules that were replaced since, say by those of another adapter."""
-        modules = self.describe(self.layer, self.heads)
+        modules = self._describe()
         if modules != self.block.modules:
             self._take(modules)
+
+    def _describe(self) -> BlockModules:
+        return cast(DescribeBlock, self.family.describe_block)(self.layer, self.heads)
 
     def _take(self, modules: BlockModules) -> None:
         self.block = Block(modules, WeightReader(modules))
         self.inside = _modules_inside(self.layer)
 
-    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def __call__(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         """As the layer's own forward, which runs where the engine does not."""
-        state = kwargs.get(STATE_ARGUMENT)
+        state = kwargs.get(STATE_ARGUMENT, running_state())
         if not isinstance(state, PrefixState) or state.run is None:
             return type(self.layer).forward(self.layer, hidden_states, *args, **kwargs)
         # zip is not strict: positional arguments are the first of the names.
@@ -67,12 +69,19 @@ class FrozenLayerForward:
         inputs = AttentionInputs()
         if self.block.modules.spec.rotary is not None:
             inputs = AttentionInputs(*arguments.pop("position_embeddings"))
+        if self.family.find_bias is not None:
+            given, tokens = arguments.pop("position_bias", None), state.run.layout.shape[1]
+            bias = self.family.find_bias(self.layer, given, tokens)
+            inputs = inputs._replace(bias=state.readable_bias(bias))
         index = len(state.called) if self.index is None else self.index
         check_served(arguments, index)
         state.called.append(index)
         above = state.blocks[index + 1].modules if index + 1 < state.num_layers else None
         prefix = state.layers.get(index)
-        return state.run.run_layer(index, hidden_states, prefix, self.block, above, inputs)
+        states = state.run.run_layer(index, hidden_states, prefix, self.block, above, inputs)
+        if self.family.layer_output is not None:
+            return self.family.layer_output(states, inputs.bias)
+        return states
 
 
 class FrozenBackbone:
@@ -99,7 +108,7 @@ class FrozenBackbone:
     ) -> None:
         self.layers, self.heads, self.config = layers, heads, config
         self.modules = list(dict.fromkeys(layers))
-        self.describe = family.describe_block
+        self.family = family
         self._warned: set[str] = set()
         self._forwards: list[FrozenLayerForward] = []
         self.is_possible = config.backbone != "hook"
@@ -113,12 +122,12 @@ class FrozenBackbone:
 
     def install(self) -> None:
         """Take over the forward of every layer, when that is possible."""
-        if not self.is_possible or self.describe is None:
+        if not self.is_possible:
             return
         is_shared = len(self.modules) < len(self.layers)
         for index, layer in enumerate(self.modules):
             number = None if is_shared else index
-            forward = FrozenLayerForward(layer, number, self.describe, self.heads)
+            forward = FrozenLayerForward(layer, number, self.family, self.heads)
             layer.forward = forward  # type: ignore[method-assign]
             self._forwards.append(forward)
 
@@ -196,13 +205,14 @@ class FrozenBackbone:
         )
 
     def _static_fallback_reason(self) -> str | None:
-        if self.describe is None:
+        describe = self.family.describe_block
+        if describe is None:
             return "the layers of this family are not served"
         for index, layer in enumerate(self.modules):
             if "forward" in layer.__dict__:
                 return f"layer {index}: its forward was replaced by something else"
             try:
-                modules = self.describe(layer, self.heads)
+                modules = describe(layer, self.heads)
                 reason = _why_not(modules)
                 if modules.spec.rotary and "position_embeddings" not in _arguments(layer):
                     reason = "this version of transformers rotates inside of its attention"
@@ -215,7 +225,10 @@ class FrozenBackbone:
 
     def _dynamic_fallback_reason(self) -> str | None:
         for index, forward in enumerate(self._forwards):
-            forward.refresh()
+            try:
+                forward.refresh()
+            except NotServedError as error:
+                return f"layer {index}: {error}"
             reason = _why_not(forward.block.modules) or _who_listens(forward.inside)
             if reason is None and forward.layer.forward is not forward:
                 reason = "its forward was replaced by something else"
@@ -267,6 +280,6 @@ def _who_listens(inside: list[tuple[str, nn.Module]]) -> str | None:
         own = module.__dict__
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
         listened = (hooks and has_foreign_hooks(module)) or has_backward_hooks(module)
-        if listened or "forward" in own:
+        if listened or ("forward" in own and not replaces_attention(own["forward"])):
             return f"{name} has hooks or a forward of someone else"
     return None

@@ -77,6 +77,11 @@ def give_attention_back(attentions: list[nn.Module]) -> None:
         del module.forward
 
 
+def replaces_attention(forward: object) -> bool:
+    """Whether a module's forward is that of `take_attention`."""
+    return isinstance(forward, functools.partial) and forward.func in _FORWARDS.values()
+
+
 def _computes_itself(module: nn.Module) -> bool:
     # What a module asks for a function has this name in every version.
     names = vars(sys.modules[type(module).__module__])
