@@ -1,8 +1,8 @@
 """Repairs and checks of Triton's interpreter, which runs the kernels on machines without a GPU.
 
-It multiplies the bit patterns of bf16 in `tl.dot`, truncates float32 to bf16, and notices no access
-outside a tensor; that of Triton 3.6 cannot count to a tensor with numpy 2.4. Import after
-TRITON_INTERPRET is set.
+It multiplies the bit patterns of bf16 in `tl.dot`, truncates float32 to bf16, rounds twice in
+`tl.fma`, and notices no access outside a tensor; that of Triton 3.6 cannot count to a tensor with
+numpy 2.4. Import after TRITON_INTERPRET is set.
 """
 
 from collections.abc import Iterator
@@ -71,7 +71,7 @@ def _remember_types() -> None:
 
 
 def repair_interpreter() -> None:
-    """Makes bf16 dots and roundings right, and device-function calls quicker."""
+    """Makes bf16 dots and roundings right, fuses fma, and makes device-function calls quicker."""
     original_dot, original_cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
     if original_dot.__name__ == "repaired_dot":
         return
@@ -87,6 +87,10 @@ def repair_interpreter() -> None:
 
     def repaired_fp_to_fp(self, source, to_type, rounding_mode):
         return repaired_cast(self, source, to_type)
+
+    def repaired_fma(self, x, y, z):
+        exact = x.data.astype(np.float64) * y.data.astype(np.float64)
+        return TensorHandle((exact + z.data).astype(x.data.dtype), x.dtype.scalar)
 
     # The stock call patches the language again for every call of a device function, 40 % of the
     # time; once per launch and module is enough.
@@ -114,6 +118,7 @@ def repair_interpreter() -> None:
     InterpreterBuilder.create_dot = repaired_dot
     InterpreterBuilder.cast_impl = repaired_cast
     InterpreterBuilder.create_fp_to_fp = repaired_fp_to_fp
+    InterpreterBuilder.create_fma = repaired_fma
     for name in ("create_fp_ext", "create_fp_trunc"):
         setattr(InterpreterBuilder, name, repaired_cast)
     InterpretedFunction.__call__ = quick_call

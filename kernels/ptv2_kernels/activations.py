@@ -24,11 +24,13 @@ ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "quick_gelu")
 BLOCK_ROWS = 8
 BLOCK_COLUMNS = 256  # divides the width of every common feed-forward network
 LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
 HALF_LOG2_E = tl.constexpr(0.7213475204444817)
 DENSITY_AT_0 = tl.constexpr(0.3989422804014327)  # 1 / sqrt(2 pi)
 SQRT_8_OVER_PI = tl.constexpr(1.5957691216057308)
 TANH_CUBIC = tl.constexpr(0.044715)
 QUICK = tl.constexpr(1.702)
+NO_POWER = tl.constexpr(128.0)  # e^-128 is 0 in float32
 # Where the polynomials end; beyond it their value there is used, of results below 1e-6.
 TAIL = tl.constexpr(5.5)
 # q of Phi(-a) = 2^(q(a) - a^2 log2(e) / 2), constant term first.
@@ -111,16 +113,26 @@ def _gelu_with_gradient(x):
 
 
 @triton.jit
-def _sigmoid(x, ACTIVATION: tl.constexpr):
-    """sigmoid(z) of the activations x sigmoid(z); 0 where 2^-z overflows."""
+def _sigmoids(x, ACTIVATION: tl.constexpr):
+    """sigmoid(z), and its product with sigmoid(-z), of the activations x sigmoid(z).
+
+    Both come of e^-|z|: nothing cancels or overflows. What is lost when |z| log2(e) is rounded, a
+    small number times the power, is added to it again.
+    """
+    size = tl.abs(x)
     if ACTIVATION == "gelu_tanh":
-        exponent = x * (x * x * (-LOG2_E * SQRT_8_OVER_PI * TANH_CUBIC) - LOG2_E * SQRT_8_OVER_PI)
+        size = size * (size * size * (SQRT_8_OVER_PI * TANH_CUBIC) + SQRT_8_OVER_PI)
     elif ACTIVATION == "quick_gelu":
-        exponent = x * (-LOG2_E * QUICK)
+        size = size * QUICK
     else:
         tl.static_assert(ACTIVATION == "silu")
-        exponent = x * -LOG2_E
-    return 1.0 / (1.0 + tl.exp2(exponent))
+    size = tl.minimum(size, NO_POWER)
+    exponent = size * -LOG2_E
+    power = tl.exp2(exponent)
+    power = tl.fma(power, tl.fma(exponent, -LN_2, -size), power)
+    above = 1.0 / (1.0 + power)
+    below = power * above
+    return tl.where(x > 0.0, above, below), above * below
 
 
 @triton.jit
@@ -142,7 +154,8 @@ def activate(x, ACTIVATION: tl.constexpr):
     elif ACTIVATION == "relu":
         return tl.where(x < 0.0, 0.0, x)
     else:
-        return x * _sigmoid(x, ACTIVATION)
+        opened, _ = _sigmoids(x, ACTIVATION)
+        return x * opened
 
 
 @triton.jit
@@ -151,12 +164,10 @@ def activate_with_gradient(x, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return _gelu_with_gradient(x)
     elif ACTIVATION == "relu":
-        return tl.where(x < 0.0, 0.0, x), tl.where(x <= 0.0, 0.0, tl.zeros_like(x) + 1.0)
+        return tl.where(x < 0.0, 0.0, x), (x > 0.0).to(tl.float32)
     else:
-        sigmoid = _sigmoid(x, ACTIVATION)
-        value = x * sigmoid
-        # (value (1 - sigmoid)) is 0 long before a slope could overflow.
-        return value, value * (1.0 - sigmoid) * _slope(x, ACTIVATION) + sigmoid
+        opened, product = _sigmoids(x, ACTIVATION)
+        return x * opened, x * product * _slope(x, ACTIVATION) + opened
 
 
 @triton.jit(do_not_specialize=["rows"])
