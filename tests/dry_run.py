@@ -5,13 +5,14 @@ Run without TRITON_INTERPRET; prints {"scenario", "launches": [{"kernel", "grid"
 
 import json
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from triton.runtime.errors import OutOfResources
 
 from ptv2_fast import prefix_attention
 from tests.fake_gpu import FakeGpu, fake_gpu
-from tests.sample_calls import Sizes, biased_call, packed_call, padded_call
+from tests.sample_calls import Sizes, biased_call, packed_call, padded_call, run_elementwise
 
 SCENARIOS: dict[str, Callable[[FakeGpu], dict[str, object] | None]] = {}
 
@@ -69,12 +70,12 @@ def compiled_model(gpu: FakeGpu) -> None:
     out.backward(torch.ones_like(out))
 
 
-def _recompilations(gpu: FakeGpu, calls: list) -> dict[str, object]:
+def _recompilations(gpu: FakeGpu, calls: list[Callable[[], None]]) -> dict[str, object]:
     """Kernels compiled by the first call, and by each later one."""
     counts = []
     for call in calls:
         before = gpu.compilations
-        call.both()
+        call()
         counts.append(gpu.compilations - before)
     return {"compilations": counts}
 
@@ -83,7 +84,7 @@ def _recompilations(gpu: FakeGpu, calls: list) -> dict[str, object]:
 def other_sizes(gpu: FakeGpu) -> dict[str, object]:
     """Tokens and batch that change, among them multiples of 16 and 1."""
     sizes = [Sizes(2, 3, 200), Sizes(5, 3, 177), Sizes(7, 3, 256), Sizes(1, 3, 1)]
-    return _recompilations(gpu, [padded_call(each, dropout_p=0.1) for each in sizes])
+    return _recompilations(gpu, [padded_call(each, dropout_p=0.1).both for each in sizes])
 
 
 @scenario
@@ -95,20 +96,30 @@ def other_lengths(gpu: FakeGpu) -> dict[str, object]:
         packed_call([64, 64, 64, 64], Sizes(rows_of_bank=4)),
         packed_call([1], Sizes(rows_of_bank=2)),
     ]
+    return _recompilations(gpu, [call.both for call in calls])
+
+
+@scenario
+def other_rows(gpu: FakeGpu) -> dict[str, object]:
+    """Of the elementwise kernels, as test_kernel_builds.py compiles them."""
+    dtypes = torch.bfloat16, torch.float32
+    calls = [partial(run_elementwise, *dtypes, rows, 768, 0.1) for rows in (1000, 177, 256, 1)]
     return _recompilations(gpu, calls)
 
 
 @scenario
 def other_prefixes(gpu: FakeGpu) -> dict[str, object]:
     """Several tiles, a part of one, and one that is full."""
-    calls = [padded_call(Sizes(prefix=length)) for length in (100, 7, 20, 64, 128)]
+    calls = [padded_call(Sizes(prefix=length)).both for length in (100, 7, 20, 64, 128)]
     return _recompilations(gpu, calls)
 
 
 @scenario
 def other_biases(gpu: FakeGpu) -> dict[str, object]:
     """The strides of a bias change with the tokens: multiples of 16, or not."""
-    return _recompilations(gpu, [biased_call(Sizes(tokens=n)) for n in (64, 128, 65, 67, 96, 33)])
+    return _recompilations(
+        gpu, [biased_call(Sizes(tokens=n)).both for n in (64, 128, 65, 67, 96, 33)]
+    )
 
 
 def _describe(name: str, gpu: FakeGpu, extra: dict[str, object] | None) -> dict[str, object]:

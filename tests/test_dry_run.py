@@ -72,6 +72,12 @@ def test_other_sizes_recompile_nothing(scenarios, name):
     assert later == [0] * len(later)
 
 
+def test_other_numbers_of_rows_recompile_no_elementwise_kernel(scenarios):
+    first, *later = scenarios["other_rows"]["compilations"]
+    assert first == len(set(kernels(scenarios["other_rows"])))
+    assert later == [0] * len(later)
+
+
 def test_other_prefix_lengths_recompile_for_the_shape_of_tiles_alone(scenarios):
     """A prefix keeps its length in training: kernels are built for tiles as short as it."""
     result = scenarios["other_prefixes"]
