@@ -102,26 +102,24 @@ def check_tails(
     Plain torch is that of the CPU on every device: CUDA's GELU computes the left tail by another
     formula, exact to the last bit where the CPU's has cancelled, in values below 1e-6.
     """
-    worst = 0.0
-    for unit in range(-12, 12):
-        input = torch.linspace(unit, unit + 1, 2001).to(dtype)[None]
-        ones = torch.ones_like(input)
-        exact, plain = (
-            exact_pair(activation, input),
-            plain_activation(activation, ones, input, None, None),
-        )
-        moved, unity = input.to(device), ones.to(device)
-        both = operator(backend, "gated_activation_backward")(
-            unity, torch.cat((moved, unity), dim=1), None, activation, True
-        )
-        slope, value = both.cpu().chunk(2, dim=1)
-        for name, actual, which in (
-            ("forward", operator(backend, "bias_activation")(moved, None, activation), 0),
-            ("backward",
-             operator(backend, "bias_activation_backward")(unity, moved, None, activation), 1),
-            ("gated slope", slope, 1),
-            ("gated value", value, 0),
-        ):  # fmt: skip
-            results = (actual.cpu(), exact[which], plain[which], exact[which].abs())
-            worst = max(worst, assert_close_to_oracle(*results, f"{activation} {name} at {unit}"))
-    return worst
+    units = list(range(-12, 12))
+    input = torch.stack([torch.linspace(unit, unit + 1, 2001) for unit in units]).to(dtype)
+    ones = torch.ones_like(input)
+    exact = exact_pair(activation, input)
+    plain = plain_activation(activation, ones, input, None, None)
+    moved, unity = input.to(device), ones.to(device)
+    joint = torch.cat((moved, unity), dim=1)
+    both = operator(backend, "gated_activation_backward")(unity, joint, None, activation, True)
+    slope, value = both.chunk(2, dim=1)
+    arguments = (moved, None, activation)
+    found = {
+        "forward": (operator(backend, "bias_activation")(*arguments), 0),
+        "backward": (operator(backend, "bias_activation_backward")(unity, *arguments), 1),
+        "gated slope": (slope, 1),
+        "gated value": (value, 0),
+    }
+    return max(
+        assert_close_to_oracle(*results, results[1].abs(), f"{activation} {name} at {unit}")
+        for name, (actual, which) in found.items()
+        for unit, *results in zip(units, actual.cpu(), exact[which], plain[which], strict=True)
+    )

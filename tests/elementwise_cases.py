@@ -162,11 +162,11 @@ def exact_statistics(total: Tensor, subtract_mean: bool) -> Tensor:
     return torch.stack((mean, torch.rsqrt(variance + EPSILON)), dim=1)
 
 
-def calls_of(case: Case) -> list[tuple[str, tuple]]:
-    """One call of every operator but the rotation, each activation once: names and arguments."""
+def calls_of(case: Case, activations: tuple[str, ...] = ACTIVATIONS) -> list[tuple[str, tuple]]:
+    """One call of every operator but the rotation, for each activation: names and arguments."""
     grad = case.total.to(case.input.dtype)
     calls: list[tuple[str, tuple]] = []
-    for activation in ACTIVATIONS:
+    for activation in activations:
         calls += [
             ("bias_activation", (case.input, case.bias, activation)),
             ("bias_activation_backward", (grad, case.input, case.bias, activation)),
@@ -183,10 +183,10 @@ def calls_of(case: Case) -> list[tuple[str, tuple]]:
     ]
 
 
-def run_all(backend: str, case: Case) -> list[Tensor]:
+def run_all(backend: str, case: Case, activations: tuple[str, ...] = ACTIVATIONS) -> list[Tensor]:
     """The results of `calls_of`."""
     results: list[Tensor] = []
-    for name, arguments in calls_of(case):
+    for name, arguments in calls_of(case, activations):
         result = operator(backend, name)(*arguments)
         results += [result] if isinstance(result, Tensor) else result
     return results

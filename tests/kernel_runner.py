@@ -1,4 +1,5 @@
 """Builds kernel_runner.cpp with any compiler and flags, and runs cases of the operator through it.
+row_runner.cpp, for the elementwise operators, makes its own.
 
 The file of cases holds the plain data of csrc/problem.h; its layout is that of the structures in
 kernel_runner.cpp.
@@ -24,6 +25,7 @@ from tests.oracle import Results, concatenate_and_expand, magnitudes, oracle
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "kernel_runner"
+PROGRAMS = ("kernel_runner", "row_runner")
 KERNEL_SOURCES = ["csrc/run.cpp", "csrc/dispatch.cpp"]
 COMMON_FLAGS = (
     "-std=c++17", "-ffp-contract=fast", "-fno-wrapv", "-Wall", "-Wno-psabi", "-pthread", "-Icsrc",
@@ -52,17 +54,17 @@ THREAD = Build("thread", (*SANITIZED, "-fsanitize=thread"))
 ARM64 = Build("arm64", ("-O2", "-static"), "aarch64-linux-gnu-g++", ("qemu-aarch64",))
 
 
-def build_runner(build: Build) -> Path:
-    """The runner's path; compiled anew when a source, the compiler or a flag has changed."""
+def build_runner(build: Build, name: str = "kernel_runner") -> Path:
+    """The path of the runner of a name; both are compiled when a source or a flag has changed."""
     levels = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("csrc/level_*.cpp"))
-    sources = [*KERNEL_SOURCES, *levels, "tests/kernel_runner.cpp"]
+    programs = [f"tests/{program}.cpp" for program in PROGRAMS]
+    sources = [*KERNEL_SOURCES, *levels, *programs]
     digest = hashlib.sha256(repr((build, COMMON_FLAGS)).encode())
-    for path in [*sources, *sorted(ROOT.glob("csrc/*.h"))]:
+    for path in [*sources, "tests/runner_memory.h", *sorted(ROOT.glob("csrc/*.h"))]:
         digest.update((ROOT / path).read_bytes())
     folder = CACHE / f"{build.name}-{digest.hexdigest()[:16]}"
-    runner = folder / "kernel_runner"
-    if runner.exists():
-        return runner
+    if (folder / name).exists():
+        return folder / name
     folder.mkdir(parents=True, exist_ok=True)
     command = [build.compiler, *COMMON_FLAGS, *build.flags]
     objects = [folder / f"{Path(source).stem}.{os.getpid()}.o" for source in sources]
@@ -76,12 +78,15 @@ def build_runner(build: Build) -> Path:
     errors = [process.communicate()[1] for process in compiling]
     if any(process.returncode for process in compiling):
         raise RuntimeError("\n".join(errors))
-    linked = runner.with_suffix(f".{os.getpid()}")
-    subprocess.run([*command, *map(str, objects), "-o", str(linked)], cwd=ROOT, check=True)
-    linked.rename(runner)
+    kernels, mains = objects[: -len(PROGRAMS)], objects[-len(PROGRAMS) :]
+    for program, main in zip(PROGRAMS, mains, strict=True):
+        linked = folder / f"{program}.{os.getpid()}"
+        subprocess.run([*command, *map(str, (*kernels, main)), "-o", str(linked)], cwd=ROOT,
+                       check=True)  # fmt: skip
+        linked.rename(folder / program)
     for file in objects:
         file.unlink()
-    return runner
+    return folder / name
 
 
 @dataclass(frozen=True)
@@ -290,6 +295,14 @@ def run_runner(
         data = data[used:]
     assert not len(data)
     return process, results
+
+
+def run_rows(build: Build, level: str, missing: int = 0) -> subprocess.CompletedProcess:
+    """The elementwise kernels; `missing`: by how many elements their results are too short."""
+    return subprocess.run(
+        [*build.launcher, str(build_runner(build, "row_runner")), str(missing)],
+        env={**os.environ, "PTV2_CPU_LEVEL": level}, capture_output=True, text=True,
+    )  # fmt: skip
 
 
 class Expected:

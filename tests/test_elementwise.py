@@ -130,11 +130,14 @@ def test_dropout_mask_is_that_of_its_definition(backend, dtypes):
 @pytest.mark.parametrize("backend", ["cpp", "triton"])
 @pytest.mark.parametrize("dtypes", DTYPES)
 def test_rows_do_not_depend_on_where_they_stand(backend, dtypes):
-    check_rows_do_not_depend_on_where_they_stand(backend, dtypes, device_of(backend))
+    shape = (37, 387) if backend == "cpp" else (11, 131)  # interpreted kernels take their time
+    check_rows_do_not_depend_on_where_they_stand(backend, dtypes, device_of(backend), shape)
 
 
-@pytest.mark.parametrize("dtypes", DTYPES)
-@pytest.mark.parametrize("variant", ["layer-bare", "layer-extras-dropout", "rms-bare-dropout"])
+@pytest.mark.parametrize(
+    ("dtypes", "variant"),
+    [("fp32", "layer-bare"), ("bf16", "layer-extras-dropout"), ("mixed", "rms-bare-dropout")],
+)
 def test_raw_operators_pass_opcheck(dtypes, variant):
     rotary = make_rotary(RotaryShape(5, 2, 20, 7, behind=9, gap=3), DTYPES[dtypes][0])
     rotary.memory.nan_to_num_()  # opcheck compares what no operator writes, too

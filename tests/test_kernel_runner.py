@@ -17,6 +17,7 @@ from tests.kernel_runner import (
     Case,
     CaseFile,
     Expected,
+    run_rows,
     run_runner,
     with_padded,
 )
@@ -90,6 +91,27 @@ def shorten(file: CaseFile, name: str) -> None:
     file.buffers[index] = is_output, memory[: -file.case.inputs.query.shape[-1]]
 
 
+def check_rows(build, level) -> None:
+    missing = build.missing_tool()
+    if missing is not None:
+        pytest.skip(f"{missing} is not installed")
+    process = run_rows(build, level)
+    if "this CPU lacks the instructions" in process.stderr:
+        pytest.skip(f"this CPU lacks {level}")
+    assert process.returncode == 0, process.stderr
+    assert process.stdout.endswith(f" calls at level {level}\n")
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_elementwise_kernels_write_their_results_and_nothing_else(level):
+    check_rows(PLAIN, level)
+
+
+def test_a_write_behind_a_row_is_noticed():
+    process = run_rows(PLAIN, "generic", missing=1)
+    assert process.returncode == 1 and process.stderr == "result: canary behind\n"
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("level", LEVELS)
 def test_packed_equals_padded_to_the_bit_without_torch(level, tmp_path):
@@ -118,6 +140,7 @@ def test_optimised_kernels_without_torch_match_oracle(level, expected, tmp_path)
 @pytest.mark.parametrize("level", LEVELS)
 def test_sanitizers_find_nothing(build, level, expected, tmp_path):
     check_seeds(build, range(200), expected, tmp_path, level)
+    check_rows(build, level)
 
 
 @pytest.mark.slow
@@ -127,6 +150,8 @@ def test_address_sanitizer_reports_a_row_too_many(tmp_path):
         shorten(case, name)
         process, _ = run_runner(ADDRESS, [case], tmp_path, "generic")
         assert process.returncode != 0 and "heap-buffer-overflow" in process.stderr
+    process = run_rows(ADDRESS, "generic", missing=1)
+    assert process.returncode != 0 and "heap-buffer-overflow" in process.stderr
 
 
 @pytest.mark.slow
@@ -165,3 +190,4 @@ def test_thread_sanitizer_reports_a_race(tmp_path):
 @pytest.mark.slow
 def test_arm64_kernels_match_oracle(expected, tmp_path):
     check_seeds(ARM64, range(40), expected, tmp_path)
+    check_rows(ARM64, "generic")
