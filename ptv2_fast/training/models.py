@@ -33,6 +33,7 @@ from ptv2_fast.training.baselines import (
     trained_tensors,
     write_tensors,
 )
+from ptv2_fast.training.dropout import set_encoder_dropout, set_head_dropout
 from ptv2_fast.training.methods import prepare_model
 from ptv2_fast.training.options import ModelOptions, RunConfig
 from ptv2_fast.training.run_place import find_run
@@ -53,15 +54,9 @@ def load_pretrained(
         "id2label": dict(enumerate(labels)),
         "label2id": {label: number for number, label in enumerate(labels)},
     }
-    if options.dropout is not None:
-        changes["hidden_dropout_prob"] = options.dropout
-        changes["attention_probs_dropout_prob"] = options.dropout
-    if options.attention_dropout is not None:
-        changes["attention_probs_dropout_prob"] = options.attention_dropout
-    if options.head_dropout is not None:
-        changes["classifier_dropout"] = options.head_dropout
     assert options.model is not None
     config = load_config(options.model, **changes)
+    set_encoder_dropout(config, options)
     tokenizer = load_tokenizer(options.model)
     with reading(f"model: {options.model}"):
         model, report = _model_class(task).from_pretrained(
@@ -71,6 +66,7 @@ def load_pretrained(
             output_loading_info=True,
             trust_remote_code=False,
         )
+    set_head_dropout(model, options)
     _require_finite(model, options.model)
     missing = [name for name in report["missing_keys"] if _is_of_encoder(name, model)]
     if missing:
