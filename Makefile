@@ -10,7 +10,7 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 GPU_RESULTS ?= bench/results/gpu-cuda
 
-.PHONY: setup demo test test-slow test-oldest sanitize lint check-resolution bench bench-gpu clean
+.PHONY: setup demo test test-slow test-oldest sanitize lint check-resolution readme-tables bench bench-gpu clean
 
 setup: .venv/installed
 
@@ -47,6 +47,12 @@ lint: .venv/installed
 # What setup installs, resolved for every Python and platform from the package index alone; needs it.
 check-resolution: .venv/installed
 	.ci/check-resolution
+
+# README's table of encoders, between its two marks.
+readme-tables: .venv/installed
+	mkdir -p build
+	$(BIN)/ptv2-fast models --markdown > build/models.md
+	sed -i -e '/^<!-- models/,/^<!-- end/{/^<!--/!d}' -e '/^<!-- models/r build/models.md' README.md
 
 bench: .venv/installed
 	$(BIN)/python -m bench.bench_attention

@@ -11,12 +11,22 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ptv2_fast import __version__
-from ptv2_fast.cli import ablate, environment, multitask, report, score, search, tasks, train
+from ptv2_fast.cli import (
+    ablate,
+    environment,
+    models,
+    multitask,
+    report,
+    score,
+    search,
+    tasks,
+    train,
+)
 from ptv2_fast.cli.parser import BAD_INPUT, INTERRUPTED, BadInput, Parser, with_dashes
 
 __all__ = ["BAD_INPUT", "INTERRUPTED", "main"]
 
-_COMMANDS = (train, multitask, score, ablate, search, report, tasks, environment)
+_COMMANDS = (train, multitask, score, ablate, search, report, tasks, models, environment)
 
 _LONGEST = 2000  # characters of a message: what it quotes may be a file of one line
 

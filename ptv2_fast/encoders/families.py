@@ -302,7 +302,7 @@ _LENGTH_DEPENDENT_ROPE = ("dynamic", "longrope")
 
 
 def supported_types() -> str:
-    """The supported model types in one line, as README lists them."""
+    """The supported model types in one line, for messages."""
     return ", ".join(
         name if family.describe_block else f"{name} (hook)"
         for name, family in sorted(FAMILIES.items())

@@ -1,0 +1,61 @@
+"""What `ptv2-fast models` and README say of each family, against what attach does."""
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from ptv2_fast import cli
+from ptv2_fast.encoders.families import FAMILIES, Family
+from ptv2_fast.encoders.family_table import COLUMNS, family_rows
+from tests.models import BACKBONES, MODEL_TYPES, MODELS, tiny_model
+
+ROOT = Path(__file__).parents[1]
+ROWS = {row.model_type: row for row in family_rows()}
+
+
+def table_of_readme() -> str:
+    readme = (ROOT / "README.md").read_text()
+    return readme.partition("<!-- models: made by make readme-tables -->\n")[2].partition("\n<!--")[
+        0
+    ]
+
+
+def test_readme_has_the_table_that_the_command_prints(capsys):
+    """To the letter with the version that constraints.txt pins; of others only what is ours."""
+    assert cli.main(["models", "--markdown"]) == 0
+    printed, readme = capsys.readouterr().out.removesuffix("\n"), table_of_readme()
+    if f"transformers=={transformers.__version__};" in (ROOT / "constraints.txt").read_text():
+        assert readme == printed, "make readme-tables"
+    found = {}
+    for line in readme.splitlines()[2:]:
+        names, layers, _, offset, _ = (cell.strip() for cell in line.strip("|").split("|"))
+        found |= {name: (layers, offset) for name in names.split(", ")}
+    assert found == {name: (row.layers, row.position_offset) for name, row in ROWS.items()}
+
+
+def test_each_family_is_a_line_and_a_version_may_lack_it(monkeypatch, capsys):
+    monkeypatch.setitem(FAMILIES, "coming_soon", Family(is_decoder=True))
+    assert cli.main(["models"]) == 0
+    header, *lines = capsys.readouterr().out.splitlines()
+    assert tuple(header.split()) == COLUMNS
+    assert [line.split()[0] for line in lines] == sorted(FAMILIES)
+    (unknown,) = (line for line in lines if line.startswith("coming_soon"))
+    assert "not in this version of transformers" in unknown and unknown.endswith("causal")
+
+
+@pytest.mark.parametrize("model_type", MODEL_TYPES)
+def test_a_row_says_what_attach_does(model_type):
+    row, family = ROWS[model_type], FAMILIES[model_type]
+    assert tuple(row.layers.split(", ")) == BACKBONES[model_type]
+    tested = {head for name, head in MODELS if name == model_type}
+    # Some versions build XLM-R for choices without the pooler that its head reads.
+    assert set(row.heads.split(", ")) - tested <= {"choice"} and tested <= {*row.heads.split(", ")}
+    for kind in {*(family.position_types or ())} - {None} or {None}:
+        changes = {} if kind is None else {"position_embedding_type": kind}
+        backbone = tiny_model(model_type, "bare", **changes).base_model
+        if "prefix" in row.position_offset and f"with {kind}" not in row.position_offset:
+            family.check_offset(backbone)
+        else:
+            with pytest.raises(ValueError, match="position_offset: expected 'none'"):
+                family.check_offset(backbone)
