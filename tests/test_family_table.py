@@ -7,7 +7,7 @@ import transformers
 
 from ptv2_fast import cli
 from ptv2_fast.encoders.families import FAMILIES, Family
-from ptv2_fast.encoders.family_table import COLUMNS, family_rows
+from ptv2_fast.encoders.family_table import COLUMNS, family_rows, heads_of
 from tests.models import BACKBONES, MODEL_TYPES, MODELS, tiny_model
 
 ROOT = Path(__file__).parents[1]
@@ -42,6 +42,10 @@ def test_each_family_is_a_line_and_a_version_may_lack_it(monkeypatch, capsys):
     assert [line.split()[0] for line in lines] == sorted(FAMILIES)
     (unknown,) = (line for line in lines if line.startswith("coming_soon"))
     assert "not in this version of transformers" in unknown and unknown.endswith("causal")
+
+
+def test_heads_of_an_encoder_with_a_decoder_are_not_listed():
+    assert heads_of(transformers.T5Config()) == ["token", "bare"]
 
 
 @pytest.mark.parametrize("model_type", MODEL_TYPES)

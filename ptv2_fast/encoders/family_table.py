@@ -3,6 +3,7 @@
 Read off the table of families and what the installed transformers has for a `model_type`.
 """
 
+import copy
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -92,8 +93,8 @@ def heads_of(config: PretrainedConfig) -> list[str]:
 def _is_encoder(model_class: Any, config: PretrainedConfig) -> bool:
     if not config.is_encoder_decoder:
         return True
-    with torch.device("meta"):
-        return not hasattr(model_class(config).base_model, "decoder")
+    with torch.device("meta"):  # a copy, into which some classes write
+        return not hasattr(model_class(copy.deepcopy(config)).base_model, "decoder")
 
 
 def _offsets(family: Family) -> str:
