@@ -25,6 +25,8 @@ from tests.norm_checks import check_dropout_mask, check_rows_of_zeros
 from tests.rotary_checks import RotaryShape, check_rotations, make_rotary
 from tests.tracing_checks import check_compiles_as_one_graph, check_raw_operators_pass_opcheck
 
+# Of block_kinds.py, which needs transformers.
+BLOCK_KINDS = ("bert", "nomic", "mpnet", "esm", "modernbert", "llama", "qwen3", "mistral", "t5")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HEAD_DIMS = {"narrow": (8, 16, 24, 32, 40, 64), "wide": (80, 96, 128, 160, 192, 256)}
 WITH_DROPOUT = (32, 64, 80, 256)
@@ -320,15 +322,16 @@ def tracing() -> dict[str, dict[str, Check]]:
 def models() -> dict[str, dict[str, Check]]:
     """Whole models, which need transformers; nothing else here loads it."""
 
-    def model(function: str, *arguments, **fields) -> Check:
+    def model(function: str, *arguments, rehearsed: bool = True, **fields) -> Check:
         def run(device: torch.device) -> float | None:
             if importlib.util.find_spec("transformers") is None:
                 raise Unavailable("needs transformers, not installed here")
-            from tests import model_checks
+            from tests import block_kinds, model_checks
 
-            return getattr(model_checks, function)(device, *arguments, **fields)
+            module = block_kinds if hasattr(block_kinds, function) else model_checks
+            return getattr(module, function)(device, *arguments, **fields)
 
-        return Check(run)
+        return Check(run, rehearsed)
 
     ways: dict[str, dict] = {policy: {"recompute": policy} for policy in POLICIES}
     ways = {name: {**fields, "backbone": "frozen", "strict": True} for name, fields in ways.items()}
@@ -337,6 +340,13 @@ def models() -> dict[str, dict[str, Check]]:
         **{
             f"model-{precision}": {
                 name: model("check_model", dtype, **fields) for name, fields in ways.items()
+            }
+            for precision, dtype in (("fp32", FP32), ("bf16", BF16))
+        },
+        **{
+            f"blocks-{precision}": {
+                kind: model("check_kind", kind, dtype, p=0.3, rehearsed=kind == "modernbert")
+                for kind in BLOCK_KINDS
             }
             for precision, dtype in (("fp32", FP32), ("bf16", BF16))
         },

@@ -6,96 +6,26 @@ from torch import Tensor
 
 from ptv2_fast.frozen import engine
 from ptv2_fast.frozen.memory import kept_bytes_per_token
-from ptv2_fast.frozen.spec import POLICIES, BlockSpec, Surroundings
+from ptv2_fast.frozen.spec import POLICIES, Surroundings
 from ptv2_fast.training.measure import kept_bytes
+from tests.block_kinds import CPU, KINDS, check_kind, made, results
+from tests.gpu_cases import BLOCK_KINDS
 from tests.models import (
     assert_close_to_model,
     one_thread,  # noqa: F401
 )
-from tests.tiny_blocks import HEAD_DIM, HIDDEN, LAYERS, P, TinyEncoder, made_inputs
-
-TOKENS = 11
-KINDS: dict[str, tuple[BlockSpec, dict, bool]] = {  # spec, sizes and form, an additive bias
-    "bert": (BlockSpec(), {"has_bias": True, "is_fused": False}, False),
-    "nomic": (
-        BlockSpec(activation="silu", gate="first", rotary="half"),
-        {"has_bias": False, "is_fused": False},
-        False,
-    ),
-    "mpnet": (BlockSpec(activation="gelu_tanh"), {"has_bias": True, "is_fused": False}, True),
-    "esm": (BlockSpec(pre_norm=True, rotary="half"), {"has_bias": True, "is_fused": False}, False),
-    "modernbert": (
-        BlockSpec(pre_norm=True, gate="first", rotary="half", window=2),
-        {"has_bias": False, "is_fused": True},
-        False,
-    ),
-    "llama": (
-        BlockSpec(
-            pre_norm=True, subtract_mean=False, activation="silu", gate="first", rotary="half",
-            is_causal=True,
-        ),
-        {"has_bias": False, "is_fused": False, "key_value_heads": 2},
-        False,
-    ),
-    "qwen3": (
-        BlockSpec(
-            pre_norm=True, subtract_mean=False, activation="silu", gate="first", rotary="half",
-        ),
-        {"has_bias": False, "is_fused": False, "key_value_heads": 2, "has_head_norms": True},
-        False,
-    ),
-    "mistral": (
-        BlockSpec(
-            pre_norm=True, subtract_mean=False, activation="quick_gelu", gate="second",
-            rotary="interleaved", is_causal=True, window=3,
-        ),
-        {"has_bias": True, "is_fused": True, "key_value_heads": 1},
-        False,
-    ),
-    "t5": (
-        BlockSpec(pre_norm=True, subtract_mean=False, activation="relu", scale=1.0),
-        {"has_bias": False, "is_fused": False},
-        True,
-    ),
-}  # fmt: skip
+from tests.tiny_blocks import HEAD_DIM, HIDDEN, TinyEncoder, made_inputs
 
 
-def made(name: str, p: float = 0.0, dtype: torch.dtype = torch.float32):
-    """An encoder, its hidden states, prefixes, mask and inputs."""
-    torch.manual_seed(0)
-    spec, kind, has_bias = KINDS[name]
-    kind = {"key_value_heads": 4, **kind}
-    encoder = TinyEncoder(spec, p, **kind).to(dtype)
-    hidden = torch.randn(3, TOKENS, HIDDEN).to(dtype)
-    prefixes = torch.randn(LAYERS, 2, kind["key_value_heads"], P, HEAD_DIM).to(dtype)
-    mask = torch.arange(TOKENS) < torch.tensor([TOKENS, 7, 1])[:, None]
-    return encoder, hidden, prefixes, mask, made_inputs(spec, TOKENS, has_bias)
-
-
-def results(output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-    grad_out = torch.linspace(-1, 1, output.numel()).view_as(output).to(output.dtype)
-    return output.detach(), *torch.autograd.grad(output, leaves, grad_out)
+def test_a_gpu_checks_every_kind():
+    assert tuple(KINDS) == BLOCK_KINDS
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("name", KINDS)
 def test_blocks_equal_their_definition(name, p, dtype):
-    encoder, hidden, prefixes, mask, inputs = made(name, p, dtype)
-    leaves = [hidden.clone().requires_grad_(), prefixes.clone().requires_grad_()]
-    torch.manual_seed(5)
-    seeds = torch.randint(2**63 - 1, (LAYERS,))
-    torch.manual_seed(5)
-    actual = results(encoder.run(*leaves, mask, inputs), *leaves)
-    # Of pads only what the blocks leave out: gradients of their inputs are zero.
-    assert torch.equal(actual[1], actual[1] * mask[..., None])
-
-    def define(encoder: TinyEncoder, *leaves: Tensor) -> tuple[Tensor, ...]:
-        for leaf in leaves:
-            leaf.requires_grad_()
-        return results(encoder.define(*leaves, mask, inputs, seeds), *leaves)
-
-    assert_close_to_model(actual, define, encoder, hidden, prefixes, dtype=dtype)
+    check_kind(CPU, name, dtype, p)
 
 
 @pytest.mark.parametrize("precision", ["float32", "autocast"])

@@ -128,7 +128,7 @@ class TinyBlock(nn.Module):
             query, key = self.head_norms[0](query), self.head_norms[1](key)
         if self.spec.rotary is not None:
             query, key = (self._rotate(part, inputs) for part in (query, key))
-        context = torch.zeros(len(hidden), dtype=torch.int32) if self.spec.is_causal else None
+        context = hidden.new_zeros(len(hidden), dtype=torch.int32) if self.spec.is_causal else None
         options = Options(
             mask, seed, HEAD_DIM**-0.5 if self.spec.scale is None else self.spec.scale,
             self.dropout.p, self.dropout.p, context_lengths=context,
@@ -186,9 +186,12 @@ class TinyEncoder(nn.ModuleList):
         return hidden * mask[..., None]
 
 
-def made_inputs(spec: BlockSpec, tokens: int, has_bias: bool) -> AttentionInputs:
+def made_inputs(
+    spec: BlockSpec, tokens: int, has_bias: bool, device: torch.device | None = None
+) -> AttentionInputs:
     """Angles of positions twice each, and an additive bias."""
     angle = torch.arange(tokens)[:, None] / torch.tensor([1.0, 3.0, 10.0, 30.0])
     angle = torch.cat((angle, angle), 1) if spec.rotary == "half" else angle.repeat_interleave(2, 1)
     angle, bias = angle[None], torch.randn(1, HEADS, tokens, tokens) if has_bias else None
-    return AttentionInputs(angle.cos(), angle.sin(), bias)
+    inputs = (angle.cos(), angle.sin(), bias)
+    return AttentionInputs(*(None if each is None else each.to(device) for each in inputs))
