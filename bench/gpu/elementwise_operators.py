@@ -78,7 +78,7 @@ def _dropout_add(dropout_p: float, input: Tensor, residual: Tensor) -> Tensor:
     return residual + F.dropout(input, dropout_p)
 
 
-def _norm_again(total: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
+def _norm_from_stats(total: Tensor, weight: Tensor, beta: Tensor) -> Tensor:
     return F.layer_norm(total, total.shape[1:], weight, beta, EPSILON)
 
 
@@ -159,7 +159,7 @@ def _addition_arguments(case: Case) -> tuple[tuple, tuple]:
     return case.addition, (case.input, case.residual)
 
 
-def _again_arguments(case: Case) -> tuple[tuple, tuple]:
+def _norm_from_stats_arguments(case: Case) -> tuple[tuple, tuple]:
     return case.again, (case.total, *_affine(case))
 
 
@@ -279,7 +279,8 @@ OPERATORS = {
         gradients=(False, True, True),
     ),
     "norm_from_stats": _norm_operator(
-        "norm_from_stats", _norm_again, _again_arguments, check_norm_forward, 2, drops=False
+        "norm_from_stats", _norm_from_stats, _norm_from_stats_arguments, check_norm_forward, 2,
+        drops=False,
     ),
     "dropout_add": _norm_operator(
         "dropout_add", _dropout_add, _addition_arguments, check_norm_forward, 1
