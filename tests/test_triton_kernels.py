@@ -1,7 +1,5 @@
 """What only interpreted Triton can show: accesses out of bounds, fp16, the split of the batch."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -12,7 +10,7 @@ from ptv2_kernels.forward import launch_forward
 from ptv2_kernels.measured import KERNELS
 from tests.attention_checks import check
 from tests.devices import KERNEL_DEVICE, interpreted
-from tests.elementwise_cases import make_case, operator, run_all
+from tests.elementwise_cases import calls_of, make_case, operator, run_all
 from tests.elementwise_checks import make_variant
 from tests.inputs import Shape, make_inputs
 from tests.oracle import run_backend
@@ -86,14 +84,21 @@ def test_elementwise_kernels_stay_inside_their_tensors(variant):
         run_all("triton", make_variant((3, 5), "fp32", variant))
 
 
-@interpreted
-@pytest.mark.parametrize("name", ["weight", "input", "bias", "coordinates"])
-def test_bounds_check_sees_an_elementwise_access_outside(name):
-    """The check can fail, on tensors one element or one row too short."""
-    case = make_case((9, 300), "fp32")
-    short = dataclasses.replace(case, **{name: getattr(case, name)[:-1].clone()})
-    with bounds_checked(), pytest.raises(Exception, match="outside every argument"):
-        operator("triton", "dropout_add_norm")(*short.forward)
+def test_elementwise_arguments_that_do_not_fit_are_refused():
+    case = make_case((9, 300), "fp32", device=KERNEL_DEVICE)
+    calls = {name: arguments for name, arguments in calls_of(case) if "activation" not in name}
+    gated, gated_bias = case.doubled
+    calls["bias_activation"] = (case.input, case.bias, "silu")
+    calls["bias_activation_backward"] = (case.total, *calls["bias_activation"])
+    calls["gated_activation"] = (gated, gated_bias, "silu", True)
+    calls["gated_activation_backward"] = (case.total, *calls["gated_activation"])
+    for name, arguments in calls.items():
+        for index, short in enumerate(arguments):
+            is_free = name.startswith("dropout_backward") and index == 0
+            if isinstance(short, torch.Tensor) and short.numel() > 1 and not is_free:
+                wrong = (*arguments[:index], short[..., :-1], *arguments[index + 1 :])
+                with pytest.raises(ValueError, match="expected"):
+                    operator("triton", name)(*wrong)
 
 
 @interpreted

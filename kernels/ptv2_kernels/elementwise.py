@@ -1,6 +1,7 @@
 """Launchers of the elementwise operators of a frozen block.
 
-They take the arguments of the operators of `ptv2_fast.ops.elementwise`, which define the results.
+They take the arguments of the operators of `ptv2_fast.ops.elementwise`, which define the results;
+a shape that does not fit is a ValueError.
 """
 
 from typing import NamedTuple
@@ -54,22 +55,28 @@ class HiddenDropout(NamedTuple):
 
 
 def _dropout(
-    seed: Tensor | None, coordinates: Tensor | None, dropout_p: float, stream: int
+    rows: int, seed: Tensor | None, coordinates: Tensor | None, dropout_p: float, stream: int
 ) -> HiddenDropout:
     if dropout_p == 0.0:
         return HiddenDropout(None, None, None, 1.0, 0)
-    assert seed is not None and coordinates is not None
-    multiplier = 1.0 / (1.0 - dropout_p)
+    if seed is None or coordinates is None or coordinates.dtype != torch.int32:
+        raise ValueError("seed, coordinates: expected int64 [1] and int32 [R, 2] with dropout")
+    coordinates = _fitting("coordinates", coordinates, rows, 2)
     threshold = round(65536 * dropout_p)
-    return HiddenDropout(seed, coordinates.contiguous(), threshold, multiplier, stream)
+    return HiddenDropout(seed, coordinates, threshold, 1.0 / (1.0 - dropout_p), stream)
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def _fitting(name: str, tensor: Tensor | None, *shape: int) -> Tensor | None:
+    """The tensor, contiguous; what the kernels take for granted would be read beyond its end."""
+    if tensor is None:
+        return None
+    if tensor.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, got {list(tensor.shape)}")
+    return tensor.contiguous()
 
 
 def _launch_columns(
-    kernel, rows_and_columns: torch.Size, *tensors: Tensor | None, **constants: str | bool
+    kernel, rows_and_columns: tuple[int, ...], *tensors: Tensor | None, **constants: str | bool
 ) -> None:
     """`rows_and_columns`: of the result of an activation."""
     if constants["ACTIVATION"] not in ACTIVATIONS:
@@ -92,7 +99,7 @@ def _launch_columns(
     )
 
 
-def _launch_rows(kernel, rows_and_columns: torch.Size, *arguments, **constants: bool) -> None:
+def _launch_rows(kernel, rows_and_columns: tuple[int, ...], *arguments, **constants: bool) -> None:
     rows, columns = rows_and_columns
     if rows * columns == 0:
         return
@@ -104,10 +111,8 @@ def _launch_rows(kernel, rows_and_columns: torch.Size, *arguments, **constants: 
 def launch_bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     input = input.contiguous()
     out = torch.empty_like(input)
-    _launch_columns(
-        _bias_activation_kernel, input.shape,
-        input, _contiguous(bias), out, ACTIVATION=activation,
-    )  # fmt: skip
+    bias = _fitting("bias", bias, input.shape[1])
+    _launch_columns(_bias_activation_kernel, input.shape, input, bias, out, ACTIVATION=activation)
     return out
 
 
@@ -118,7 +123,8 @@ def launch_bias_activation_backward(
     grad_input = torch.empty_like(input)
     _launch_columns(
         _bias_activation_backward_kernel, input.shape,
-        grad_out.contiguous(), input, _contiguous(bias), grad_input, ACTIVATION=activation,
+        _fitting("grad_out", grad_out, *input.shape), input,
+        _fitting("bias", bias, input.shape[1]), grad_input, ACTIVATION=activation,
     )  # fmt: skip
     return grad_input
 
@@ -127,10 +133,10 @@ def launch_gated_activation(
     input: Tensor, bias: Tensor | None, activation: str, activated_first: bool
 ) -> Tensor:
     input = input.contiguous()  # [R, 2 C]
-    out = input.new_empty(input.shape[0], input.shape[1] // 2)
+    out = input.new_empty(_half_of(input))
     _launch_columns(
-        _gated_activation_kernel, out.shape,
-        input, _contiguous(bias), out, ACTIVATION=activation, ACTIVATED_FIRST=activated_first,
+        _gated_activation_kernel, out.shape, input, _fitting("bias", bias, input.shape[1]), out,
+        ACTIVATION=activation, ACTIVATED_FIRST=activated_first,
     )  # fmt: skip
     return out
 
@@ -140,12 +146,20 @@ def launch_gated_activation_backward(
 ) -> Tensor:
     input = input.contiguous()  # [R, 2 C]
     grad_input = torch.empty_like(input)
+    half = _half_of(input)
     _launch_columns(
-        _gated_activation_backward_kernel, grad_out.shape,
-        grad_out.contiguous(), input, _contiguous(bias), grad_input,
+        _gated_activation_backward_kernel, half, _fitting("grad_out", grad_out, *half), input,
+        _fitting("bias", bias, input.shape[1]), grad_input,
         ACTIVATION=activation, ACTIVATED_FIRST=activated_first,
     )  # fmt: skip
     return grad_input
+
+
+def _half_of(input: Tensor) -> tuple[int, int]:
+    rows, columns = input.shape
+    if columns % 2:
+        raise ValueError(f"input: expected an even number of columns, got {columns}")
+    return rows, columns // 2
 
 
 def launch_dropout_add_norm(
@@ -164,19 +178,20 @@ def launch_dropout_add_norm(
     """out and total [R, C], statistics float32 [R, 2]."""
     residual = residual.contiguous()
     out, total = torch.empty_like(residual), torch.empty_like(residual)
-    statistics = residual.new_empty((residual.shape[0], 2), dtype=torch.float32)
+    rows, columns = residual.shape
+    statistics = residual.new_empty((rows, 2), dtype=torch.float32)
     _launch_rows(
         _dropout_add_norm_kernel,
         residual.shape,
-        input.contiguous(),
-        _contiguous(bias),
+        _fitting("input", input, rows, columns),
+        _fitting("bias", bias, columns),
         residual,
-        weight.contiguous(),
-        _contiguous(beta),
+        _fitting("weight", weight, columns),
+        _fitting("beta", beta, columns),
         out,
         total,
         statistics,
-        _dropout(seed, coordinates, dropout_p, stream),
+        _dropout(rows, seed, coordinates, dropout_p, stream),
         epsilon,
         SUBTRACT_MEAN=subtract_mean,
     )
@@ -201,20 +216,21 @@ def launch_dropout_add_norm_backward(
     if grad_out is None and grad_other is None:
         raise ValueError("grad_out, grad_other: expected at least one tensor, got None twice")
     total = total.contiguous()
+    rows, columns = total.shape
     grad_residual = torch.empty_like(total)
     grad_input = _empty_grad_input(total, dropout_p, input_dtype)
     _launch_rows(
         _dropout_add_norm_backward_kernel,
         total.shape,
-        _contiguous(grad_out),
-        _contiguous(grad_other),
-        _contiguous(grad_total),
+        _fitting("grad_out", grad_out, rows, columns),
+        _fitting("grad_other", grad_other, rows, columns),
+        _fitting("grad_total", grad_total, rows, columns),
         total,
-        statistics.contiguous(),
-        weight.contiguous(),
+        _fitting("statistics", statistics, rows, 2),
+        _fitting("weight", weight, columns),
         grad_residual,
         grad_input if grad_input.shape == total.shape else None,
-        _dropout(seed, coordinates, dropout_p, stream),
+        _dropout(rows, seed, coordinates, dropout_p, stream),
         SUBTRACT_MEAN=subtract_mean,
     )
     return grad_residual, grad_input
@@ -230,14 +246,15 @@ def launch_norm_from_stats(
     total: Tensor, statistics: Tensor, weight: Tensor, beta: Tensor | None
 ) -> Tensor:
     total = total.contiguous()
+    rows, columns = total.shape
     out = torch.empty_like(total)
     _launch_rows(
         _norm_from_stats_kernel,
         total.shape,
         total,
-        statistics.contiguous(),
-        weight.contiguous(),
-        _contiguous(beta),
+        _fitting("statistics", statistics, rows, 2),
+        _fitting("weight", weight, columns),
+        _fitting("beta", beta, columns),
         out,
     )
     return out
@@ -254,9 +271,15 @@ def launch_dropout_add(
 ) -> Tensor:
     residual = residual.contiguous()
     total = torch.empty_like(residual)
-    dropout = _dropout(seed, coordinates, dropout_p, stream)
-    tensors = (input.contiguous(), _contiguous(bias), residual, total)
-    _launch_rows(_dropout_add_kernel, residual.shape, *tensors, dropout)
+    _launch_rows(
+        _dropout_add_kernel,
+        residual.shape,
+        _fitting("input", input, *residual.shape),
+        _fitting("bias", bias, residual.shape[1]),
+        residual,
+        total,
+        _dropout(residual.shape[0], seed, coordinates, dropout_p, stream),
+    )
     return total
 
 
@@ -270,7 +293,7 @@ def launch_dropout_backward(
 ) -> Tensor:
     """The gradient of input [R, C]; empty(0) where it would be grad_total again."""
     grad_input = _empty_grad_input(grad_total, dropout_p, input_dtype)
-    dropout = _dropout(seed, coordinates, dropout_p, stream)
+    dropout = _dropout(grad_total.shape[0], seed, coordinates, dropout_p, stream)
     if grad_input.shape == grad_total.shape:
         tensors = (grad_total.contiguous(), grad_input)
         _launch_rows(_dropout_backward_kernel, grad_total.shape, *tensors, dropout)
