@@ -71,17 +71,7 @@ def assert_elementwise_sound(rows: list[dict]) -> None:
 
 
 def test_elementwise_kernels_are_sound():
-    options = (
-        "--columns",
-        "768",
-        "--dropout",
-        "0.1",
-        "--pairs",
-        "mixed",
-        "--styles",
-        "bert",
-        "glm",
-    )
+    options = "--columns 768 --dropout 0.1 --pairs mixed --styles bert glm".split()
     assert_elementwise_sound(build(["sm_80", "gfx942"], *options))
 
 
