@@ -2,6 +2,7 @@
 
     python -m bench.bench_training_step
     python -m bench.bench_training_step --quick --rounds 3
+    python -m bench.bench_training_step --families
     python -m bench.bench_training_step --only "bert-base b4 t128 p20 fp32 d0.1 full"
     python -m bench.bench_training_step --memory-only
 
@@ -11,17 +12,20 @@ A case's rows are written once they are measured, in place of that case's earlie
 
     time / frozen none      ratio of medians
     tokens/s                tokens that are no padding
-    kept B/token/layer      counted by hooks, per real token and layer; beside it the formula
+    kept B/token/layer      counted by hooks, per real token and layer; beside it the formula, which
+                            knows frozen blocks of every kind and else BERT's
     peak MiB                of one step above weights and optimizer state: the resident memory of a
                             process of its own
     batch in ... GB         largest, computed from the measured bytes: what is there whatever the
                             batch, and the rest of the peak in proportion to the sequences
 
 The default cases take about half an hour on two cores, --quick (the rows that the speed goals are
-about) an hour. --memory-only measures no time.
+about) an hour, --families (ModernBERT and NomicBERT, to 2,048 tokens) two to three. --memory-only
+measures no time.
 """
 
 import argparse
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -32,7 +36,7 @@ from bench import cases
 from bench.cases import Case
 from bench.measure import RESULTS, machine_columns, merge_csv, time_interleaved
 from bench.memory_model import predict_step
-from bench.models import METHODS, build, why_left_out
+from bench.models import METHODS, MODELS, build, why_left_out
 from bench.step_columns import (
     MEBIBYTE,
     Row,
@@ -70,7 +74,7 @@ def batch_columns(case: Case, memory: PeakMemory, kept: int) -> Row:
 def measure_case(case: Case, chosen: list[str], rounds: int, output: "Output") -> None:
     """Times the methods, then counts their memory; rows are written after each of the two."""
     check_gradients(small_case(case), DEVICE)
-    methods = [name for name in methods_of(case) if name in chosen]
+    methods = methods_of(case, chosen, output.console)
     steps = {name: Step(build(name, case, DEVICE), case, DEVICE) for name in methods}
     timings = time_interleaved(steps, torch.device(DEVICE), seconds=0, least_rounds=rounds)
     rows = {}
@@ -93,19 +97,30 @@ def measure_case(case: Case, chosen: list[str], rounds: int, output: "Output") -
     output.show(rows, str(case))
 
 
-def methods_of(case: Case) -> list[str]:
-    """Those that run here; of a large model those that fit into one process beside each other."""
-    here = [name for name in METHODS if why_left_out(name, case, DEVICE) is None]
-    if case.model != "bert-large":
-        return here
-    return [name for name in here if not name.endswith(("eager", "recipe"))]
+def methods_of(case: Case, chosen: Iterable[str], console: Console) -> list[str]:
+    """Those of `chosen` that run here; the console is told why each other one does not.
+
+    Of a large model or text those that fit into one process beside each other.
+    """
+    here, is_large = [], case.model == "bert-large" or case.tokens > 512
+    for name in METHODS:
+        if name not in chosen:
+            continue
+        reason = why_left_out(name, case, DEVICE)
+        if reason is None and is_large and name.endswith(("eager", "recipe")):
+            reason = "so large it does not fit beside the others"
+        if reason is None:
+            here.append(name)
+        else:
+            console.print(f"{case}: {name} left out, {reason}")
+    return here
 
 
 def measure_memory(output: "Output") -> None:
     """Kept bytes of every method, then the peaks of a large model's step."""
     for case in cases.KEPT_CASES:
         rows = {}
-        for name in methods_of(case):
+        for name in methods_of(case, METHODS, output.console):
             rows[name] = kept_columns(case, name, DEVICE)
             output.write(case, rows)
         output.show(rows, str(case))
@@ -162,14 +177,20 @@ def main() -> None:
     parser.add_argument("--only", action="append", help="a case of any list, by its name")
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
     parser.add_argument("--quick", action="store_true", help="the rows of the speed goals")
+    parser.add_argument("--families", action="store_true", help="blocks of other kinds than BERT's")
     parser.add_argument("--memory-only", action="store_true", help="no timing")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each method")
     parser.add_argument("--output", type=Path, help="CSV file (default: bench/results/...)")
     arguments = parser.parse_args()
-    chosen = cases.ACCEPTANCE_CASES if arguments.quick else cases.CPU_CASES
+    chosen = cases.CPU_CASES
+    if arguments.quick:
+        chosen = cases.ACCEPTANCE_CASES
+    if arguments.families:
+        chosen = cases.FAMILY_CASES
+    chosen = [case for case in chosen if case.model in MODELS]
     if arguments.only:
-        every = (*chosen, *cases.CPU_CASES, *cases.ACCEPTANCE_CASES)
-        known = {str(case): case for case in reversed(every)}
+        every = (*chosen, *cases.CPU_CASES, *cases.ACCEPTANCE_CASES, *cases.FAMILY_CASES)
+        known = {str(case): case for case in reversed(every) if case.model in MODELS}
         unknown = [name for name in arguments.only if name not in known]
         if unknown:
             parser.error(f"--only: expected some of {list(known)}, got {unknown}")

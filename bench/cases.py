@@ -45,18 +45,27 @@ class Case:
 
     def sequence_lengths(self) -> list[int]:
         """Real tokens of each sequence."""
-        places = [(index + 0.5) / self.batch for index in range(self.batch)]
-        if self.lengths not in DENSITIES:
-            known = _data_set_lengths(self.lengths)
-            return [min(self.tokens, known[int(place * len(known))]) for place in places]
-        density = DENSITIES[self.lengths]
-        spread = 2 * min(density, 1 - density)
-        return [round(self.tokens * (density + spread * (place - 0.5))) for place in places]
+        if self.lengths in DENSITIES:
+            return spread_lengths(self.batch, self.tokens, DENSITIES[self.lengths])
+        known = _data_set_lengths(self.lengths)
+        return [min(self.tokens, known[int(place * len(known))]) for place in _places(self.batch)]
 
     @property
     def padded_tokens(self) -> int:
         """Of each sequence, padding included."""
         return self.tokens if self.lengths in DENSITIES else max(self.sequence_lengths())
+
+
+def spread_lengths(batch: int, tokens: int, density: float) -> list[int]:
+    """Lengths of at least one token, spread evenly around density * tokens."""
+    spread = 2 * min(density, 1 - density)
+    parts = [density + spread * (place - 0.5) for place in _places(batch)]
+    return [max(1, round(tokens * part)) for part in parts]
+
+
+def _places(batch: int) -> list[float]:
+    """Of each sequence between the shortest, 0, and the longest, 1."""
+    return [(index + 0.5) / batch for index in range(batch)]
 
 
 def _data_set_lengths(name: str) -> list[int]:
@@ -93,6 +102,20 @@ CPU_CASES = [
     Case("minilm-l6", 16, 128, 20, peak=True),
     Case("minilm-l6", 16, 128, 100, "bf16", 0.0),
     Case("bert-large", 2, 128, 20, "bf16"),
+]
+# Gated networks, rotary positions and, in ModernBERT, windows, with the dropout of their
+# configurations: half padding, the lengths of a data set that reach so far, no padding.
+FAMILY_CASES = [
+    Case(f"{family}-base", batch, tokens, 20, dtype, 0.0, lengths)
+    for batch, tokens, every_lengths in (
+        (8, 128, ("pad50", "conll2003", "full")),
+        (4, 512, ("pad50", "boolq", "full")),
+        (2, 2048, ("pad50",)),
+        (1, 2048, ("full",)),
+    )
+    for family in ("modernbert", "nomic_bert")
+    for dtype in DTYPES
+    for lengths in every_lengths
 ]
 # No timing: kept bytes by hooks; peaks of a large model's step.
 KEPT_CASES = [Case("bert-base", 4, 512, 128, "bf16", dropout) for dropout in (0.0, 0.1)]

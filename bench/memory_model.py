@@ -3,8 +3,9 @@
     python -m bench.memory_model
 
 It prints what models need that do not fit here. tests/test_memory_model.py holds the kept bytes
-against a count of what autograd saves. With X = bytes of an element, h = hidden, a = heads,
-S = prefix + tokens, a block of transformers keeps, per token (padding included):
+against a count of what autograd saves. Frozen blocks are summed by ptv2_fast/frozen/memory.py, of
+whatever kind. The others are formulas of BERT's block; with X = bytes of an element, h = hidden,
+a = heads, S = prefix + tokens, a block of transformers keeps, per token (padding included):
 
     q, k, v, out, total_1, total_2, u      (6h + intermediate) X, whoever trains
     x, LN(total_1), gelu(u)                (2h + intermediate) X, for gradients of weights and LoRA
@@ -31,7 +32,13 @@ CHUNK = {"cpu": 1024, "cuda": 8192}  # tokens, of the frozen block's feed-forwar
 
 @dataclass(frozen=True)
 class Encoder:
-    """Sizes of an encoder."""
+    """Sizes of an encoder.
+
+    Args:
+        layers, hidden, heads, intermediate, vocabulary, positions: the last is 0 without a table.
+        is_gated: its feed-forward networks are.
+        is_bert: its layers are BERT's; of others the formulas know frozen blocks only.
+    """
 
     layers: int
     hidden: int
@@ -39,12 +46,14 @@ class Encoder:
     intermediate: int
     vocabulary: int = 30522
     positions: int = 512
+    is_gated: bool = False
+    is_bert: bool = True
 
     @property
     def parameters(self) -> int:
-        """Of embeddings, layers and pooler."""
+        """Of embeddings, layers and pooler, with BERT's biases and norms."""
         hidden, inner = self.hidden, self.intermediate
-        layer = 4 * hidden**2 + 2 * hidden * inner + 9 * hidden + inner
+        layer = 4 * hidden**2 + (2 + self.is_gated) * hidden * inner + 9 * hidden + inner
         embeddings = (self.vocabulary + self.positions + 4) * hidden
         return self.layers * layer + embeddings + hidden**2 + hidden
 
@@ -108,13 +117,18 @@ class StepMemory:
 def block_shape(encoder: Encoder, batch: Batch) -> BlockShape:
     head_dim, size = encoder.hidden // encoder.heads, batch.element_bytes
     return BlockShape(
-        encoder.hidden, encoder.intermediate, encoder.heads, encoder.heads, head_dim, False,
-        size, size,
+        encoder.hidden, encoder.intermediate, encoder.heads, encoder.heads, head_dim,
+        encoder.is_gated, size, size,
     )  # fmt: skip
 
 
+def has_formula(method: str, encoder: Encoder) -> bool:
+    """Whether this file knows a method's bytes; without padding it does not (flash)."""
+    return method.startswith("frozen ") or (encoder.is_bert and not method.endswith("flash"))
+
+
 def kept_bytes_of_layer(method: str, encoder: Encoder, batch: Batch) -> int:
-    """Bytes that one layer (no lowest one) keeps for its backward pass.
+    """Bytes that one layer (no lowest one) keeps for its backward pass, where `has_formula`.
 
     Args:
         method: a key of models.METHODS.
@@ -178,7 +192,7 @@ def trained_parameters(method: str, encoder: Encoder, batch: Batch) -> int:
 
 
 def predict_step(method: str, encoder: Encoder, batch: Batch) -> StepMemory:
-    """Bytes of a training step under AdamW, by formula.
+    """Bytes of a training step under AdamW, where `has_formula`.
 
     What embeddings and head keep is left out, and the last block is counted whole. The transient
     of a method that is not ours: two gradients of u and three of the hidden states and, with

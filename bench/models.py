@@ -8,6 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from transformers import (
+    CONFIG_MAPPING,
+    MODEL_MAPPING,
     AutoConfig,
     AutoModelForSequenceClassification,
     DynamicCache,
@@ -28,22 +30,35 @@ TINY = dict(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64,
     vocab_size=100, embedding_size=32,
 )  # fmt: skip
-# Of base size, where transformers' defaults are another.
+# Family -> what its base size has another than transformers' defaults.
 BASE: dict[str, dict[str, int]] = {
+    "bert": {},
+    "roberta": {},
     "xlm-roberta": dict(vocab_size=250002),
     "electra": dict(
         hidden_size=768, num_attention_heads=12, intermediate_size=3072, embedding_size=768
     ),
+    "modernbert": {},
+    "nomic_bert": {},
 }
-BENCHED = ("bert", "roberta", "xlm-roberta", "electra")
+GATED = ("modernbert", "nomic_bert")  # whose feed-forward networks are
+# Family -> what its rehearsal has beside TINY.
+SMALLER: dict[str, dict[str, int]] = {
+    "modernbert": dict(
+        local_attention=8, pad_token_id=0, bos_token_id=1, cls_token_id=1, eos_token_id=2,
+        sep_token_id=2,
+    ),
+}  # fmt: skip
+_HERE = [family for family in BASE if family in CONFIG_MAPPING]  # that transformers has
 # Random weights: speed and memory do not depend on them. MiniLM has its own where installed.
 MODELS: dict[str, PretrainedConfig] = {
     "minilm-l6": AutoConfig.for_model("bert", num_hidden_layers=6, **MINILM),
     "bert-large": AutoConfig.for_model("bert", **LARGE),
+    **{f"{family}-base": AutoConfig.for_model(family, **BASE[family]) for family in _HERE},
     **{
-        f"{family}-base": AutoConfig.for_model(family, **BASE.get(family, {})) for family in BENCHED
+        f"{family}-tiny": AutoConfig.for_model(family, **TINY, **SMALLER.get(family, {}))
+        for family in _HERE
     },
-    **{f"{family}-tiny": AutoConfig.for_model(family, **TINY) for family in BENCHED},
 }
 ORIGINAL_PREFIX_DROPOUT = 0.1
 
@@ -65,8 +80,10 @@ def classifier(case: Case, attention: str, layers: int | None = None) -> nn.Modu
     """
     torch.manual_seed(0)
     stock = MODELS[case.model]
-    config = type(stock).from_dict(stock.to_dict())
-    config.num_hidden_layers = layers or config.num_hidden_layers
+    values = stock.to_dict()
+    values["num_hidden_layers"] = layers or stock.num_hidden_layers
+    values.pop("layer_types", None)  # follow from the number of layers
+    config = type(stock).from_dict(values)
     # Past keys and values shift the positions of stock models.
     missing = case.prefix + case.tokens - find_family(config).max_positions(config)
     config.max_position_embeddings += max(0, missing)
@@ -115,10 +132,13 @@ def _lora(case: Case, layers: int | None) -> nn.Module:
     return _peft(case, "sdpa", layers, config)
 
 
-def cache_argument(backbone: nn.Module | type[nn.Module]) -> str:
-    """What this version of transformers calls the past keys and values of a backbone's forward."""
-    takes_cache = "cache" in inspect.signature(backbone.forward).parameters
-    return "cache" if takes_cache else "past_key_values"
+def cache_argument(backbone: nn.Module | type[nn.Module]) -> str | None:
+    """What this version of transformers calls the past keys and values of a backbone's forward.
+
+    None where it takes none.
+    """
+    arguments = inspect.signature(backbone.forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in arguments), None)
 
 
 class OriginalRecipe(nn.Module):
@@ -179,11 +199,19 @@ METHODS: dict[str, Callable[[Case, int | None], nn.Module]] = {
 
 def why_left_out(method: str, case: Case, device: str) -> str | None:
     """Why a method cannot train a case here, in one line; None when it can."""
-    if method.startswith("frozen ") and find_family(MODELS[case.model]).describe_block is None:
-        return "frozen blocks serve layers like BERT's"
+    config = MODELS[case.model]
+    if method.startswith("frozen ") and find_family(config).describe_block is None:
+        return f"{config.model_type} has no frozen blocks"
     needed = "flash_attn" if method == FLASH else "peft" if "peft" in method else None
     if needed is not None and importlib.util.find_spec(needed) is None:
         return f"{needed} is not installed here"
+    if method.startswith("prefix, "):
+        backbone = MODEL_MAPPING[type(config)]
+        argument = cache_argument(backbone)
+        if argument is None:
+            return f"{backbone.__name__} takes no past keys and values"
+        if needed == "peft" and argument != "past_key_values":
+            return f"peft gives past_key_values, which {backbone.__name__} now calls {argument}"
     if method == FLASH and (device != "cuda" or case.dtype != "bf16"):
         return f"flash_attn computes in bf16 on a GPU, not in {case.dtype} on {device}"
     return None

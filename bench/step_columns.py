@@ -2,9 +2,11 @@
 
 from bench.cases import Case
 from bench.measure import Timing
-from bench.memory_model import Batch, Encoder, kept_bytes_of_layer, predict_step
-from bench.models import MODELS
+from bench.memory_model import Batch, Encoder, has_formula, kept_bytes_of_layer, predict_step
+from bench.models import GATED, MODELS
 from bench.training_step import PeakMemory, kept_bytes_per_layer
+from ptv2_fast.encoders.blocks import describe_bert
+from ptv2_fast.encoders.families import find_family
 
 MEBIBYTE = 2**20
 Row = dict[str, object]
@@ -12,12 +14,16 @@ Row = dict[str, object]
 
 def encoder_of(case: Case) -> Encoder:
     config = MODELS[case.model]
+    family = find_family(config)
     return Encoder(
         layers=config.num_hidden_layers,
         hidden=config.hidden_size,
         heads=config.num_attention_heads,
         intermediate=config.intermediate_size,
         vocabulary=config.vocab_size,
+        positions=config.max_position_embeddings if family.position_types else 0,
+        is_gated=config.model_type in GATED,
+        is_bert=family.describe_block is describe_bert,
     )
 
 
@@ -48,20 +54,25 @@ def time_columns(case: Case, timing: Timing, others: dict[str, Timing]) -> Row:
 
 
 def kept_columns(case: Case, method: str, device: str) -> Row:
-    batch = batch_of(case, device)
-    formula = kept_bytes_of_layer(method, encoder_of(case), batch)
-    return {
-        "kept B/token/layer": round(kept_bytes_per_layer(method, case, device) / batch.rows, 1),
-        "formula B/token/layer": round(formula / batch.rows, 1),
-    }
+    """Counted and, where there is one, by formula."""
+    batch, encoder = batch_of(case, device), encoder_of(case)
+    counted = round(kept_bytes_per_layer(method, case, device) / batch.rows, 1)
+    row: Row = {"kept B/token/layer": counted}
+    if has_formula(method, encoder):
+        formula = kept_bytes_of_layer(method, encoder, batch)
+        row["formula B/token/layer"] = round(formula / batch.rows, 1)
+    return row
 
 
 def peak_columns(case: Case, method: str, device: str, memory: PeakMemory) -> Row:
-    """The parts of a step's peak, beside the predicted one."""
-    predicted = predict_step(method, encoder_of(case), batch_of(case, device)).above_idle
+    """The parts of a step's peak, beside the predicted one where there is a formula."""
+    encoder, predicted = encoder_of(case), {}
+    if has_formula(method, encoder):
+        step = predict_step(method, encoder, batch_of(case, device))
+        predicted = {"predicted peak MiB": mebibytes(step.above_idle)}
     return {
         "peak MiB": mebibytes(memory.above_idle),
-        "predicted peak MiB": mebibytes(predicted),
+        **predicted,
         "weights MiB": mebibytes(memory.weights),
         "gradients MiB": mebibytes(memory.gradients),
         "optimizer MiB": mebibytes(memory.optimizer),

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from bench.cases import Case
-from bench.models import MODELS, build, original_recipe, ours
+from bench.models import MODELS, build, classifier, ours
 from ptv2_fast.encoders.families import find_family
 from ptv2_fast.frozen.spec import POLICIES
 from ptv2_fast.training.measure import kept_bytes, process_memory
+from tests.concatenation import concatenating_attention
 
 _MMAP_THRESHOLD = -3  # glibc's M_MMAP_THRESHOLD
 
@@ -55,35 +56,57 @@ def inputs_of(case: Case, device: str) -> dict[str, Tensor]:
     return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
-def _prefix_gradient(model: nn.Module, case: Case, device: str) -> Tensor:
-    """The gradient of a fixed prefix, with a fixed head and without dropout, float64."""
+def _prefix_gradient(model: nn.Module, table: Tensor, case: Case, device: str) -> Tensor:
+    """The gradient of the prefix that a model reads from a table, without dropout, float64."""
     step = Step(model, case, device)
-    (table,) = (p for name, p in model.named_parameters() if "prefix_encoder" in name)
-    head = [p for name, p in model.named_parameters() if "classifier" in name or "pooler" in name]
-    with torch.no_grad():
-        for parameter in (table, *head):
-            # Seeded by size: the models do not hold them in the same order.
-            generator = torch.Generator().manual_seed(parameter.numel())
-            values = torch.randn(parameter.shape, generator=generator).to(case.torch_dtype)
-            parameter.copy_(values * (0.5 if parameter is table else 0.05))
+    for parameter in _outside(model):  # ours holds them in float32
+        parameter.data.copy_(parameter.to(case.torch_dtype))
     model.eval()
-    step.loss().backward()
-    return table.grad.double().cpu()
+    (gradient,) = torch.autograd.grad(step.loss(), table)
+    return gradient.double().cpu()
+
+
+def _prefix_values(columns: int, case: Case) -> Tensor:
+    """A table as PrefixEncoder lays it out, [P, columns], the same in every call."""
+    generator = torch.Generator().manual_seed(0)
+    values = 0.5 * torch.randn(case.prefix, columns, generator=generator)
+    return values.to(case.torch_dtype)
+
+
+def _outside(model: nn.Module) -> list[nn.Parameter]:
+    """The parameters that P-Tuning v2 trains beside the prefix: head and pooler."""
+    family = find_family(model.config)
+    inside = tuple(f"{model.base_model_prefix}.{part}." for part in family.frozen)
+    named = model.named_parameters()
+    return [p for name, p in named if not name.startswith((*inside, "prefix_encoder."))]
+
+
+def _concatenated_gradient(model: nn.Module, case: Case, device: str) -> Tensor:
+    """`_prefix_gradient` of a stock model whose attention concatenates every row's own copy."""
+    config = model.config
+    heads, width = find_family(config).key_shape(config)
+    layers = config.num_hidden_layers
+    values = _prefix_values(layers * 2 * heads * width, case)
+    table = values.to(device, next(model.parameters()).dtype).requires_grad_()
+    rows = table.view(case.prefix, layers, 2, heads, width)
+    prefixes = rows.permute(1, 2, 3, 0, 4)  # [L, 2, heads, P, D]
+    with concatenating_attention(model, dict(enumerate(prefixes))):
+        return _prefix_gradient(model, table, case, device)
 
 
 @functools.cache
 def check_gradients(case: Case, device: str) -> None:
-    """Refuses to go on unless our prefix gradients equal those of transformers in float64.
+    """Refuses to go on unless our prefix gradients equal those of a concatenation in float64.
 
-    There the prefix enters as past keys and values, which is how PEFT does it. Hook and every
-    policy may be twice as far from it as the same in the case's dtype, plus four rounding units of
-    the gradient; and all policies give the same bits.
+    It is that of the tests, within transformers' own layers. Hook and every policy may be twice as
+    far from it as the same in the case's dtype, plus four rounding units of the gradient; and all
+    policies give the same bits.
     """
     with torch.device(device):
-        plain = original_recipe(case, attention="sdpa")
-        double = original_recipe(case, attention="sdpa").double()
-    exact = _prefix_gradient(double, case, device)
-    yardstick = (_prefix_gradient(plain, case, device) - exact).abs().max()
+        plain, double = (classifier(case, "eager") for _ in range(2))
+    exact = _concatenated_gradient(double.to(case.torch_dtype).double(), case, device)
+    plain_gradient = _concatenated_gradient(plain.to(case.torch_dtype), case, device)
+    yardstick = (plain_gradient - exact).abs().max()
     budget = 2 * yardstick + 4 * torch.finfo(case.torch_dtype).eps * exact.abs().max()
     frozen = find_family(MODELS[case.model]).describe_block is not None
     ways = {"hook": {"backbone": "hook"}} | {
@@ -92,8 +115,10 @@ def check_gradients(case: Case, device: str) -> None:
     gradients = {}
     for name, options in ways.items():
         with torch.device(device):
-            model = ours(case, position_offset="prefix", **options)
-        gradients[name] = _prefix_gradient(model, case, device)
+            model = ours(case, **options)
+        table = model.prefix_encoder.embedding.weight
+        table.data.copy_(_prefix_values(table.shape[1], case))
+        gradients[name] = _prefix_gradient(model, table, case, device)
         error = (gradients[name] - exact).abs().max()
         if not error <= budget:
             raise SystemExit(
@@ -104,19 +129,23 @@ def check_gradients(case: Case, device: str) -> None:
 
 
 def small_case(case: Case) -> Case:
-    """Of the same model, prefix and dtype, quick enough for a check in float64."""
-    return replace(case, batch=2, tokens=32, lengths="pad50", dropout=0.0, peak=False)
+    """Of the same model, prefix and dtype, quick enough for a check in float64.
+
+    Its longest sequence has tokens that a window hides.
+    """
+    tokens = 32 + 2 * (getattr(MODELS[case.model], "sliding_window", None) or 0)
+    return replace(case, batch=2, tokens=tokens, lengths="pad50", dropout=0.0, peak=False)
 
 
 def kept_bytes_per_layer(method: str, case: Case, device: str) -> int:
-    """Counted by hooks: what two more layers keep, halved."""
-    kept = []
-    for layers in (2, 4):
+    """Counted by hooks: what two more layers keep, or three of those of two kinds, in the mean."""
+    kept, more = [], 3 if hasattr(MODELS[case.model], "layer_types") else 2
+    for layers in (more, 2 * more):
         step = Step(build(method, case, device, layers), case, device)
         # A first forward may move weights, whose old addresses the count would take for owned.
         step.loss()
         kept.append(kept_bytes(step.loss, step.model))
-    return (kept[1] - kept[0]) // 2
+    return (kept[1] - kept[0]) // more
 
 
 @dataclass(frozen=True)

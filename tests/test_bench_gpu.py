@@ -28,7 +28,7 @@ from tests.byte_counter import counted_bytes
 from tests.devices import interpreted
 
 BLOCKED = ("datasets", "seqeval", "optuna", "peft")
-BERT, ROBERTA = step.units(torch.device("cpu"))
+BERT, MODERNBERT = step.units(torch.device("cpu"))
 STEP = ("step", "--only", BERT)
 STAGES = ("memory", "elementwise", "attention", "tune")
 FAILING = "bias_activation_backward gelu bf16"
@@ -100,16 +100,19 @@ def test_every_method_is_a_row_with_its_time_or_a_reason(rehearsed):
     assert {"frozen block", "hook", "prefix, original recipe"} <= rows.keys() - left_out
 
 
-def test_a_method_that_fails_is_a_row_and_the_others_go_on(monkeypatch):
+def test_a_method_that_fails_or_cannot_run_is_a_row_and_the_others_go_on(monkeypatch):
     def broken(case, layers):
         raise torch.OutOfMemoryError("no\nmemory")
 
     monkeypatch.setitem(METHODS, "full fine-tuning, sdpa", broken)
-    kept = ("full fine-tuning, sdpa", "frozen none", "hook")
+    kept = ("full fine-tuning, sdpa", "frozen none", "hook", "prefix, original recipe")
     options = Options(without=tuple(name for name in METHODS if name not in kept))
     device = torch.device("cpu")
-    rows = {row["method"]: row for row in step.run(ROBERTA, device, options)}
+    rows = {row["method"]: row for row in step.run(MODERNBERT, device, options)}
     assert rows.keys() == set(kept)
+    left_out = rows.pop("prefix, original recipe")
+    reason = "ModernBertModel takes no past keys and values"
+    assert (left_out["status"], left_out["reason"]) == ("left out", reason)
     failed = rows.pop("full fine-tuning, sdpa")
     assert (failed["status"], failed["reason"]) == ("failed", "OutOfMemoryError: no memory")
     assert rows["frozen none"]["time / frozen none"] == 1.0 and rows["hook"]["step ms"] > 0

@@ -1,7 +1,7 @@
 """How much memory does a training step take, and what is the largest batch in 8, 16 and 24 GB?
 
 A unit is a case and a method, alone in its process. Beside what is measured stands what
-bench/memory_model.py predicts. Columns:
+bench/memory_model.py predicts, where it has a formula. Columns:
 
     kept MiB, kept B/token/layer    for the backward pass, counted by hooks; the latter per token
                                     that is no padding, beside the formula
@@ -20,8 +20,8 @@ from bench.cases import Case
 from bench.gpu.runner import FAILED
 from bench.gpu.stages import LEFT_OUT, Options, Row, reason_of, release
 from bench.gpu.step import case_columns
-from bench.memory_model import largest_batch
-from bench.models import FLASH, METHODS, build, why_left_out
+from bench.memory_model import has_formula, largest_batch
+from bench.models import METHODS, MODELS, build, why_left_out
 from bench.step_columns import batch_of, encoder_of, kept_columns, mebibytes, peak_columns
 from bench.training_step import Step, inputs_of, peak_of_this_process
 from ptv2_fast.training.measure import kept_bytes
@@ -33,6 +33,7 @@ CASES = (
     Case("bert-base", 32, 128, 20, "bf16", lengths="pad50"),
     Case("bert-large", 16, 512, 100, "bf16"),
     Case("bert-base", 16, 512, 128, "bf16", dropout=0.0),
+    Case("modernbert-base", 16, 512, 20, "bf16", 0.0, "pad50"),
 )
 REHEARSED = Case("bert-tiny", 2, 16, 4, "bf16", lengths="pad50")
 REHEARSED_METHODS = ("frozen ffn+qkv", "full fine-tuning, sdpa")
@@ -42,7 +43,8 @@ def _units(device: torch.device) -> dict[str, tuple[Case, str]]:
     if device.type == "cpu":
         pairs = [(REHEARSED, method) for method in REHEARSED_METHODS]
     else:
-        pairs = [(case, method) for case in CASES for method in METHODS]
+        cases = [case for case in CASES if case.model in MODELS]
+        pairs = [(case, method) for case in cases for method in METHODS]
     return {f"{case}: {method}": (case, method) for case, method in pairs}
 
 
@@ -60,25 +62,27 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
     if reason is not None:
         yield {**row, "status": LEFT_OUT, "reason": reason, **sizes}
         return
-    row.update(
-        peak_columns(case, method, device.type, peak_of_this_process(method, case, device.type))
-    )
+    memory = peak_of_this_process(method, case, device.type)
+    row.update(peak_columns(case, method, device.type, memory))
     row.update(kept_columns(case, method, device.type))
     release()
     step = Step(build(method, case, device.type), case, device.type)
     step()
     row["kept MiB"] = mebibytes(kept_bytes(step.loss, step.model))
+    encoder = encoder_of(case)
     for budget in BUDGETS:
         allowed = budget * BUDGET_UNIT[device.type]
-        predicted = largest_batch(allowed, method, encoder_of(case), batch_of(case, device.type))
-        row[f"predicted batch in {budget} GB"] = predicted
+        if has_formula(method, encoder):
+            guess = largest_batch(allowed, method, encoder, batch_of(case, device.type))
+            row[f"predicted batch in {budget} GB"] = guess
+        else:
+            free = allowed - memory.weights - memory.optimizer
+            guess = free * case.batch // max(1, memory.above_idle)
         try:
             fits = _limited(step, case, device, allowed)
-            row[f"batch in {budget} GB"] = search_largest(fits, predicted)
+            row[f"batch in {budget} GB"] = search_largest(fits, guess)
         except Exception as error:
             row |= {"status": FAILED, "reason": f"batch in {budget} GB: {reason_of(error)}"}
-    if method == FLASH:  # no formula counts a step without padding
-        row = {key: value for key, value in row.items() if not key.startswith(("pred", "formula"))}
     yield row | sizes
 
 

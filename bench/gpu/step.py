@@ -17,12 +17,12 @@ from bench.cases import Case
 from bench.gpu.runner import FAILED
 from bench.gpu.stages import LEFT_OUT, Options, Row, reason_of, release
 from bench.measure import time_interleaved
-from bench.models import BENCHED, METHODS, build, why_left_out
+from bench.models import METHODS, MODELS, build, why_left_out
 from bench.step_columns import time_columns
 from bench.training_step import Step, check_gradients, small_case
 
 HELD_AGAINST = ("frozen none", "full fine-tuning, sdpa")
-OTHER_FAMILIES = [family for family in BENCHED if family != "bert"]
+LIKE_BERT = ("roberta", "xlm-roberta", "electra")
 CASES = (
     Case("bert-base", 32, 128, 20, "bf16"),
     Case("bert-base", 32, 128, 20, "bf16", lengths="pad50"),
@@ -30,7 +30,12 @@ CASES = (
     Case("bert-base", 16, 512, 128, "bf16"),
     Case("bert-large", 16, 512, 100, "bf16"),
     Case("bert-base", 32, 128, 128, "bf16", dropout=0.0),
-    *(Case(f"{family}-base", 32, 128, 20, "bf16", lengths="pad50") for family in OTHER_FAMILIES),
+    *(Case(f"{family}-base", 32, 128, 20, "bf16", lengths="pad50") for family in LIKE_BERT),
+    *(
+        Case(f"{family}-base", batch, tokens, 20, "bf16", 0.0, "pad50")
+        for family in ("modernbert", "nomic_bert")
+        for batch, tokens in ((32, 128), (16, 512), (2, 2048))
+    ),
     Case("bert-base", 32, 256, 20, "bf16", dropout=0.0, lengths="pad70"),
     Case("bert-large", 32, 128, 20, "bf16", dropout=0.0),
     Case("bert-base", 32, 384, 100, "bf16", lengths="pad70"),
@@ -38,12 +43,14 @@ CASES = (
     Case("bert-base", 32, 128, 20, lengths="pad50"),
 )
 REHEARSED = tuple(
-    Case(f"{family}-tiny", 2, 16, 4, "bf16", lengths="pad50") for family in ("bert", "roberta")
+    Case(f"{family}-tiny", 2, 16, 4, "bf16", lengths="pad50") for family in ("bert", "modernbert")
 )
 
 
 def cases_on(device: torch.device) -> dict[str, Case]:
-    return {str(case): case for case in (REHEARSED if device.type == "cpu" else CASES)}
+    """Those whose model the installed transformers has."""
+    listed = REHEARSED if device.type == "cpu" else CASES
+    return {str(case): case for case in listed if case.model in MODELS}
 
 
 def units(device: torch.device) -> list[str]:
