@@ -18,9 +18,11 @@ from torch import Tensor
 
 from bench import roofline
 from bench.attention_providers import CONCATENATING, LIKE, OURS, ways_of
+from bench.cases import spread_lengths
 from bench.measure import Timing
-from tests.attention_checks import check
-from tests.inputs import Inputs, Shape, make_inputs, packed_inputs
+from bench.shapes import AttentionShape
+from tests.attention_checks import check_inputs
+from tests.inputs import Inputs, make_inputs, packed_inputs
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 DENSITIES = (0.5, 1.0)
@@ -33,7 +35,7 @@ class Case:
     """What one row of the table measures; `backend`: of ours, None = the device's own."""
 
     name: str
-    shape: Shape
+    shape: AttentionShape
     dtype_name: str
     density: float
     dropout_p: float
@@ -46,30 +48,33 @@ class Case:
         return DTYPES[self.dtype_name]
 
 
-def padding_mask(shape: Shape, density: float) -> Tensor:
+def padding_mask(shape: AttentionShape, density: float) -> Tensor:
     """Right padding with evenly spread lengths whose mean is density * tokens, bool [B, S]."""
-    spread = 2 * min(density, 1 - density)
-    places = (torch.arange(shape.batch) + 0.5) / shape.batch - 0.5
-    lengths = (shape.tokens * (density + spread * places)).round()
+    lengths = torch.tensor(spread_lengths(shape.batch, shape.tokens, density))
     return torch.arange(shape.tokens) < lengths[:, None]
 
 
 def inputs_of(case: Case) -> Inputs:
     """Packed inputs; their `padded` has a mask where there is padding."""
-    padded = replace(
-        make_inputs(case.shape, case.dtype), key_mask=padding_mask(case.shape, case.density)
-    )
+    padded = replace(_made(case.shape, case.dtype), key_mask=padding_mask(case.shape, case.density))
     packed = packed_inputs(padded, str(case.device))
     if case.density == 1.0:
         packed = replace(packed, padded=replace(packed.padded, key_mask=None))
     return packed
 
 
+def _made(shape: AttentionShape, dtype: torch.dtype, **options: object) -> Inputs:
+    """`options`: of make_inputs."""
+    bias = "shared" if shape.has_bias else "none"
+    return replace(make_inputs(shape, dtype, bias=bias, **options), window=shape.window)
+
+
 def check_numerics(case: Case, backend: str) -> None:
     """The rule of the tests, on two heads of two sequences."""
     small = replace(case.shape, batch=2, heads=2)
     mask = "none" if case.density == 1.0 else "right padding"
-    check([backend], small, case.dtype, mask, case.dropout_p, 0.0)
+    inputs = _made(small, case.dtype, mask=mask, device=case.device)
+    check_inputs([backend], inputs, case.dropout_p, 0.0)
 
 
 def row_of(case: Case, timings: dict[str, Timing], copy_bytes_per_ms: float) -> dict[str, object]:
@@ -102,9 +107,10 @@ def row_of(case: Case, timings: dict[str, Timing], copy_bytes_per_ms: float) -> 
 
 def _rates(case: Case, timings: dict[str, Timing], copy_bytes_per_ms: float) -> dict[str, object]:
     shape, ours = case.shape, timings[OURS].median
-    visible = int(padding_mask(shape, case.density).sum())
+    mask = padding_mask(shape, case.density)
+    visible = int(mask.sum())
     unit, flops_per_ms = roofline.rate_unit(case.device)
-    product = roofline.one_product(shape, visible) / ours / flops_per_ms
+    product = roofline.one_product(shape, mask) / ours / flops_per_ms
     executed = product * roofline.executed_products(case.backward, case.device)
     gemm = roofline.gemm_flops(case.device) / timings[GEMM].median / flops_per_ms
     moved = roofline.compulsory_bytes(shape, visible, case.dtype.itemsize, case.backward)

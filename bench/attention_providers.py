@@ -64,7 +64,8 @@ def providers(packed: Inputs, dropout_p: float, backend: str | None = None) -> d
     """
     padded = packed.padded
     on_gpu = packed.query.device.type == "cuda"
-    options = {"dropout_p": dropout_p, "backend": backend}
+    scores = {"window": packed.window, "bias": packed.bias}
+    options = {"dropout_p": dropout_p, "backend": backend, **scores}
 
     def ours(*tensors: Tensor) -> Tensor:
         return prefix_attention(*tensors, key_mask=padded.key_mask, **options)
@@ -74,7 +75,7 @@ def providers(packed: Inputs, dropout_p: float, backend: str | None = None) -> d
         return prefix_attention(*tensors, **lengths, **options)
 
     def split(*tensors: Tensor) -> Tensor:
-        return prefix_attention(*tensors, key_mask=padded.key_mask, backend="split")
+        return prefix_attention(*tensors, key_mask=padded.key_mask, backend="split", **scores)
 
     found = {
         OURS: ours,
@@ -83,8 +84,9 @@ def providers(packed: Inputs, dropout_p: float, backend: str | None = None) -> d
         "concat+eager": _concat_eager(padded, dropout_p),
     }
     if on_gpu:
+        has_mask = any(x is not None for x in (padded.key_mask, padded.window, padded.bias))
         for name, kernel in SDPA_KERNELS.items():
-            if kernel != SDPBackend.FLASH_ATTENTION or padded.key_mask is None:
+            if kernel != SDPBackend.FLASH_ATTENTION or not has_mask:
                 found[name] = _with_kernel(kernel, found["concat+sdpa"])
     if dropout_p == 0:
         found["split"] = split
@@ -94,24 +96,45 @@ def providers(packed: Inputs, dropout_p: float, backend: str | None = None) -> d
 
 
 def _packed_peers(packed: Inputs, dropout_p: float) -> dict[str, Way]:
+    """Variable-length attention has no columns that a window or a bias leaves alone."""
     found: dict[str, Way] = {}
+    if packed.bias is not None:
+        return found
     if dropout_p == 0:
         torch.compiler.reset()  # or dynamo gives up after eight shapes
         found["flex"] = flex(packed, lambda function: torch.compile(function, dynamic=False))
-        if importlib.util.find_spec("torch.nn.attention.varlen") is not None:
-            found["varlen"] = _varlen(packed, _torch_varlen())
+    if packed.window is not None:
+        return found
+    if dropout_p == 0 and importlib.util.find_spec("torch.nn.attention.varlen") is not None:
+        found["varlen"] = _varlen(packed, _torch_varlen())
     if importlib.util.find_spec("flash_attn") is not None:
         found["flash-attn varlen"] = _varlen(packed, _flash_attn_varlen(dropout_p))
     return found
 
 
 def _visible_columns(inputs: Inputs) -> Tensor | None:
-    """Over prefix and tokens, bool [B, 1, 1, P + S]; None where every column is visible."""
-    if inputs.key_mask is None:
-        return None
-    batch, prefix_length = inputs.query.shape[0], inputs.prefix_key.shape[1]
-    prefix = inputs.key_mask.new_ones(batch, prefix_length)
-    return torch.cat((prefix, inputs.key_mask), dim=1)[:, None, None]
+    """Over prefix and tokens, bool [1|B, 1, 1|T, P + S]; None where every column is visible."""
+    visible = None if inputs.key_mask is None else inputs.key_mask[:, None, None]
+    if inputs.window is not None:
+        row = torch.arange(inputs.query.shape[2], device=inputs.query.device)
+        is_near = (row[:, None] - row).abs() <= inputs.window
+        visible = is_near[None, None] if visible is None else visible & is_near
+    return None if visible is None else F.pad(visible, (inputs.prefix_key.shape[1], 0), value=True)
+
+
+def _added_scores(inputs: Inputs, hidden: float = float("-inf")) -> Tensor | None:
+    """What is added to the scores, [1|B, 1|H, 1|T, P + S], `hidden` for columns out of sight.
+
+    None where nothing is.
+    """
+    visible, bias = _visible_columns(inputs), inputs.bias
+    if bias is not None:
+        bias = F.pad(bias, (inputs.prefix_key.shape[1], 0))
+    if visible is None:
+        return bias
+    if bias is None:
+        bias = torch.zeros_like(visible, dtype=inputs.query.dtype)
+    return bias.masked_fill(~visible, hidden)
 
 
 def _concatenate(prefix: Tensor, tokens: Tensor) -> Tensor:
@@ -120,11 +143,12 @@ def _concatenate(prefix: Tensor, tokens: Tensor) -> Tensor:
 
 
 def _concat_sdpa(inputs: Inputs, dropout_p: float) -> Way:
-    visible = _visible_columns(inputs)
+    """With a mask of booleans where there is no bias."""
+    mask = _visible_columns(inputs) if inputs.bias is None else _added_scores(inputs)
 
     def concat_sdpa(query, key, value, prefix_key, prefix_value):
         keys, values = _concatenate(prefix_key, key), _concatenate(prefix_value, value)
-        return F.scaled_dot_product_attention(query, keys, values, visible, dropout_p)
+        return F.scaled_dot_product_attention(query, keys, values, mask, dropout_p)
 
     return concat_sdpa
 
@@ -140,11 +164,7 @@ def _with_kernel(kernel: SDPBackend, attention: Way) -> Way:
 def _concat_eager(inputs: Inputs, dropout_p: float) -> Way:
     """Transformers' eager attention."""
     scale = inputs.query.shape[-1] ** -0.5
-    visible = _visible_columns(inputs)
-    additive = None
-    if visible is not None:
-        additive = torch.zeros_like(visible, dtype=inputs.query.dtype)
-        additive = additive.masked_fill(~visible, torch.finfo(additive.dtype).min)
+    additive = _added_scores(inputs, torch.finfo(inputs.query.dtype).min)
 
     def concat_eager(query, key, value, prefix_key, prefix_value):
         keys, values = _concatenate(prefix_key, key), _concatenate(prefix_value, value)
@@ -175,7 +195,10 @@ def flex(packed: Inputs, compiled: Callable[[Callable], Callable]) -> Way:
 
     def is_seen(batch, head, query_index, key_index):
         token = (key_index - prefix_length).clamp(min=0)
-        return (key_index < prefix_length) | (sequence[token] == sequence[query_index])
+        is_own = sequence[token] == sequence[query_index]
+        if packed.window is not None:
+            is_own = is_own & ((token - query_index).abs() <= packed.window)
+        return (key_index < prefix_length) | is_own
 
     mask = create_block_mask(
         is_seen, None, None, rows, prefix_length + rows, device=packed.query.device

@@ -29,11 +29,12 @@ def one_line(row: Row) -> str:
 
 
 def is_summarized(row: Row) -> bool:
-    """Forward + backward, 128 to 512 tokens, prefixes of 20 to 128."""
+    """Forward + backward, 128 to 512 tokens, prefixes of 20 to 128, no window and no bias."""
     shapes = {name: shape for known in ATTENTION_SHAPES.values() for name, shape in known.items()}
     shape = shapes[row["shape"]]
     return (
         row["pass"] == "forward+backward"
+        and shape.is_plain
         and 128 <= shape.tokens <= 512
         and 20 <= shape.prefix <= 128
     )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from bench.measure import time_interleaved
-from tests.inputs import Shape
+from bench.shapes import AttentionShape
 
 GEMM_SIZE = {"cpu": 1024, "cuda": 4096}  # rows, columns and depth of the product
 COPIED_BYTES = {"cpu": 64 * 2**20, "cuda": 2**30}  # beyond the caches
@@ -19,15 +19,19 @@ def rate_unit(device: torch.device) -> tuple[str, float]:
     return ("TFLOP/s", 1e9) if device.type == "cuda" else ("GFLOP/s", 1e6)
 
 
-def one_product(shape: Shape, visible_tokens: int) -> float:
+def one_product(shape: AttentionShape, mask: Tensor) -> float:
     """Flops of one matrix product over the visible columns.
 
     Args:
         shape: of the inputs.
-        visible_tokens: token columns that are no padding, summed over the batch.
+        mask: token columns that are no padding, bool [B, S].
     """
-    columns = visible_tokens + shape.batch * shape.prefix
-    return 2 * shape.heads * shape.queries * shape.head_dim * columns
+    pairs = shape.queries * (int(mask.sum()) + shape.batch * shape.prefix)
+    if shape.window is not None:
+        row = torch.arange(shape.queries)
+        is_near = (row[:, None] - row).abs() <= shape.window
+        pairs = int((is_near & mask[:, None]).sum()) + shape.queries * shape.batch * shape.prefix
+    return 2 * shape.heads * shape.head_dim * pairs
 
 
 def useful_products(backward: bool) -> int:
@@ -40,17 +44,21 @@ def executed_products(backward: bool, device: torch.device) -> int:
     return 2 + BACKWARD_PRODUCTS[device.type] * backward
 
 
-def compulsory_bytes(shape: Shape, visible_tokens: int, itemsize: int, backward: bool) -> float:
+def compulsory_bytes(
+    shape: AttentionShape, visible_tokens: int, itemsize: int, backward: bool
+) -> float:
     """Every input read once and every output written once; the prefix once for the whole batch.
 
-    Keys and values of padding are not read; their gradients are written.
+    Keys and values of padding are not read; their gradients are written. A bias is read by each
+    pass.
     """
     row = shape.heads * shape.head_dim * itemsize
     query_rows, token_rows = shape.batch * shape.queries, shape.batch * shape.tokens
     rows = 2 * query_rows + 2 * visible_tokens + 2 * shape.prefix
     if backward:
         rows += 4 * query_rows + 2 * visible_tokens + 2 * token_rows + 4 * shape.prefix
-    return rows * row
+    bias = shape.heads * shape.queries * shape.tokens * itemsize * shape.has_bias
+    return rows * row + bias * (1 + backward)
 
 
 def gemm_flops(device: torch.device) -> float:

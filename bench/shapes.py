@@ -1,21 +1,49 @@
 """Named real shapes of the benchmarks."""
 
+from dataclasses import dataclass
+
 from tests.inputs import Shape
+
+
+@dataclass(frozen=True)
+class AttentionShape(Shape):
+    """With what else decides about the scores.
+
+    Args:
+        window: a row sees tokens at most so far away, and the whole prefix; None = all tokens.
+        has_bias: an additive bias [1, heads, tokens, tokens], as of relative positions.
+    """
+
+    window: int | None = None
+    has_bias: bool = False
+
+    @property
+    def is_plain(self) -> bool:
+        return self.window is None and not self.has_bias
+
 
 HEADS = {"minilm": (12, 32), "base": (12, 64), "large": (16, 64)}  # heads, head_dim
 
 
-def _named(*cases: tuple[str, int, int, int]) -> dict[str, Shape]:
+def _named(
+    *cases: tuple[str, int, int, int], window: int | None = None, has_bias: bool = False
+) -> dict[str, AttentionShape]:
     """Shapes by name from (encoder, batch, tokens, prefix)."""
     shapes = {}
     for encoder, batch, tokens, prefix in cases:
         heads, head_dim = HEADS[encoder]
         name = f"{encoder}-b{batch}-t{tokens}-p{prefix}"
-        shapes[name] = Shape(batch, heads, tokens, tokens, prefix, head_dim)
+        name += "" if window is None else f"-w{window}"
+        name += "-bias" if has_bias else ""
+        shapes[name] = AttentionShape(
+            batch, heads, tokens, tokens, prefix, head_dim, window=window, has_bias=has_bias
+        )
     return shapes
 
 
-# By device: batch 1 to 32, 64 to 512 tokens (MiniLM's 32 beside them), prefixes of 8 to 224.
+WINDOW = 64  # ModernBERT's
+# By device: batch 1 to 32, 64 to 512 tokens (MiniLM's 32 beside them), prefixes of 8 to 224; then
+# windows as ModernBERT's, and biases as those of T5 and MPNet.
 ATTENTION_SHAPES = {
     "cpu": _named(
         ("minilm", 32, 32, 100),
@@ -34,7 +62,9 @@ ATTENTION_SHAPES = {
         ("large", 2, 256, 64),
         ("large", 1, 512, 20),
         ("large", 1, 512, 128),
-    ),
+    )
+    | _named(("base", 4, 512, 20), ("base", 2, 2048, 20), window=WINDOW)
+    | _named(("base", 4, 512, 20), has_bias=True),
     "cuda": _named(
         ("minilm", 32, 32, 100),
         ("base", 32, 64, 8),
@@ -51,5 +81,7 @@ ATTENTION_SHAPES = {
         ("large", 32, 128, 100),
         ("large", 16, 256, 64),
         ("large", 32, 512, 128),
-    ),
+    )
+    | _named(("base", 32, 512, 20), ("base", 8, 2048, 20), window=WINDOW)
+    | _named(("base", 32, 512, 20), has_bias=True),
 }

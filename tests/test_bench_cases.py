@@ -4,12 +4,25 @@ import csv
 from itertools import product
 
 import pytest
+import torch
 
 from bench import bench_training_step, training_step
+from bench.attention_cases import Case as AttentionCase
+from bench.attention_cases import check_numerics, inputs_of
+from bench.attention_providers import running_calls, timed_calls
 from bench.cases import ACCEPTANCE_CASES, CPU_CASES, DENSITIES, FAMILY_CASES, Case, spread_lengths
 from bench.models import FLASH, METHODS, why_left_out
+from bench.roofline import one_product
+from bench.shapes import AttentionShape
 from bench.training_step import check_gradients, small_case
 from tests.models import one_thread  # noqa: F401
+
+CPU = torch.device("cpu")
+SHAPES = {
+    "plain": AttentionShape(3, 2, 24, 24, 5, 16),
+    "window": AttentionShape(3, 2, 24, 24, 5, 16, window=3),
+    "bias": AttentionShape(3, 2, 24, 24, 5, 16, has_bias=True),
+}
 
 
 def test_every_sequence_has_a_token():
@@ -63,3 +76,25 @@ def test_a_whole_case_of_another_family_is_measured(tmp_path):
     assert all(float(row["step ms"]) > 0 for row in rows.values())
     assert rows["frozen none"]["formula B/token/layer"] == rows["frozen none"]["kept B/token/layer"]
     assert rows["full fine-tuning, sdpa"]["formula B/token/layer"] == ""
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_every_way_of_attention_computes_the_same(name):
+    for dtype, density, backward in (("fp32", 0.5, True), ("bf16", 1.0, False)):
+        case = AttentionCase(name, SHAPES[name], dtype, density, 0.0, backward, CPU)
+        check_numerics(case, "cpp")
+        running, refusals = running_calls(timed_calls(inputs_of(case), 0.0, backward), 0.0)
+        assert {"concat+sdpa", "concat+eager"} <= running.keys()
+        assert refusals.keys() <= {"split"} and (name == "plain") == ("split" in running)
+        assert all("expected None" in reason for reason in refusals.values())
+
+
+def test_products_count_what_a_row_sees():
+    mask = torch.arange(24) < torch.tensor([24, 9, 1])[:, None]
+    plain, window = SHAPES["plain"], SHAPES["window"]
+    flops = 2 * 2 * 16  # of one pair, both heads
+    assert one_product(plain, mask) == flops * 24 * (24 + 9 + 1 + 3 * 5)
+    seen = sum(
+        1 for length in (24, 9, 1) for i in range(24) for j in range(length) if abs(i - j) <= 3
+    )
+    assert one_product(window, mask) == flops * (seen + 24 * 3 * 5)

@@ -24,15 +24,14 @@ from bench.attention_providers import OURS, running_calls, timed_calls
 from bench.gpu.graphs import captured
 from bench.gpu.stages import Options, Row
 from bench.measure import time_interleaved
-from bench.shapes import ATTENTION_SHAPES
-from tests.inputs import Shape
+from bench.shapes import ATTENTION_SHAPES, AttentionShape
 
 FIRST = ("base-b32-t128-p20", "base-b32-t128-p128", "base-b32-t512-p128", "large-b32-t512-p128")
 FP32 = ("base-b32-t128-p20",)
-REHEARSED = {"tiny": Shape(2, 2, 16, 16, 8, 16)}
+REHEARSED = {"tiny": AttentionShape(2, 2, 16, 16, 8, 16)}
 
 
-def _shapes(device: torch.device) -> dict[str, Shape]:
+def _shapes(device: torch.device) -> dict[str, AttentionShape]:
     return REHEARSED if device.type == "cpu" else ATTENTION_SHAPES["cuda"]
 
 
