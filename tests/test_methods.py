@@ -6,13 +6,12 @@ import sys
 
 import pytest
 import torch
-from transformers import T5Config, TrainerCallback
+from transformers import TrainerCallback
 
 from ptv2_fast.encoders.families import FAMILIES
 from ptv2_fast.training import trainer
 from ptv2_fast.training.baselines import final_tensors, trained_tensors
 from ptv2_fast.training.depth import parse_depth
-from ptv2_fast.training.dropout import set_encoder_dropout, set_head_dropout
 from ptv2_fast.training.methods import METHODS, longest_input, prefix_config, prepare_model
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import ModelOptions, RunConfig
@@ -20,12 +19,10 @@ from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from ptv2_fast.training.scoring import predict
 from tests.models import (
-    HEADS,
     MODEL_TYPES,
     assert_close_to_model,
     make_batch,
     one_thread,  # noqa: F401
-    tiny_config,
     tiny_model,
 )
 from tests.tiny_run import save_tiny_model, write_conll, write_reviews
@@ -113,28 +110,6 @@ def test_lora_adds_its_product_to_queries_and_values(model_type):
     assert_close_to_model(
         (model(**batch).logits.detach(),), lambda plain: (plain(**batch).logits,), plain
     )
-
-
-@pytest.mark.parametrize("model_type", MODEL_TYPES)
-def test_dropout_options_reach_every_module(model_type):
-    chosen = options("lora", dropout=0.25, attention_dropout=0.75, head_dropout=0.5)
-    config = tiny_config(model_type)  # without any
-    set_encoder_dropout(config, chosen)
-    model = HEADS["token"].from_config(config)
-    set_head_dropout(model, chosen)
-    found = {
-        is_inside: {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
-        for is_inside, modules in (
-            (True, model.base_model.modules()),
-            (False, set(model.modules()) - set(model.base_model.modules())),
-        )
-    }
-    assert found[True] <= {0.25, 0.75} and found[False] <= {0.5}
-
-
-def test_a_dropout_that_a_configuration_cannot_name_is_refused():
-    with pytest.raises(ValueError, match=r"attention_dropout: expected None for .* T5Config has"):
-        set_encoder_dropout(T5Config(), options("lora", attention_dropout=0.1))
 
 
 @pytest.mark.parametrize("method", ["p-tuning-v1", "lora"])

@@ -35,7 +35,16 @@ class UnlessFrozen:
 
 
 def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool = False) -> None:
-    """Recompute the activations of the encoder layers in the backward pass."""
+    """Recompute the activations of the encoder layers in the backward pass.
+
+    Raises:
+        ValueError: for a model that transformers cannot run like that.
+    """
+    if not model.supports_gradient_checkpointing:
+        raise ValueError(
+            f"gradient_checkpointing: expected False for {type(model).__name__}, which "
+            "transformers cannot checkpoint, got True (recompute='block' is for frozen blocks)"
+        )
     for name in ("activation_checkpointing_enable", "gradient_checkpointing_enable"):
         if hasattr(model, name):  # which one depends on the version of transformers
             getattr(model, name)({"use_reentrant": use_reentrant})

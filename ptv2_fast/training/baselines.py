@@ -18,6 +18,8 @@ from ptv2_fast.training.output import temporary_name
 PROMPT = "prompt"  # the module that gives the vectors in front of the input
 LORA = ".lora_"  # in the names of LoRA's parameters
 _INIT_STD = 0.02
+# Backbones that leave scale, positions or norm of embeddings out where they get vectors.
+_WITHOUT_PROMPTS = ("esm",)
 
 
 def fine_tuning(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
@@ -39,14 +41,18 @@ def prompt_tuning(model: PreTrainedModel, options: ModelOptions, init_ids: Tenso
     They stand beside the word embeddings of the tokens, before positions, types and LayerNorm, at
     positions 0 to P - 1. Outputs are cut back to the tokens, so that heads and labels do not see
     them. The head trains as in `linear_probe`.
+
+    Raises:
+        ValueError: for a backbone that takes vectors in another way than token ids.
     """
-    weight = cast(Tensor, model.get_input_embeddings().weight)  # [vocabulary, hidden]
+    embeddings = cast(nn.Module, model.get_input_embeddings())
+    weight = cast(Tensor, embeddings.weight)  # [vocabulary, hidden]
     if init_ids is None:
         values = torch.randn(options.num_virtual_tokens, weight.shape[1]) * _INIT_STD
-    else:
-        values = weight[init_ids.to(weight.device)].detach().clone()
+    else:  # by the module, since some scale what is in the table
+        values = embeddings(init_ids.to(weight.device)).detach().clone()
     prompt = nn.Embedding.from_pretrained(values.to(weight.device, torch.float32), freeze=False)
-    _add_prompt(model, prompt, len(values))
+    add_prompt(model, prompt, len(values))
 
 
 def p_tuning_v1(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
@@ -59,7 +65,7 @@ def p_tuning_v1(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor 
     PEFT's. A finished run keeps the vectors only.
 
     Raises:
-        ValueError: when PEFT is not installed.
+        ValueError: when PEFT is not installed, and as `prompt_tuning`.
     """
     peft = _import_peft(options.method)
     weight = cast(Tensor, model.get_input_embeddings().weight)  # [vocabulary, hidden]
@@ -73,7 +79,7 @@ def p_tuning_v1(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor 
     prompt = peft.PromptEncoder(config).to(weight.device)
     if init_ids is not None:
         prompt.embedding.weight.data.copy_(weight[init_ids.to(weight.device)])
-    _add_prompt(model, prompt, options.num_virtual_tokens)
+    add_prompt(model, prompt, options.num_virtual_tokens)
 
 
 def lora(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
@@ -110,7 +116,22 @@ def _import_peft(method: str) -> Any:
     return peft
 
 
-def _add_prompt(model: PreTrainedModel, prompt: nn.Module, length: int) -> None:
+def add_prompt(model: PreTrainedModel, prompt: nn.Module, length: int) -> None:
+    """Put the vectors of a module in front of the input, and train it and the head.
+
+    Args:
+        model: with its head.
+        prompt: takes indices [P] and gives vectors [P, hidden].
+        length: P.
+
+    Raises:
+        ValueError: for a backbone that takes vectors in another way than token ids.
+    """
+    if model.config.model_type in _WITHOUT_PROMPTS:
+        raise ValueError(
+            "method: expected one without a prompt in front of the input for the model_type "
+            f"{model.config.model_type!r}, which embeds token ids in another way than vectors"
+        )
     model.add_module(PROMPT, prompt)
     _freeze_backbone(model)
     _InputPrompt(model, length)
@@ -157,7 +178,10 @@ class _InputPrompt:
         """Drop the prompt's rows, and pool the first token instead of the first prompt vector."""
         output.last_hidden_state = output.last_hidden_state[:, self.length :]
         pooler: Any = getattr(backbone, "pooler", None)
-        if pooler is not None:
+        if isinstance(pooler, nn.Linear):  # ALBERT's
+            pooled = pooler(output.last_hidden_state[:, 0])
+            output.pooler_output = backbone.pooler_activation(pooled)  # type: ignore[operator]
+        elif pooler is not None:
             output.pooler_output = pooler(output.last_hidden_state)
         return output
 

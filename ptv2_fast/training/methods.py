@@ -8,6 +8,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders import FAMILIES, attach, max_input_tokens
+from ptv2_fast.encoders.families import find_family
 from ptv2_fast.prefix import PTuningV2Config
 from ptv2_fast.training.baselines import (
     fine_tuning,
@@ -47,7 +48,8 @@ def prefix_config(options: ModelOptions) -> PTuningV2Config:
 def p_tuning_v2(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:
     """Deep prompt tuning (Liu et al. 2022): a prefix in front of every layer's attention."""
     if options.depth is not None:
-        check_depth(options.depth, model.config.num_hidden_layers)
+        layers = find_family(model.config).layer_modules(model.base_model)
+        check_depth(options.depth, len(layers))
     attach(model, prefix_config(options), init_input_ids=init_ids)
 
 
@@ -85,11 +87,20 @@ def longest_input(model: PreTrainedModel, options: ModelOptions) -> tuple[int, s
     """How many tokens an input may have beside prefix or prompt, and why, for messages.
 
     Asked before the model is prepared.
+
+    Raises:
+        ValueError: when the configuration does not say it.
     """
     if model.config.model_type in FAMILIES:
         limit = max_input_tokens(model)
     else:
-        limit = model.config.max_position_embeddings
+        named = getattr(model.config, "max_position_embeddings", None)
+        if not isinstance(named, int):
+            raise ValueError(
+                "model: expected an integer config.max_position_embeddings, which limits inputs, "
+                f"got {named!r} for the model_type {model.config.model_type!r}"
+            )
+        limit = named
     why = f"{type(model).__name__} has {limit} positions"
     shifted = options.method == "p-tuning-v2" and options.position_offset == "prefix"
     if shifted or options.method in ("prompt-tuning", "p-tuning-v1"):

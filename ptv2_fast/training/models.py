@@ -33,7 +33,12 @@ from ptv2_fast.training.baselines import (
     trained_tensors,
     write_tensors,
 )
-from ptv2_fast.training.dropout import set_encoder_dropout, set_head_dropout
+from ptv2_fast.training.fitting import (
+    check_head_dropout,
+    drop_unknown_inputs,
+    fit_padding,
+    set_dropout,
+)
 from ptv2_fast.training.methods import prepare_model
 from ptv2_fast.training.options import ModelOptions, RunConfig
 from ptv2_fast.training.run_place import find_run
@@ -56,8 +61,10 @@ def load_pretrained(
     }
     assert options.model is not None
     config = load_config(options.model, **changes)
-    set_encoder_dropout(config, options)
+    _check_class(config, task)
+    set_dropout(config, options)
     tokenizer = load_tokenizer(options.model)
+    fit_padding(config, tokenizer)
     with reading(f"model: {options.model}"):
         model, report = _model_class(task).from_pretrained(
             options.model,
@@ -66,7 +73,6 @@ def load_pretrained(
             output_loading_info=True,
             trust_remote_code=False,
         )
-    set_head_dropout(model, options)
     _require_finite(model, options.model)
     missing = [name for name in report["missing_keys"] if _is_of_encoder(name, model)]
     if missing:
@@ -80,6 +86,8 @@ def load_pretrained(
             "used, which has to be trained from nothing",
             stacklevel=2,
         )
+    drop_unknown_inputs(tokenizer, model)
+    check_head_dropout(model, options)
     task.adapt_model(model, tokenizer, labels)
     return model, tokenizer
 
@@ -213,9 +221,13 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
                 f"{sorted(report['missing_keys'])!r:.200}"
             )
         _require_finite(model, directory)
+        fit_padding(model.config, tokenizer)
+        drop_unknown_inputs(tokenizer, model)
         task.adapt_model(model, tokenizer, labels)
     else:
         model, _ = load_pretrained(config.model, task, labels)
+        fit_padding(model.config, tokenizer)
+        drop_unknown_inputs(tokenizer, model)
         if method == "p-tuning-v2":
             load_adapter(model, checkpoint or folder / run_folder.ADAPTER)
         elif checkpoint is not None:
@@ -229,6 +241,24 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
 
 def _model_class(task: Task) -> Any:
     return getattr(transformers, task.model_class)
+
+
+def _check_class(config: PretrainedConfig, task: Task) -> None:
+    """Check that transformers has this encoder with the task's head, and what the encoder needs.
+
+    Raises:
+        ValueError: when it has not, or a default is missing that no task can give.
+    """
+    if type(config) not in _model_class(task)._model_mapping:
+        raise ValueError(
+            f"model: expected a model_type with a class for {task.model_class}, got "
+            f"{config.model_type!r} (`ptv2-fast models` lists the heads)"
+        )
+    if getattr(config, "default_language", "") is None:
+        raise ValueError(
+            "model: expected a configuration with a default_language, which chooses the language "
+            f"adapters of {config.model_type!r}, got None"
+        )
 
 
 def _require(file: Path) -> None:

@@ -12,6 +12,7 @@ from ptv2_fast.adapters import load_adapter, read_config, read_labels
 from ptv2_fast.encoders.adapter_files import read_adapter
 from ptv2_fast.encoders.attachment import ENCODER_NAME
 from ptv2_fast.training.auto_classes import AUTO_CLASSES, auto_class_of
+from ptv2_fast.training.fitting import drop_unknown_inputs, fit_padding
 from ptv2_fast.training.models import load_config, load_run, load_tokenizer, reading
 from ptv2_fast.training.run_place import find_place
 
@@ -85,4 +86,6 @@ def _load_alone(folder: Path) -> Loaded:
         model.cuda()
     own = (folder / "tokenizer.json").is_file()
     tokenizer = load_tokenizer(folder if own else base)
+    fit_padding(model.config, tokenizer)
+    drop_unknown_inputs(tokenizer, model)
     return Loaded(model, tokenizer, [labels[number] for number in range(len(labels))])
