@@ -1,11 +1,16 @@
 """What `ptv2-fast models` and README say of each family, against what attach does."""
 
+import dataclasses
+import re
 from pathlib import Path
 
 import pytest
 import transformers
 
 from ptv2_fast import cli
+from ptv2_fast.encoders import blocks as encoder_blocks
+from ptv2_fast.encoders import families
+from ptv2_fast.encoders.blocks import Heads
 from ptv2_fast.encoders.families import FAMILIES, Family
 from ptv2_fast.encoders.family_table import COLUMNS, family_rows, heads_of
 from tests.models import BACKBONES, MODEL_TYPES, MODELS, tiny_model
@@ -63,3 +68,16 @@ def test_a_row_says_what_attach_does(model_type):
         else:
             with pytest.raises(ValueError, match="position_offset: expected 'none'"):
                 family.check_offset(backbone)
+
+
+def test_the_guide_describes_the_family_of_its_example():
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/add-a-family.md").read_text(), re.S)
+    names = {**vars(families), **vars(encoder_blocks)}
+    row = eval(f"{{{blocks[0]}}}", names)["nomic_bert"]
+    family = FAMILIES["nomic_bert"]
+    assert row == dataclasses.replace(family, describe_block=None)
+    exec(blocks[1], names)
+    if "nomic_bert" not in MODEL_TYPES:  # of older versions of transformers
+        return
+    (layer, *_), heads = family.layer_modules(tiny_model("nomic_bert", "bare")), Heads(2, 8)
+    assert names["describe_nomic_bert"](layer, heads) == family.describe_block(layer, heads)
