@@ -1,4 +1,4 @@
-"""The elementwise steps of a frozen block: activations, dropout + add + norm, rotary positions.
+"""The elementwise operators of a frozen block: activations, dropout + add + norm, rotary positions.
 
 What they share: rows are tokens, everything is computed in fp32 and rounded once, nothing is kept
 that a counter, two statistics or the input can give again, and no gradient goes to a weight.
