@@ -13,8 +13,13 @@ from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders import max_input_tokens
 from ptv2_fast.encoders.attention_hook import PrefixState
 from ptv2_fast.encoders.own_attention import call_within
+from ptv2_fast.tasks import DataOptions
+from ptv2_fast.training.options import ModelOptions
+from ptv2_fast.training.prepare import choose_max_length
 from tests.models import (
+    MAX_POSITIONS,
     TEXT_ENCODERS,
+    P,
     attached,
     make_batch,
     one_thread,  # noqa: F401
@@ -81,6 +86,18 @@ def test_relative_positions_have_no_offset_and_no_end():
     assert max_input_tokens(model) == 512
     assert max_input_tokens(tiny_model("t5", "token", n_positions=64)) == 64
     model(input_ids=torch.randint(2, 60, (1, 600)))
+    for asked, chosen in ((None, 512), (600, 600)):
+        data = DataOptions("token-classification", max_length=asked)
+        assert choose_max_length(data, model, ModelOptions(model="tiny")) == chosen
+
+
+def test_mpnet_counts_positions_from_two_whatever_its_pad_token():
+    plain = tiny_model("mpnet", "token", pad_token_id=0)
+    model = attached("token", model=plain, position_offset="prefix")
+    assert max_input_tokens(model) == MAX_POSITIONS - 2 - P
+    batch = make_batch("token", lengths=(MAX_POSITIONS - 2 - P,), width=MAX_POSITIONS - 2 - P)
+    taken = torch.arange(2 + P, MAX_POSITIONS)[None]
+    assert torch.equal(model(**batch).logits, model(**batch, position_ids=taken).logits)
 
 
 @pytest.mark.parametrize("model_type", ["mpnet", "t5"])

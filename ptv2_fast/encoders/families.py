@@ -161,6 +161,14 @@ class MobileBertFamily(Family):
         return heads, _integer(config, "true_hidden_size") // heads
 
 
+class MPNetFamily(Family):
+    """Positions by fairseq's rule for a pad token of 1, which transformers does not ask for."""
+
+    def first_position(self, config: PretrainedConfig) -> int:
+        """As that of `Family`."""
+        return 2
+
+
 class T5Family(Family):
     """Positions are relative: each attention adds a bias by distance, for texts of any length."""
 
@@ -263,7 +271,7 @@ FAMILIES: dict[str, Family] = {
     "qwen2": _LLAMA,
     "qwen3": replace(_LLAMA, key_norm="k_norm"),
     "mobilebert": MobileBertFamily(describe_block=None),
-    "mpnet": Family(
+    "mpnet": MPNetFamily(
         attention="attention.attn",
         query="q",
         key="k",

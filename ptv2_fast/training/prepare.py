@@ -13,6 +13,7 @@ from transformers import (
     set_seed,
 )
 
+from ptv2_fast.encoders import FAMILIES
 from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import find_sources
@@ -125,15 +126,19 @@ def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
 def choose_max_length(data: DataOptions, model: PreTrainedModel, options: ModelOptions) -> int:
     """The longest input in tokens: what the data options ask for, or what the model allows.
 
-    The default of a published data set gives way where the model allows less.
+    The default of a published data set gives way where the model allows less. Without a table of
+    positions a model was made for a length, and takes a longer one that is asked for.
 
     Raises:
-        ValueError: when more is asked for than the positions allow, saying how many remain.
+        ValueError: when more is asked for than a table of positions allows, saying how many remain.
     """
     limit, why = longest_input(model, options)
     if limit < 3:  # two special tokens and one of the text
         raise ValueError(f"num_virtual_tokens: expected room for an input, got none: {why}")
     if data.max_length is not None and data.max_length > limit:
+        family = FAMILIES.get(model.config.model_type)
+        if family is not None and not family.has_position_table(model.config):
+            return data.max_length
         raise ValueError(f"max_length: expected at most {limit}, got {data.max_length}; {why}")
     return min(limit, data.with_benchmark_defaults().max_length or limit)
 
