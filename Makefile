@@ -23,8 +23,12 @@ demo: .venv/installed
 test: .venv/installed
 	$(THREADS) $(BIN)/python $(PYTEST)
 
-test-slow: .venv/installed
+test-slow: .venv/installed build/checkpoints
 	$(BIN)/python -m pytest -m slow
+
+# Small checkpoints inside packages, as files alone: one of the packages brings a module "tests".
+build/checkpoints: | .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ sapiens==1.0.5 rxnmapper==0.4.3
 
 # The suite on the lowest versions that pyproject.toml admits, in an environment of its own. It builds the
 # extension with them; that one runs with the versions of .venv, too.
