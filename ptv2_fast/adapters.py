@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ptv2_fast.encoders.adapter_content import (
+    describe_adapter,
+    select_tensors,
+    written_tensors,
+)
 from ptv2_fast.encoders.adapter_files import read_adapter, write_adapter
 from ptv2_fast.encoders.attachment import Attachment, find_attachment
 from ptv2_fast.encoders.families import find_family
@@ -62,7 +67,7 @@ def save_adapter(
         ValueError: when the model is not attached, `directory` is a file or a tensor is missing.
     """
     attachment = require_attachment(model)
-    write_adapter(directory, attachment.describe(), attachment.written_tensors(state_dict))
+    write_adapter(directory, describe_adapter(attachment), written_tensors(attachment, state_dict))
 
 
 def load_adapter(
@@ -167,7 +172,7 @@ def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrai
     inside = (f"{ENCODER_NAME}.", f"{model.base_model_prefix}.")
     targets = {
         name: target
-        for name, target in attachment.select_tensors().items()
+        for name, target in select_tensors(attachment).items()
         if name.startswith(inside) and (name in tensors or name.startswith(inside[0]))
     }
     _copy({name: tensors[name] for name in targets if name in tensors}, targets)
@@ -318,7 +323,7 @@ def _load_tensors(
     attachment: Attachment, tensors: dict[str, Tensor], description: dict[str, Any]
 ) -> None:
     """Copy all tensors, or raise before the first."""
-    targets = attachment.select_tensors()
+    targets = select_tensors(attachment)
     attachment.drop_guard(tensors)
     missing, unexpected = sorted(set(targets) - set(tensors)), sorted(set(tensors) - set(targets))
     if missing or unexpected:

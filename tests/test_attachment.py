@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 import ptv2_fast
 from ptv2_fast import PrefixEncoder, PTuningV2Config
-from ptv2_fast.encoders.families import FAMILIES, Family
+from ptv2_fast.encoders.families import FAMILIES
+from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.first_token import reads_first_token_only
 from tests.models import (
     BACKBONES,

@@ -11,7 +11,8 @@ from ptv2_fast import cli
 from ptv2_fast.encoders import blocks as encoder_blocks
 from ptv2_fast.encoders import families
 from ptv2_fast.encoders.blocks import Heads
-from ptv2_fast.encoders.families import FAMILIES, Family
+from ptv2_fast.encoders.families import FAMILIES
+from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.family_table import COLUMNS, family_rows, heads_of
 from tests.models import BACKBONES, MODEL_TYPES, MODELS, tiny_model
 

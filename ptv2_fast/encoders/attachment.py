@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-import ptv2_fast
+from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, LAYER_ATTRIBUTE, STATE_ARGUMENT
 from ptv2_fast.encoders.backbone_forward import (
@@ -21,7 +21,7 @@ from ptv2_fast.encoders.backbone_forward import (
     take_forward,
 )
 from ptv2_fast.encoders.blocks import Heads
-from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.first_token import reads_first_token_only
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
 from ptv2_fast.encoders.input_checks import refuse_replica
@@ -42,14 +42,11 @@ from ptv2_fast.encoders.selection import (
 )
 from ptv2_fast.encoders.vocabulary import (
     ROWS_NAME,
-    added_rows,
     base_vocabulary_size,
     check_vocabulary,
-    embeddings_name,
     restore_rows,
-    vocabulary_size,
 )
-from ptv2_fast.prefix import EXECUTION_FIELDS, PrefixEncoder, PTuningV2Config
+from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
 
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
 IGNORED_KEYS = "_keys_to_ignore_on_save"
@@ -370,50 +367,6 @@ class Attachment:
         if name in tensors and tensors[name].numel() == 0:
             del tensors[name]
 
-    def describe(self) -> dict[str, Any]:
-        """What ptv2_config.json says about this model, JSON-ready."""
-        config = self.model.config
-        fields = self.config.to_dict().items()
-        return {
-            "prefix_config": {k: value for k, value in fields if k not in EXECUTION_FIELDS},
-            "base_model": config.name_or_path,
-            "model_class": type(self.model).__name__,
-            "model_type": config.model_type,
-            "num_hidden_layers": config.num_hidden_layers,
-            "hidden_size": config.hidden_size,
-            "num_attention_heads": config.num_attention_heads,
-            "vocab_size": vocabulary_size(self.model),
-            "base_vocab_size": self.base_vocabulary_size,
-            "num_labels": config.num_labels,
-            # Users name classes by numbers too, numpy's among them, which JSON does not know.
-            "id2label": {int(n): str(label) for n, label in (config.id2label or {}).items()},
-            "problem_type": config.problem_type,
-            "max_length": self.family.max_positions(config) - self.positions_taken,
-            "torch_version": torch.__version__,
-            "ptv2_version": ptv2_fast.__version__,
-        }
-
-    def select_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The tensors of the adapter that the model has too, from `state_dict` or from the model.
-
-        Raises:
-            ValueError: when `state_dict` lacks one of them, or a parameter trains that the adapter
-                would not hold.
-        """
-        check_saved(self.model, self.saved_names)
-        tensors = self.model.state_dict() if state_dict is None else state_dict
-        missing = [name for name in self.saved_names if name not in tensors]
-        if missing:
-            raise ValueError(f"state_dict: expected the adapter's tensors, got none for {missing}")
-        return {name: tensors[name] for name in self.saved_names}
-
-    def written_tensors(self, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """As `select_tensors`, with the rows of added tokens."""
-        tensors = self.select_tensors(state_dict)
-        if embeddings_name(self.model) in tensors:
-            return tensors
-        return tensors | added_rows(self.model, self.base_vocabulary_size, state_dict)
-
     def save_pretrained(
         self,
         save_directory: str | os.PathLike,
@@ -436,8 +389,8 @@ class Attachment:
         if push_to_hub:
             raise ValueError("push_to_hub: expected False, got True; upload the folder itself")
         if is_main_process:
-            tensors = {**self.written_tensors(state_dict), self.guard_name: torch.empty(0)}
-            write_adapter(save_directory, self.describe(), tensors, CHECKPOINT_WEIGHTS_NAME)
+            tensors = {**written_tensors(self, state_dict), self.guard_name: torch.empty(0)}
+            write_adapter(save_directory, describe_adapter(self), tensors, CHECKPOINT_WEIGHTS_NAME)
 
 
 def _give_own_configs(model: PreTrainedModel) -> list[tuple[nn.Module, Any]]:

@@ -11,7 +11,8 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
-from ptv2_fast.encoders.families import FAMILIES, Family
+from ptv2_fast.encoders.families import FAMILIES
+from ptv2_fast.encoders.family import Family
 
 # Head -> the mappings of transformers that have its classes. An encoder with a decoder stands in
 # the last one too, as a whole.

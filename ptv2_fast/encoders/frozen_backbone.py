@@ -15,7 +15,7 @@ from ptv2_fast.encoders.checkpointing import (
     is_checkpointed,
     restore_checkpointing,
 )
-from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
 from ptv2_fast.encoders.own_attention import replaces_attention, running_state
 from ptv2_fast.frozen.call import AttentionInputs

@@ -5,7 +5,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.family import Family
 
 # Versions of transformers name the cache differently.
 _UNSERVED_ARGUMENTS = (

@@ -9,7 +9,7 @@ attached for training. Without training (in eval mode, say) they get their gradi
 from torch import nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.family import Family
 
 ENCODER_NAME = "prefix_encoder"
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.encoders.families import Family
+from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.hooks import in_eval_mode
 from ptv2_fast.prefix import PrefixEncoder
 
