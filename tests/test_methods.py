@@ -9,13 +9,14 @@ import torch
 from transformers import TrainerCallback
 
 from ptv2_fast.encoders.families import FAMILIES
+from ptv2_fast.tasks import DataOptions
 from ptv2_fast.training import trainer
 from ptv2_fast.training.baselines import final_tensors, trained_tensors
 from ptv2_fast.training.depth import parse_depth
 from ptv2_fast.training.methods import METHODS, longest_input, prefix_config, prepare_model
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import ModelOptions, RunConfig
-from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.prepare import choose_max_length, prepare
 from ptv2_fast.training.run import train
 from ptv2_fast.training.scoring import predict
 from tests.models import (
@@ -110,6 +111,17 @@ def test_lora_adds_its_product_to_queries_and_values(model_type):
     assert_close_to_model(
         (model(**batch).logits.detach(),), lambda plain: (plain(**batch).logits,), plain
     )
+
+
+def test_a_table_of_positions_limits_the_length_and_nothing_else_does():
+    for model_type, default, asked in (("t5", 512, 600), ("bert", 40, 40)):
+        model = tiny_model(model_type, "token")
+        for length, chosen in ((None, default), (asked, asked)):
+            data = DataOptions("token-classification", max_length=length)
+            assert choose_max_length(data, model, options("lora")) == chosen
+    data = DataOptions("token-classification", max_length=41)
+    with pytest.raises(ValueError, match="max_length: expected at most 40, got 41"):
+        choose_max_length(data, model, options("lora"))
 
 
 @pytest.mark.parametrize("method", ["p-tuning-v1", "lora"])

@@ -13,9 +13,6 @@ from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders import max_input_tokens
 from ptv2_fast.encoders.attention_hook import PrefixState
 from ptv2_fast.encoders.own_attention import call_within
-from ptv2_fast.tasks import DataOptions
-from ptv2_fast.training.options import ModelOptions
-from ptv2_fast.training.prepare import choose_max_length
 from tests.models import (
     MAX_POSITIONS,
     TEXT_ENCODERS,
@@ -86,9 +83,6 @@ def test_relative_positions_have_no_offset_and_no_end():
     assert max_input_tokens(model) == 512
     assert max_input_tokens(tiny_model("t5", "token", n_positions=64)) == 64
     model(input_ids=torch.randint(2, 60, (1, 600)))
-    for asked, chosen in ((None, 512), (600, 600)):
-        data = DataOptions("token-classification", max_length=asked)
-        assert choose_max_length(data, model, ModelOptions(model="tiny")) == chosen
 
 
 def test_mpnet_counts_positions_from_two_whatever_its_pad_token():
