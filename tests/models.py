@@ -64,7 +64,7 @@ OVERRIDES = {
     },
     "llama": {"num_key_value_heads": 1},
     "mistral": {"num_key_value_heads": 1, "sliding_window": 4},
-    "modernbert": {"local_attention": 6},
+    "modernbert": {"local_attention": 6, "norm_bias": True, "classifier_bias": True},
     "qwen2": {
         "num_key_value_heads": 1,
         "use_sliding_window": True,

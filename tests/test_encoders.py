@@ -179,8 +179,9 @@ def layers_of(model) -> list[torch.nn.Module]:
     return FAMILIES[model.config.model_type].layer_modules(model.base_model)
 
 
-def test_layers_below_the_lowest_prefix_have_no_backward_pass():
-    model = attached(layers=[2], backbone="hook").train()
+@pytest.mark.parametrize("model_type", ["bert", "llama"])
+def test_layers_below_the_lowest_prefix_have_no_backward_pass(model_type):
+    model = attached(model_type=model_type, layers=[2], backbone="hook").train()
     checkpoint_activations(model)  # makes the embeddings require grad
     calls = count_calls(model)
     output = model(**make_batch(), output_hidden_states=True)
@@ -203,8 +204,10 @@ def count_calls(model) -> list[int]:
     def count(*unused) -> None:
         calls[0] += 1
 
-    for layer in model.bert.encoder.layer:
-        layer.attention.self.query.register_forward_hook(count)
+    family = FAMILIES[model.config.model_type]
+    for layer in layers_of(model):
+        attention = layer.get_submodule(family.attention)
+        attention.get_submodule(family.query).register_forward_hook(count)
     return calls
 
 
