@@ -1,7 +1,10 @@
 """The encoders of the training benchmarks and the ways to train them."""
 
+import copy
+import functools
 import importlib.util
 import inspect
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -78,7 +81,6 @@ def classifier(case: Case, attention: str, layers: int | None = None) -> nn.Modu
         attention: transformers' name of the implementation.
         layers: instead of the model's own number.
     """
-    torch.manual_seed(0)
     stock = MODELS[case.model]
     values = stock.to_dict()
     values["num_hidden_layers"] = layers or stock.num_hidden_layers
@@ -90,11 +92,25 @@ def classifier(case: Case, attention: str, layers: int | None = None) -> nn.Modu
     for name, value in config.to_dict().items():
         if "dropout" in name and isinstance(value, float):
             setattr(config, name, case.dropout)
-    config._attn_implementation = attention
-    folder = _minilm_folder()
-    if case.model == "minilm-l6" and layers is None and folder is not None:
-        return AutoModelForSequenceClassification.from_pretrained(folder, config=config)
-    return AutoModelForSequenceClassification.from_config(config)
+    folder = _minilm_folder() if case.model == "minilm-l6" and layers is None else None
+    drawn = _drawn(config.model_type, config.to_json_string(use_diff=False), folder)
+    model = copy.deepcopy(drawn).to(torch.get_default_device())
+    model.set_attn_implementation(attention)
+    torch.manual_seed(0)  # for what is added to it
+    return model
+
+
+# Drawing the weights of a large model takes longer than a step. Two: a measurement of kept bytes
+# takes turns between two depths.
+@functools.lru_cache(maxsize=2)
+def _drawn(model_type: str, configuration: str, folder: Path | None) -> nn.Module:
+    """A model on the CPU; `configuration`: JSON; `folder`: of its weights, None = random ones."""
+    config = CONFIG_MAPPING[model_type].from_dict(json.loads(configuration))
+    with torch.device("cpu"):
+        torch.manual_seed(0)
+        if folder is not None:
+            return AutoModelForSequenceClassification.from_pretrained(folder, config=config)
+        return AutoModelForSequenceClassification.from_config(config)
 
 
 def _peft(case: Case, attention: str, layers: int | None, peft_config: object) -> nn.Module:
@@ -223,7 +239,7 @@ def build(method: str, case: Case, device: str, layers: int | None = None) -> nn
     Args:
         method: a key of METHODS.
         case: what it is trained on.
-        device: "cpu" or "cuda", which draws the weights too.
+        device: "cpu" or "cuda".
         layers: instead of the model's own number.
     """
     with torch.device(device):
