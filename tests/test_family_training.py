@@ -17,7 +17,7 @@ from ptv2_fast.encoders.blocks import Heads
 from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from ptv2_fast.encoders.families import FAMILIES
 from ptv2_fast.training.baselines import PROMPT, add_prompt, trained_tensors
-from ptv2_fast.training.fitting import check_head_dropout, set_dropout
+from ptv2_fast.training.fitting import check_dropout, set_dropout
 from ptv2_fast.training.methods import METHODS, longest_input, prepare_model
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import ModelOptions, RunConfig
@@ -114,12 +114,17 @@ def test_each_kind_of_family_trains_and_its_run_opens(model_type, tiny, tmp_path
     ("model_type", "overrides", "options", "message"),
     [
         ("esm", {}, {"method": "prompt-tuning"}, "method: expected one without a prompt"),
-        ("esm", {}, {"task": "multiple-choice"}, "a class for AutoModelForMultipleChoice, got 'es"),
+        (
+            "esm",
+            {},
+            {"task": "multiple-choice"},
+            "a class for AutoModelForMultipleChoice, got the model_type 'esm'",
+        ),
         (
             "llama",
             {},
             {"head": "lm", "verbalizer": "good=good,bad=bad"},
-            "a class for AutoModelForMaskedLM, got 'llama'",
+            "a class for AutoModelForMaskedLM, got the model_type 'llama'",
         ),
         (
             "xmod",
@@ -154,9 +159,7 @@ def test_what_a_family_does_not_serve_is_said_before_training(
     assert not (tmp_path / "run").exists()
 
 
-def test_sizes_that_no_option_can_set_are_errors():
-    with pytest.raises(ValueError, match=r"attention_dropout: expected None .* 't5'.*; got 0.1"):
-        set_dropout(transformers.T5Config(), options("lora", attention_dropout=0.1))
+def test_an_encoder_without_a_length_says_so():
     model = tiny_model("bert")
     model.config = transformers.PreTrainedConfig(model_type="other")
     with pytest.raises(ValueError, match="max_position_embeddings, which limits inputs, got None"):
@@ -179,9 +182,7 @@ def test_other_methods_train_what_they_name(model_type):
         if model.supports_gradient_checkpointing:
             checkpoint_activations(model)
         else:
-            with pytest.raises(
-                ValueError, match=r"^gradient_checkpointing: expected False for Alb"
-            ):
+            with pytest.raises(ValueError, match=r"^gradient_checkpointing: expected False for"):
                 checkpoint_activations(model)
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         optimizer = torch.optim.AdamW(trained, lr=0.01, weight_decay=0)
@@ -220,7 +221,7 @@ def test_a_prompt_starts_at_the_vectors_of_tokens(model_type):
 
 
 @pytest.mark.parametrize(("model_type", "head"), [m for m in MODELS if m[1] != "bare"])
-def test_dropout_options_reach_every_module(model_type, head):
+def test_dropout_options_reach_every_module_or_say_so(model_type, head):
     asked = options("lora", dropout=0.25, attention_dropout=0.15, head_dropout=0.35)
     config = tiny_config(model_type, **({"num_labels": 2} if head == "question" else {}))
     set_dropout(config, asked)
@@ -231,16 +232,22 @@ def test_dropout_options_reach_every_module(model_type, head):
         found = inside if module in backbone else of_head
         found |= {module.p} if isinstance(module, nn.Dropout) else set()
         found |= {v for n, v in vars(module).items() if "dropout" in n and type(v) is float}
-    assert {0.15} <= inside <= {0.15, 0.25}
+    assert inside <= {0.15, 0.25}
     assert of_head <= {0.25, 0.35}, "some heads have that of the encoder"
     family = FAMILIES[model_type]
     if family.describe_block is not None:
         layer = family.layer_modules(model.base_model)[0]
         block = family.describe_block(layer, Heads(*family.key_shape(config)))
-        assert block.attention_dropout.probability == 0.15
+        assert block.attention_dropout.probability == (0.15 if 0.15 in inside else 0.25)
+    refused = [n for n, value, known in (("dropout", 0.25, inside | of_head),
+               ("attention_dropout", 0.15, inside)) if value not in known]  # fmt: skip
+    if refused:
+        with pytest.raises(ValueError, match=f"^{refused[0]}: expected None or 0 for .* got 0"):
+            check_dropout(model, asked)
+        return
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        check_head_dropout(model, asked)
+        check_dropout(model, asked)
     assert [str(w.message)[:24] for w in caught] == ["head_dropout: no effect,"] * (
         0.35 not in of_head
     )

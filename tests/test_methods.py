@@ -21,6 +21,7 @@ from ptv2_fast.training.run import train
 from ptv2_fast.training.scoring import predict
 from tests.models import (
     MODEL_TYPES,
+    MODELS,
     assert_close_to_model,
     make_batch,
     one_thread,  # noqa: F401
@@ -88,7 +89,8 @@ def prepare_model_from(init_ids, model, model_options) -> None:
 def test_lora_adds_its_product_to_queries_and_values(model_type):
     """With the updates added to the plain weights, alpha / r times B A, logits are the same."""
     torch.manual_seed(0)
-    plain = tiny_model(model_type)
+    head = "sequence" if (model_type, "sequence") in MODELS else "token"
+    plain = tiny_model(model_type, head)
     model = copy.deepcopy(plain)
     prepare_model(model, options("lora", lora_rank=2, lora_alpha=6.0))
     batch = make_batch(lengths=(11, 11, 11))

@@ -87,11 +87,12 @@ def heads_of(config: PretrainedConfig) -> list[str]:
     return [
         head
         for head, mappings in _CLASSES.items()
-        if any(kind in mapping and _is_encoder(mapping[kind], config) for mapping in mappings)
+        if any(kind in mapping and is_encoder(mapping[kind], config) for mapping in mappings)
     ]
 
 
-def _is_encoder(model_class: Any, config: PretrainedConfig) -> bool:
+def is_encoder(model_class: Any, config: PretrainedConfig) -> bool:
+    """Whether a class of transformers makes an encoder of a configuration, without a decoder."""
     if not config.is_encoder_decoder:
         return True
     with torch.device("meta"):  # a copy, into which some classes write

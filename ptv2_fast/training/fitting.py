@@ -23,41 +23,45 @@ _HEAD = (
 
 
 def set_dropout(config: PretrainedConfig, options: ModelOptions) -> None:
-    """Give a configuration the probabilities that the options ask for, by its own names.
+    """Give a configuration the probabilities that the options ask for, by all names that it has."""
+    inside, attention, head = options.dropout, options.attention_dropout, options.head_dropout
+    for names, value in (
+        (_INSIDE, inside),
+        (_ATTENTION, inside if attention is None else attention),
+        (_HEAD, inside if head is None else head),
+    ):
+        for name in names:
+            if value is not None and (hasattr(config, name) or name == _HEAD[-1]):
+                setattr(config, name, float(value))
+
+
+def check_dropout(model: PreTrainedModel, options: ModelOptions) -> None:
+    """Check that modules of a model have the probabilities that the options ask for.
+
+    Warns where only the head has none of its own: many have not.
 
     Raises:
-        ValueError: for an option of which the configuration has nothing.
+        ValueError: for an option that reaches no module of a supported encoder.
     """
-    for option, names in (
-        ("dropout", (*_INSIDE, *_ATTENTION)),
-        ("attention_dropout", _ATTENTION),
-    ):
-        value = getattr(options, option)
-        known = [name for name in names if hasattr(config, name)]
-        if value is not None and not known:
-            raise ValueError(
-                f"{option}: expected None for the model_type {config.model_type!r}, whose "
-                f"configuration has none of {', '.join(names)}; got {value}"
-            )
-        for name in known if value is not None else ():
-            setattr(config, name, float(value))
-    head = options.dropout if options.head_dropout is None else options.head_dropout
-    if head is not None:
-        for name in _HEAD:
-            if hasattr(config, name) or name == _HEAD[-1]:
-                setattr(config, name, float(head))
-
-
-def check_head_dropout(model: PreTrainedModel, options: ModelOptions) -> None:
-    """Say so when the head of a loaded model has no dropout that the option could set."""
-    value = options.head_dropout
-    inside = set(model.base_model.modules())
-    found = [m.p for m in model.modules() if isinstance(m, nn.Dropout) and m not in inside]
-    if value and value not in found:
+    backbone = set(model.base_model.modules())
+    inside: set[float] = set()
+    of_head: set[float] = set()
+    for module in model.modules():
+        found = inside if module in backbone else of_head
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                found.add(value)
+        if isinstance(module, nn.Dropout):
+            found.add(module.p)
+    kind, head = type(model).__name__, options.head_dropout
+    for name, known in (("dropout", inside | of_head), ("attention_dropout", inside)):
+        value = getattr(options, name)
+        if value and value not in known and model.config.model_type in FAMILIES:
+            raise ValueError(f"{name}: expected None or 0 for {kind}, no module of which has a "
+                             f"probability of its own for that, got {value}")  # fmt: skip
+    if head and head not in of_head:
         warnings.warn(
-            f"head_dropout: no effect, the head of {type(model).__name__} has no dropout of its "
-            "own",
-            stacklevel=2,
+            f"head_dropout: no effect, the head of {kind} has no dropout of its own", stacklevel=2
         )
 
 

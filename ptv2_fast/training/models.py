@@ -23,6 +23,8 @@ from transformers import (
 )
 
 from ptv2_fast.adapters import check_tensors, load_adapter, save_adapter
+from ptv2_fast.encoders import FAMILIES
+from ptv2_fast.encoders.family_table import is_encoder
 from ptv2_fast.tasks import make_task
 from ptv2_fast.tasks.task import Task
 from ptv2_fast.training import run_folder
@@ -34,7 +36,7 @@ from ptv2_fast.training.baselines import (
     write_tensors,
 )
 from ptv2_fast.training.fitting import (
-    check_head_dropout,
+    check_dropout,
     drop_unknown_inputs,
     fit_padding,
     set_dropout,
@@ -87,7 +89,7 @@ def load_pretrained(
             stacklevel=2,
         )
     drop_unknown_inputs(tokenizer, model)
-    check_head_dropout(model, options)
+    check_dropout(model, options)
     task.adapt_model(model, tokenizer, labels)
     return model, tokenizer
 
@@ -249,9 +251,13 @@ def _check_class(config: PretrainedConfig, task: Task) -> None:
     Raises:
         ValueError: when it has not, or a default is missing that no task can give.
     """
-    if type(config) not in _model_class(task)._model_mapping:
+    mapping, kind = _model_class(task)._model_mapping, type(config)
+    is_served = kind in mapping
+    if is_served and config.model_type in FAMILIES:
+        is_served = is_encoder(mapping[kind], config)
+    if not is_served:
         raise ValueError(
-            f"model: expected a model_type with a class for {task.model_class}, got "
+            f"model: expected an encoder with a class for {task.model_class}, got the model_type "
             f"{config.model_type!r} (`ptv2-fast models` lists the heads)"
         )
     if getattr(config, "default_language", "") is None:
