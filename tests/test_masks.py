@@ -275,6 +275,16 @@ def test_tokens_init_takes_keys_before_they_are_rotated(model_type):
     torch.testing.assert_close(prefixes[0][0], recorded_keys(plain, ids, **at_zero)[0][0])
 
 
+@pytest.mark.parametrize("model_type", ROTATED)
+def test_rotations_in_float32_run_under_autocast(model_type):
+    model, batch = attached(model_type=model_type, backbone="hook").train(), make_batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**batch).logits
+    logits.float().square().sum().backward()
+    gradient = model.prefix_encoder.embedding.weight.grad
+    assert torch.isfinite(gradient).all() and gradient.abs().min() > 0
+
+
 @pytest.mark.parametrize("model_type", served(["eurobert", "llama"]))
 def test_embedded_input_and_trained_embeddings_run_in_another_dtype(model_type):
     """Rotations have the dtype of the input, which a bf16 backbone does not have here."""

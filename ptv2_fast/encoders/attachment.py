@@ -181,10 +181,6 @@ class Attachment:
         if self.config.backbone_dtype is not None:
             last = backbone.get_submodule(family.exit) if family.exit else last
             handles.append(last.register_forward_hook(self.after_encoder))
-            handles += [
-                layer.register_forward_pre_hook(self.before_layer, with_kwargs=True)
-                for layer in dict.fromkeys(self.layers)
-            ]
         if self.config.position_offset == "prefix":
             embeddings = self._changed[0]
             handles.append(
@@ -333,17 +329,6 @@ class Attachment:
         if args:
             return (hidden, *args[1:]), kwargs
         return args, {**kwargs, "hidden_states": hidden}
-
-    def before_layer(
-        self, module: nn.Module, args: tuple, kwargs: dict[str, Any]
-    ) -> tuple[tuple, dict[str, Any]] | None:
-        """Give rotations the layers' dtype, with `backbone_dtype`: they have that of the input."""
-        rotation = kwargs.get("position_embeddings")
-        if not self._old_dtypes or rotation is None:
-            return None
-        dtype = self.config.torch_backbone_dtype
-        rotation = tuple(part.to(dtype) for part in rotation)
-        return args, {**kwargs, "position_embeddings": rotation}
 
     def before_load(
         self, module: nn.Module, state_dict: dict[str, Tensor], prefix: str, *unused: object

@@ -147,8 +147,8 @@ def attention_with_prefix(
         prefix_key, prefix_value = prefix
     state.called.append(layer)
     out = prefix_attention(
-        query,
-        key,
+        query.to(value.dtype),  # what is rotated may have the dtype of the model's input
+        key.to(value.dtype),
         value,
         prefix_key,
         prefix_value,
