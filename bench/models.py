@@ -52,7 +52,13 @@ SMALLER: dict[str, dict[str, int]] = {
         sep_token_id=2,
     ),
 }  # fmt: skip
-_HERE = [family for family in BASE if family in CONFIG_MAPPING]  # that transformers has
+# That the installed transformers has and lets call another attention.
+_HERE = [
+    family
+    for family in BASE
+    if family in CONFIG_MAPPING
+    and MODEL_MAPPING[CONFIG_MAPPING[family]]._can_set_attn_implementation()
+]
 # Random weights: speed and memory do not depend on them. MiniLM has its own where installed.
 MODELS: dict[str, PretrainedConfig] = {
     "minilm-l6": AutoConfig.for_model("bert", num_hidden_layers=6, **MINILM),

@@ -11,13 +11,15 @@ from bench.attention_cases import Case as AttentionCase
 from bench.attention_cases import check_numerics, inputs_of
 from bench.attention_providers import running_calls, timed_calls
 from bench.cases import ACCEPTANCE_CASES, CPU_CASES, DENSITIES, FAMILY_CASES, Case, spread_lengths
-from bench.models import FLASH, METHODS, why_left_out
+from bench.models import FLASH, METHODS, MODELS, why_left_out
 from bench.roofline import one_product
 from bench.shapes import AttentionShape
 from bench.training_step import check_gradients, small_case
 from tests.models import one_thread  # noqa: F401
 
 CPU = torch.device("cpu")
+OTHERS = {"modernbert": "ModernBertModel", "nomic_bert": "NomicBertModel"}
+OTHERS = {family: name for family, name in OTHERS.items() if f"{family}-tiny" in MODELS}
 SHAPES = {
     "plain": AttentionShape(3, 2, 24, 24, 5, 16),
     "window": AttentionShape(3, 2, 24, 24, 5, 16, window=3),
@@ -35,11 +37,12 @@ def test_every_sequence_has_a_token():
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-@pytest.mark.parametrize("family", ["roberta", "modernbert", "nomic_bert"])
+@pytest.mark.parametrize("family", ["roberta", *OTHERS])
 def test_the_gate_of_a_training_step_holds(family, dtype):
     check_gradients(small_case(Case(f"{family}-tiny", 8, 16, 4, dtype)), "cpu")
 
 
+@pytest.mark.skipif("modernbert" not in OTHERS, reason="transformers has no windows here")
 def test_the_gate_of_a_training_step_sees_a_window(monkeypatch):
     """A token more on each side fails."""
     case, stock = small_case(Case("modernbert-tiny", 8, 16, 4)), training_step.classifier
@@ -55,7 +58,7 @@ def test_the_gate_of_a_training_step_sees_a_window(monkeypatch):
 
 
 def test_methods_that_cannot_serve_a_family_are_left_out_with_a_reason():
-    for family, backbone in (("modernbert", "ModernBertModel"), ("nomic_bert", "NomicBertModel")):
+    for family, backbone in OTHERS.items():
         case = Case(f"{family}-tiny", 2, 16, 4)
         reasons = {method: why_left_out(method, case, "cpu") for method in METHODS}
         reasons = {method: reason for method, reason in reasons.items() if "peft" not in method}
@@ -65,8 +68,9 @@ def test_methods_that_cannot_serve_a_family_are_left_out_with_a_reason():
     assert why_left_out("prefix, original recipe", Case("bert-tiny", 2, 16, 4), "cpu") is None
 
 
-def test_a_whole_case_of_another_family_is_measured(tmp_path):
-    case = Case("modernbert-tiny", 2, 16, 4, "bf16", 0.0, "pad50")
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_whole_case_of_another_family_is_measured(family, tmp_path):
+    case = Case(f"{family}-tiny", 2, 16, 4, "bf16", 0.0, "pad50")
     output = bench_training_step.Output(tmp_path / "steps.csv")
     chosen = ["frozen none", "full fine-tuning, sdpa", "prefix, original recipe"]
     bench_training_step.measure_case(case, chosen, 1, output)

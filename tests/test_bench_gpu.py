@@ -28,7 +28,7 @@ from tests.byte_counter import counted_bytes
 from tests.devices import interpreted
 
 BLOCKED = ("datasets", "seqeval", "optuna", "peft")
-BERT, MODERNBERT = step.units(torch.device("cpu"))
+BERT, *OTHERS = step.units(torch.device("cpu"))
 STEP = ("step", "--only", BERT)
 STAGES = ("memory", "elementwise", "attention", "tune")
 FAILING = "bias_activation_backward gelu bf16"
@@ -100,7 +100,8 @@ def test_every_method_is_a_row_with_its_time_or_a_reason(rehearsed):
     assert {"frozen block", "hook", "prefix, original recipe"} <= rows.keys() - left_out
 
 
-def test_a_method_that_fails_or_cannot_run_is_a_row_and_the_others_go_on(monkeypatch):
+@pytest.mark.parametrize("unit", OTHERS)
+def test_a_method_that_fails_or_cannot_run_is_a_row_and_the_others_go_on(unit, monkeypatch):
     def broken(case, layers):
         raise torch.OutOfMemoryError("no\nmemory")
 
@@ -108,7 +109,7 @@ def test_a_method_that_fails_or_cannot_run_is_a_row_and_the_others_go_on(monkeyp
     kept = ("full fine-tuning, sdpa", "frozen none", "hook", "prefix, original recipe")
     options = Options(without=tuple(name for name in METHODS if name not in kept))
     device = torch.device("cpu")
-    rows = {row["method"]: row for row in step.run(MODERNBERT, device, options)}
+    rows = {row["method"]: row for row in step.run(unit, device, options)}
     assert rows.keys() == set(kept)
     left_out = rows.pop("prefix, original recipe")
     reason = "ModernBertModel takes no past keys and values"

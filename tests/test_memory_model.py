@@ -11,7 +11,7 @@ from bench.memory_model import (
     largest_batch,
     predict_step,
 )
-from bench.models import METHODS, MODELS, why_left_out
+from bench.models import GATED, METHODS, MODELS, why_left_out
 from bench.step_columns import batch_of, encoder_of, kept_columns
 from bench.training_step import Step, kept_bytes_per_layer
 from tests.models import one_thread  # noqa: F401
@@ -47,7 +47,7 @@ def test_formulas_give_what_autograd_keeps(small, dtype, dropout, lengths):
         assert 0 <= counted - formula <= SEED_BYTES, method
 
 
-@pytest.mark.parametrize("family", ["modernbert", "nomic_bert"])
+@pytest.mark.parametrize("family", [f for f in GATED if f"{f}-tiny" in MODELS])
 def test_blocks_of_other_kinds_keep_their_spec_s_sum_and_their_rivals_are_counted(family):
     """BERT's formulas would be wrong for the latter."""
     case = Case(f"{family}-tiny", 4, 24, 8, "bf16", 0.0, "pad50")
