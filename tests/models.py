@@ -29,10 +29,6 @@ def is_served(model_type: str) -> bool:
 
 
 MODEL_TYPES = tuple(name for name in FAMILIES if is_served(name))
-BACKBONES = {
-    name: ("frozen", "hook") if FAMILIES[name].describe_block else ("hook",) for name in MODEL_TYPES
-}
-WAYS = [(name, backbone) for name, ways in BACKBONES.items() for backbone in ways]
 # Backbones that take no cache; what some configurations need or name differently.
 WITHOUT_CACHE = ("albert", "distilbert", "mobilebert", "mpnet")
 # The encoder alone, where transformers' AutoModel is an encoder with a decoder.
@@ -159,6 +155,21 @@ def has_class(model_type: str, head: str) -> bool:
     return head != "choice" or getattr(tiny_model(model_type, head).base_model, "pooler", True)
 
 
+def has_frozen_blocks(model_type: str) -> bool:
+    """Whether a family runs as frozen blocks, which depends on the version of transformers too."""
+    head = next(head for head in ("token", "sequence") if has_class(model_type, head))
+    try:
+        attached(head, model_type, backbone="frozen", strict=True)
+    except ValueError as error:
+        assert "expected layers that run as frozen blocks" in str(error), error
+        return False
+    return True
+
+
+BACKBONES = {
+    name: ("frozen", "hook") if has_frozen_blocks(name) else ("hook",) for name in MODEL_TYPES
+}
+WAYS = [(name, backbone) for name, ways in BACKBONES.items() for backbone in ways]
 MODELS = [(name, head) for name in MODEL_TYPES for head in HEADS if has_class(name, head)]
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import transformers
+from packaging.version import Version
 
 from ptv2_fast import cli
 from ptv2_fast.encoders import blocks as encoder_blocks
@@ -82,3 +83,13 @@ def test_the_guide_describes_the_family_of_its_example():
         return
     (layer, *_), heads = family.layer_modules(tiny_model("nomic_bert", "bare")), Heads(2, 8)
     assert names["describe_nomic_bert"](layer, heads) == family.describe_block(layer, heads)
+
+
+def test_families_with_a_description_run_as_frozen_blocks():
+    """In the versions of transformers whose attention asks for a function, in all families."""
+    described = {name for name in BACKBONES if FAMILIES[name].describe_block is not None}
+    frozen = {name for name, ways in BACKBONES.items() if "frozen" in ways}
+    if Version(transformers.__version__) >= Version("5.20"):
+        assert frozen == described and len(frozen) >= 20
+    else:
+        assert frozen <= described

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptv2_fast.encoders.own_attention import computes_itself
 from ptv2_fast.frozen.modules import BlockModules, DropoutSource
 from ptv2_fast.frozen.spec import BlockSpec
 
@@ -222,6 +223,8 @@ def describe_t5(layer: Any, heads: Heads) -> BlockModules:
     """The encoders of T5, mT5 and UMT5: RMSNorm, a bias for the scores, which are not scaled."""
     (first, second), network = layer.layer, layer.layer[1].DenseReluDense
     attention = first.SelfAttention
+    if computes_itself(attention):  # whose layers also return and checkpoint in other ways
+        raise NotServedError("this version of transformers computes T5's attention itself")
     if attention.q.weight.dtype == torch.float16:
         raise NotServedError("its states are clamped in float16")
     is_gated = hasattr(network, "wi_0")

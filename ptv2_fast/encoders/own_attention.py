@@ -54,7 +54,7 @@ def find_own_attention(attentions: list[nn.Module]) -> list[nn.Module]:
     Raises:
         ValueError: when the forward of one was replaced already.
     """
-    found = [module for module in attentions if _computes_itself(module)]
+    found = [module for module in attentions if computes_itself(module)]
     for index, module in enumerate(found):
         if "forward" in vars(module):
             raise ValueError(
@@ -82,7 +82,8 @@ def replaces_attention(forward: object) -> bool:
     return isinstance(forward, functools.partial) and forward.func in _FORWARDS.values()
 
 
-def _computes_itself(module: nn.Module) -> bool:
+def computes_itself(module: nn.Module) -> bool:
+    """Whether an attention module asks for no attention function."""
     # What a module asks for a function has this name in every version.
     names = vars(sys.modules[type(module).__module__])
     return type(module).__name__ in _FORWARDS and "ALL_ATTENTION_FUNCTIONS" not in names
