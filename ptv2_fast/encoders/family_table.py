@@ -11,8 +11,10 @@ import torch
 import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
+from ptv2_fast.encoders.blocks import Heads
 from ptv2_fast.encoders.families import FAMILIES
 from ptv2_fast.encoders.family import Family
+from ptv2_fast.encoders.frozen_backbone import static_fallback_reason
 
 # Head -> the mappings of transformers that have its classes. An encoder with a decoder stands in
 # the last one too, as a whole.
@@ -74,7 +76,7 @@ def _row(model_type: str, family: Family) -> FamilyRow:
     config = CONFIG_MAPPING[model_type]() if model_type in CONFIG_MAPPING else None
     return FamilyRow(
         model_type,
-        "frozen, hook" if family.describe_block else "hook",
+        "frozen, hook" if _has_frozen_blocks(family, config) else "hook",
         _UNKNOWN if config is None else ", ".join(heads_of(config)),
         _offsets(family),
         ", ".join(_attention(family, config)),
@@ -97,6 +99,20 @@ def is_encoder(model_class: Any, config: PretrainedConfig) -> bool:
         return True
     with torch.device("meta"):  # a copy, into which some classes write
         return not hasattr(model_class(copy.deepcopy(config)).base_model, "decoder")
+
+
+def _has_frozen_blocks(family: Family, config: Any) -> bool:
+    """As attach finds it in a model of the installed transformers, where that has one."""
+    if config is None or family.describe_block is None:
+        return family.describe_block is not None
+    heads, config = Heads(*family.key_shape(config)), copy.deepcopy(config)
+    config.num_hidden_layers = 1
+    config.vocab_size = config.vocab_size or 8  # ESM's names none
+    mappings: Any = _CLASSES["bare"]
+    mapping = next(mapping for mapping in mappings if type(config) in mapping)
+    with torch.device("meta"):
+        layers = family.layer_modules(mapping[type(config)](config).base_model)
+    return static_fallback_reason(layers, family, heads) is None
 
 
 def _offsets(family: Family) -> str:

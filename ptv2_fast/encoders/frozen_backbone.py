@@ -113,7 +113,7 @@ class FrozenBackbone:
         self._forwards: list[FrozenLayerForward] = []
         self.is_possible = config.backbone != "hook"
         if self.is_possible:
-            reason = self._static_fallback_reason()
+            reason = static_fallback_reason(self.modules, family, heads)
             if reason is None and trains_layers:
                 reason = "modules_to_save trains parameters of the layers"
             if reason is not None:
@@ -204,25 +204,6 @@ class FrozenBackbone:
             first_token_only=first_token_only and not shows_layers and not is_causal,
         )
 
-    def _static_fallback_reason(self) -> str | None:
-        describe = self.family.describe_block
-        if describe is None:
-            return "the layers of this family are not served"
-        for index, layer in enumerate(self.modules):
-            if "forward" in layer.__dict__:
-                return f"layer {index}: its forward was replaced by something else"
-            try:
-                modules = describe(layer, self.heads)
-                reason = _why_not(modules)
-                if modules.spec.rotary and "position_embeddings" not in _arguments(layer):
-                    reason = "this version of transformers rotates inside of its attention"
-            except NotServedError as error:
-                reason = str(error)
-            reason = reason or _who_listens(_modules_inside(layer))
-            if reason is not None:
-                return f"layer {index}: {reason}"
-        return None
-
     def _dynamic_fallback_reason(self) -> str | None:
         for index, forward in enumerate(self._forwards):
             try:
@@ -247,6 +228,35 @@ class FrozenBackbone:
         if reason not in self._warned:
             self._warned.add(reason)
             warnings.warn(f"the backbone runs without frozen blocks: {reason}", stacklevel=3)
+
+
+def static_fallback_reason(layers: list[nn.Module], family: Family, heads: Heads) -> str | None:
+    """Why the layers of a model are no frozen blocks; None when they are.
+
+    Args:
+        layers: each once.
+        family: of the model.
+        heads: of its attention's keys and values.
+    """
+    describe = family.describe_block
+    if describe is None:
+        return "the layers of this family are not served"
+    for index, layer in enumerate(layers):
+        if "forward" in layer.__dict__:
+            return f"layer {index}: its forward was replaced by something else"
+        try:
+            modules = describe(layer, heads)
+            reason = _why_not(modules)
+            if modules.spec.rotary and "position_embeddings" not in _arguments(layer):
+                reason = "this version of transformers rotates inside of its attention"
+        except NotServedError as error:
+            reason = str(error)
+        except AttributeError as error:  # of another version of transformers
+            reason = f"expected the modules of its family, got a layer where {error}"
+        reason = reason or _who_listens(_modules_inside(layer))
+        if reason is not None:
+            return f"layer {index}: {reason}"
+    return None
 
 
 def _arguments(layer: nn.Module) -> tuple[str, ...]:
