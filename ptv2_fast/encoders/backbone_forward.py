@@ -105,7 +105,9 @@ class BackboneForward:
                 f"{_describe_missed(missed, self.backbone)} (was the model's attention "
                 "implementation changed after attach?)"
             )
-        if state.run is None and self.attachment.hides_pads:
+        # Of zeros, a norm behind the last frozen block makes its bias.
+        has_last_norm = state.run is not None and state.blocks[-1].modules.spec.pre_norm
+        if has_last_norm or (state.run is None and self.attachment.hides_pads):
             return clear_pads(output, arguments.get("attention_mask"))
         return output
 
