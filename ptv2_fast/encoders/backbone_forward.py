@@ -105,9 +105,12 @@ class BackboneForward:
                 f"{_describe_missed(missed, self.backbone)} (was the model's attention "
                 "implementation changed after attach?)"
             )
-        # Of zeros, a norm behind the last frozen block makes its bias.
-        has_last_norm = state.run is not None and state.blocks[-1].modules.spec.pre_norm
-        if has_last_norm or (state.run is None and self.attachment.hides_pads):
+        needs_zeros = self.attachment.hides_pads
+        if state.run is not None:
+            # Of zeros, a norm behind the last block makes its bias.
+            has_pads = state.run.layout.index is not None
+            needs_zeros = has_pads and state.blocks[-1].modules.spec.pre_norm
+        if needs_zeros:
             return clear_pads(output, arguments.get("attention_mask"))
         return output
 

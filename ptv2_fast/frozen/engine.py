@@ -176,6 +176,8 @@ class FrozenRun:
         if index < self.lowest:
             return "none"
         if self._policies is None:
+            # Pre-norm blocks with padded results normalise their own input.
+            hands_up = not (self.unpack_each and modules.spec.pre_norm)
             self._policies = choose_policies(
                 self.memory_budget,
                 hidden.shape[0],
@@ -184,9 +186,9 @@ class FrozenRun:
                 self.lowest,
                 chunk=_chunk(hidden),
                 around=Surroundings(
-                    has_previous=not (self.unpack_each and modules.spec.pre_norm),
+                    has_previous=hands_up,
                     has_separate_input=modules.spec.pre_norm,
-                    has_next_norm=not (self.unpack_each and modules.spec.pre_norm),
+                    has_next_norm=hands_up,
                 ),
             )
         return self._policies[index - self.lowest]
