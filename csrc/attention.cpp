@@ -15,7 +15,7 @@ struct Options {
   int64_t window;
   std::optional<Tensor> prefix_index, prefix_lengths, cu_seqlens;
   int64_t max_seqlen;
-  std::optional<Tensor> bias;
+  std::optional<Tensor> bias, position_key, position_query, position_slots;
 };
 
 // Batch, queries and tokens of a padded or a packed call. Rows behind the last packed sequence are
@@ -117,6 +117,7 @@ void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, cons
       integers("context_lengths", options.context_lengths, problem.batch, 0, problem.tokens);
   problem.window = options.window;
   fill_bias(problem, options);
+  STD_TORCH_CHECK(!options.position_slots.has_value(), "position_slots: expected None");
   problem.scale = static_cast<float>(options.scale);
   problem.attention_dropout = dropout_of(options.dropout_p, options.seed);
   problem.prefix_dropout = dropout_of(options.prefix_dropout_p, options.seed);
@@ -139,10 +140,17 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(
     std::optional<Tensor> key_mask, std::optional<Tensor> seed, double scale, double dropout_p,
     double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window,
     std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
-    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias) {
-  const Options options{key_mask,        seed,   scale,        dropout_p,      prefix_dropout_p,
-                        context_lengths, window, prefix_index, prefix_lengths, cu_seqlens,
-                        max_seqlen,      bias};
+    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
+    std::optional<Tensor> position_key, std::optional<Tensor> position_query,
+    std::optional<Tensor> position_slots) {
+  const Options options{key_mask,         seed,
+                        scale,            dropout_p,
+                        prefix_dropout_p, context_lengths,
+                        window,           prefix_index,
+                        prefix_lengths,   cu_seqlens,
+                        max_seqlen,       bias,
+                        position_key,     position_query,
+                        position_slots};
   ForwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, options);
   Tensor out = empty_tokens(query, problem.heads);
@@ -162,10 +170,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     bool needs_prefix, bool joint, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
     double scale, double dropout_p, double prefix_dropout_p, std::optional<Tensor> context_lengths,
     int64_t window, std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
-    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias) {
-  const Options options{key_mask,        seed,   scale,        dropout_p,      prefix_dropout_p,
-                        context_lengths, window, prefix_index, prefix_lengths, cu_seqlens,
-                        max_seqlen,      bias};
+    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
+    std::optional<Tensor> position_key, std::optional<Tensor> position_query,
+    std::optional<Tensor> position_slots) {
+  const Options options{key_mask,         seed,
+                        scale,            dropout_p,
+                        prefix_dropout_p, context_lengths,
+                        window,           prefix_index,
+                        prefix_lengths,   cu_seqlens,
+                        max_seqlen,       bias,
+                        position_key,     position_query,
+                        position_slots};
   BackwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, options);
   const int64_t heads = problem.heads, kv_heads = problem.kv_heads();

@@ -16,7 +16,9 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(
     std::optional<Tensor> key_mask, std::optional<Tensor> seed, double scale, double dropout_p,
     double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window,
     std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
-    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias);
+    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
+    std::optional<Tensor> position_key, std::optional<Tensor> position_query,
+    std::optional<Tensor> position_slots);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
@@ -24,6 +26,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     bool needs_prefix, bool joint, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
     double scale, double dropout_p, double prefix_dropout_p, std::optional<Tensor> context_lengths,
     int64_t window, std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
-    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias);
+    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
+    std::optional<Tensor> position_key, std::optional<Tensor> position_query,
+    std::optional<Tensor> position_slots);
 
 }  // namespace ptv2

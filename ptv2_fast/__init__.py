@@ -17,7 +17,11 @@ if TYPE_CHECKING:
         get_nb_trainable_parameters,
         print_trainable_parameters,
     )
-    from ptv2_fast.ops import prefix_attention, prefix_attention_with_lse
+    from ptv2_fast.ops import (
+        disentangled_prefix_attention,
+        prefix_attention,
+        prefix_attention_with_lse,
+    )
     from ptv2_fast.ops.backends import backends
     from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
     from ptv2_fast.training.opening import load
@@ -32,6 +36,7 @@ _LAZY = {
     "backends": "ptv2_fast.ops",
     "detach": "ptv2_fast.encoders",
     "disabled": "ptv2_fast.encoders",
+    "disentangled_prefix_attention": "ptv2_fast.ops",
     "get_nb_trainable_parameters": "ptv2_fast.encoders",
     "load": "ptv2_fast.training.opening",
     "load_adapter": "ptv2_fast.adapters",
@@ -48,6 +53,7 @@ __all__ = [
     "backends",
     "detach",
     "disabled",
+    "disentangled_prefix_attention",
     "get_nb_trainable_parameters",
     "load",
     "load_adapter",

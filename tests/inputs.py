@@ -8,10 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ptv2_fast.ops.attention import Positions
+from ptv2_fast.ops.disentangled import position_slots
 from ptv2_fast.ops.options import Options
 
 ROWS = ("causal", "context", "window", "both")  # what rows see, beside the mask
 BIASES = ("none", "shared", "holes")  # shared by the batch; or its own, in fp32, hiding columns
+POSITIONS = ("both", "c2p", "p2c")  # of disentangled attention
 MASKS = ("none", "right padding", "random", "single token", "empty rows")
 
 
@@ -54,11 +57,25 @@ class Inputs:
     bias: Tensor | None = None  # [1|B, H, T, S]
     cu_seqlens: Tensor | None = None  # int32 [B + 1]: query, key, value, grad_out are packed
     max_seqlen: int | None = None
+    position_key: Tensor | None = None  # [H, slots, D]
+    position_query: Tensor | None = None
+    position_slots: Tensor | None = None  # int32 [2 M - 1]
     padded: Inputs | None = None  # of packed inputs: the same call in the padded layout
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         return self.query, self.key, self.value, self.prefix_key, self.prefix_value
+
+    @property
+    def positions(self) -> Positions | None:
+        if self.position_slots is None:
+            return None
+        return Positions(self.position_key, self.position_query, self.position_slots)
+
+    @property
+    def scale(self) -> float:
+        terms = 1 + (self.position_key is not None) + (self.position_query is not None)
+        return (self.query.shape[-1] * terms) ** -0.5
 
     @property
     def options(self) -> dict[str, object]:
@@ -73,9 +90,10 @@ class Inputs:
         """The options of the raw operators, whose prefixes have four dimensions."""
         window = -1 if self.window is None else self.window
         return Options(
-            self.key_mask, self.seed, self.query.shape[-1] ** -0.5, p, prefix_p,
+            self.key_mask, self.seed, self.scale, p, prefix_p,
             self.context_lengths, window, self.prefix_index, self.prefix_lengths,
             self.cu_seqlens, self.max_seqlen or 0, self.bias,
+            self.position_key, self.position_query, self.position_slots,
         )  # fmt: skip
 
     @property
@@ -126,12 +144,13 @@ def make_inputs(
     bank: int = 0,
     bias: str = "none",
     packed: bool = False,
+    positions: str = "none",
 ) -> Inputs:
     """Inputs with HF's transposed strides, or "sliced" ones that are views into a larger buffer.
 
     `rows`: "all" tokens are seen by every row, or one of ROWS. `lse`: with a gradient of lse.
     `bank`: rows of a prefix bank of unequal lengths, 0 = one shared prefix. `bias`: one of BIASES.
-    `packed`: the packed layout of right-padded sequences.
+    `packed`: the packed layout of right-padded sequences. `positions`: one of POSITIONS.
     """
     if packed:
         mask = "right padding"
@@ -177,6 +196,7 @@ def make_inputs(
     made = Inputs(
         query, key, value, *prefix, key_mask, dropout_seed, grad_out, context_lengths, window,
         grad_lse, prefix_index, prefix_lengths, _bias(bias, shape, dtype, generator),
+        **_positions(positions, shape, dtype, generator),
     )  # fmt: skip
     return packed_inputs(made, device, strides) if packed else _to(made, device)
 
@@ -190,6 +210,24 @@ def _bias(kind: str, shape: Shape, dtype: torch.dtype, generator: torch.Generato
         bias = bias.float()
         bias[torch.rand(bias.shape, generator=generator) < 0.1] = float("-inf")
     return bias
+
+
+def _positions(
+    kind: str, shape: Shape, dtype: torch.dtype, generator: torch.Generator
+) -> dict[str, Tensor]:
+    """Distances that clamp; with one table, logarithmic buckets and a longer list of slots."""
+    if kind == "none":
+        return {}
+    span = max(2, shape.tokens // 3)
+    table = (shape.heads, 2 * span, shape.head_dim)
+    of_key, of_query = (_values(table, dtype, generator) for _ in range(2))
+    if kind == "both":
+        slots = position_slots(max(1, shape.tokens), span)
+    else:
+        slots = position_slots(shape.tokens + 3, span, span, max_position=max(span, shape.tokens))
+    made = {"position_key": of_key, "position_query": of_query, "position_slots": slots}
+    made.pop({"c2p": "position_query", "p2c": "position_key"}.get(kind, ""), None)
+    return made
 
 
 def packed_inputs(padded: Inputs, device: str, strides: str = "hf") -> Inputs:

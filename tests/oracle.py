@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ptv2_fast.ops import dropout
-from ptv2_fast.ops.attention import prefix_attention_with_lse
+from ptv2_fast.ops.attention import attend, prefix_attention_with_lse
 from ptv2_fast.ops.reference import reference_attention
 from tests.closeness import rounding_unit
 from tests.inputs import Inputs
@@ -99,8 +99,14 @@ def _group(inputs: Inputs) -> int:
 
 def _scores(inputs: Inputs, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
     """Scores with hidden columns at the least finite value, and which columns are visible."""
-    scores = query @ keys.transpose(-1, -2) * query.shape[-1] ** -0.5
+    scores = query @ keys.transpose(-1, -2)
     prefix_length = inputs.prefix_key.shape[-2]
+    if inputs.positions is not None:
+        of_tokens = scores[..., prefix_length:] + _by_distance(
+            inputs, query, keys[:, :, prefix_length:]
+        )
+        scores = torch.cat((scores[..., :prefix_length], of_tokens), -1)
+    scores = scores * inputs.scale
     if inputs.bias is not None:
         bias = _finite_bias(inputs).to(scores.dtype)
         scores = torch.cat((scores[..., :prefix_length], scores[..., prefix_length:] + bias), -1)
@@ -122,6 +128,29 @@ def _scores(inputs: Inputs, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor
         visible[..., prefix_length:] &= column >= row - inputs.window
         visible[..., prefix_length:] &= column <= row + inputs.window
     return scores.masked_fill(~visible, torch.finfo(scores.dtype).min), visible
+
+
+def _slots(inputs: Inputs) -> Tensor:
+    """[T, T]"""
+    positions = torch.arange(inputs.key.shape[2], device=inputs.key.device)
+    distances = positions[:, None] - positions
+    return inputs.position_slots.long()[distances + len(inputs.position_slots) // 2]
+
+
+def _by_distance(inputs: Inputs, query: Tensor, key: Tensor, absolute: bool = False) -> Tensor:
+    """The position terms of the scores of tokens, unscaled."""
+    slots, total = _slots(inputs), 0.0
+    for table, rows, of_columns in (
+        (inputs.position_key, query, False),
+        (inputs.position_query, key, True),
+    ):
+        if table is not None:
+            table = table.to(rows.dtype)
+            products = rows @ (table.abs() if absolute else table).transpose(-1, -2)
+            index = slots.T if of_columns else slots
+            term = torch.take_along_dim(products, index[None, None], dim=-1)
+            total = total + (term.transpose(-1, -2) if of_columns else term)
+    return total
 
 
 def _finite_bias(inputs: Inputs) -> Tensor:
@@ -207,11 +236,15 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
     query, keys, values, grad_out = (
         x.abs() for x in (tensors[0], keys, values, inputs.grad_out.double())
     )
-    scale = query.shape[-1] ** -0.5
+    scale = inputs.scale
     out = (probabilities * multipliers) @ values
     scores = scale * (query @ keys.transpose(-1, -2))
+    of_tokens = slice(inputs.prefix_key.shape[-2], None)
+    if inputs.positions is not None:
+        by_distance = _by_distance(inputs, query, keys[:, :, of_tokens], absolute=True)
+        scores[..., of_tokens] += scale * by_distance
     if inputs.bias is not None:
-        scores[..., inputs.prefix_key.shape[-2] :] += _finite_bias(inputs).double().abs()
+        scores[..., of_tokens] += _finite_bias(inputs).double().abs()
     lse = (probabilities * scores).sum(dim=-1) + signed_lse.abs()
     probabilities = probabilities * (1 + lse_rounding)
     delta = (out * grad_out).sum(dim=-1, keepdim=True)
@@ -220,6 +253,17 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
     grad_scores = probabilities * (multipliers * (grad_out @ values.transpose(-1, -2)) + delta)
     grad_query = scale * grad_scores @ keys
     grad_keys = scale * grad_scores.transpose(-1, -2) @ query
+    if inputs.position_slots is not None:
+        # One column at a time: the sum over distances, with plus signs.
+        grad_tokens, slots = scale * grad_scores[..., of_tokens], _slots(inputs)
+        for row in range(slots.shape[0]):
+            if inputs.position_key is not None:
+                table = inputs.position_key.double().abs()[:, slots[row]]  # [H, T, D]
+                grad_query[:, :, row] += (grad_tokens[:, :, row, None] @ table)[:, :, 0]
+            if inputs.position_query is not None:
+                table = inputs.position_query.double().abs()[:, slots[:, row]]
+                by_row = grad_tokens[..., row][:, :, None] @ table
+                grad_keys[:, :, of_tokens.start + row] += by_row[:, :, 0]
     grad_values = (probabilities * multipliers).transpose(-1, -2) @ grad_out
     grad_keys, grad_values = (
         gradient.unflatten(1, (-1, _group(inputs))).sum(dim=2)
@@ -252,9 +296,12 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
 def run_backend(inputs: Inputs, backend: str, p: float, prefix_p: float) -> Results:
     """Forward and the five gradients through the public operator."""
 
-    def attention(*tensors: Tensor) -> Tensor:
-        return prefix_attention_with_lse(
-            *tensors, **inputs.options, dropout_p=p, prefix_dropout_p=prefix_p, backend=backend
+    def attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
+        options = {**inputs.options, "dropout_p": p, "prefix_dropout_p": prefix_p}
+        if inputs.positions is None:
+            return prefix_attention_with_lse(*tensors, **options, backend=backend)
+        return attend(
+            tensors, True, False, backend, scale=inputs.scale, **options, positions=inputs.positions
         )
 
     return _with_gradients(attention, inputs, inputs.query.dtype)

@@ -89,8 +89,13 @@ def describe_call(
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int = 0,
     bias: Tensor | None = None,  # [1|B, H, T, S]
+    position_key: Tensor | None = None,
+    position_query: Tensor | None = None,
+    position_slots: Tensor | None = None,
 ) -> Call:
     """The options of the raw operators, from key_mask on, in the form the kernels take."""
+    if position_slots is not None:
+        raise ValueError("position_slots: expected None with backend='triton', got a tensor")
     heads, kv_heads = query.shape[1], key.shape[1]
     bias_strides: tuple[int, ...] = (0, 0, 0)
     if bias is not None:

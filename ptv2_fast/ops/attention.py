@@ -1,15 +1,24 @@
 """The public operator: validation, autograd and the choice of a backend."""
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ptv2_fast.ops.options import Options
-from ptv2_fast.ops.registration import BACKENDS, CPP_IMPORT_ERROR, HAS_TRITON, KERNEL_DTYPES
+from ptv2_fast.ops.registration import (
+    BACKENDS,
+    CPP_IMPORT_ERROR,
+    HAS_TRITON,
+    KERNEL_DTYPES,
+    POSITION_BACKENDS,
+)
 from ptv2_fast.ops.validation import (
     argument_error,
     shown,
     validate_options,
+    validate_positions,
     validate_tensors,
     validate_values,
     values_are_known,
@@ -63,14 +72,27 @@ class _PrefixAttention(torch.autograd.Function):
         return *wanted, *[None] * (len(options) + 2)
 
 
-def _resolve_suffix(backend: str | None, query: Tensor) -> str:
+class Positions(NamedTuple):
+    """What disentangled attention takes beside; `disentangled_prefix_attention` explains it."""
+
+    key: Tensor | None  # [H, slots, D]
+    query: Tensor | None
+    slots: Tensor  # int32 [2 M - 1]
+
+
+def _resolve_suffix(backend: str | None, query: Tensor, has_positions: bool) -> str:
     """The suffix of the raw operators that serve this call; "" lets the dispatcher choose."""
     device = query.device.type
     if backend is None:
         served = KERNEL_DTYPES.get(device)
+        by_device = "cpp" if device == "cpu" else "triton"
+        if served is not None and has_positions and by_device not in POSITION_BACKENDS:
+            return "_reference"
         return "" if served is None or query.dtype in served else "_reference"
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise argument_error("backend", f"None or one of {BACKENDS}", shown(backend))
+    if has_positions and backend not in POSITION_BACKENDS:
+        raise argument_error("backend", f"None or one of {POSITION_BACKENDS}", shown(backend))
     if backend == "cpp":
         if CPP_IMPORT_ERROR is not None:
             actual = f"'cpp' without it ({CPP_IMPORT_ERROR})"
@@ -153,7 +175,7 @@ def prefix_attention(
     Raises:
         ValueError: naming the argument, what was expected and what was given.
     """
-    return _attend(
+    return attend(
         (query, key, value, prefix_key, prefix_value), False, check, backend,
         key_mask, cu_seqlens, max_seqlen, prefix_index, prefix_lengths, context_lengths, window,
         bias, scale, dropout_p, prefix_dropout_p, seed,
@@ -190,14 +212,14 @@ def prefix_attention_with_lse(
         out, and lse [B, H, T] (packed [N, H]) in float32 (float64 for float64 inputs): natural
         logarithm, dropout not applied, -inf for a row without a visible column.
     """
-    return _attend(
+    return attend(
         (query, key, value, prefix_key, prefix_value), True, check, backend,
         key_mask, cu_seqlens, max_seqlen, prefix_index, prefix_lengths, context_lengths, window,
         bias, scale, dropout_p, prefix_dropout_p, seed,
     )  # fmt: skip
 
 
-def _attend(
+def attend(
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
     lse_counts: bool,  # the gradient of lse is passed on
     check: bool,
@@ -214,24 +236,31 @@ def _attend(
     dropout_p: float,
     prefix_dropout_p: float,
     seed: Tensor | None,
+    positions: Positions | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """What all public functions do: checks, the choice of a backend, autograd; out and lse."""
     query, key, value, prefix_key, prefix_value = tensors
     sizes = validate_tensors(query, key, value, prefix_key, prefix_value, cu_seqlens, max_seqlen)
     validate_options(
         sizes, key_mask, prefix_index, prefix_lengths, context_lengths, window, bias,
         scale, dropout_p, prefix_dropout_p, seed,
     )  # fmt: skip
+    slots, slot_count = None, 0
+    if positions is not None:
+        slots, slot_count = positions.slots, validate_positions(sizes, key, *positions)
     if not isinstance(check, bool):
         raise argument_error("check", "a bool", shown(check))
     if window is not None:  # a wider one hides nothing, and kernels add it to positions
         window = min(window, _MAX_WINDOW)
     if (check or query.device.type == "cpu") and values_are_known(query):
-        validate_values(sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths)
+        validate_values(
+            sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths, slots, slot_count
+        )
     # A generous bound would cost memory and time. To a bias or context lengths it means something.
     is_bound_only = bias is None and context_lengths is None
     if max_seqlen is not None and is_bound_only and values_are_known(query):
         max_seqlen = min(max_seqlen, query.shape[0])
-    suffix = _resolve_suffix(backend, query)
+    suffix = _resolve_suffix(backend, query, positions is not None)
     if seed is None and (dropout_p > 0 or prefix_dropout_p > 0):
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
     options = Options(
@@ -247,6 +276,7 @@ def _attend(
         cu_seqlens,
         0 if max_seqlen is None else max_seqlen,
         bias,
+        *(() if positions is None else positions),
     )
     prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
     if prefix_key.dim() == 3:  # a bank of one row

@@ -7,7 +7,8 @@ from torch import Tensor
 SCHEMA = (
     "Tensor? key_mask, Tensor? seed, float scale, float dropout_p, float prefix_dropout_p, "
     "Tensor? context_lengths=None, int window=-1, Tensor? prefix_index=None, "
-    "Tensor? prefix_lengths=None, Tensor? cu_seqlens=None, SymInt max_seqlen=0, Tensor? bias=None"
+    "Tensor? prefix_lengths=None, Tensor? cu_seqlens=None, SymInt max_seqlen=0, Tensor? bias=None, "
+    "Tensor? position_key=None, Tensor? position_query=None, Tensor? position_slots=None"
 )
 
 
@@ -26,3 +27,9 @@ class Options(NamedTuple):
     cu_seqlens: Tensor | None = None  # int32 [B + 1]: the packed layout
     max_seqlen: int = 0
     bias: Tensor | None = None  # [1|B, H, T, S]
+    # Of DeBERTa, `disentangled_prefix_attention`: without slots there is neither table.
+    position_key: Tensor | None = None  # [H, slots, D], in the dtype of query
+    position_query: Tensor | None = None  # likewise
+    position_slots: Tensor | None = (
+        None  # int32 [2 M - 1], M >= T: the slot of i - j at i - j + M - 1
+    )

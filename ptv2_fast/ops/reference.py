@@ -8,6 +8,11 @@ Row i sees token column j when key_mask shows it, j < context_length or j <= i, 
 prefix_index[b] of a bank, up to prefix_lengths of that row.
 Query head h reads key/value head h // (H / H_kv). Packed sequences are what they are when padded.
 
+Disentangled attention (He et al., "DeBERTa", ICLR 2021, section 3.1) adds to the score of row i and
+token column j, before the scale, with s = position_slots[i - j]
+
+    query[i] . position_key[s] + key[j] . position_query[s]
+
 It runs in any floating dtype (float64 included), on any device, and is differentiable.
 """
 
@@ -114,6 +119,10 @@ def reference_gradients(
     grad_probabilities = multiplier * (grad_out @ values.transpose(-1, -2))
     grad_scores = options.scale * probabilities * (grad_probabilities - delta)
     grad_query = grad_scores @ keys
+    grad_query_by_slots, grad_key_by_slots = _position_gradients(
+        grad_scores[..., prefix_key.shape[2] :], options
+    )
+    grad_query = grad_query + grad_query_by_slots
     # Summed over the query heads that share a key/value head, [B, H_kv, P + S, D].
     group = _group(query, key)
     grad_keys = (grad_scores.transpose(-1, -2) @ query).unflatten(1, (-1, group)).sum(dim=2)
@@ -128,7 +137,7 @@ def reference_gradients(
 
     return (
         grad_query,
-        grad_keys[:, :, prefix_length:],
+        grad_keys[:, :, prefix_length:] + grad_key_by_slots,
         grad_values[:, :, prefix_length:],
         prefix_gradient(grad_keys, PREFIX_KEY_STREAM),
         prefix_gradient(grad_values, PREFIX_VALUE_STREAM),
@@ -203,8 +212,12 @@ def visible_tokens(
 
 
 def _scores(query: Tensor, keys: Tensor, tokens: int, options: Options) -> Tensor:
-    scores = options.scale * (query @ keys.transpose(-1, -2))  # [B, H, T, P + S]
+    scores = query @ keys.transpose(-1, -2)  # [B, H, T, P + S]
     prefix_length = scores.shape[-1] - tokens
+    if options.position_slots is not None:
+        of_tokens = _position_scores(query, keys[:, :, prefix_length:], options)
+        scores = scores + torch.nn.functional.pad(of_tokens, (prefix_length, 0))
+    scores = options.scale * scores
     if options.bias is not None:
         scores = scores + torch.nn.functional.pad(options.bias.to(scores.dtype), (prefix_length, 0))
     visible = visible_tokens(query.shape[2], tokens, options, query.device)
@@ -216,6 +229,44 @@ def _scores(query: Tensor, keys: Tensor, tokens: int, options: Options) -> Tenso
         shown = torch.nn.functional.pad(inside, (0, tokens), value=True)
         scores = scores.masked_fill(~shown[:, None, None], float("-inf"))
     return scores
+
+
+def _slots(tokens: int, options: Options) -> Tensor:
+    """The slot of row i and column j, int64 [T, T]."""
+    assert options.position_slots is not None
+    positions = torch.arange(tokens, device=options.position_slots.device)
+    distances = positions[:, None] - positions
+    return options.position_slots.long()[distances + (len(options.position_slots) - 1) // 2]
+
+
+def _position_scores(query: Tensor, key: Tensor, options: Options) -> Tensor:
+    """What the distance of two tokens adds to their unscaled scores, [B, H, T, T]."""
+    shape = (*query.shape[:-1], key.shape[2])
+    slots, scores = _slots(key.shape[2], options), query.new_zeros(shape)
+    if options.position_key is not None:
+        of_queries = query @ options.position_key.to(query.dtype).transpose(-1, -2)
+        scores = scores + of_queries.gather(-1, slots.expand(shape))
+    if options.position_query is not None:
+        of_keys = key @ options.position_query.to(query.dtype).transpose(-1, -2)
+        scores = scores + of_keys.gather(-1, slots.T.expand(shape)).transpose(-1, -2)
+    return scores
+
+
+def _position_gradients(
+    grad_scores: Tensor, options: Options
+) -> tuple[Tensor | float, Tensor | float]:
+    """What reaches queries and keys through the tables, from scaled [B, H, T, T]."""
+    gradients: list[Tensor | float] = []
+    for table, is_key in ((options.position_key, False), (options.position_query, True)):
+        if table is None:
+            gradients.append(0.0)
+            continue
+        slots = _slots(grad_scores.shape[-1], options)
+        of_rows = grad_scores.transpose(-1, -2) if is_key else grad_scores
+        slots = (slots.T if is_key else slots).expand(of_rows.shape)
+        sums = grad_scores.new_zeros(*of_rows.shape[:-1], table.shape[1])
+        gradients.append(sums.scatter_add(-1, slots, of_rows) @ table.to(sums.dtype))
+    return gradients[0], gradients[1]
 
 
 def _probability_multiplier(scores: Tensor, tokens: int, options: Options) -> Tensor:

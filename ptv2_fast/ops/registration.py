@@ -25,6 +25,8 @@ except ImportError as error:  # a pure-Python install: CPU is served by split an
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 BACKENDS = ("reference", "cpp", "triton", "split")
+# Those that serve disentangled attention.
+POSITION_BACKENDS: tuple[str, ...] = ("reference",)
 KERNEL_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),

@@ -27,7 +27,7 @@ def _refuse(options: Options, grad_lse: Tensor | None = None) -> None:
         if getattr(options, name) > 0:
             given = getattr(options, name)
             raise ValueError(f"{name}: expected 0.0 with backend='split', got {given}")
-    for name in ("context_lengths", "prefix_index", "cu_seqlens", "bias"):
+    for name in ("context_lengths", "prefix_index", "cu_seqlens", "bias", "position_slots"):
         if getattr(options, name) is not None:
             raise ValueError(f"{name}: expected None with backend='split', got a tensor")
     if options.window >= 0:

@@ -256,6 +256,45 @@ def _validate_bias(sizes: Sizes, bias: Tensor) -> None:
         raise argument_error("bias", "no requires_grad, as it gets no gradient", True)
 
 
+def validate_positions(
+    sizes: Sizes,
+    key: Tensor,
+    position_key: Tensor | None,
+    position_query: Tensor | None,
+    position_slots: Tensor,
+) -> int:
+    """Checks the tables of disentangled attention, of which one may be None; how many slots."""
+    tables = (("position_key", position_key), ("position_query", position_query))
+    if position_key is None and position_query is None:
+        raise argument_error("position_key, position_query", "at least one tensor", "None twice")
+    if key.shape[1] != sizes.heads:
+        raise argument_error("key", f"query's {sizes.heads} heads", key.shape[1])
+    slots = 0
+    for name, table in tables:
+        if table is None:
+            continue
+        check_is_tensor(name, table, "None or a tensor")
+        if table.dtype != sizes.dtype:
+            raise argument_error(name, f"query's dtype {sizes.dtype}", table.dtype)
+        if table.dim() != 3 or table.shape[1] == 0:
+            raise argument_error(name, "3 dimensions [H, slots >= 1, D]", list(table.shape))
+        slots = slots or table.shape[1]
+        _check_shape(name, table, "[H, slots, D]", (sizes.heads, slots, key.shape[-1]))
+        _check_operand(name, table, sizes.device)
+        if table.requires_grad:
+            raise argument_error(name, "no requires_grad, as it gets no gradient", True)
+    _check_square("position_slots", sizes)
+    check_is_tensor("position_slots", position_slots)
+    least = max(1, 2 * sizes.tokens - 1)
+    length = position_slots.shape[0] if position_slots.dim() == 1 else 0
+    if position_slots.dtype != torch.int32 or length % 2 == 0 or length < least:
+        expected = f"torch.int32 [2 M - 1] of odd length, at least {least}"
+        actual = f"{position_slots.dtype} {list(position_slots.shape)}"
+        raise argument_error("position_slots", expected, actual)
+    _check_operand("position_slots", position_slots, sizes.device)
+    return slots
+
+
 def values_are_known(tensor: Tensor) -> bool:
     """False while a graph is traced, and for fake tensors."""
     return not torch.compiler.is_compiling() and type(tensor).__name__ != "FakeTensor"
@@ -267,6 +306,8 @@ def validate_values(
     prefix_index: Tensor | None,
     prefix_lengths: Tensor | None,
     context_lengths: Tensor | None,
+    position_slots: Tensor | None = None,
+    slot_count: int = 0,
 ) -> None:
     """Checks what the integer tensors hold; on a GPU this waits for the device."""
     if cu_seqlens is not None:
@@ -283,6 +324,7 @@ def validate_values(
         ("prefix_index", prefix_index, (sizes.bank_rows or 0) - 1),
         ("prefix_lengths", prefix_lengths, sizes.prefix),
         ("context_lengths", context_lengths, sizes.tokens),
+        ("position_slots", position_slots, slot_count - 1),
     ):
         if tensor is not None:
             outside = [number for number in tensor.tolist() if not 0 <= number <= most]

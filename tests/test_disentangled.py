@@ -1,0 +1,104 @@
+"""DeBERTa's attention behind a prefix: every backend by the numerics rule, slots, bad arguments."""
+
+import pytest
+import torch
+
+from ptv2_fast import disentangled_prefix_attention
+from ptv2_fast.ops.disentangled import position_slots
+from ptv2_fast.ops.registration import POSITION_BACKENDS
+from tests.attention_checks import check
+from tests.inputs import MASKS, POSITIONS, Shape, make_inputs
+
+# batch, heads, queries, tokens, prefix, head_dim
+SHAPES = [
+    Shape(3, 2, 17, 17, 5, 64),
+    Shape(1, 1, 1, 1, 1, 8),
+    Shape(2, 2, 40, 40, 0, 32),
+    Shape(2, 2, 33, 33, 100, 80),
+    Shape(2, 2, 0, 0, 3, 16),
+]
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", POSITION_BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_backend_matches_oracle(positions, shape, dtype, backend):
+    mask = MASKS[SHAPES.index(shape) % len(MASKS)]
+    check([backend], shape, dtype, mask, 0.0, 0.0, positions=positions, lse=True)
+    options = {"positions": positions, "packed": True, "bank": 2 if shape.prefix else 0}
+    check([backend], shape, dtype, mask, 0.1, 0.2, **options)
+
+
+def test_the_scores_are_those_of_the_definition():
+    """Element by element, on two tokens and one column of a prefix."""
+    query, key, value = torch.randn(3, 1, 1, 2, 8, dtype=torch.float64).unbind()
+    prefix_key, prefix_value = torch.randn(2, 1, 1, 8, dtype=torch.float64).unbind()
+    of_key, of_query = torch.randn(2, 1, 3, 8, dtype=torch.float64).unbind()
+    slots = torch.tensor([2, 0, 1], dtype=torch.int32)  # of the distances -1, 0, 1
+    scores = torch.empty(2, 3, dtype=torch.float64)
+    for row in range(2):
+        scores[row, 0] = query[0, 0, row] @ prefix_key[0, 0]
+        for column in range(2):
+            slot = (0, 1, 2)[slots[row - column + 1]]
+            scores[row, 1 + column] = (
+                query[0, 0, row] @ key[0, 0, column]
+                + query[0, 0, row] @ of_key[0, slot]
+                + key[0, 0, column] @ of_query[0, slot]
+            )
+    expected = (scores / 24**0.5).softmax(dim=-1) @ torch.cat((prefix_value[0], value[0, 0]))
+    actual = disentangled_prefix_attention(
+        query, key, value, prefix_key, prefix_value, of_key, of_query, slots
+    )
+    torch.testing.assert_close(actual[0, 0], expected)
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 40, 600])
+@pytest.mark.parametrize(("buckets", "most"), [(0, 16), (0, 512), (8, 512), (256, 512)])
+def test_slots_are_those_of_transformers(buckets, most, tokens):
+    from transformers.models.deberta_v2.modeling_deberta_v2 import build_relative_position
+
+    span = buckets or most
+    text = torch.zeros(1, tokens, 1)
+    expected = build_relative_position(text, text, bucket_size=buckets, max_position=most)
+    expected = (expected.reshape(tokens, tokens) + span).clamp(0, 2 * span - 1)
+    rows = torch.arange(tokens)
+    slots = position_slots(tokens, span, buckets, max_position=most)
+    assert torch.equal(slots[rows[:, None] - rows + tokens - 1].long(), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"position_key": None, "position_query": None}, "at least one tensor"),
+        (
+            {"position_key": torch.zeros(2, 6, 8)},
+            r"\[H, slots, D\] = \[2, 6, 16\], got \[2, 6, 8\]",
+        ),
+        ({"position_query": torch.zeros(2, 5, 16)}, r"\[2, 6, 16\], got \[2, 5, 16\]"),
+        ({"position_key": torch.zeros(2, 6, 16).bfloat16()}, "query's dtype torch.float32"),
+        ({"position_key": torch.zeros(2, 6, 16, requires_grad=True)}, "no requires_grad"),
+        ({"position_slots": torch.zeros(13)}, "torch.int32"),
+        ({"position_slots": torch.zeros(12, dtype=torch.int32)}, "odd length, at least 17"),
+        ({"position_slots": torch.full((17,), 6, dtype=torch.int32)}, r"values in 0\.\.5"),
+        ({"backend": "split"}, "backend: expected None or one of"),
+    ],
+)
+def test_bad_arguments_are_named(change, message):
+    inputs = make_inputs(Shape(1, 2, 9, 9, 3, 16), torch.float32, positions="both")
+    names = (
+        "query", "key", "value", "prefix_key", "prefix_value",
+        "position_key", "position_query", "position_slots",
+    )  # fmt: skip
+    arguments = {name: getattr(inputs, name) for name in names} | change
+    with pytest.raises(ValueError, match=message):
+        disentangled_prefix_attention(**arguments)
+
+
+def test_grouped_heads_are_refused():
+    inputs = make_inputs(Shape(1, 2, 9, 9, 3, 16), torch.float32, positions="both")
+    query, key, value, *prefix = inputs.tensors
+    prefix = (each[:1] for each in prefix)
+    with pytest.raises(ValueError, match="key: expected query's 2 heads, got 1"):
+        disentangled_prefix_attention(query, key[:, :1], value[:, :1], *prefix, *inputs.positions)
