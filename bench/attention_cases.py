@@ -3,7 +3,8 @@
 density            share of token columns that are no padding; 1.0 is measured without a mask
 best torch path    the fastest of those that concatenate; the others stand on their own
 speed-up over ...  their median time divided by ours in the same layout, padded or packed
-useful             flop rate of ours over visible columns: 2 products forward, 4 more backward
+useful             flop rate of ours over visible columns: 2 products forward, 4 more backward;
+                   those with the tables of positions are not counted
 executed           the same with the recomputed scores: 5 products backward (Triton: 7)
 GEMM               flop rate of the matrix product, same dtype
 share of GEMM      executed / GEMM
@@ -20,7 +21,8 @@ from bench import roofline
 from bench.attention_providers import CONCATENATING, LIKE, OURS, ways_of
 from bench.cases import spread_lengths
 from bench.measure import Timing
-from bench.shapes import AttentionShape
+from bench.shapes import MOST_DISTANT, POSITION_BUCKETS, AttentionShape
+from ptv2_fast.ops.disentangled import position_slots
 from tests.attention_checks import check_inputs
 from tests.inputs import Inputs, make_inputs, packed_inputs
 
@@ -66,7 +68,18 @@ def inputs_of(case: Case) -> Inputs:
 def _made(shape: AttentionShape, dtype: torch.dtype, **options: object) -> Inputs:
     """`options`: of make_inputs."""
     bias = "shared" if shape.has_bias else "none"
-    return replace(make_inputs(shape, dtype, bias=bias, **options), window=shape.window)
+    made = replace(make_inputs(shape, dtype, bias=bias, **options), window=shape.window)
+    if not shape.has_positions:
+        return made
+    generator = torch.Generator().manual_seed(0)
+    size = (shape.heads, 2 * POSITION_BUCKETS, shape.head_dim)
+    of_key, of_query = (torch.randn(size, generator=generator).to(dtype) for _ in range(2))
+    slots = position_slots(
+        shape.tokens, POSITION_BUCKETS, POSITION_BUCKETS, max_position=MOST_DISTANT
+    )
+    tables = {"position_key": of_key, "position_query": of_query, "position_slots": slots}
+    on_device = {name: tensor.to(made.query.device) for name, tensor in tables.items()}
+    return replace(made, **on_device)
 
 
 def check_numerics(case: Case, backend: str) -> None:

@@ -5,6 +5,7 @@ all packed [N, H, D]. Those that concatenate per sequence expand the prefix to t
 PEFT does; masks and index tensors are made beforehand.
 """
 
+import functools
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ptv2_fast import prefix_attention
+from ptv2_fast import disentangled_prefix_attention, prefix_attention
 from tests.inputs import Inputs
 
 OURS, OURS_PACKED = "ptv2-fast", "ptv2-fast packed"
@@ -65,14 +66,19 @@ def providers(packed: Inputs, dropout_p: float, backend: str | None = None) -> d
     padded = packed.padded
     on_gpu = packed.query.device.type == "cuda"
     scores = {"window": packed.window, "bias": packed.bias}
-    options = {"dropout_p": dropout_p, "backend": backend, **scores}
+    options = {"dropout_p": dropout_p, "backend": backend}
+    attention: Way = functools.partial(prefix_attention, **scores)
+    if packed.positions is not None:
+        names = ("position_key", "position_query", "position_slots")
+        tables = dict(zip(names, packed.positions, strict=True))
+        attention = functools.partial(disentangled_prefix_attention, **tables)
 
     def ours(*tensors: Tensor) -> Tensor:
-        return prefix_attention(*tensors, key_mask=padded.key_mask, **options)
+        return attention(*tensors, key_mask=padded.key_mask, **options)
 
     def ours_packed(*tensors: Tensor) -> Tensor:
         lengths = {"cu_seqlens": packed.cu_seqlens, "max_seqlen": packed.max_seqlen}
-        return prefix_attention(*tensors, **lengths, **options)
+        return attention(*tensors, **lengths, **options)
 
     def split(*tensors: Tensor) -> Tensor:
         return prefix_attention(*tensors, key_mask=padded.key_mask, backend="split", **scores)
@@ -83,6 +89,8 @@ def providers(packed: Inputs, dropout_p: float, backend: str | None = None) -> d
         "concat+sdpa": _concat_sdpa(padded, dropout_p),
         "concat+eager": _concat_eager(padded, dropout_p),
     }
+    if packed.positions is not None:
+        return found
     if on_gpu:
         has_mask = any(x is not None for x in (padded.key_mask, padded.window, padded.bias))
         for name, kernel in SDPA_KERNELS.items():
@@ -145,12 +153,39 @@ def _concatenate(prefix: Tensor, tokens: Tensor) -> Tensor:
 def _concat_sdpa(inputs: Inputs, dropout_p: float) -> Way:
     """With a mask of booleans where there is no bias."""
     mask = _visible_columns(inputs) if inputs.bias is None else _added_scores(inputs)
+    by_distance = _position_scores(inputs)
 
     def concat_sdpa(query, key, value, prefix_key, prefix_value):
         keys, values = _concatenate(prefix_key, key), _concatenate(prefix_value, value)
-        return F.scaled_dot_product_attention(query, keys, values, mask, dropout_p)
+        added = mask
+        if by_distance is not None:
+            added = by_distance(query, key) * inputs.scale
+            if mask is not None:
+                added = added.masked_fill(~mask, float("-inf"))
+        return F.scaled_dot_product_attention(
+            query, keys, values, added, dropout_p, scale=inputs.scale
+        )
 
     return concat_sdpa
+
+
+def _position_scores(inputs: Inputs) -> Callable[[Tensor, Tensor], Tensor] | None:
+    """What DeBERTa adds to unscaled scores, of query and key: [B, H, T, P + S]; None without."""
+    if inputs.positions is None:
+        return None
+    tables, row = inputs.positions, torch.arange(inputs.query.shape[2])
+    slots = tables.slots.long()[
+        (row[:, None] - row + len(tables.slots) // 2).to(tables.slots.device)
+    ]
+    shape = (*inputs.query.shape[:2], *slots.shape)
+    prefix_length = inputs.prefix_key.shape[1]
+
+    def by_distance(query: Tensor, key: Tensor) -> Tensor:
+        of_queries = torch.matmul(query, tables.key.transpose(1, 2)).gather(-1, slots.expand(shape))
+        of_keys = torch.matmul(key, tables.query.transpose(1, 2)).gather(-1, slots.T.expand(shape))
+        return F.pad(of_queries + of_keys.transpose(2, 3), (prefix_length, 0))
+
+    return by_distance
 
 
 def _with_kernel(kernel: SDPBackend, attention: Way) -> Way:
@@ -162,13 +197,15 @@ def _with_kernel(kernel: SDPBackend, attention: Way) -> Way:
 
 
 def _concat_eager(inputs: Inputs, dropout_p: float) -> Way:
-    """Transformers' eager attention."""
-    scale = inputs.query.shape[-1] ** -0.5
+    """Transformers' eager attention, for DeBERTa its own."""
+    by_distance = _position_scores(inputs)
     additive = _added_scores(inputs, torch.finfo(inputs.query.dtype).min)
 
     def concat_eager(query, key, value, prefix_key, prefix_value):
         keys, values = _concatenate(prefix_key, key), _concatenate(prefix_value, value)
-        scores = torch.matmul(query, keys.transpose(2, 3)) * scale
+        scores = torch.matmul(query, keys.transpose(2, 3)) * inputs.scale
+        if by_distance is not None:
+            scores = scores + by_distance(query, key) * inputs.scale
         if additive is not None:
             scores = scores + additive
         probabilities = F.dropout(scores.softmax(dim=-1), dropout_p)
