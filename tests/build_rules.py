@@ -14,6 +14,7 @@ HELPERS = ("delta", "sum_partials")  # kernels without matrix products
 # The targets that the limits on spills are promised for.
 SPILL_TARGETS = ("sm_80", "sm_90", "sm_100")
 ELEMENTWISE_WARPS = 24  # resident on a multiprocessor, at least
+BITS = ("fusable", "sum_orders")  # what must not change a bit, of no interest in a table
 METRICS = ("instructions_per_mma", "masked_instructions_per_mma")
 _KEY = ("target", "dtype", "head_dim", "layout", "dropout", "prefix_dropout", "kernel")
 
@@ -34,6 +35,7 @@ def faults(row: dict) -> list[str]:
         found.append("shared memory over the limit")
     if row["blocks_per_processor"] < 1:
         found.append("no block fits on a multiprocessor")
+    found += unstable_bits(row)
     if row["kernel"] in HELPERS:
         return found
     # Given a live set far over the limit, ptxas for sm_80 gives 32 registers and spills the rest.
@@ -51,12 +53,22 @@ def faults(row: dict) -> list[str]:
     return found
 
 
+def unstable_bits(row: dict) -> list[str]:
+    """What is left to the compiler and would change from element to element, or with a stride."""
+    found = []
+    if row["fusable"]:
+        found.append(f"{row['fusable']} products and sums that ptxas may fuse")
+    if row["kernel"] == "delta" and row["sum_orders"]:
+        found.append(f"sums in the order of a layout, {row['sum_orders']}")
+    return found
+
+
 def elementwise_faults(row: dict) -> list[str]:
     """What is wrong with one row of `tests.triton_builds --columns`: memory bounds these kernels.
 
     Their loads must be wide, and enough warps resident to have many of them under way.
     """
-    found = []
+    found = unstable_bits(row)
     if row["spill_bytes"]:
         found.append(f"{row['spill_bytes']} bytes spilled")
     if row["wide_loads"] == 0:

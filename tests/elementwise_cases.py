@@ -183,10 +183,16 @@ def calls_of(case: Case, activations: tuple[str, ...] = ACTIVATIONS) -> list[tup
     ]
 
 
-def run_all(backend: str, case: Case, activations: tuple[str, ...] = ACTIVATIONS) -> list[Tensor]:
+def results_of(backend: str, name: str, arguments: tuple) -> tuple[Tensor, ...]:
+    """Of one operator."""
+    result = operator(backend, name)(*arguments)
+    return (result,) if isinstance(result, Tensor) else tuple(result)
+
+
+def run_all(backend: str, case: Case) -> list[Tensor]:
     """The results of `calls_of`."""
-    results: list[Tensor] = []
-    for name, arguments in calls_of(case, activations):
-        result = operator(backend, name)(*arguments)
-        results += [result] if isinstance(result, Tensor) else result
-    return results
+    return [
+        result
+        for name, arguments in calls_of(case)
+        for result in results_of(backend, name, arguments)
+    ]

@@ -53,6 +53,8 @@ class MachineCode:
     limited_by: str
     matrix_instructions: int
     wide_loads: int  # of 16 bytes, or by the tensor memory accelerator
+    fusable: int  # products and sums that ptxas may fuse as it likes
+    sum_orders: tuple[str, ...]  # what the order of sums of floats follows from
     # None: not read on this target, or no matrix loop.
     loops: int | None = None  # innermost ones with matrix work
     loop_instructions: int | None = None  # the hottest loop
@@ -79,6 +81,15 @@ def _parse(text: str, label: str, instruction: str) -> Code:
         elif found := re.match(instruction, line):
             code.instructions.append(found.group(1))
     return code
+
+
+def sum_orders(ttgir: str) -> tuple[str, ...]:
+    """The operands of matrix products that lie in registers, and the layouts that are reduced."""
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    found = set(re.findall(r"kWidth = \d+", ttgir))
+    for reduced in re.findall(r"\}\) : \((tensor<[\dx]+xf32, [^>]*>)\) ->", ttgir):
+        found.add(re.sub(r"#\w+", lambda name: layouts.get(name[0], name[0]), reduced))
+    return tuple(sorted(found))
 
 
 def count(instructions: list[str], pattern: str) -> int:
@@ -230,6 +241,10 @@ def read(compiled: CompiledKernel, target: str, padding_share: float = 1.0) -> M
         limited_by=limited_by,
         matrix_instructions=count(code.instructions, MATRIX),
         wide_loads=count(code.instructions, WIDE_LOAD),
+        fusable=len(
+            re.findall(r"\b(?:mul|add|sub)\.(?:ftz\.)?f32(?:x2)?\b", compiled.asm.get("ptx", ""))
+        ),
+        sum_orders=sum_orders(compiled.asm["ttgir"]),
         # tcgen05 instructions do not say how large they are.
         **({} if target == "sm_100" else _loop_metrics(code, padding_share)),
     )

@@ -57,8 +57,16 @@ def test_other_targets_are_sound():
     assert_sound(build(["sm_100", "gfx942"], "--dropout", "0.1"))
 
 
-def test_packed_banks_are_sound():
-    assert_sound(build(["sm_80"], "--layouts", "packed"))
+def test_packed_banks_are_sound_and_sum_as_padded_ones(common_builds):
+    packed = build(["sm_80"], "--layouts", "packed")
+    assert_sound(packed)
+    padded = {
+        row["kernel"]: row["sum_orders"]
+        for row in common_builds
+        if (row["target"], row["dropout"]) == ("sm_80", 0.0)
+    }
+    assert padded["prefix_attention_forward"]
+    assert {row["kernel"]: row["sum_orders"] for row in packed} == padded
 
 
 def assert_elementwise_sound(rows: list[dict]) -> None:

@@ -6,6 +6,8 @@ from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 from tests.devices import CPU, device_of
 from tests.inputs import Inputs, Shape, make_inputs
 
+NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
+
 
 def everything(packed: bool, device: torch.device = CPU) -> Inputs:
     """Every option at once, padded or packed."""
@@ -72,5 +74,5 @@ def check_compiles_as_one_graph(
         for function in (attention, torch.compile(attention, backend=compiler, fullgraph=True)):
             leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.tensors]
             results.append(torch.autograd.grad(grad_of(*function(*leaves)), leaves))
-        for eager, compiled in zip(*results, strict=True):
-            assert torch.equal(eager, compiled)
+        for name, eager, compiled in zip(NAMES, *results, strict=True):
+            assert torch.equal(eager, compiled), f"gradient of {name}"

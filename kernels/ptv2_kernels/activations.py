@@ -84,7 +84,7 @@ def load_biased(
 def _polynomial(x, COEFFICIENTS: tl.constexpr, DEGREE: tl.constexpr):
     total = tl.zeros_like(x) + COEFFICIENTS[DEGREE]
     for step in tl.static_range(DEGREE):
-        total = total * x + COEFFICIENTS[DEGREE - 1 - step]
+        total = tl.fma(total, x, COEFFICIENTS[DEGREE - 1 - step])
     return total
 
 
@@ -93,8 +93,8 @@ def _gelu(x):
     """max(x, 0) - |x| Phi(-|x|)"""
     size = tl.abs(x)
     inner = tl.minimum(size, TAIL)
-    below = tl.exp2(_polynomial(inner, BELOW, 8) - size * size * HALF_LOG2_E)
-    return tl.maximum(x, 0.0) - inner * below
+    below = tl.exp2(tl.fma(size * size, -HALF_LOG2_E, _polynomial(inner, BELOW, 8)))
+    return tl.fma(-inner, below, tl.maximum(x, 0.0))
 
 
 @triton.jit
@@ -107,9 +107,9 @@ def _gelu_with_gradient(x):
     inner = tl.minimum(size, TAIL)
     ratio = _polynomial(inner, RATIO, 11)
     density = tl.exp2(size * size * -HALF_LOG2_E)
-    below = density * (ratio - size * DENSITY_AT_0)
+    below = density * tl.fma(size, -DENSITY_AT_0, ratio)
     gradient = tl.where(x > 0.0, 1.0 - below, below)
-    return tl.maximum(x, 0.0) - inner * (density * ratio), gradient
+    return tl.fma(-inner, density * ratio, tl.maximum(x, 0.0)), gradient
 
 
 @triton.jit
@@ -121,7 +121,7 @@ def _sigmoids(x, ACTIVATION: tl.constexpr):
     """
     size = tl.abs(x)
     if ACTIVATION == "gelu_tanh":
-        size = size * (size * size * (SQRT_8_OVER_PI * TANH_CUBIC) + SQRT_8_OVER_PI)
+        size *= tl.fma(size * size, SQRT_8_OVER_PI * TANH_CUBIC, SQRT_8_OVER_PI)
     elif ACTIVATION == "quick_gelu":
         size = size * QUICK
     else:
@@ -139,7 +139,7 @@ def _sigmoids(x, ACTIVATION: tl.constexpr):
 def _slope(x, ACTIVATION: tl.constexpr):
     """dz / dx of the activations x sigmoid(z)."""
     if ACTIVATION == "gelu_tanh":
-        return x * x * (3.0 * SQRT_8_OVER_PI * TANH_CUBIC) + SQRT_8_OVER_PI
+        return tl.fma(x * x, 3.0 * SQRT_8_OVER_PI * TANH_CUBIC, SQRT_8_OVER_PI)
     elif ACTIVATION == "quick_gelu":
         return tl.zeros_like(x) + QUICK
     else:
@@ -167,7 +167,7 @@ def activate_with_gradient(x, ACTIVATION: tl.constexpr):
         return tl.where(x < 0.0, 0.0, x), (x > 0.0).to(tl.float32)
     else:
         opened, product = _sigmoids(x, ACTIVATION)
-        return x * opened, x * product * _slope(x, ACTIVATION) + opened
+        return x * opened, tl.fma(x * product, _slope(x, ACTIVATION), opened)
 
 
 @triton.jit(do_not_specialize=["rows"])

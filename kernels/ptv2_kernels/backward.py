@@ -24,7 +24,7 @@ from ptv2_kernels.backward_key_value import _grad_key_value_kernel
 from ptv2_kernels.backward_prefix import launch_backward_prefix
 from ptv2_kernels.backward_query import _grad_query_kernel
 from ptv2_kernels.configs import COMPILER_OPTIONS, launch_options, tile_widths
-from ptv2_kernels.tiles import load_tile, locate_tile, row_pointers
+from ptv2_kernels.tiles import load_tile, locate_tile, row_pointers, sum_rows
 
 
 @triton.jit(do_not_specialize=["queries"])
@@ -52,7 +52,7 @@ def _delta_kernel(
     delta = tl.zeros((BLOCK_QUERIES,), tl.float32)
     for chunk in tl.static_range(len(BLOCK_DIMS)):
         product = out_tile[chunk].to(tl.float32) * grad_out_tile[chunk].to(tl.float32)
-        delta += tl.sum(product, axis=1)
+        delta += sum_rows(product)
     inside = tl.arange(0, BLOCK_QUERIES) < queries - first_row
     if grad_lse_ptr is not None:
         grad_lse_ptrs = row_pointers(

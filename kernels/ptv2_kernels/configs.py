@@ -17,8 +17,10 @@ from ptv2_kernels.arguments import Extras
 from ptv2_kernels.measured import Config, Workload, measured_configs
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-# The default of triton turns to False in 3.10; the interpreter takes no compiler options.
-COMPILER_OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": True}
+# Which products the compiler fuses into sums differs between elements of a tile and from variant to
+# variant of a kernel, and with it the last bit: the kernels say tl.fma where they mean it. The
+# interpreter takes no compiler options.
+COMPILER_OPTIONS = {} if INTERPRETED else {"enable_fp_fusion": False}
 
 
 def head_dim_class(head_dim: int) -> int:

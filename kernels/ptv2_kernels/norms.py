@@ -57,7 +57,7 @@ def _statistics(
 
 @triton.jit
 def _affine(total, mean, inverse_deviation, weight_ptr, beta_ptr, COLUMNS, WIDTH: tl.constexpr):
-    """`out` of forward and of `norm_from_stats`; fused explicitly: the same bits in both."""
+    """`out` of forward and of `norm_from_stats`."""
     normal = (total - mean) * inverse_deviation
     weight = load_vector(weight_ptr, COLUMNS, WIDTH)
     if beta_ptr is None:
@@ -156,7 +156,7 @@ def _dropout_add_norm_backward_kernel(
     along = _row_mean(scaled * normal, COLUMNS)
     if SUBTRACT_MEAN:
         scaled -= _row_mean(scaled, COLUMNS)
-    grad = inverse_deviation * (scaled - normal * along)
+    grad = inverse_deviation * tl.fma(-normal, along, scaled)
     if grad_total_ptr is not None:
         grad += load_rows(grad_total_ptr + first, offsets, mask)
     store_rows(grad_residual_ptr + first, grad, offsets, mask)

@@ -76,7 +76,7 @@ def token_scores(
             extras, sequence, head, first_row, first_column, row_count, column_count,
             scores.shape[0], scores.shape[1],
         )  # fmt: skip
-        return scores + bias * LOG2_E, factor
+        return tl.fma(bias, LOG2_E, scores), factor
 
 
 @triton.jit
@@ -92,9 +92,9 @@ def attend(
     running_max, running_sum, accumulator = state
     new_max = tl.maximum(running_max, tl.max(scores, axis=1) * factor)
     pivot = tl.where(new_max == float("-inf"), 0.0, new_max)
-    probabilities = tl.exp2(scores * factor - pivot[:, None])
+    probabilities = tl.exp2(tl.fma(scores, factor, -pivot[:, None]))
     rescale = tl.exp2(running_max - pivot)
-    running_sum = running_sum * rescale + tl.sum(probabilities, axis=1)
+    running_sum = tl.fma(running_sum, rescale, tl.sum(probabilities, axis=1))
     if extras.threshold is not None:
         keep = keep_mask(
             seed, sequence_head, first_row, first_column, extras.threshold, STREAM,
@@ -116,19 +116,21 @@ def recompute(
     factor 1 / (1 - p) is left to `undropped`.
     """
     lse_log2, delta = statistics
-    probabilities = tl.exp2(scores * factor - lse_log2[:, None])
+    probabilities = tl.exp2(tl.fma(scores, factor, -lse_log2[:, None]))
     grad_probabilities = inner_products(grad_out, value, INPUT_PRECISION)
     if STREAM == PREFIX_STREAM and extras.prefix_threshold is not None:
         grad_probabilities = grad_probabilities * extras.prefix_multiplier
-    dropped = probabilities
-    if extras.threshold is not None:
+    if extras.threshold is None:
+        return probabilities, probabilities * (grad_probabilities - delta[:, None])
+    else:
         keep = keep_mask(
             seed, sequence_head, first_row, first_column, extras.threshold, STREAM,
             scores.shape[0], scores.shape[1],
         )  # fmt: skip
         dropped = tl.where(keep, probabilities, 0.0)
-        grad_probabilities = tl.where(keep, grad_probabilities, 0.0) * extras.multiplier
-    return dropped, probabilities * (grad_probabilities - delta[:, None])
+        kept = tl.where(keep, grad_probabilities, 0.0)
+        grad_scores = probabilities * tl.fma(kept, extras.multiplier, -delta[:, None])
+        return dropped, grad_scores
 
 
 @triton.jit

@@ -182,6 +182,21 @@ def zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def sum_rows(matrix):
+    """[ROWS, WIDTH] -> [ROWS], neighbours first: in this order whatever threads hold what.
+
+    tl.sum adds in the order in which the threads hold a matrix, and that follows from what Triton
+    knows of the strides and addresses it was loaded by.
+    """
+    for _ in tl.static_range(8):  # no tile is wider than 2^8
+        if matrix.shape[1] > 1:
+            pairs = tl.reshape(matrix, (matrix.shape[0], matrix.shape[1] // 2, 2))
+            left, right = tl.split(pairs)
+            matrix = left + right
+    return tl.reshape(matrix, (matrix.shape[0],))
+
+
+@triton.jit
 def scale_tile(tile, factor):
     scaled = ()
     for chunk in tl.static_range(len(tile)):

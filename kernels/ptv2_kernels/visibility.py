@@ -79,7 +79,10 @@ def unmasked_columns(extras, sequence, first_column, tokens, mask_stride, COLUMN
     visible = offsets < tokens - first_column
     if extras.key_mask_ptr is not None:
         first_ptr = extras.key_mask_ptr + sequence.to(tl.int64) * mask_stride + first_column
-        visible = tl.load(first_ptr + offsets, mask=visible, other=0) != 0
+        loaded = tl.load(first_ptr + offsets[None, :], mask=visible[None, :], other=0)
+        # Triton orders the sums of a product by the narrowest load that its operands come of, but
+        # looks through no reduction: without this one, a mask of bytes would change their bits.
+        visible = tl.max(loaded.to(tl.int32), axis=0) != 0
     return visible
 
 
