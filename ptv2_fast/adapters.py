@@ -16,6 +16,7 @@ from ptv2_fast.encoders.adapter_content import (
 from ptv2_fast.encoders.adapter_files import read_adapter, write_adapter
 from ptv2_fast.encoders.attachment import Attachment, find_attachment
 from ptv2_fast.encoders.families import find_family
+from ptv2_fast.encoders.hooks import KNOWN_CODE
 from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
 from ptv2_fast.encoders.selection import ENCODER_NAME
 from ptv2_fast.encoders.vocabulary import (
@@ -285,7 +286,7 @@ def _head_differences(description: dict[str, Any], model: PreTrainedModel) -> li
     else:
         found = _differences(description, model, ("num_labels",))
     made_for, own = str(description["model_class"]), type(model)
-    library = own.__module__.startswith("transformers.") and sys.modules[own.__module__]
+    library = own.__module__.startswith(KNOWN_CODE) and sys.modules[own.__module__]
     if hasattr(library, made_for) and made_for not in [base.__name__ for base in own.__mro__]:
         found.append(f"class {made_for} against {own.__name__}")
     return found

@@ -30,7 +30,7 @@ def is_served(model_type: str) -> bool:
 
 MODEL_TYPES = tuple(name for name in FAMILIES if is_served(name))
 # Backbones that take no cache; what some configurations need or name differently.
-WITHOUT_CACHE = ("albert", "distilbert", "mobilebert", "mpnet")
+WITHOUT_CACHE = ("albert", "distilbert", "glm2021", "mobilebert", "mpnet")
 # The encoder alone, where transformers' AutoModel is an encoder with a decoder.
 TEXT_ENCODERS = ("t5", "mt5", "umt5")
 T5 = {"d_kv": 8, "d_ff": 24, "dropout_rate": 0.0}
@@ -58,6 +58,7 @@ OVERRIDES = {
         "sliding_window": 6,
         "use_bidirectional_attention": True,
     },
+    "glm2021": {"embedding_dropout_prob": 0.0},
     "llama": {"num_key_value_heads": 1},
     "mistral": {"num_key_value_heads": 1, "sliding_window": 4},
     "modernbert": {"local_attention": 6, "norm_bias": True, "classifier_bias": True},

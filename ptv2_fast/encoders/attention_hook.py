@@ -43,12 +43,14 @@ class RowMask(NamedTuple):
     """Which columns attention may see, where that differs from row to row.
 
     `tokens`: bool [B, T], False for padding, or None. `is_causal`: no column behind the row.
-    `window`: no column further away than so many tokens; None for any.
+    `window`: no column further away than so many tokens; None for any. `context_lengths`: int32
+    [B], no column behind the row but those in front of that.
     """
 
     tokens: Tensor | None
     is_causal: bool = False
     window: int | None = None
+    context_lengths: Tensor | None = None
 
 
 @dataclass
@@ -153,7 +155,7 @@ def attention_with_prefix(
         prefix_key,
         prefix_value,
         key_mask=mask.tokens,
-        context_lengths=_no_context(query) if mask.is_causal else None,
+        context_lengths=_no_context(query) if mask.is_causal else mask.context_lengths,
         window=mask.window,
         bias=state.readable_bias(bias),
         scale=scaling,

@@ -95,6 +95,7 @@ class BackboneForward:
         first_token_only = kwargs.pop(FIRST_TOKEN_ARGUMENT, False)
         # zip is not strict: positional arguments are the first of the names.
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
+        arguments = self.attachment.family.read_arguments(arguments)
         state = _start(self.attachment, arguments, first_token_only)
         if self.attachment.family.is_decoder:
             kwargs |= _known_mask(arguments, self._names[: len(args)])
@@ -266,7 +267,7 @@ def _gradient_below_layers(attachment: "Attachment") -> bool:
     """
     family, backbone = attachment.family, attachment.backbone
     stems = takewhile(lambda stem: not family.layers.startswith(stem), family.frozen)
-    parts = [part for part in (getattr(backbone, stem, None) for stem in stems) if part is not None]
+    parts = [part for part in (_part(backbone, stem) for stem in stems) if part is not None]
     if any(parameter.requires_grad for part in parts for parameter in part.parameters()):
         return True
     if torch.compiler.is_compiling() or not torch.is_grad_enabled():
@@ -276,6 +277,14 @@ def _gradient_below_layers(attachment: "Attachment") -> bool:
         for part in parts
         for module in part.modules()
     )
+
+
+def _part(backbone: nn.Module, stem: str) -> Any:
+    """A part of a backbone by its dotted name, or None."""
+    part: Any = backbone
+    for name in stem.split("."):
+        part = getattr(part, name, None)
+    return part
 
 
 def _start_blocks(

@@ -122,6 +122,24 @@ def _pre_norm_bert(
     )
 
 
+def describe_glm(layer: Any, heads: Heads) -> BlockModules:
+    """GLM (2021)."""
+    attention, network = layer.attention, layer.mlp
+    return BlockModules(
+        BlockSpec(pre_norm=True, activation=_activation(network.activation)),
+        *heads,
+        inputs=(attention.query_key_value,),
+        attention_output=attention.dense,
+        up=(network.dense_h_to_4h,),
+        down=network.dense_4h_to_h,
+        first_norm=layer.input_layernorm,
+        second_norm=layer.post_attention_layernorm,
+        attention_dropout=DropoutSource(attention.attention_dropout),
+        attention_output_dropout=DropoutSource(attention.output_dropout),
+        output_dropout=DropoutSource(network.dropout),
+    )
+
+
 def describe_modernbert(layer: Any, heads: Heads) -> BlockModules:
     """ModernBERT: fused products, gated, rotary, windows; no norm in front of the first layer."""
     attention, network = layer.attn, layer.mlp

@@ -10,6 +10,7 @@ from ptv2_fast.encoders.blocks import (
     describe_albert,
     describe_distilbert,
     describe_esm,
+    describe_glm,
     describe_llama,
     describe_modernbert,
     describe_mpnet,
@@ -29,6 +30,8 @@ from ptv2_fast.encoders.family import (
     MPNetFamily,
     T5Family,
 )
+from ptv2_fast.encoders.glm.family import GLMFamily
+from ptv2_fast.encoders.hooks import KNOWN_CODE
 
 # Parts that lie on the backbone itself, with attention that rotates queries and keys.
 _NOMIC = Family(
@@ -93,6 +96,25 @@ FAMILIES: dict[str, Family] = {
     ),
     "eurobert": _EUROBERT,
     "gemma3_text": replace(_LLAMA, key_norm="k_norm", describe_block=None),
+    "glm2021": GLMFamily(
+        frozen=(
+            "word_embeddings",
+            "transformer.position_embeddings",
+            "transformer.block_position_embeddings",
+            "transformer.layers",
+            "transformer.final_layernorm",
+        ),
+        embeddings="word_embeddings",
+        encoder="",
+        layers="transformer.layers",
+        attention="attention",
+        query="query_key_value",
+        key="query_key_value",
+        value="query_key_value",
+        describe_block=describe_glm,
+        exit="transformer.final_layernorm",
+        keeps_positions=True,
+    ),
     "gte": _NOMIC,
     "jina_embeddings_v3": _NOMIC,
     "llama": _LLAMA,
@@ -179,7 +201,7 @@ def check_backbone(backbone: nn.Module) -> None:
     """
     kind = type(backbone)
     is_remote = kind.__module__.startswith("transformers_modules.")
-    if is_remote or not any(k.__module__.startswith("transformers.models.") for k in kind.__mro__):
+    if is_remote or not any(k.__module__.startswith(KNOWN_CODE) for k in kind.__mro__):
         raise ValueError(
             f"model: expected a backbone of transformers' own code, got {kind.__qualname__} of "
             f"{kind.__module__} (remote code): load it without trust_remote_code, if transformers "

@@ -2,6 +2,7 @@
 
 import inspect
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +31,7 @@ class Family:
     `position_types`: the served values of an option of that name; None: it has no effect, because
     attention always rotates queries and keys by their positions.
     `is_decoder`: transformers' class masks what comes later in the text, and has a cache.
+    `keeps_positions`: those of tokens are the same with and without a prefix.
     `proof_indices`: arguments besides the token ids, indices [B], without which the backbone may
     not run.
     """
@@ -50,6 +52,7 @@ class Family:
     exit: str = ""
     position_types: tuple[str | None, ...] | None = (None, "absolute")
     is_decoder: bool = False
+    keeps_positions: bool = False
     proof_indices: tuple[str, ...] = ()
 
     def max_positions(self, config: PretrainedConfig) -> int:
@@ -89,8 +92,13 @@ class Family:
         """Check that the positions of a backbone's embeddings can be shifted.
 
         Raises:
-            ValueError: when they have no table of positions.
+            ValueError: when they have no table of positions, or one that a prefix leaves alone.
         """
+        if self.keeps_positions:
+            raise ValueError(
+                "position_offset: expected 'none' for a model whose positions a prefix leaves as "
+                f"they are, got 'prefix' for a {type(backbone).__name__}"
+            )
         embeddings = backbone.get_submodule(self.embeddings)
         arguments = inspect.signature(embeddings.forward).parameters
         if not hasattr(embeddings, "position_embeddings") or "position_ids" not in arguments:
@@ -116,6 +124,13 @@ class Family:
             return (is_token.cumsum(dim=1) + offset) * is_token + first - 1
         positions = torch.arange(first + offset, first + offset + tokens.shape[1])
         return positions.to(tokens.device).expand(tokens.shape[:2])
+
+    def read_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
+        """The arguments of a backbone's forward, by name, as what follows reads them.
+
+        That is: with an attention_mask [B, T] of padding or None.
+        """
+        return arguments
 
     def layer_modules(self, backbone: nn.Module) -> list[nn.Module]:
         """The encoder layers in the order of their calls; one called twice is there twice."""

@@ -116,7 +116,7 @@ def _has_frozen_blocks(family: Family, config: Any) -> bool:
 
 
 def _offsets(family: Family) -> str:
-    if not family.has_position_table(PretrainedConfig()):
+    if family.keeps_positions or not family.has_position_table(PretrainedConfig()):
         return "none"
     others = set(family.position_types or ()) - {None, "absolute"}
     return "none, prefix" + (f" (not with {', '.join(sorted(map(str, others)))})" if others else "")

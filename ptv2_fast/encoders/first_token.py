@@ -7,7 +7,7 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 
 from ptv2_fast.encoders.backbone_forward import replaced_by_prefix
-from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
+from ptv2_fast.encoders.hooks import KNOWN_CODE, has_backward_hooks, has_foreign_hooks
 
 # Class of the model -> the module that reads the states of its backbone: "" = the pooler of the
 # backbone, None = the forward of model or backbone itself, row 0.
@@ -28,6 +28,8 @@ _READERS: dict[str, str | None] = {
     "ErnieForMultipleChoice": "",
     "EsmForSequenceClassification": "classifier",
     "EuroBertForSequenceClassification": None,
+    "GLMForSequenceClassification": None,
+    "GLMForMultipleChoice": None,
     "GteForSequenceClassification": "",
     "JinaEmbeddingsV3ForSequenceClassification": "classifier",
     "ModernBertForSequenceClassification": None,
@@ -116,10 +118,10 @@ def reads_first_token_only(
 def _has_own_forward(module: object) -> bool:
     if not isinstance(module, nn.Module):
         return False
-    kind, models = type(module), "transformers.models."
+    kind = type(module)
     return (
-        kind.__module__.startswith(models)
-        and getattr(kind.forward, "__module__", "").startswith(models)
+        kind.__module__.startswith(KNOWN_CODE)
+        and getattr(kind.forward, "__module__", "").startswith(KNOWN_CODE)
         and _innermost_forward(module) is kind.forward
     )
 

@@ -202,6 +202,7 @@ class FrozenBackbone:
             memory_budget=self.config.memory_budget,
             unpack_each=shows_layers,
             first_token_only=first_token_only and not shows_layers and not is_causal,
+            context_lengths=layout.packed_lengths(arguments.get("context_lengths")),
         )
 
     def _dynamic_fallback_reason(self) -> str | None:

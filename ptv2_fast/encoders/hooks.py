@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+# Where the code of models is that is known: that of transformers, and ours.
+KNOWN_CODE = ("transformers.models.", "ptv2_fast.encoders.glm.")
 _OWN = ("ptv2_fast.", "transformers.")
 
 

@@ -169,10 +169,11 @@ class BlockAttention:
             query_norm, key_norm = self.weights.head_norms
             query = self._normalised(query, query_norm, self.rows)
             key = None if key is None else self._normalised(key, key_norm)
+        context = self.tensors.context_lengths
         if self.rows is None:
             options = Options(
                 None, self.tensors.seed, *dropout, cu_seqlens=starts, max_seqlen=call.max_seqlen,
-                context_lengths=torch.zeros_like(starts[1:]) if spec.is_causal else None,
+                context_lengths=torch.zeros_like(starts[1:]) if spec.is_causal else context,
                 window=-1 if spec.window is None else spec.window, bias=self.tensors.bias,
             )  # fmt: skip
             # Without keys the prefix alone has a gradient, and nothing is read from these.
@@ -185,6 +186,8 @@ class BlockAttention:
             mask = columns < starts.diff()[:, None]
             if spec.window is not None:
                 mask &= columns <= spec.window
+            if context is not None:
+                mask &= columns < context.clamp(min=1)[:, None]
             bias = None if self.tensors.bias is None else self.tensors.bias[:, :, :1]
             options = Options(mask, self.tensors.seed, *dropout, bias=bias)
             query = query.unsqueeze(2)

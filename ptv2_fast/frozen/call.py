@@ -62,3 +62,4 @@ class BlockTensors(NamedTuple):
     cosine: Tensor | None  # fp32 [N, rotary_dim / 2], of each row's position
     sine: Tensor | None
     bias: Tensor | None  # as in AttentionInputs
+    context_lengths: Tensor | None  # int32 [B], of packed rows

@@ -55,6 +55,8 @@ class FrozenRun:
         memory_budget: bytes; chooses a policy for each block instead.
         unpack_each: give every block padded input and output, for whoever looks at them.
         first_token_only: the last block computes the first token of each sequence only.
+        context_lengths: int32 [B], of rows that all of a sequence see, or None: see
+            `prefix_attention`.
     """
 
     layout: Layout
@@ -65,6 +67,7 @@ class FrozenRun:
     memory_budget: int | None = None
     unpack_each: bool = False
     first_token_only: bool = False
+    context_lengths: Tensor | None = None
     _seeds: Tensor | None = None
     _policies: tuple[str, ...] | None = None
     _handover: Handover | None = field(default=None, repr=False)
@@ -137,6 +140,7 @@ class FrozenRun:
             None if previous is None else previous.stats,
             *self._rotary_rows(inputs, spec.rotary),
             inputs.bias,
+            self.context_lengths,
         )
         result = run_block(hidden, attention_input, *prefix, call, tensors)
         out = result.residual

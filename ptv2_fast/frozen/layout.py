@@ -37,6 +37,14 @@ class Layout:
             flat = flat[self.index]
         return _with_rows(flat)
 
+    def packed_lengths(self, lengths: Tensor | None) -> Tensor | None:
+        """Of int32 [B] numbers of columns, how many rows of each sequence they hold."""
+        if lengths is None or self.index is None:
+            return lengths
+        sequence, column = self.index // self.shape[1], self.index % self.shape[1]
+        is_inside = (column < lengths[sequence]).to(torch.int32)
+        return torch.zeros_like(lengths).index_add_(0, sequence, is_inside)
+
     def unpack(self, packed: Tensor) -> Tensor:
         """[rows, C] -> [B, T, C], zeros where nothing is attended."""
         packed = packed[: self.tokens]

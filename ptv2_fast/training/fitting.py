@@ -12,7 +12,7 @@ from ptv2_fast.training.options import ModelOptions
 # Names of one thing in the configurations of transformers; a family has one or several of each.
 _INSIDE = (
     "hidden_dropout_prob", "hidden_dropout", "dropout", "dropout_rate", "embedding_dropout",
-    "mlp_dropout",
+    "embedding_dropout_prob", "mlp_dropout",
 )  # fmt: skip
 _ATTENTION = ("attention_probs_dropout_prob", "attention_dropout")
 # Heads of decoders read the last one from configurations that do not have it, too.
