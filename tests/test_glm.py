@@ -1,32 +1,34 @@
-"""GLM (2021) against the published formulas in plain torch, and its files and inputs."""
+"""GLM (2021) against the published formulas, and its inputs."""
 
-import argparse
 import copy
-import json
-import random
-from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from tokenizers import processors
 from torch import Tensor
-from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-import ptv2_fast
+from ptv2_fast.encoders.families import FAMILIES
 from ptv2_fast.encoders.glm import (
-    SIZES,
     BlankTokens,
     GLMConfig,
     GLMForConditionalGeneration,
-    GLMForMultipleChoice,
-    GLMForSequenceClassification,
-    GLMForTokenClassification,
-    GLMModel,
     blank_inputs,
     blank_tokens,
 )
 from ptv2_fast.frozen.spec import POLICIES
+from tests.glm_formulas import (
+    CLASSES,
+    MASK,
+    MASKS,
+    PADDING,
+    START,
+    B,
+    T,
+    output_of,
+    published_output,
+    tiny,
+)
 from tests.models import (
     attached,
     one_thread,  # noqa: F401
@@ -35,119 +37,6 @@ from tests.models import (
     tiny_config,
 )
 from tests.tiny_run import save_tiny_model
-
-CLASSES = {
-    "bare": GLMModel,
-    "sequence": GLMForSequenceClassification,
-    "choice": GLMForMultipleChoice,
-    "token": GLMForTokenClassification,
-    "lm": GLMForConditionalGeneration,
-}
-B, T, MASK, START = 3, 9, 57, 58
-LENGTHS = torch.tensor([4, 9, 0])
-PADDING = (torch.arange(T) < torch.tensor([[9], [6], [4]])).long()
-HOLES = PADDING.clone()
-HOLES[:2, 2] = 0
-# Name -> what a forward gets, the padding [B, T] and the lengths of part A [B] that it means.
-MASKS = {
-    "nothing": ({}, None, None),
-    "padding": ({"attention_mask": PADDING}, PADDING, None),
-    "lengths": ({"context_lengths": LENGTHS}, None, LENGTHS),
-    "published lengths": ({"attention_mask": LENGTHS}, None, LENGTHS),
-    "one length": ({"attention_mask": 3}, None, torch.tensor([3, 3, 3])),
-    "causal": ({"attention_mask": torch.tensor(0)}, None, torch.zeros(B)),
-    "both": ({"attention_mask": HOLES, "context_lengths": LENGTHS}, HOLES, LENGTHS),
-}
-
-
-def tiny(head: str, **changes):
-    torch.manual_seed(0)
-    model = CLASSES[head](tiny_config("glm2021", **changes)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(0.2 * torch.randn(parameter.shape))
-    return model
-
-
-def published_mask(padding: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """As build_mask_matrix, [B, T, T] of 0 and 1."""
-    if lengths is None:
-        mask = torch.ones(B, T, T)
-    else:
-        mask = torch.ones(T, T).tril().repeat(B, 1, 1)
-        for row, length in enumerate(lengths.tolist()):
-            mask[row, :, : int(length)] = 1
-    return mask if padding is None else mask * padding[:, None]
-
-
-def published_states(
-    weights: dict[str, Tensor], ids: Tensor, positions: Tensor, mask: Tensor, prefixes: Tensor
-) -> Tensor:
-    """The published formulas; prefixes [L, 2, H, P, D], positions [B, 2, T]."""
-
-    def linear(states: Tensor, name: str) -> Tensor:
-        return states @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
-
-    def norm(states: Tensor, name: str) -> Tensor:
-        centred = states - states.mean(-1, keepdim=True)
-        scaled = centred / (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return scaled * weights[f"{name}.weight"] + weights[f"{name}.bias"]
-
-    def heads(states: Tensor) -> Tensor:
-        return states.view(B, T, prefixes.shape[2], -1).transpose(1, 2)
-
-    hidden = weights["word_embeddings.weight"][ids]
-    hidden = hidden + weights["transformer.position_embeddings.weight"][positions[:, 0]]
-    hidden = hidden + weights["transformer.block_position_embeddings.weight"][positions[:, 1]]
-    seen = torch.cat((torch.ones(B, T, prefixes.shape[3]), mask), dim=2)[:, None].to(hidden)
-    for i, (prefix_key, prefix_value) in enumerate(prefixes):
-        layer = f"transformer.layers.{i}"
-        product = linear(
-            norm(hidden, f"{layer}.input_layernorm"), f"{layer}.attention.query_key_value"
-        )
-        query, key, value = map(heads, product.split(hidden.shape[2], dim=2))
-        key = torch.cat((prefix_key.expand(B, -1, -1, -1), key), dim=2)
-        value = torch.cat((prefix_value.expand(B, -1, -1, -1), value), dim=2)
-        scores = query @ key.transpose(2, 3) / query.shape[3] ** 0.5
-        scores = scores * seen + -65504.0 * (1 - seen)
-        out = (scores.softmax(-1) @ value).transpose(1, 2).flatten(2)
-        hidden = hidden + linear(out, f"{layer}.attention.dense")
-        inner = linear(
-            norm(hidden, f"{layer}.post_attention_layernorm"), f"{layer}.mlp.dense_h_to_4h"
-        )
-        inner = (
-            0.5 * inner * (1 + torch.tanh(0.7978845608028654 * inner * (1 + 0.044715 * inner**2)))
-        )
-        hidden = hidden + linear(inner, f"{layer}.mlp.dense_4h_to_h")
-    return norm(hidden, "transformer.final_layernorm")
-
-
-def published_output(
-    model, head: str, prefixes: Tensor, padding, lengths, ids, positions
-) -> Tensor:
-    """What a head makes of them, in float64; 0 for pads."""
-    weights = {n.removeprefix("glm."): t.double() for n, t in model.state_dict().items()}
-    mask = published_mask(padding, lengths)
-    states = published_states(weights, ids, positions, mask, prefixes.double())
-    if head in ("sequence", "choice"):
-        inner = torch.tanh(states[:, 0] @ weights["dense.weight"].T + weights["dense.bias"])
-        return inner @ weights["out_proj.weight"].T + weights["out_proj.bias"]
-    if head == "token":
-        states = states @ weights["classifier.weight"].T + weights["classifier.bias"]
-    elif head == "lm":
-        states = states @ weights["word_embeddings.weight"].T
-    return states if padding is None else states * padding[..., None]
-
-
-def output_of(model, head: str, padding: Tensor | None, **inputs) -> Tensor:
-    if head == "choice":  # of the texts as choices of one question
-        inputs = {n: t[None] if getattr(t, "ndim", 0) else t for n, t in inputs.items()}
-    output = model(**inputs)
-    logits = output.last_hidden_state if head == "bare" else output.logits
-    logits = logits.T if head == "choice" else logits
-    is_by_token = padding is not None and head not in ("sequence", "choice")
-    return logits * padding[..., None] if is_by_token else logits
 
 
 def close(actual: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -213,152 +102,6 @@ def test_the_activation_of_the_hub_s_code_is_another():
     hook = attached(model=exact, backbone="hook")
     hook.prefix_encoder.load_state_dict(frozen.prefix_encoder.state_dict())
     torch.testing.assert_close(*(model(ids)[0] for model in (hook, frozen)), rtol=1e-5, atol=1e-5)
-
-
-def published_shapes(name: str) -> dict[str, list[int]]:
-    layers, width, _, positions, words = SIZES[name]
-    norm = {"weight": [width], "bias": [width]}
-    of_layer = {
-        "input_layernorm": norm,
-        "attention.query_key_value": {"weight": [3 * width, width], "bias": [3 * width]},
-        "attention.dense": {"weight": [width, width], "bias": [width]},
-        "post_attention_layernorm": norm,
-        "mlp.dense_h_to_4h": {"weight": [4 * width, width], "bias": [4 * width]},
-        "mlp.dense_4h_to_h": {"weight": [width, 4 * width], "bias": [width]},
-    }
-    shapes = {
-        "word_embeddings.weight": [words, width],
-        "transformer.position_embeddings.weight": [positions + 1, width],
-        "transformer.block_position_embeddings.weight": [positions + 1, width],
-    }
-    stems = {f"transformer.layers.{i}.{n}": s for i in range(layers) for n, s in of_layer.items()}
-    for stem, shape in {**stems, "transformer.final_layernorm": norm}.items():
-        shapes |= {f"{stem}.{part}": size for part, size in shape.items()}
-    return shapes
-
-
-@pytest.mark.parametrize(
-    ("name", "sizes"), [("2b", (36, 2048, 32, 64)), ("10b", (48, 4096, 64, 64)), ("base", None)]
-)
-def test_published_sizes_have_the_published_names_and_shapes(name, sizes):
-    config = GLMConfig.of_size(name)
-    with torch.device("meta"):
-        model = GLMForConditionalGeneration(config)
-    found = {n: list(tensor.shape) for n, tensor in model.state_dict().items()}
-    assert found == {f"glm.{n}": shape for n, shape in published_shapes(name).items()}
-    if sizes is not None:
-        attention = model.glm.transformer.layers[0].attention
-        found = (config.num_layers, config.hidden_size, config.num_attention_heads)
-        assert (*found, attention.head_dim) == sizes
-        ptv2_fast.attach(model, ptv2_fast.PTuningV2Config(num_virtual_tokens=2, strict=True))
-
-
-def thudm_file(model, path: Path) -> Path:
-    """What its training wrote: tensors in half precision beside a good deal else."""
-    module = {n.removeprefix("glm."): t.half() for n, t in model.glm.state_dict().items()}
-    rest = {"random_rng_state": random.getstate(), "np_rng_state": np.random.get_state()}
-    args = argparse.Namespace(num_layers=3)
-    torch.save({"module": module, "iteration": 250000, "args": args, **rest}, path)
-    return path
-
-
-def hub_folder(model, folder: Path) -> Path:
-    """Two shards and their index."""
-    tensors = model.state_dict()
-    names, weight_map = sorted(tensors), {}
-    for shard, part in enumerate((names[::2], names[1::2])):
-        file = f"model-{shard}.safetensors"
-        save_file({name: tensors[name].clone() for name in part}, folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
-    return folder
-
-
-def test_published_files_are_loaded_by_name(tmp_path):
-    model = tiny("sequence")
-    model.to(torch.bfloat16).float()  # which half precision holds
-    config = tiny_config("glm2021")
-    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    paths = {
-        "thudm": thudm_file(model, tmp_path / "mp_rank_00_model_states.pt"),
-        "hub": hub_folder(model, tmp_path),
-        "hub in one": tmp_path / "pytorch_model.bin",
-    }
-    for kind, path in paths.items():
-        for head, dtype in (("sequence", torch.float32), ("token", torch.bfloat16), ("bare", None)):
-            loaded = CLASSES[head].from_checkpoint(path, config, dtype)
-            assert not loaded.training and loaded.dtype == (dtype or torch.float32)
-            backbone = loaded if head == "bare" else loaded.glm
-            for name, tensor in model.glm.state_dict().items():
-                actual = backbone.state_dict()[name].float()
-                torch.testing.assert_close(actual, tensor, rtol=2**-7, atol=2**-14)
-            if head == "sequence" and kind != "thudm":
-                assert torch.equal(loaded.out_proj.weight, model.out_proj.weight)
-            elif head == "token" or (kind == "thudm" and head == "sequence"):
-                new = loaded.classifier if head == "token" else loaded.dense
-                assert new.bias.abs().max() == 0 and 0.1 < new.weight.float().std() < 0.5
-    assert torch.equal(loaded(torch.tensor([[3, 4]]))[0], model.glm(torch.tensor([[3, 4]]))[0])
-    loaded.save_pretrained(tmp_path / "saved")
-    again = AutoModel.from_pretrained(tmp_path / "saved", dtype=torch.bfloat16)
-    assert type(again) is GLMModel and again.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        (
-            {"hidden_size": 32},
-            r"expected glm.word_embeddings.weight of shape \[60, 32\], got \[60, 16\]",
-        ),
-        (
-            {"num_hidden_layers": 4},
-            r"expected the weights of a GLM \(2021\) with glm.transformer.layers.3.input_layernorm."
-            r"weight of shape \[16\], got none",
-        ),
-        (
-            {"num_hidden_layers": 2},
-            r"got glm.transformer.layers.2.attention.dense.bias of shape \[16\]",
-        ),
-        (
-            {"max_position_embeddings": 80},
-            r"glm.transformer.position_embeddings.weight of shape \[81, 16\], got \[41, 16\]",
-        ),
-    ],
-)
-def test_a_file_of_another_size_is_refused(changes, message, tmp_path):
-    path = thudm_file(tiny("sequence"), tmp_path / "mp_rank_00_model_states.pt")
-    with pytest.raises(ValueError, match=message):
-        GLMForSequenceClassification.from_checkpoint(path, tiny_config("glm2021", **changes))
-
-
-def test_other_files_are_refused(tmp_path):
-    config, load = tiny_config("glm2021"), GLMModel.from_checkpoint
-    glm_4 = {"model.embed_tokens.weight": torch.zeros(60, 16)}
-    save_file(glm_4, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"word_embeddings.weight .*got none.* model.embed_tokens"):
-        load(tmp_path, config)
-    with pytest.raises(ValueError, match="expected a file of weights, got none"):
-        load(tmp_path / "nothing.pt", config)
-    for name, content, message in (
-        ("list.pt", [1], "expected named tensors, got a list"),
-        ("code.pt", {"module": Path}, "cannot be read without running code"),
-    ):
-        torch.save(content, tmp_path / name)
-        with pytest.raises(ValueError, match=message):
-            load(tmp_path / name, config)
-    (tmp_path / "cut.bin").write_bytes((tmp_path / "list.pt").read_bytes()[:100])
-    with pytest.raises(ValueError, match="cannot be read"):
-        load(tmp_path / "cut.bin", config)
-    (tmp_path / "parts").mkdir()
-    with pytest.raises(ValueError, match=r"expected a folder with one of model.safetensors.index"):
-        load(tmp_path / "parts", config)
-    for number in range(2):
-        (tmp_path / "parts" / f"mp_rank_0{number}_model_states.pt").touch()
-    with pytest.raises(ValueError, match=r"expected a model in one part.* change_mp.py"):
-        load(tmp_path / "parts", config)
-    (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../a.bin"}}')
-    with pytest.raises(ValueError, match="expected an index of weights"):
-        load(tmp_path / "pytorch_model.bin.index.json", config)
 
 
 @pytest.mark.parametrize(
@@ -438,3 +181,30 @@ def test_a_tokenizer_needs_the_tokens_of_blanks(tmp_path):
     assert tokenizer.convert_ids_to_tokens([*found.masks, found.start]) == [
         "[MASK]", "[gMASK]", "<|startofpiece|>",
     ]  # fmt: skip
+
+
+def test_a_classifier_s_tokenizer_begins_with_cls(tmp_path):
+    save_tiny_model(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path)
+    check = FAMILIES["glm2021"].check_tokenizer
+    check(tokenizer)
+    tokenizer.backend_tokenizer.post_processor = processors.ByteLevel()
+    with pytest.raises(ValueError, match=r"puts its cls_token in front .* cls_token '\[CLS\]'"):
+        check(tokenizer)
+    tokenizer.cls_token = None
+    with pytest.raises(ValueError, match="with the cls_token None"):
+        check(tokenizer)
+
+
+def test_positions_that_train_get_the_same_gradient_in_frozen_blocks():
+    plain, ids = tiny("sequence"), torch.randint(2, 56, (B, T))
+    positions, gradients = torch.randint(0, 40, (B, 2, T)), []
+    for way in ("hook", "frozen"):
+        torch.manual_seed(1)
+        fields = {"modules_to_save": ["block_position_embeddings"], "layers": [1, 2]}
+        model = attached(model=copy.deepcopy(plain), backbone=way, **fields)
+        table = model.glm.transformer.block_position_embeddings.weight
+        assert table.requires_grad
+        model(input_ids=ids, position_ids=positions).logits.sum().backward()
+        gradients.append(table.grad.double())
+    close(*gradients, 2e-4)

@@ -132,6 +132,13 @@ class Family:
         """
         return arguments
 
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """Check that a tokenizer makes what the heads read.
+
+        Raises:
+            ValueError: when it does not.
+        """
+
     def layer_modules(self, backbone: nn.Module) -> list[nn.Module]:
         """The encoder layers in the order of their calls; one called twice is there twice."""
         return list(backbone.get_submodule(self.layers).children())

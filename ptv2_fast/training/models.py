@@ -67,6 +67,8 @@ def load_pretrained(
     set_dropout(config, options)
     tokenizer = load_tokenizer(options.model)
     fit_padding(config, tokenizer)
+    if config.model_type in FAMILIES:
+        FAMILIES[config.model_type].check_tokenizer(tokenizer)
     with reading(f"model: {options.model}"):
         model, report = _model_class(task).from_pretrained(
             options.model,

@@ -23,3 +23,13 @@ class GLMFamily(Family):
         )
         read = {"attention_mask": visible.tokens, "context_lengths": visible.context_lengths}
         return {**arguments, **read}
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """As that of `Family`: classifiers read [CLS], which has to be the first token."""
+        first, ids = tokenizer.cls_token_id, tokenizer("a")["input_ids"]
+        if first is None or [*ids][:1] != [first]:
+            raise ValueError(
+                "tokenizer: expected one that puts its cls_token in front of a text, whose state "
+                f"GLM's classifiers read, got a {type(tokenizer).__name__} with the cls_token "
+                f"{tokenizer.cls_token!r} that puts {ids} for 'a'"
+            )
