@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 from transformers import AutoModel
 
@@ -91,9 +92,11 @@ def hub_folder(model, folder: Path) -> Path:
     names, weight_map = sorted(tensors), {}
     for shard, part in enumerate((names[::2], names[1::2])):
         file = f"model-{shard}.safetensors"
-        save_file({name: tensors[name].clone() for name in part}, folder / file)
+        save_file({name: tensors[name].clone() for name in part}, folder / file, {"format": "pt"})
         weight_map |= dict.fromkeys(part, file)
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": weight_map})
+    )
     return folder
 
 
@@ -182,6 +185,24 @@ def test_other_files_are_refused(tmp_path):
     (tmp_path / "pytorch_model.bin.index.json").write_text('{"weight_map": {"a": "../a.bin"}}')
     with pytest.raises(ValueError, match="expected an index of weights"):
         load(tmp_path / "pytorch_model.bin.index.json", config)
+
+
+def test_a_folder_with_the_published_code_is_opened_without_it(tmp_path):
+    model = tiny("sequence")
+    hub_folder(model, tmp_path)
+    published = {
+        "model_type": "glm", "auto_map": {"AutoConfig": "configuration_glm.GLMConfig"},
+        "num_layers": 3, "hidden_size": 16, "num_attention_heads": 2, "vocab_size": 60,
+        "max_sequence_length": 40, "attention_scale": 1.0, "block_position_encoding": True,
+        "relative_encoding": False, "output_predict": True, "pool_token": "cls", "num_labels": 3,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(published))
+    loaded = GLMForSequenceClassification.from_pretrained(tmp_path).eval()
+    assert loaded.config.model_type == "glm2021" and not hasattr(loaded.config, "auto_map")
+    torch.testing.assert_close(*(m(torch.tensor([[3, 4]])).logits for m in (loaded, model)))
+    transformers.GlmConfig().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type: expected .* GLM \(2021\), got .*GLM-4"):
+        GLMModel.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, "hook"])

@@ -40,8 +40,8 @@ class GLMConfig(PretrainedConfig):
         pad_token_id: of the tokenizer.
 
     Raises:
-        ValueError: for an option of the published code that is not served, naming it, and for a
-            width that the heads do not divide.
+        ValueError: for an option of the published code that is not served, naming it, for the
+            configuration of another model, and for a width that the heads do not divide.
     """
 
     model_type = "glm2021"
@@ -74,6 +74,13 @@ class GLMConfig(PretrainedConfig):
         for name, served in _SERVED.items():
             if given.get(name, served) != served:
                 raise ValueError(f"{name}: expected {served!r} of a GLM, got {given[name]!r}")
+        # A folder with the published code says "glm" as well, and where that code is.
+        kind, _ = others.pop("model_type", self.model_type), others.pop("auto_map", None)
+        if kind != self.model_type and "num_hidden_layers" in others:
+            raise ValueError(
+                "model_type: expected the configuration of a GLM (2021), got one of "
+                f"{kind!r} with num_hidden_layers: GLM-4, say, which transformers has itself"
+            )
         self.num_layers = num_layers
         self.hidden_size, self.num_attention_heads = hidden_size, num_attention_heads
         self.vocab_size, self.max_sequence_length = vocab_size, max_sequence_length
