@@ -18,6 +18,11 @@ KINDS: dict[str, tuple[BlockSpec, dict, bool]] = {  # spec, sizes and form, an a
     ),
     "mpnet": (BlockSpec(activation="gelu_tanh"), {"has_bias": True, "is_fused": False}, True),
     "esm": (BlockSpec(pre_norm=True, rotary="half"), {"has_bias": True, "is_fused": False}, False),
+    "glm": (
+        BlockSpec(pre_norm=True, activation="gelu_tanh"),
+        {"has_bias": True, "is_fused": True, "has_context": True},
+        False,
+    ),
     "modernbert": (
         BlockSpec(pre_norm=True, gate="first", rotary="half", window=2),
         {"has_bias": False, "is_fused": True},

@@ -26,7 +26,9 @@ from tests.rotary_checks import RotaryShape, check_rotations, make_rotary
 from tests.tracing_checks import check_compiles_as_one_graph, check_raw_operators_pass_opcheck
 
 # Of block_kinds.py, which needs transformers.
-BLOCK_KINDS = ("bert", "nomic", "mpnet", "esm", "modernbert", "llama", "qwen3", "mistral", "t5")
+BLOCK_KINDS = (
+    "bert", "nomic", "mpnet", "esm", "glm", "modernbert", "llama", "qwen3", "mistral", "t5",
+)  # fmt: skip
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 HEAD_DIMS = {"narrow": (8, 16, 24, 32, 40, 64), "wide": (80, 96, 128, 160, 192, 256)}
 WITH_DROPOUT = (32, 64, 80, 256)

@@ -53,9 +53,10 @@ class TinyBlock(nn.Module):
         is_fused: bool,
         is_first: bool,
         has_head_norms: bool = False,
+        has_context: bool = False,
     ) -> None:
         super().__init__()
-        self.spec, self.key_value_heads = spec, key_value_heads
+        self.spec, self.key_value_heads, self.has_context = spec, key_value_heads, has_context
 
         def linears(inputs: int, *outputs: int) -> nn.ModuleList:
             outputs = (sum(outputs),) if is_fused else outputs
@@ -129,6 +130,7 @@ class TinyBlock(nn.Module):
         if self.spec.rotary is not None:
             query, key = (self._rotate(part, inputs) for part in (query, key))
         context = hidden.new_zeros(len(hidden), dtype=torch.int32) if self.spec.is_causal else None
+        context = context_of(hidden) if self.has_context else context
         options = Options(
             mask, seed, HEAD_DIM**-0.5 if self.spec.scale is None else self.spec.scale,
             self.dropout.p, self.dropout.p, context_lengths=context,
@@ -166,6 +168,8 @@ class TinyEncoder(nn.ModuleList):
         lowest: int = 0, **options: object,
     ) -> Tensor:  # fmt: skip
         """By the engine; prefixes [layers, 2, key_value_heads, P, head_dim]."""
+        if self[0].has_context:
+            options["context_lengths"] = context_of(hidden)
         run = FrozenRun(masked_layout(mask), LAYERS, lowest, self[0].dropout.p, **options)
         blocks = [Block(modules, WeightReader(modules)) for modules in self._roles()]
         for i, block in enumerate(blocks):
@@ -184,6 +188,11 @@ class TinyEncoder(nn.ModuleList):
         for i, block in enumerate(self):
             hidden = block(hidden, prefixes[i], mask, inputs, seeds[i : i + 1])
         return hidden * mask[..., None]
+
+
+def context_of(hidden: Tensor) -> Tensor:
+    """Rows that all of a sequence see, int32 [B]: 0, 5, 2, ..."""
+    return torch.arange(0, 5 * len(hidden), 5, dtype=torch.int32, device=hidden.device) % 8
 
 
 def made_inputs(
