@@ -62,6 +62,39 @@ void fill_bias(Problem& problem, const Options& options) {
                   bias.stride(2)};
 }
 
+// The tables of disentangled attention: [H, slots, D], as many slots in both.
+void fill_positions(Problem& problem, const Tensor& query, const Options& options) {
+  problem.position_key = problem.position_query = Table{};
+  problem.position_slots = nullptr;
+  const auto& slots = options.position_slots;
+  if (!slots.has_value()) return;
+  STD_TORCH_CHECK(options.position_key.has_value() || options.position_query.has_value(),
+                  "position_key, position_query: expected at least one with position_slots");
+  STD_TORCH_CHECK(problem.group == 1, "key: expected query's ", problem.heads,
+                  " heads with position_slots, got ", problem.kv_heads());
+  STD_TORCH_CHECK(problem.queries == problem.tokens, "position_slots: expected None unless S = T");
+  STD_TORCH_CHECK(problem.window < 0, "window: expected none with position_slots");
+  STD_TORCH_CHECK(problem.context_lengths == nullptr,
+                  "context_lengths: expected None with position_slots");
+  STD_TORCH_CHECK(problem.bias.data == nullptr, "bias: expected None with position_slots");
+  const Tensor& first = options.position_key.has_value() ? *options.position_key
+                                                         : *options.position_query;
+  const int64_t count = first.dim() == 3 ? first.size(1) : 0;
+  const auto table = [&](const char* name, const std::optional<Tensor>& tensor) {
+    if (!tensor.has_value()) return Table{};
+    check_operand(name, *tensor, query.scalar_type(), {problem.heads, count, problem.head_dim});
+    return Table{tensor->const_data_ptr(), tensor->stride(0), tensor->stride(1)};
+  };
+  problem.position_key = table("position_key", options.position_key);
+  problem.position_query = table("position_query", options.position_query);
+  const int64_t distances = slots->numel();
+  STD_TORCH_CHECK(distances % 2 == 1 && distances >= 2 * problem.tokens - 1,
+                  "position_slots: expected an odd number of entries, at least ",
+                  2 * problem.tokens - 1, ", got ", distances);
+  problem.position_slots = integers("position_slots", slots, distances, 0, count - 1);
+  problem.position_reach = distances / 2;
+}
+
 // Shape of [B, heads, rows, D] or [N, heads, D].
 std::vector<int64_t> token_shape(const Tensor& like, int64_t heads, int64_t rows) {
   if (like.dim() == 3) return {like.size(0), heads, like.size(2)};
@@ -117,7 +150,7 @@ void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, cons
       integers("context_lengths", options.context_lengths, problem.batch, 0, problem.tokens);
   problem.window = options.window;
   fill_bias(problem, options);
-  STD_TORCH_CHECK(!options.position_slots.has_value(), "position_slots: expected None");
+  fill_positions(problem, query, options);
   problem.scale = static_cast<float>(options.scale);
   problem.attention_dropout = dropout_of(options.dropout_p, options.seed);
   problem.prefix_dropout = dropout_of(options.prefix_dropout_p, options.seed);

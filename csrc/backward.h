@@ -3,9 +3,11 @@
 #pragma once
 
 #include <cstddef>
+#include <type_traits>
 
 #include "backward_sums.h"
 #include "gradients.h"
+#include "positions.h"
 
 namespace ptv2::PTV2_LEVEL {
 
@@ -24,17 +26,23 @@ class Backward {
 
  private:
   static constexpr bool kPairs = Operand::depth == 2;
+  // Rows and columns around dS that a product with sliding runs reads: zeros.
+  static constexpr int64_t kFoldRows = (kTileRows - 1) * Operand::depth;
 
   Backward(const BackwardProblem& problem, char* scratch)
       : problem_(problem),
         geometry_(problem.head_dim),
         width_(geometry_.right_words),
         columns_(backward_columns(problem.head_dim)),
-        tile_stride_(odd_lines(columns_ + 2 * kLanes)),
-        arena_(scratch) {
-    probabilities_ = arena_.take<float>(kBackwardRows * tile_stride_);
-    score_gradients_ = arena_.take<float>(kBackwardRows * tile_stride_);
-    score_gradient_pairs_ = arena_.take<Bfloat16>(kPairs ? kBackwardRows * tile_stride_ : 0);
+        margin_(problem.position_slots != nullptr ? kBandMargin : 0),
+        tile_stride_(odd_lines(columns_ + 2 * kLanes + margin_)),
+        arena_(scratch),
+        positions_(geometry_, problem) {
+    const int64_t tile = kBackwardRows * tile_stride_;
+    const int64_t beside = positions_.of_keys() ? kFoldRows * tile_stride_ : margin_;
+    probabilities_ = arena_.take<float>(tile, margin_);
+    score_gradients_ = arena_.take<float>(tile + beside, beside);
+    score_gradient_pairs_ = arena_.take<Bfloat16>(kPairs ? tile : 0, margin_);
     query_ = RowOperands::take(arena_, geometry_);
     grad_out_ = RowOperands::take(arena_, geometry_);
     rows_ = arena_.take<GradientRow>(problem.group * problem.queries);
@@ -42,6 +50,8 @@ class Backward {
     const int64_t query_rows = keeps_query ? problem.group * problem.queries : 0;
     grad_query_ = arena_.take<float>(query_rows * width_);
     const int64_t token_columns = smaller(columns_, problem.tokens);
+    const bool folds_rows = problem.needs_query && positions_.of_queries();
+    tile_grad_query_ = arena_.take<float>(folds_rows ? kBackwardRows * width_ : 0);
     grad_key_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
     grad_value_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
     const bool drops_prefix = problem.needs_prefix && problem.prefix_dropout.drops;
@@ -52,6 +62,7 @@ class Backward {
     keep_ = arena_.take<int16_t>(2 * (tile_stride_ + 2 * kColumnsPerStep) + problem.head_dim);
     tokens_ = PackedColumns<Operand>::take(arena_, geometry_, token_columns, true);
     prefix_ = PrefixSource<Operand, Element>::take(arena_, geometry_, problem, true);
+    positions_.take(arena_, kBackwardRows, token_columns);
   }
 
   void run_task(int64_t task) {
@@ -59,6 +70,7 @@ class Backward {
     kv_head_ = task % problem_.kv_heads();
     const int64_t chunk = task / problem_.kv_heads() % problem_.chunk_count;
     part_ = task / problem_.kv_heads() / problem_.chunk_count;
+    if (problem_.needs_query || problem_.needs_key_value) positions_.use_head(kv_head_, true);
     const int64_t prefix_floats = problem_.prefix * width_;
     if (problem_.needs_prefix) {
       partial_key_ =
@@ -141,12 +153,12 @@ class Backward {
   void add_block(const Block& block) {
     fill_visible(visible_, problem_, sequence_, block);
     if (block.token_count > 0) {
-      tokens_.pack(
-          geometry_,
-          rows_of<Element>(problem_.key, sequence_, kv_head_, block.token_first, block.token_count),
-          rows_of<Element>(problem_.value, sequence_, kv_head_, block.token_first,
-                           block.token_count),
-          true);
+      const auto key =
+          rows_of<Element>(problem_.key, sequence_, kv_head_, block.token_first, block.token_count);
+      const auto value = rows_of<Element>(problem_.value, sequence_, kv_head_, block.token_first,
+                                          block.token_count);
+      tokens_.pack(geometry_, key, value, true);
+      positions_.pack_keys(key);
     }
     // Otherwise the first tile of the first query head writes what the others add to.
     sums_cleared_ = sequence_.queries == 0 || has_row_limits(problem_);
@@ -182,11 +194,17 @@ class Backward {
     const PackedColumns<Operand> prefix = prefix_.packed.from(geometry_, block.prefix_first);
     const float prefix_factor = problem_.prefix_dropout.factor;
     const bool adds = sums_cleared_;
+    if (block.token_count > 0) {
+      positions_.write_of_queries(block, first, rows, query_.as_left(geometry_),
+                                  probabilities_ + block.token_offset(), tile_stride_);
+    }
     if (block.prefix_count > 0) {
-      compute_scores(prefix, 0, block.prefix_count, rows, prefix_factor);
+      compute_scores(prefix, 0, block.prefix_count, rows, prefix_factor, false);
     }
     if (block.token_count > 0) {
-      compute_scores(tokens_, block.token_offset(), block.token_count, rows, 1.0f);
+      const int64_t offset = block.token_offset();
+      compute_scores(tokens_, offset, block.token_count, rows, 1.0f, positions_.of_queries());
+      positions_.add_of_keys(block, first, rows, probabilities_ + offset, tile_stride_);
     }
     differentiate_tile(block, first, rows);
     bool accumulate = !is_first_block_;
@@ -205,8 +223,11 @@ class Backward {
       const int64_t offset = block.token_offset();
       if (problem_.needs_key_value) {
         add_columns(offset, block.token_count, rows, grad_key_, grad_value_, adds);
+        if (positions_.of_keys()) fold_columns(block, first, rows);
       }
-      if (problem_.needs_query) {
+      if (problem_.needs_query && positions_.of_queries()) {
+        add_query_by_distance(block, first, rows, accumulate);
+      } else if (problem_.needs_query) {
         add_query(tokens_, offset, block.token_count, first, rows, 1.0f, accumulate);
       }
     }
@@ -214,10 +235,10 @@ class Backward {
 
   // Scores, and the gradient of the (kept) probabilities.
   void compute_scores(const PackedColumns<Operand>& columns, int64_t offset, int64_t count,
-                      int64_t rows, float factor) {
+                      int64_t rows, float factor, bool accumulate) {
     multiply<Operand>(rows, count, geometry_.steps, query_.as_left(geometry_),
                       geometry_.transposed(columns.keys_transposed),
-                      {probabilities_ + offset, tile_stride_, problem_.scale * factor, false},
+                      {probabilities_ + offset, tile_stride_, problem_.scale * factor, accumulate},
                       kScoreSteps);
     multiply<Operand>(rows, count, geometry_.steps, grad_out_.as_left(geometry_),
                       geometry_.transposed(columns.values_transposed),
@@ -288,11 +309,54 @@ class Backward {
   // grad_query += dS key; the scale is left to the end.
   void add_query(const PackedColumns<Operand>& columns, int64_t offset, int64_t count,
                  int64_t first, int64_t rows, float factor, bool accumulate) {
-    LeftOperand left{score_gradients_ + offset, tile_stride_, 1};
-    if constexpr (kPairs) left = {score_gradient_pairs_ + offset, tile_stride_ / 2, 1};
-    multiply<Operand>(rows, problem_.head_dim, geometry_.row_steps(count), left,
-                      geometry_.right(columns.keys),
-                      {head_grad_query_ + first * width_, width_, factor, accumulate});
+    multiply_by_keys(columns, offset, count, rows,
+                     {head_grad_query_ + first * width_, width_, factor, accumulate});
+  }
+
+  void multiply_by_keys(const PackedColumns<Operand>& columns, int64_t offset, int64_t count,
+                        int64_t rows, Output sums) {
+    multiply<Operand>(rows, problem_.head_dim, geometry_.row_steps(count), gradient_rows(offset),
+                      geometry_.right(columns.keys), sums);
+  }
+
+  // dS as an operand whose sum runs over the columns.
+  LeftOperand gradient_rows(int64_t offset) const {
+    if constexpr (kPairs) return {score_gradient_pairs_ + offset, tile_stride_ / 2, 1};
+    return {score_gradients_ + offset, tile_stride_, 1};
+  }
+
+  // grad_query += dS key + what flows through position_key. The block's part is summed by itself: a
+  // task that has the later blocks only rounds likewise.
+  void add_query_by_distance(const Block& block, int64_t first, int64_t rows, bool accumulate) {
+    const int64_t offset = block.token_offset();
+    float* total = head_grad_query_ + first * width_;
+    float* sums = accumulate ? tile_grad_query_ : total;
+    multiply_by_keys(tokens_, offset, block.token_count, rows, {sums, width_, 1.0f, false});
+    // Zeros beside the tokens, where the prefix and an earlier, wider tile had theirs.
+    const LeftOperand gradients = gradient_rows(offset);
+    using Gradient = std::conditional_t<kPairs, Bfloat16, float>;
+    auto* tokens = static_cast<Gradient*>(const_cast<void*>(gradients.data));
+    for (int64_t row = 0; row < rows; ++row, tokens += tile_stride_) {
+      __builtin_memset(tokens - kFoldRows, 0, kFoldRows * sizeof(Gradient));
+      __builtin_memset(tokens + block.token_count, 0, (kFoldRows + 1) * sizeof(Gradient));
+    }
+    positions_.fold_rows(block, first, rows, gradients, sums);
+    if (!accumulate) return;
+    for (int64_t i = 0; i < rows * width_; i += kLanes) {
+      store(total + i, load<Floats>(total + i) + load<Floats>(sums + i));
+    }
+  }
+
+  // grad_key += what flows through position_query.
+  void fold_columns(const Block& block, int64_t first, int64_t rows) {
+    float* tokens = score_gradients_ + block.token_offset();
+    const int64_t end = round_up(rows, Operand::depth);
+    for (int64_t row = 0; row < kFoldRows; ++row) {
+      clear_rows(tokens - (row + 1) * tile_stride_, block.token_count);
+      clear_rows(tokens + (end + row) * tile_stride_, block.token_count);
+    }
+    const LeftOperand gradients{tokens, 1, Operand::depth * tile_stride_};
+    positions_.fold_columns(block, first, rows, gradients, grad_key_);
   }
 
   // This sequence's prefix gradient, masked as its prefix was, onto the sum over the batch.
@@ -360,6 +424,7 @@ class Backward {
   const Geometry<Operand> geometry_;
   const int64_t width_;    // row stride of the fp32 sums
   const int64_t columns_;  // of a block
+  const int64_t margin_;   // of a tile, for position scores
   const int64_t tile_stride_;
   Arena arena_;
   float* probabilities_;    // [kBackwardRows, tile_stride]: scores, then dropped probabilities
@@ -368,6 +433,7 @@ class Backward {
   RowOperands query_, grad_out_;
   GradientRow* rows_;  // [group, T]
   float* grad_query_;  // [group, T, width]
+  float* tile_grad_query_;  // [kBackwardRows, width]
   float* grad_key_;    // [columns, width], likewise grad_value_
   float* grad_value_;
   float* prefix_sums_;  // [2, P, width], prefix dropout only
@@ -377,6 +443,7 @@ class Backward {
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;
+  Positions<Operand, Element> positions_;
   Sequence sequence_;
   int64_t kv_head_, head_, part_;
   GradientRow* states_;  // of head_, likewise head_grad_query_

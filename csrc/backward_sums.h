@@ -6,8 +6,6 @@
 
 namespace ptv2::PTV2_LEVEL {
 
-constexpr int64_t kMaxHeadDim = 256;
-
 PTV2_INLINE int64_t backward_columns(int64_t head_dim) {
   return larger(64, smaller(192, 12288 / head_dim / 64 * 64));
 }

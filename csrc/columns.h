@@ -22,15 +22,17 @@ class Arena {
  public:
   explicit Arena(char* base) : base_(base) {}
 
+  // `before`: elements in front of the returned address.
   template <class T>
-  T* take(int64_t count) {
-    const int64_t begin = used_, end = begin + count * static_cast<int64_t>(sizeof(T));
+  T* take(int64_t count, int64_t before = 0) {
+    const int64_t size = static_cast<int64_t>(sizeof(T));
+    const int64_t begin = used_, end = begin + (before + count) * size;
     used_ = round_up(end, 64) + kGap;
     if (base_ == nullptr) return nullptr;
 #if defined(PTV2_ADDRESS_SANITIZER)
     ASAN_POISON_MEMORY_REGION(base_ + end, used_ - end);
 #endif
-    return reinterpret_cast<T*>(base_ + begin);
+    return reinterpret_cast<T*>(base_ + begin + before * size);
   }
 
   int64_t used() const { return used_; }

@@ -1,7 +1,7 @@
 // Forward: a task is a run of query rows of one (sequence, head); softmax is online over blocks.
 #pragma once
 
-#include "columns.h"
+#include "positions.h"
 
 namespace ptv2::PTV2_LEVEL {
 
@@ -66,10 +66,14 @@ class Forward {
 
  private:
   Forward(const ForwardProblem& problem, char* scratch)
-      : problem_(problem), geometry_(problem.head_dim), arena_(scratch) {
+      : problem_(problem),
+        geometry_(problem.head_dim),
+        arena_(scratch),
+        positions_(geometry_, problem) {
     const int64_t columns = forward_columns(problem.head_dim);
-    tile_stride_ = odd_lines(columns + 2 * kLanes);
-    tile_ = arena_.take<float>(kForwardRows * tile_stride_);
+    const int64_t margin = problem.position_slots != nullptr ? kBandMargin : 0;
+    tile_stride_ = odd_lines(columns + 2 * kLanes + margin);
+    tile_ = arena_.take<float>(kForwardRows * tile_stride_, margin);
     query_ = arena_.take<uint32_t>(kForwardRows * geometry_.left_words);
     sums_ = arena_.take<float>(problem.query_chunk * geometry_.right_words);
     states_ = arena_.take<RowState>(problem.query_chunk);
@@ -80,6 +84,7 @@ class Forward {
     tokens_ =
         PackedColumns<Operand>::take(arena_, geometry_, smaller(columns, problem.tokens), false);
     prefix_ = PrefixSource<Operand, Element>::take(arena_, geometry_, problem, false);
+    positions_.take(arena_, kForwardRows, smaller(columns, problem.tokens));
   }
 
   void run_task(int64_t task) {
@@ -93,6 +98,7 @@ class Forward {
     if (rows_ <= 0) return;
     for (int64_t row = 0; row < rows_; ++row) states_[row] = {-kInfinity, 0.0f};
     prefix_.prepare(geometry_, problem_, sequence_, kv_head_, keep_, false);
+    positions_.use_head(head_, false);
     BlockWalk walk(sequence_.prefix, visible_tokens(problem_, sequence_),
                    forward_columns(problem_.head_dim));
     is_first_block_ = true;
@@ -102,11 +108,12 @@ class Forward {
 
   void add_block(const Block& block) {
     fill_visible(visible_, problem_, sequence_, block);
-    tokens_.pack(
-        geometry_,
-        rows_of<Element>(problem_.key, sequence_, kv_head_, block.token_first, block.token_count),
-        rows_of<Element>(problem_.value, sequence_, kv_head_, block.token_first, block.token_count),
-        false);
+    const auto key =
+        rows_of<Element>(problem_.key, sequence_, kv_head_, block.token_first, block.token_count);
+    const auto value =
+        rows_of<Element>(problem_.value, sequence_, kv_head_, block.token_first, block.token_count);
+    tokens_.pack(geometry_, key, value, false);
+    positions_.pack_keys(key);
     for (int64_t row = 0; row < rows_; row += kForwardRows) {
       const int64_t rows = smaller(kForwardRows, rows_ - row);
       add_tile(seen_block(block, problem_, sequence_, first_row_ + row, rows), row, rows);
@@ -126,13 +133,15 @@ class Forward {
     const PackedColumns<Operand> prefix = prefix_.packed.from(geometry_, block.prefix_first);
     const float prefix_factor = problem_.prefix_dropout.factor;
     const float scale = problem_.scale;
-    const int64_t offset = block.token_offset();
+    const int64_t offset = block.token_offset(), first_row = first_row_ + first;
+    positions_.write_of_queries(block, first_row, rows, query, tile_ + offset, tile_stride_);
     multiply<Operand>(rows, block.prefix_count, geometry_.steps, query,
                       geometry_.transposed(prefix.keys_transposed),
                       {tile_, tile_stride_, scale * prefix_factor, false}, kScoreSteps);
     multiply<Operand>(rows, block.token_count, geometry_.steps, query,
                       geometry_.transposed(tokens_.keys_transposed),
-                      {tile_ + offset, tile_stride_, scale, false}, kScoreSteps);
+                      {tile_ + offset, tile_stride_, scale, positions_.of_queries()}, kScoreSteps);
+    positions_.add_of_keys(block, first_row, rows, tile_ + offset, tile_stride_);
 
     softmax_tile(block, first, rows);
 
@@ -205,6 +214,7 @@ class Forward {
   int16_t* keep_;
   PackedColumns<Operand> tokens_;
   PrefixSource<Operand, Element> prefix_;
+  Positions<Operand, Element> positions_;
   Sequence sequence_;
   int64_t head_, kv_head_, first_row_, rows_;
   bool is_first_block_;

@@ -119,6 +119,19 @@ TileFunction tile_function(int64_t rows, int vectors) {
 constexpr int64_t kScoreSteps = 32;
 constexpr int64_t kAllSteps = INT64_MAX;
 
+PTV2_INLINE void multiply_in_pieces(TileFunction tile, int64_t steps, int64_t piece,
+                                    const uint32_t* a, int64_t a_row, int64_t a_step,
+                                    const uint32_t* b, int64_t b_step, float* c, int64_t c_row,
+                                    float alpha, bool accumulate) {
+  int64_t step = 0;
+  do {
+    const int64_t count = smaller(piece, steps - step);
+    tile(count, a + step * a_step, a_row, a_step, b + step * b_step, b_step, c, c_row, alpha,
+         accumulate || step > 0);
+    step += count;
+  } while (step < steps);
+}
+
 // C's rows hold whole vectors: columns from n to the next multiple of kLanes are written too.
 // Each element is one sum in the order of the steps, in pieces of `piece` steps, whatever m and n
 // are.
@@ -139,16 +152,43 @@ void multiply(int64_t m, int64_t n, int64_t steps, LeftOperand a, RightOperand b
     int64_t row = 0;
     for (int64_t tile = 0; tile < row_tiles; ++tile) {
       const bool large = tile < large_tiles;
-      int64_t step = 0;
-      do {
-        const int64_t count = smaller(piece, steps - step);
-        (large ? large_tile : small_tile)(count, left + row * a.row_stride + step * a.step_stride,
-                                          a.row_stride, a.step_stride, panel + step * b.step_stride,
-                                          b.step_stride, c.data + row * c.row_stride + column,
-                                          c.row_stride, c.alpha, c.accumulate || step > 0);
-        step += count;
-      } while (step < steps);
+      multiply_in_pieces(large ? large_tile : small_tile, steps, piece, left + row * a.row_stride,
+                         a.row_stride, a.step_stride, panel, b.step_stride,
+                         c.data + row * c.row_stride + column, c.row_stride, c.alpha, c.accumulate);
       row += small + large;
+    }
+  }
+}
+
+constexpr int64_t kBandMargin = 2 * kLanes;
+static_assert(kLanes - 1 + kTileRows - 1 <= kBandMargin);
+
+// Products with runs of B that slide: C(row, column) = alpha * A(row) B(first - row + column), for
+// m rows and n columns. Up to kBandMargin floats before and behind each row of C are written too.
+// B has whole vectors from column first - m + 1 >= 0 to column first + n - 1.
+template <class Operand>
+void multiply_band(int64_t m, int64_t n, int64_t steps, LeftOperand a, RightOperand b,
+                   int64_t first, Output c, int64_t piece) {
+  if (m == 0 || n == 0) return;
+  const auto* left = static_cast<const uint32_t*>(a.data);
+  const auto* right = static_cast<const uint32_t*>(b.data);
+  const int64_t row_tiles = (m + kTileRows - 1) / kTileRows;
+  for (int64_t panel = (first - m + 1) / kPanel; panel * kPanel < first + n; ++panel) {
+    const int64_t panel_begin = panel * kPanel, panel_end = panel_begin + kPanel;
+    int64_t row = 0;
+    for (int64_t tile = 0; tile < row_tiles; ++tile) {
+      const int64_t rows = m / row_tiles + (tile < m % row_tiles);
+      const int64_t last_begin = (first - row - rows + 1) / kLanes * kLanes;
+      const int64_t begin = larger(panel_begin, last_begin);
+      const int64_t end = smaller(panel_end, round_up(first - row + n, kLanes));
+      if (begin < end) {
+        multiply_in_pieces(tile_function<Operand>(rows, static_cast<int>((end - begin) / kLanes)),
+                           steps, piece, left + row * a.row_stride, a.row_stride, a.step_stride,
+                           right + panel * b.panel_stride + (begin - panel_begin), b.step_stride,
+                           c.data + row * (c.row_stride + 1) + begin - first, c.row_stride + 1,
+                           c.alpha, c.accumulate);
+      }
+      row += rows;
     }
   }
 }

@@ -40,6 +40,10 @@ struct Entries {
               rows_of<Element>(problem.prefix_value, bank_row, head, columns), backward);
   }
 
+  static void pack_positions(const Problem& problem, bool backward, int64_t head) {
+    PTV2_LEVEL::pack_positions<Operand, Element>(problem, backward, head);
+  }
+
   static int64_t keep_bytes(int64_t columns) {
     return (columns + kColumnsPerStep) * static_cast<int64_t>(sizeof(int16_t));
   }
@@ -70,6 +74,8 @@ struct Entries {
     using BackwardTask = Backward<Operand, Element>;
     return {prefix_bytes,
             pack_prefix,
+            position_bytes<Operand>,
+            pack_positions,
             ForwardTask::bytes,
             ForwardTask::run,
             BackwardTask::bytes,

@@ -25,6 +25,7 @@ struct Rows {
 };
 
 constexpr int64_t kRowsAhead = 8;
+constexpr int64_t kMaxHeadDim = 256;
 
 // Zeros behind the values: products run over whole vectors.
 PTV2_INLINE void clear(uint32_t* words, int64_t begin, int64_t end) {

@@ -32,6 +32,12 @@ struct Bias {
   int64_t batch_stride, head_stride, row_stride;
 };
 
+// [H, slots, D], of disentangled attention
+struct Table {
+  const void* data;  // or null
+  int64_t head_stride, row_stride;
+};
+
 // Counter-based dropout (Philox-4x32-7): an element is dropped when its 16 bits are <=
 // last_dropped.
 struct Dropout {
@@ -68,6 +74,9 @@ struct Problem {
   const int32_t* context_lengths;  // [B], or null: bidirectional
   int64_t window;                  // half-width over tokens, negative = none
   Bias bias;
+  Table position_key, position_query;
+  const int32_t* position_slots;  // the slot of distance d at d + position_reach, or null
+  int64_t position_reach;         // tokens - 1 or more
   float scale;
   Dropout attention_dropout, prefix_dropout;
   Tokens out;
@@ -76,6 +85,7 @@ struct Problem {
   // Filled by run.cpp. Rows of the bank that some sequence reads are numbered by slots.
   const int32_t* slot_of_row;  // [R], -1 for a row that no sequence reads
   char* packed_prefix;         // [slots, H_kv] areas, unused with prefix dropout
+  char* packed_positions;      // [H] areas
 
   int64_t kv_heads() const { return heads / group; }
 
@@ -123,6 +133,8 @@ struct BackwardProblem : Problem {
 struct Kernels {
   int64_t (*prefix_bytes)(const Problem&, bool backward);
   void (*pack_prefix)(const Problem&, bool backward, int64_t bank_row, int64_t head);
+  int64_t (*position_bytes)(const Problem&, bool backward);
+  void (*pack_positions)(const Problem&, bool backward, int64_t head);
   int64_t (*forward_scratch_bytes)(const ForwardProblem&);
   void (*forward)(const ForwardProblem&, int64_t task, char* scratch);
   int64_t (*backward_scratch_bytes)(const BackwardProblem&);

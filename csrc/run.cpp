@@ -41,6 +41,14 @@ void pack_prefix(Problem& problem, const Slots& slots, const Kernels& kernels, M
   });
 }
 
+void pack_positions(Problem& problem, const Kernels& kernels, Machine& machine, bool backward) {
+  const int64_t bytes = kernels.position_bytes(problem, backward);
+  if (bytes * problem.heads == 0) return;
+  problem.packed_positions = machine.allocate(bytes * problem.heads);
+  run_tasks(machine, problem.heads, 0,
+            [&](int64_t head, char*) { kernels.pack_positions(problem, backward, head); });
+}
+
 int64_t query_chunk(const Problem& problem, int64_t threads) {
   const int64_t heads = problem.batch * problem.heads;
   const int64_t parts =
@@ -82,6 +90,7 @@ struct BatchPlan {
 void run_forward(ForwardProblem& problem, const Kernels& kernels, Machine& machine) {
   const Slots slots(problem);
   pack_prefix(problem, slots, kernels, machine, false);
+  pack_positions(problem, kernels, machine, false);
   problem.query_chunk = query_chunk(problem, machine.threads());
   const int64_t chunks = divide_up(problem.queries, problem.query_chunk);
   run_tasks(machine, problem.batch * problem.heads * chunks, kernels.forward_scratch_bytes(problem),
@@ -93,6 +102,9 @@ void run_backward(BackwardProblem& problem, const Kernels& kernels, Machine& mac
   const Slots slots(problem);
   const BatchPlan plan(problem, slots);
   pack_prefix(problem, slots, kernels, machine, true);
+  if (problem.needs_query || problem.needs_key_value) {
+    pack_positions(problem, kernels, machine, true);
+  }
   problem.order = plan.order.data();
   problem.chunks = plan.chunks.data();
   problem.chunk_count = static_cast<int64_t>(plan.chunks.size());

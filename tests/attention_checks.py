@@ -13,7 +13,7 @@ from torch import Tensor
 from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 from tests.closeness import assert_close_to_oracle
 from tests.devices import device_of
-from tests.inputs import BIASES, MASKS, ROWS, Inputs, Shape, make_inputs
+from tests.inputs import BIASES, MASKS, POSITIONS, ROWS, Inputs, Shape, make_inputs
 from tests.oracle import (
     Results,
     concatenate_and_expand,
@@ -51,10 +51,13 @@ def check_inputs(backends: list[str], inputs: Inputs, p: float, prefix_p: float)
     return worst
 
 
-def random_case(generator: random.Random, largest: int, most: int = 3) -> dict:
+def random_case(
+    generator: random.Random, largest: int, most: int = 3, positions: bool = True
+) -> dict:
     """Arguments of `check`, the backends apart.
 
-    Sizes up to `largest`, and up to `most` sequences and heads for keys and values.
+    Sizes up to `largest`, and up to `most` sequences and heads for keys and values. `positions`:
+    with those of disentangled attention in two cases of five.
     """
     sizes = [0, 1, 2, 7, 16, 31, 33, 64, 65, 127, 200, 333]
     sizes = [size for size in sizes if size <= largest]
@@ -70,7 +73,7 @@ def random_case(generator: random.Random, largest: int, most: int = 3) -> dict:
     packed = generator.random() < 0.3
     if rows != "all" or packed:
         shape = dataclasses.replace(shape, queries=shape.tokens)
-    return {
+    case = {
         "rows": rows,
         "packed": packed,
         "bank": generator.choice([0, 0, 1, 3]),
@@ -84,6 +87,11 @@ def random_case(generator: random.Random, largest: int, most: int = 3) -> dict:
         "seed": generator.randint(0, 2**20),
         "strides": generator.choice(["hf", "sliced"]),
     }
+    kind = random.Random(case["seed"]).choice(["none", "none", *POSITIONS])
+    if positions and kind != "none":
+        shape = dataclasses.replace(shape, heads=shape.kv_heads, group=1, queries=shape.tokens)
+        case |= {"positions": kind, "rows": "all", "bias": "none", "shape": shape}
+    return case
 
 
 def packed_of(inputs: Inputs, padded: Results) -> Results:

@@ -22,6 +22,7 @@ using ptv2::ForwardProblem;
 // The two structures and their order are those of kernel_runner.py.
 struct Header {
   int64_t is_bfloat16, batch, heads, head_dim, queries, tokens, group, bank_rows, prefix, window;
+  int64_t position_reach;
   int64_t needs_query, needs_key_value, needs_prefix;
   int64_t attention_threshold, prefix_threshold;  // of 65536, 0 = no dropout
   uint64_t seed;
@@ -31,7 +32,7 @@ struct Header {
 // clang-format off
 enum TensorName {
   kQuery, kKey, kValue, kPrefixKey, kPrefixValue, kGradOut, kGradLse, kBias, kMask, kStarts,
-  kPrefixIndex, kPrefixLengths, kContextLengths, kOut, kLse, kGradQuery, kGradKey, kGradValue,
+  kPrefixIndex, kPrefixLengths, kContextLengths, kPositionKey, kPositionQuery, kSlots, kOut, kLse, kGradQuery, kGradKey, kGradValue,
   kGradPrefixKey, kGradPrefixValue, kTensors
 };
 // clang-format on
@@ -154,6 +155,10 @@ class Call {
     problem.window = header.window;
     problem.bias = {data(kBias), case_.tensors[kBias].element_bytes == 4, stride(kBias, 0),
                     stride(kBias, 1), stride(kBias, 2)};
+    problem.position_key = table(kPositionKey);
+    problem.position_query = table(kPositionQuery);
+    problem.position_slots = static_cast<const int32_t*>(data(kSlots));
+    problem.position_reach = header.position_reach;
     problem.scale = static_cast<float>(header.scale);
     problem.attention_dropout =
         dropout_of(header.attention_threshold, header.attention_factor, header.seed);
@@ -180,6 +185,10 @@ class Call {
 
   ptv2::Prefix prefix(TensorName name) const {
     return {data(name), stride(name, 0), stride(name, 1), stride(name, 2)};
+  }
+
+  ptv2::Table table(TensorName name) const {
+    return {data(name), stride(name, 0), stride(name, 1)};
   }
 
   void check_inputs() const {

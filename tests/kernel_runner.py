@@ -107,6 +107,7 @@ class Case:
 INPUTS = (
     "query", "key", "value", "prefix_key", "prefix_value", "grad_out", "grad_lse", "bias",
     "key_mask", "cu_seqlens", "prefix_index", "prefix_lengths", "context_lengths",
+    "position_key", "position_query", "position_slots",
 )  # fmt: skip
 OUTPUTS = Results._fields
 NO_TENSOR = (-1, 0, 0, 0, 0, 0)
@@ -153,7 +154,7 @@ class CaseFile:
         strides = list(view.stride())
         if name == "bias":
             strides[0] *= view.shape[0] > 1
-        elif self.case.packed and name not in ("prefix_key", "prefix_value"):
+        elif self.case.packed and not name.startswith(("prefix_", "position_")):
             strides = [strides[0], *strides[1:2], strides[0]]  # starts are rows
         strides = [*strides, 0, 0][:3]
         first_byte = view.storage_offset() * view.element_size()
@@ -221,12 +222,13 @@ class CaseFile:
             batch, queries, tokens = query.shape[0], query.shape[2], key.shape[2]
         window = -1 if inputs.window is None else inputs.window
         return struct.pack(
-            "<15qQ3d",
+            "<16qQ3d",
             query.dtype == torch.bfloat16, batch, query.shape[1], query.shape[-1], queries, tokens,
             query.shape[1] // key.shape[1], prefix_key.shape[0], prefix_key.shape[2], window,
+            0 if inputs.position_slots is None else len(inputs.position_slots) // 2,
             *case.needs, round(65536 * case.p), round(65536 * case.prefix_p),
             inputs.seed.item() % 2**64,
-            query.shape[-1] ** -0.5, 1 / (1 - case.p), 1 / (1 - case.prefix_p),
+            inputs.scale, 1 / (1 - case.p), 1 / (1 - case.prefix_p),
         )  # fmt: skip
 
     def to_bytes(self) -> bytes:
