@@ -4,15 +4,29 @@ Run without TRITON_INTERPRET; prints {"scenario", "launches": [{"kernel", "grid"
 """
 
 import json
-from collections.abc import Callable
+import random
+from collections.abc import Callable, Iterator
 from functools import partial
+from unittest.mock import patch
 
 import torch
 from triton.runtime.errors import OutOfResources
+from triton.runtime.jit import JITFunction
 
 from ptv2_fast import prefix_attention
+from ptv2_fast.ops.options import Options
+from ptv2_kernels.launching import Launcher
+from tests.elementwise_cases import DTYPES, calls_of, make_case, results_of
 from tests.fake_gpu import FakeGpu, fake_gpu
-from tests.sample_calls import Sizes, biased_call, packed_call, padded_call, run_elementwise
+from tests.rotary_checks import FLAGS
+from tests.sample_calls import (
+    Call,
+    Sizes,
+    biased_call,
+    packed_call,
+    padded_call,
+    run_elementwise,
+)
 
 SCENARIOS: dict[str, Callable[[FakeGpu], dict[str, object] | None]] = {}
 
@@ -120,6 +134,111 @@ def other_biases(gpu: FakeGpu) -> dict[str, object]:
     return _recompilations(
         gpu, [biased_call(Sizes(tokens=n)).both for n in (64, 128, 65, 67, 96, 33)]
     )
+
+
+def _flat(value: object) -> Iterator[object]:
+    """The members of nested tuples; a tensor by its identity."""
+    if isinstance(value, (tuple, list)):
+        for member in value:
+            yield from _flat(member)
+    else:
+        yield id(value) if isinstance(value, torch.Tensor) else value
+
+
+class _Chosen:
+    """Stands in for a compiled kernel, and writes down that it is run."""
+
+    function = packed_metadata = 0
+
+    def __init__(self, log: list) -> None:
+        self.log = log
+
+    def launch_metadata(self, *_) -> None:
+        return None
+
+    def run(self, x, y, z, stream, function, packed, metadata, enter, leave, *arguments) -> None:
+        self.log.append((self, (x, y, z), arguments))
+
+
+@scenario
+def random_calls(gpu: FakeGpu) -> dict[str, object]:
+    """Each launch of random calls once more by Triton: which kernels serve it, with what."""
+    log: list = []
+    counts = {"launches": 0, "direct": 0, "differ": 0}
+    launch = Launcher.__call__
+
+    def choose(kernel, key, *_, **__):
+        return kernel.device_caches[gpu.index][0].setdefault(key, _Chosen(log))
+
+    def by_triton(kernel, *arguments, **options):
+        counts["direct"] -= 1
+        return run(kernel, *arguments, **options)
+
+    def twice(launcher, grid, options, *arguments):
+        counts["direct"] += 1
+        with patch.object(JITFunction, "run", by_triton):
+            launch(launcher, grid, options, *arguments)
+        launcher.kernel[grid](*arguments, **options)
+        (kernel, *first), (expected, *second) = log[-2:]
+        same = kernel is expected and [*_flat(first)] == [*_flat(second)]
+        counts["launches"] += 1
+        counts["differ"] += not same or len(log) != 2 * counts["launches"]
+
+    run, generator = JITFunction.run, random.Random(0)
+    with (
+        patch.object(JITFunction, "_do_compile", choose),
+        patch.object(Launcher, "__call__", twice),
+    ):
+        for _ in range(200):
+            _random_attention(generator)
+            _random_rows(generator)
+    return {**counts, "chosen": len({id(kernel) for kernel, *_ in log})}
+
+
+def _random_attention(generator: random.Random) -> None:
+    """Forward and backward of a call, and of one like it with other strides and addresses."""
+    one_of = generator.choice
+    sizes = Sizes(
+        one_of((1, 2)), one_of((2, 16)), one_of((1, 16, 17)), 7, 16, 2, one_of((1, 2)),
+    )  # fmt: skip
+    dtype, dropout = one_of((torch.float32, torch.bfloat16)), (one_of((0.0, 0.1)), 0.0)
+    if one_of((True, False)):
+        call = packed_call([sizes.tokens, one_of((1, 5))], sizes, dtype, *dropout)
+    else:
+        others = {"window": one_of((1, 5, 16))} if one_of((True, False)) else {}
+        if one_of((True, False)):
+            others["bias"] = torch.zeros(1, sizes.heads, sizes.tokens, sizes.tokens, dtype=dtype)
+        call = padded_call(sizes, dtype, *dropout, masked=one_of((True, False)), **others)
+    needs = {
+        name: generator.random() < 0.8
+        for name in ("needs_query", "needs_key_value", "needs_prefix")
+    }
+    call.both(**needs)
+    tensors = tuple(_elsewhere(generator, tensor) for tensor in call.tensors)
+    options = Options(*(_elsewhere(generator, option) for option in call.options))
+    Call(tensors, options).both(**needs)
+
+
+def _elsewhere(generator: random.Random, value: object) -> object:
+    """A tensor of zeros, now and then with gaps between its rows or at an odd address."""
+    if not isinstance(value, torch.Tensor) or value.dim() < 2 or generator.random() < 0.8:
+        return value
+    gap, first = generator.choice(((0, 1), (8, 0), (16, 0), (3, 0)))
+    *shape, columns = value.shape
+    memory = torch.zeros(first + value.numel() // columns * (columns + gap), dtype=value.dtype)
+    return memory[first:].view(*shape, columns + gap)[..., :columns]
+
+
+def _random_rows(generator: random.Random) -> None:
+    """The elementwise operators, and a rotation."""
+    one_of = generator.choice
+    rows, columns, p = one_of((1, 5)), one_of((16, 40)), one_of((0.0, 0.1))
+    case = make_case((rows, columns), one_of(list(DTYPES)), one_of((True, False)), p)
+    for name, arguments in calls_of(case, ("silu",)):
+        results_of("triton", name, arguments)
+    packed = _elsewhere(generator, torch.zeros(rows, 64, dtype=case.input.dtype))
+    angles = torch.zeros(rows, 8)
+    results_of("triton", "rotate_", (packed, angles, angles, 2, 16, *one_of(FLAGS)))
 
 
 def _describe(name: str, gpu: FakeGpu, extra: dict[str, object] | None) -> dict[str, object]:

@@ -186,7 +186,7 @@ def calls_of(case: Case, activations: tuple[str, ...] = ACTIVATIONS) -> list[tup
 def results_of(backend: str, name: str, arguments: tuple) -> tuple[Tensor, ...]:
     """Of one operator."""
     result = operator(backend, name)(*arguments)
-    return (result,) if isinstance(result, Tensor) else tuple(result)
+    return (result,) if isinstance(result, Tensor) else tuple(result or ())
 
 
 def run_all(backend: str, case: Case) -> list[Tensor]:

@@ -93,6 +93,13 @@ def test_other_biases_recompile_for_alignment_alone(scenarios):
     assert sum(later) <= len(FORWARD_BACKWARD)
 
 
+def test_launches_are_served_by_the_kernels_that_triton_chooses(scenarios):
+    result = scenarios["random_calls"]
+    assert result["differ"] == 0
+    assert result["launches"] > 1000 and result["chosen"] > 100
+    assert 2 * result["direct"] > result["launches"], "what was launched before goes directly"
+
+
 def test_too_little_shared_memory_raises(scenarios):
     result = scenarios["little_shared_memory"]
     assert "out of resource: shared memory" in result["error"]

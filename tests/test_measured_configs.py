@@ -18,7 +18,7 @@ def table(tmp_path, monkeypatch):
     """The path of a table that is read once it is written."""
     path = tmp_path / "table.json"
     monkeypatch.setenv("PTV2_TUNED", str(path))
-    caches = (configs.chosen_config, measured_configs)
+    caches = (configs._launch_options, configs.chosen_config, measured_configs)
     for cache in caches:
         cache.cache_clear()
     yield path

@@ -7,7 +7,6 @@ tuple is specialised for alignment and for strides of 1. What is None is compile
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 LOG2_E = 1.4426950408889634
@@ -65,12 +64,14 @@ class Call(NamedTuple):
 
 
 def strided(tensor: Tensor) -> Strided:
-    if abs(tensor.stride(-2)) >= 2**31 // LARGEST_BLOCK and tensor.numel():
+    strides = tensor.stride()
+    if abs(strides[-2]) >= 2**31 // LARGEST_BLOCK and tensor.numel():
         tensor = tensor.contiguous()  # offsets inside a tile are counted in int32
-    if tensor.dim() == 3:  # packed [N, H, D]
-        row, head, column = tensor.stride()
-        return Strided(tensor, (row, head, row, column))
-    return Strided(tensor, tensor.stride())
+        strides = tensor.stride()
+    if len(strides) == 3:  # packed [N, H, D]
+        row, head, column = strides
+        strides = (row, head, row, column)
+    return Strided(tensor, strides)
 
 
 def describe_call(
@@ -144,6 +145,6 @@ def empty_statistics(query: Tensor) -> Tensor:
     return query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
-def row_grid(call: Call, heads: int):
-    """A program per (tile of query rows, sequence) and head."""
-    return lambda meta: (triton.cdiv(call.longest, meta["BLOCK_QUERIES"]) * call.batch, heads)
+def tile_grid(call: Call, rows: int, block: int, heads: int) -> tuple[int, int, int]:
+    """A program per (tile of the rows of a sequence, sequence) and head."""
+    return -(-rows // block) * call.batch, heads, 1

@@ -7,23 +7,27 @@ One kernel per owner of a result (query tile, key tile, prefix tile), so that ev
 written once, without atomics: the bits are the same from run to run.
 """
 
+import functools
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ptv2_kernels.arguments import (
     LOG2_E,
-    Call,
+    Extras,
     describe_call,
     empty_statistics,
     empty_token_major,
-    row_grid,
     strided,
+    tile_grid,
 )
 from ptv2_kernels.backward_key_value import _grad_key_value_kernel
 from ptv2_kernels.backward_prefix import launch_backward_prefix
 from ptv2_kernels.backward_query import _grad_query_kernel
 from ptv2_kernels.configs import COMPILER_OPTIONS, launch_options, tile_widths
+from ptv2_kernels.launching import Launcher
 from ptv2_kernels.tiles import load_tile, locate_tile, row_pointers, sum_rows
 
 
@@ -65,27 +69,37 @@ def _delta_kernel(
     tl.store(delta_ptrs, delta, mask=inside)
 
 
-def _launch_delta(call: Call, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
+_delta = Launcher(_delta_kernel)
+_grad_query = Launcher(_grad_query_kernel)
+_grad_key_value = Launcher(_grad_key_value_kernel)
+
+
+def _launch_delta(extras: Extras, out: Tensor, grad_out: Tensor, grad_lse: Tensor | None) -> Tensor:
     delta = empty_statistics(out)
     if delta.numel() == 0:
         return delta
     heads, head_dim = out.shape[1], out.shape[-1]
     # The sequences of the packed layout need not be told apart here.
     batch, rows = (1, out.shape[0]) if out.dim() == 3 else (out.shape[0], out.shape[2])
-    _delta_kernel[(triton.cdiv(rows, 64) * batch, heads)](
+    options = _delta_options(head_dim)
+    _delta(
+        (-(-rows // options["BLOCK_QUERIES"]) * batch, heads, 1),
+        options,
         strided(out),
         strided(grad_out),
         None if grad_lse is None else grad_lse.contiguous(),
         delta,
-        call.extras.of_prefix(),
+        extras,
         heads,
         rows,
-        HEAD_DIM=head_dim,
-        BLOCK_DIMS=tile_widths(head_dim),
-        BLOCK_QUERIES=64,
-        **COMPILER_OPTIONS,
     )
     return delta
+
+
+@functools.cache
+def _delta_options(head_dim: int) -> dict[str, Any]:
+    widths = tile_widths(head_dim)
+    return {"HEAD_DIM": head_dim, "BLOCK_DIMS": widths, "BLOCK_QUERIES": 64, **COMPILER_OPTIONS}
 
 
 def launch_backward(
@@ -102,14 +116,14 @@ def launch_backward(
     needs_key_value: bool,
     needs_prefix: bool,
     joint: bool,
-    *options,
+    *call_options,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients that are needed; an empty(0) stands for one that is not.
 
     `joint`: the first result holds those of query, key and value along the heads, and the next two
-    are empty(0). `options`: those of `describe_call`, from key_mask on.
+    are empty(0). `call_options`: those of `describe_call`, from key_mask on.
     """
-    call = describe_call(query, key, prefix_key, *options)
+    call = describe_call(query, key, prefix_key, *call_options)
     heads, kv_heads = query.shape[1], key.shape[1]
     nothing = query.new_empty(0)
     if joint:
@@ -123,37 +137,46 @@ def launch_backward(
             for _ in range(2)
         )
         results = targets = (grad_query, grad_key, grad_value)
-    lse, delta = lse.contiguous(), _launch_delta(call, out, grad_out, grad_lse)
+    extras_of_prefix = call.extras.of_prefix()
+    lse, delta = lse.contiguous(), _launch_delta(extras_of_prefix, out, grad_out, grad_lse)
     tokens = (strided(query), strided(key), strided(value))
     shared = (lse, delta, call.extras)
     if needs_query and targets[0].numel():
-        _grad_query_kernel[row_grid(call, heads)](
+        options = launch_options("query", query, call.extras, prefix_key.shape[2])
+        _grad_query(
+            tile_grid(call, call.longest, options["BLOCK_QUERIES"], heads),
+            options,
             *tokens,
             strided(prefix_key),
             strided(prefix_value),
             strided(grad_out),
             strided(targets[0]),
             *shared,
-            **call.sizes,
-            scale_log2=call.scale * LOG2_E,
-            **launch_options("query", query, call.extras, prefix_key.shape[2]),
+            *call.sizes.values(),
+            call.scale * LOG2_E,
         )
     if needs_key_value and targets[1].numel():
-        _grad_key_value_kernel[
-            lambda meta: (triton.cdiv(call.longest_key, meta["BLOCK_KEYS"]) * call.batch, kv_heads)
-        ](
+        options = launch_options("key_value", query, call.extras)
+        _grad_key_value(
+            tile_grid(call, call.longest_key, options["BLOCK_KEYS"], kv_heads),
+            options,
             *tokens,
             strided(grad_out),
             strided(targets[1]),
             strided(targets[2]),
             *shared,
-            **call.sizes,
-            scale_log2=call.scale * LOG2_E,
-            **launch_options("key_value", query, call.extras),
+            *call.sizes.values(),
+            call.scale * LOG2_E,
         )
     if needs_prefix:
         of_prefix = launch_backward_prefix(
-            call, query, prefix_key, prefix_value, grad_out, lse, delta
+            call._replace(extras=extras_of_prefix),
+            query,
+            prefix_key,
+            prefix_value,
+            grad_out,
+            lse,
+            delta,
         )
     else:
         of_prefix = (prefix_key.new_empty(0), prefix_key.new_empty(0))

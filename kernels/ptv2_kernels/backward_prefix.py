@@ -6,6 +6,8 @@ adds the partials in order and rounds once. The number of splits follows the num
 not the batch. Keys and values of tokens are never read.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -14,6 +16,7 @@ from torch import Tensor
 from ptv2_kernels.arguments import LOG2_E, RUNTIME_SIZES, Call, Strided, strided
 from ptv2_kernels.configs import COMPILER_OPTIONS, INTERPRETED, launch_options
 from ptv2_kernels.dropout import PREFIX_STREAM, load_seed
+from ptv2_kernels.launching import Launcher
 from ptv2_kernels.softmax import (
     LN_2,
     drop_pair,
@@ -36,6 +39,7 @@ from ptv2_kernels.tiles import (
 )
 
 REDUCE_BLOCK = 1024
+REDUCE_OPTIONS = {"BLOCK": REDUCE_BLOCK, **COMPILER_OPTIONS}
 
 
 @triton.jit
@@ -188,6 +192,7 @@ def _sum_partials_kernel(
         tl.store(grad_prefix_value_ptr + offsets, result, mask=in_range)
 
 
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if INTERPRETED or device.type != "cuda":
         return 8
@@ -196,12 +201,16 @@ def _multiprocessors(device: torch.device) -> int:
 
 def count_splits(batch: int, programs: int, multiprocessors: int) -> int:
     """Enough times `programs` for two waves, and at most one split per sequence."""
-    wanted = triton.cdiv(2 * multiprocessors, max(1, programs))
+    wanted = -(-2 * multiprocessors // max(1, programs))
     return max(1, min(wanted, batch))
 
 
+_grad_prefix = Launcher(_grad_prefix_kernel)
+_sum_partials = Launcher(_sum_partials_kernel)
+
+
 def launch_backward_prefix(
-    call: Call,
+    call: Call,  # with the extras of the prefix alone
     query: Tensor,  # [B, H, T, D]; packed: [N, H, D]
     prefix_key: Tensor,  # [R, H_kv, P, D]
     prefix_value: Tensor,
@@ -216,15 +225,14 @@ def launch_backward_prefix(
     if size == 0:
         return grad_prefix_key, grad_prefix_value
     options = launch_options("prefix", query, call.extras, prefix_length)
-    prefix_tiles = triton.cdiv(prefix_length, options["BLOCK_KEYS"])
+    prefix_tiles = -(-prefix_length // options["BLOCK_KEYS"])
     programs = kv_heads * prefix_tiles * bank_rows
     splits = count_splits(call.batch, programs, _multiprocessors(query.device))
     partial = query.new_empty(splits, 2, *prefix_key.shape, dtype=torch.float32)
 
-    def grid(meta):
-        return triton.cdiv(prefix_length, meta["BLOCK_KEYS"]), kv_heads, splits * bank_rows
-
-    _grad_prefix_kernel[grid](
+    _grad_prefix(
+        (prefix_tiles, kv_heads, splits * bank_rows),
+        options,
         strided(query),
         strided(prefix_key),
         strided(prefix_value),
@@ -232,21 +240,20 @@ def launch_backward_prefix(
         Strided(partial, partial.stride()[2:]),
         lse,
         delta,
-        call.extras.of_prefix(),
-        **call.sizes,
-        batch=call.batch,
-        bank_rows=bank_rows,
-        sequences_per_split=triton.cdiv(call.batch, splits),
-        scale_log2=call.scale * LOG2_E,
-        **options,
+        call.extras,
+        *call.sizes.values(),
+        call.batch,
+        bank_rows,
+        -(-call.batch // splits),
+        call.scale * LOG2_E,
     )
-    _sum_partials_kernel[(triton.cdiv(size, REDUCE_BLOCK), 2)](
+    _sum_partials(
+        (-(-size // REDUCE_BLOCK), 2, 1),
+        REDUCE_OPTIONS,
         partial,
         grad_prefix_key,
         grad_prefix_value,
         size,
         splits,
-        BLOCK=REDUCE_BLOCK,
-        **COMPILER_OPTIONS,
     )
     return grad_prefix_key, grad_prefix_value

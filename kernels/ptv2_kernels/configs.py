@@ -8,6 +8,8 @@ equal bits whatever they are batched with.
 import dataclasses
 import functools
 import os
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import triton
@@ -97,7 +99,12 @@ def architecture() -> str | int:
     """What the current device is, one of ARCHITECTURES or another compute capability."""
     if INTERPRETED:
         return 80
-    target = driver.active.get_current_target()
+    return _architecture(driver.active, driver.active.get_current_device())
+
+
+@functools.cache
+def _architecture(active: Any, device: int) -> str | int:
+    target = active.get_current_target()
     return target.arch if target.backend == "cuda" else "amd"
 
 
@@ -120,7 +127,7 @@ def shipped_config(
     return config
 
 
-def row_options(columns: int) -> dict[str, object]:
+def row_options(columns: int, architecture: str | int) -> dict[str, object]:
     """Tiles of whole rows, 16 elements to a thread: two loads of 16 bytes of each 16-bit tensor.
 
     Narrow rows share a program, which so reads the weights once and waits once for all their sums.
@@ -129,7 +136,7 @@ def row_options(columns: int) -> dict[str, object]:
     block_rows = max(1, 2048 // block_columns)
     num_warps = min(16, block_rows * block_columns // 512)
     options: dict[str, object] = {"BLOCK_ROWS": block_rows, "BLOCK_COLUMNS": block_columns}
-    if architecture() != "amd":
+    if architecture != "amd":
         # 24 warps fit a multiprocessor; left alone, ptxas for sm_100 and sm_120 spills below 50.
         options["maxnreg"] = 80
     return options | {"num_warps": num_warps} | COMPILER_OPTIONS
@@ -161,22 +168,46 @@ def launch_options(
     query: torch.Tensor,
     extras: Extras,
     prefix_length: int | None = None,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Keyword arguments of a launch: blocks, warps, stages, precision of float32 products.
 
-    `prefix_length`: for the kernels that read the prefix.
+    The same object, which nobody changes, for the same of them. `prefix_length`: for the kernels
+    that read the prefix.
     """
-    head_dim, element_size = query.shape[-1], query.element_size()
-    target = architecture()
+    target, element_size = architecture(), query.element_size()
+    return _launch_options(
+        chosen_config,
+        kernel,
+        query.shape[-1],
+        element_size,
+        target,
+        input_precision(target) if element_size == 4 else None,  # products of 16 bits have one
+        extras.threshold is not None,
+        extras.prefix_threshold is not None,
+        extras.bias_ptr is not None,
+        prefix_length,
+    )
+
+
+@functools.cache
+def _launch_options(
+    choose: Callable[[Workload, str | int], Config],
+    kernel: str,
+    head_dim: int,
+    element_size: int,
+    target: str | int,
+    precision: str | None,
+    has_dropout: bool,
+    prefix_dropout: bool,
+    has_bias: bool,
+    prefix_length: int | None,
+) -> dict[str, Any]:
     widths = tile_widths(head_dim)
-    options: dict[str, object] = {"HEAD_DIM": head_dim, "BLOCK_DIMS": widths}
-    # Products of 16 bits have one precision.
-    options["INPUT_PRECISION"] = input_precision(target) if element_size == 4 else None
-    has_dropout = extras.threshold is not None
-    prefix_dropout = extras.prefix_threshold is not None
+    options: dict[str, Any] = {"HEAD_DIM": head_dim, "BLOCK_DIMS": widths}
+    options["INPUT_PRECISION"] = precision
     workload = Workload(kernel, sum(widths), element_size, has_dropout, prefix_length)
-    config = chosen_config(workload, target)
-    if extras.bias_ptr is not None and target in BIAS_SPILLS.get(kernel, ()):
+    config = choose(workload, target)
+    if has_bias and target in BIAS_SPILLS.get(kernel, ()):
         config = dataclasses.replace(config, block_keys=32)
     if prefix_dropout and kernel == "prefix" and sum(widths) > 64:
         # Sums of one sequence beside those of all of them: twice the registers of a wide head.

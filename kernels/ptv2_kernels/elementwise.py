@@ -4,10 +4,10 @@ They take the arguments of the operators of `ptv2_fast.ops.elementwise`, which d
 a shape that does not fit is a ValueError.
 """
 
-from typing import NamedTuple
+import functools
+from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ptv2_kernels.activations import (
@@ -17,11 +17,12 @@ from ptv2_kernels.activations import (
     _bias_activation_backward_kernel,
     _bias_activation_kernel,
 )
-from ptv2_kernels.configs import COMPILER_OPTIONS, row_options
+from ptv2_kernels.configs import COMPILER_OPTIONS, architecture, row_options
 from ptv2_kernels.gated_activation import (
     _gated_activation_backward_kernel,
     _gated_activation_kernel,
 )
+from ptv2_kernels.launching import Launcher
 from ptv2_kernels.norms import (
     _dropout_add_norm_backward_kernel,
     _dropout_add_norm_kernel,
@@ -42,6 +43,17 @@ __all__ = [
     "launch_norm_from_stats",
     "launch_rotate_",
 ]
+
+
+_bias_activation = Launcher(_bias_activation_kernel)
+_bias_activation_backward = Launcher(_bias_activation_backward_kernel)
+_gated_activation = Launcher(_gated_activation_kernel)
+_gated_activation_backward = Launcher(_gated_activation_backward_kernel)
+_dropout_add_norm = Launcher(_dropout_add_norm_kernel)
+_dropout_add_norm_backward = Launcher(_dropout_add_norm_backward_kernel)
+_norm_from_stats = Launcher(_norm_from_stats_kernel)
+_dropout_add = Launcher(_dropout_add_kernel)
+_dropout_backward = Launcher(_dropout_backward_kernel)
 
 
 class HiddenDropout(NamedTuple):
@@ -85,43 +97,50 @@ def _dense(tensor: Tensor) -> Tensor:
 
 
 def _launch_columns(
-    kernel, rows_and_columns: tuple[int, ...], *tensors: Tensor | None, **constants: str | bool
+    launch: Launcher,
+    rows_and_columns: tuple[int, ...],
+    *tensors: Tensor | None,
+    **constants: str | bool,
 ) -> None:
     """`rows_and_columns`: of the result of an activation."""
+    rows, columns = rows_and_columns
+    options = _column_options(columns, **constants)
+    if rows * columns == 0:
+        return
+    tiles = -(-rows // BLOCK_ROWS) * -(-columns // BLOCK_COLUMNS)
+    launch((tiles, 1, 1), options, *tensors, rows)
+
+
+@functools.cache
+def _column_options(columns: int, **constants: str | bool) -> dict[str, object]:
     if constants["ACTIVATION"] not in ACTIVATIONS:
         raise ValueError(
             f"activation: expected one of {', '.join(ACTIVATIONS)}, got {constants['ACTIVATION']!r}"
         )
+    blocks = {"BLOCK_ROWS": BLOCK_ROWS, "BLOCK_COLUMNS": BLOCK_COLUMNS}
+    return {"COLUMNS": columns, **constants, **blocks, "num_warps": 4, **COMPILER_OPTIONS}
+
+
+def _launch_rows(
+    launch: Launcher, rows_and_columns: tuple[int, ...], *arguments, **constants: bool
+) -> None:
     rows, columns = rows_and_columns
     if rows * columns == 0:
         return
-    tiles = triton.cdiv(rows, BLOCK_ROWS) * triton.cdiv(columns, BLOCK_COLUMNS)
-    kernel[(tiles,)](
-        *tensors,
-        rows,
-        COLUMNS=columns,
-        **constants,
-        BLOCK_ROWS=BLOCK_ROWS,
-        BLOCK_COLUMNS=BLOCK_COLUMNS,
-        num_warps=4,
-        **COMPILER_OPTIONS,
-    )
+    options = _row_options(columns, architecture(), **constants)
+    launch((-(-rows // options["BLOCK_ROWS"]), 1, 1), options, *arguments, rows)
 
 
-def _launch_rows(kernel, rows_and_columns: tuple[int, ...], *arguments, **constants: bool) -> None:
-    rows, columns = rows_and_columns
-    if rows * columns == 0:
-        return
-    kernel[lambda meta: (triton.cdiv(rows, meta["BLOCK_ROWS"]),)](
-        *arguments, rows, COLUMNS=columns, **constants, **row_options(columns)
-    )
+@functools.cache
+def _row_options(columns: int, architecture: str | int, **constants: bool) -> dict[str, Any]:
+    return {"COLUMNS": columns, **constants, **row_options(columns, architecture)}
 
 
 def launch_bias_activation(input: Tensor, bias: Tensor | None, activation: str) -> Tensor:
     input = _dense(input)
     out = torch.empty_like(input)
     bias = _fitting("bias", bias, input.shape[1])
-    _launch_columns(_bias_activation_kernel, input.shape, input, bias, out, ACTIVATION=activation)
+    _launch_columns(_bias_activation, input.shape, input, bias, out, ACTIVATION=activation)
     return out
 
 
@@ -131,7 +150,7 @@ def launch_bias_activation_backward(
     input = _dense(input)
     grad_input = torch.empty_like(input)
     _launch_columns(
-        _bias_activation_backward_kernel, input.shape,
+        _bias_activation_backward, input.shape,
         _fitting("grad_out", grad_out, *input.shape), input,
         _fitting("bias", bias, input.shape[1]), grad_input, ACTIVATION=activation,
     )  # fmt: skip
@@ -144,7 +163,7 @@ def launch_gated_activation(
     input = _dense(input)  # [R, 2 C]
     out = input.new_empty(_half_of(input))
     _launch_columns(
-        _gated_activation_kernel, out.shape, input, _fitting("bias", bias, input.shape[1]), out,
+        _gated_activation, out.shape, input, _fitting("bias", bias, input.shape[1]), out,
         ACTIVATION=activation, ACTIVATED_FIRST=activated_first,
     )  # fmt: skip
     return out
@@ -157,7 +176,7 @@ def launch_gated_activation_backward(
     grad_input = torch.empty_like(input)
     half = _half_of(input)
     _launch_columns(
-        _gated_activation_backward_kernel, half, _fitting("grad_out", grad_out, *half), input,
+        _gated_activation_backward, half, _fitting("grad_out", grad_out, *half), input,
         _fitting("bias", bias, input.shape[1]), grad_input,
         ACTIVATION=activation, ACTIVATED_FIRST=activated_first,
     )  # fmt: skip
@@ -190,7 +209,7 @@ def launch_dropout_add_norm(
     rows, columns = residual.shape
     statistics = residual.new_empty((rows, 2), dtype=torch.float32)
     _launch_rows(
-        _dropout_add_norm_kernel,
+        _dropout_add_norm,
         residual.shape,
         _fitting("input", input, rows, columns),
         _fitting("bias", bias, columns),
@@ -229,7 +248,7 @@ def launch_dropout_add_norm_backward(
     grad_residual = torch.empty_like(total)
     grad_input = _empty_grad_input(total, dropout_p, input_dtype)
     _launch_rows(
-        _dropout_add_norm_backward_kernel,
+        _dropout_add_norm_backward,
         total.shape,
         _fitting("grad_out", grad_out, rows, columns),
         _fitting("grad_other", grad_other, rows, columns),
@@ -258,7 +277,7 @@ def launch_norm_from_stats(
     rows, columns = total.shape
     out = torch.empty_like(total)
     _launch_rows(
-        _norm_from_stats_kernel,
+        _norm_from_stats,
         total.shape,
         total,
         _fitting("statistics", statistics, rows, 2),
@@ -281,7 +300,7 @@ def launch_dropout_add(
     residual = _dense(residual)
     total = torch.empty_like(residual)
     _launch_rows(
-        _dropout_add_kernel,
+        _dropout_add,
         residual.shape,
         _fitting("input", input, *residual.shape),
         _fitting("bias", bias, residual.shape[1]),
@@ -305,5 +324,5 @@ def launch_dropout_backward(
     dropout = _dropout(grad_total.shape[0], seed, coordinates, dropout_p, stream)
     if grad_input.shape == grad_total.shape:
         tensors = (_dense(grad_total), grad_input)
-        _launch_rows(_dropout_backward_kernel, grad_total.shape, *tensors, dropout)
+        _launch_rows(_dropout_backward, grad_total.shape, *tensors, dropout)
     return grad_input

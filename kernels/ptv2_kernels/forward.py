@@ -18,11 +18,12 @@ from ptv2_kernels.arguments import (
     describe_call,
     empty_statistics,
     empty_token_major,
-    row_grid,
     strided,
+    tile_grid,
 )
 from ptv2_kernels.configs import launch_options
 from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
+from ptv2_kernels.launching import Launcher
 from ptv2_kernels.softmax import (
     LN_2,
     attend,
@@ -146,24 +147,30 @@ def _prefix_attention_forward_kernel(
     )
 
 
+_launch = Launcher(_prefix_attention_forward_kernel)
+
+
 def launch_forward(
     query: Tensor,  # [B, H, T, D]; packed: [N, H, D]
     key: Tensor,  # [B, H_kv, S, D]; packed: [N, H_kv, D]
     value: Tensor,
     prefix_key: Tensor,  # [R, H_kv, P, D]
     prefix_value: Tensor,
-    *options,
+    *call_options,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] with a contiguous [B, T, H, D] view, and lse [B, H, T] (float32).
 
-    Packed: [N, H, D] and [N, H]. `options`: those of `describe_call`, from key_mask on.
+    Packed: [N, H, D] and [N, H]. `call_options`: those of `describe_call`, from key_mask on.
     """
-    call = describe_call(query, key, prefix_key, *options)
+    call = describe_call(query, key, prefix_key, *call_options)
     heads = query.shape[1]
     out, lse = empty_token_major(query, heads), empty_statistics(query)
     if lse.numel() == 0:
         return out, lse
-    _prefix_attention_forward_kernel[row_grid(call, heads)](
+    options = launch_options("forward", query, call.extras, prefix_key.shape[2])
+    _launch(
+        tile_grid(call, call.longest, options["BLOCK_QUERIES"], heads),
+        options,
         strided(query),
         strided(key),
         strided(value),
@@ -172,8 +179,7 @@ def launch_forward(
         strided(out),
         lse,
         call.extras,
-        **call.sizes,
-        scale_log2=call.scale * LOG2_E,
-        **launch_options("forward", query, call.extras, prefix_key.shape[2]),
+        *call.sizes.values(),
+        call.scale * LOG2_E,
     )
     return out, lse

@@ -9,11 +9,15 @@ or writes there. Bytes per row of elements of e bytes, each moved once: 2 heads 
 4 rotary_dim for cosine and sine.
 """
 
+import functools
+from typing import Any
+
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ptv2_kernels.configs import pair_options
+from ptv2_kernels.launching import Launcher
 
 
 @triton.jit
@@ -87,6 +91,9 @@ def _rotate_kernel(
             _rotate_halves(head_ptrs, inside, cosine, sine, HALF, BLOCK_PAIRS)
 
 
+_rotate = Launcher(_rotate_kernel)
+
+
 def launch_rotate_(
     packed: Tensor,  # [R, >= heads * head_dim], rows contiguous
     cosine: Tensor,  # float32 [R, rotary_dim / 2]
@@ -105,12 +112,25 @@ def launch_rotate_(
     _check_fit(packed, cosine, sine, heads, head_dim)
     if rows * heads * half == 0:
         return
-    options = pair_options(heads, half)
-    _rotate_kernel[(triton.cdiv(rows, options["BLOCK_ROWS"]),)](
+    options = _options(heads, head_dim, half, interleaved, inverse)
+    _rotate(
+        (-(-rows // options["BLOCK_ROWS"]), 1, 1), options,
         packed, cosine.contiguous(), sine.contiguous(), packed.stride(0), rows,
-        HEADS=heads, HEAD_DIM=head_dim, HALF=half, INTERLEAVED=interleaved, INVERSE=inverse,
-        **options,
     )  # fmt: skip
+
+
+@functools.cache
+def _options(
+    heads: int, head_dim: int, half: int, interleaved: bool, inverse: bool
+) -> dict[str, Any]:
+    return {
+        "HEADS": heads,
+        "HEAD_DIM": head_dim,
+        "HALF": half,
+        "INTERLEAVED": interleaved,
+        "INVERSE": inverse,
+        **pair_options(heads, half),
+    }
 
 
 def _check_fit(packed: Tensor, cosine: Tensor, sine: Tensor, heads: int, head_dim: int) -> None:

@@ -30,20 +30,16 @@ _MAX_WINDOW = 2**30  # tokens
 class _PrefixAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, *arguments):
-        tensors, options = arguments[:5], arguments[5:-2]
-        suffix, lse_counts = arguments[-2:]
-        forward_op = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix)
-        out, lse = forward_op(*tensors, *options)
+        tensors, options, (suffix, lse_counts) = arguments[:5], arguments[5:-2], arguments[-2:]
+        out, lse = _RAW_OPERATORS["forward", suffix](*_with_bank(*tensors), *options)
         # None saves as None, and the others are put back between: no tensor rides on ctx itself.
-        is_tensor = [isinstance(option, Tensor) for option in options]
-        ctx.save_for_backward(
-            *tensors,
-            out,
-            lse,
-            *(x if yes else None for x, yes in zip(options, is_tensor, strict=True)),
-        )
-        ctx.plain_options = [None if yes else x for x, yes in zip(options, is_tensor, strict=True)]
-        ctx.suffix, ctx.lse_counts = suffix, lse_counts
+        saved, plain = [], []
+        for option in options:
+            is_tensor = isinstance(option, Tensor)
+            saved.append(option if is_tensor else None)
+            plain.append(None if is_tensor else option)
+        ctx.save_for_backward(*tensors, out, lse, *saved)
+        ctx.plain_options, ctx.suffix, ctx.lse_counts = plain, suffix, lse_counts
         if not lse_counts:
             ctx.mark_non_differentiable(lse)
         ctx.set_materialize_grads(False)
@@ -53,22 +49,23 @@ class _PrefixAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_out, grad_lse):
         saved = ctx.saved_tensors  # once: checkpointing recomputes on the first look only
-        *tensors, out, lse = saved[:7]
+        tensors, (out, lse), saved_options = saved[:5], saved[5:7], saved[7:]
         options = [
             plain if tensor is None else tensor
-            for plain, tensor in zip(ctx.plain_options, saved[7:], strict=True)
+            for plain, tensor in zip(ctx.plain_options, saved_options, strict=True)
         ]
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
-        needs_query, *needs_others = ctx.needs_input_grad[:5]
-        needed = (needs_query, any(needs_others[:2]), any(needs_others[2:]))
-        backward_op = getattr(torch.ops.ptv2, "prefix_attention_backward" + ctx.suffix)
+        needs = ctx.needs_input_grad[:5]
+        needed = (needs[0], needs[1] or needs[2], needs[3] or needs[4])
         grad_lse = grad_lse if ctx.lse_counts else None  # compiled graphs send zeros
-        gradients = backward_op(grad_out, *tensors, out, lse, grad_lse, *needed, False, *options)
-        wanted = (
-            gradient if need else None
-            for gradient, need in zip(gradients, ctx.needs_input_grad[:5], strict=True)
+        backward = _RAW_OPERATORS["backward", ctx.suffix]
+        gradients = backward(
+            grad_out, *_with_bank(*tensors), out, lse, grad_lse, *needed, False, *options
         )
+        wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
+        if tensors[3].dim() == 3:
+            wanted[3:] = [None if grad is None else grad.squeeze(0) for grad in wanted[3:]]
         return *wanted, *[None] * (len(options) + 2)
 
 
@@ -78,6 +75,22 @@ class Positions(NamedTuple):
     key: Tensor | None  # [H, slots, D]
     query: Tensor | None
     slots: Tensor  # int32 [2 M - 1]
+
+
+_RAW_OPERATORS = {
+    (way, suffix): getattr(torch.ops.ptv2, f"prefix_attention_{way}{suffix}").default
+    for way in ("forward", "backward")
+    for suffix in ("", *("_" + backend for backend in BACKENDS))
+}
+
+
+def _with_bank(
+    query: Tensor, key: Tensor, value: Tensor, prefix_key: Tensor, prefix_value: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The tensors of the raw operators, to whom a shared prefix is a bank of one row."""
+    if prefix_key.dim() == 3:
+        prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
+    return query, key, value, prefix_key, prefix_value
 
 
 def _resolve_suffix(backend: str | None, query: Tensor, has_positions: bool) -> str:
@@ -279,10 +292,7 @@ def attend(
         *(() if positions is None else positions),
     )
     prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
-    if prefix_key.dim() == 3:  # a bank of one row
-        prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
     tensors = (query, key, value, prefix_key, prefix_value)
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
         return _PrefixAttention.apply(*tensors, *options, suffix, lse_counts)
-    forward_op = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix)
-    return forward_op(*tensors, *options)
+    return _RAW_OPERATORS["forward", suffix](*_with_bank(*tensors), *options)

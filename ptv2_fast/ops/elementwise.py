@@ -10,6 +10,7 @@ Names of dtypes: X is that of the products of matrices, R that of the residual s
 under autocast only (X bfloat16 or float16, R float32). Weights of length C are float32 always.
 """
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -104,12 +105,15 @@ def _fake_rotate(packed, *rest):
 
 
 def _triton(name: str) -> Callable:
-    def launch(*arguments):
+    """The launcher of that name; Triton is imported at its first call."""
+
+    @functools.cache
+    def launcher() -> Callable:
         from ptv2_kernels import elementwise
 
-        return getattr(elementwise, "launch_" + name)(*arguments)
+        return getattr(elementwise, "launch_" + name)
 
-    return launch
+    return lambda *arguments: launcher()(*arguments)
 
 
 _IMPLEMENTATIONS: dict[str, tuple[Callable, Callable]] = {

@@ -1,5 +1,6 @@
 """Calls of the Triton kernels on a GPU, and of what serves where they do not compile."""
 
+import functools
 import subprocess
 import warnings
 from collections.abc import Callable
@@ -18,6 +19,7 @@ _BUILD_MESSAGES = (
 _failed: set[tuple[str, torch.dtype, int]] = set()  # (operator, dtype, width of the rows)
 
 
+@functools.cache
 def triton_serves(device: torch.device) -> bool:
     """Triton compiles tensor-core code for compute capability 8.0 and later only."""
     if device.type != "cuda" or torch.version.hip is not None:
@@ -34,25 +36,34 @@ def with_fallback(name: str, launch: Callable, fallback: Callable) -> Callable:
 
     Args:
         name: of the operator.
-        launch: takes the operator's arguments, of which one is a tensor.
+        launch: takes the operator's arguments, of which the first is a tensor, or None and another
+            one is.
         fallback: takes the same.
     """
 
     def serve(*arguments: Any) -> Any:
-        tensor = next(each for each in arguments if isinstance(each, Tensor))
-        key = (name, tensor.dtype, tensor.shape[-1])
-        if key in _failed or not triton_serves(tensor.device):
+        tensor = arguments[0]
+        if tensor is None:  # an optional gradient
+            tensor = next(each for each in arguments if isinstance(each, Tensor))
+        if not triton_serves(tensor.device):
+            return fallback(*arguments)
+        if _failed and _key(name, tensor) in _failed:
             return fallback(*arguments)
         try:
             return launch(*arguments)
         except Exception as error:
             if not _is_build_failure(error):
                 raise
+            key = _key(name, tensor)
             _failed.add(key)
             warnings.warn(_message(key, error), RuntimeWarning, stacklevel=2)
             return fallback(*arguments)
 
     return serve
+
+
+def _key(name: str, tensor: Tensor) -> tuple[str, torch.dtype, int]:
+    return name, tensor.dtype, tensor.shape[-1]
 
 
 def _is_build_failure(error: Exception) -> bool:
