@@ -125,13 +125,12 @@ def launch_backward(
     """
     call = describe_call(query, key, prefix_key, *call_options)
     heads, kv_heads = query.shape[1], key.shape[1]
-    nothing = query.new_empty(0)
     if joint:
         together = empty_token_major(query, heads + 2 * kv_heads)
         targets = together.split((heads, kv_heads, kv_heads), dim=1)
-        results = (together, nothing, query.new_empty(0))
+        results = (together, query.new_empty(0), query.new_empty(0))
     else:
-        grad_query = empty_token_major(query, heads) if needs_query else nothing
+        grad_query = empty_token_major(query, heads) if needs_query else query.new_empty(0)
         grad_key, grad_value = (
             empty_token_major(key, kv_heads) if needs_key_value else query.new_empty(0)
             for _ in range(2)

@@ -228,7 +228,8 @@ def launch_backward_prefix(
     prefix_tiles = -(-prefix_length // options["BLOCK_KEYS"])
     programs = kv_heads * prefix_tiles * bank_rows
     splits = count_splits(call.batch, programs, _multiprocessors(query.device))
-    partial = query.new_empty(splits, 2, *prefix_key.shape, dtype=torch.float32)
+    shape = (splits, 2, *prefix_key.shape)
+    partial = torch.empty(shape, dtype=torch.float32, device=query.device)
 
     _grad_prefix(
         (prefix_tiles, kv_heads, splits * bank_rows),

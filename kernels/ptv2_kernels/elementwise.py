@@ -207,7 +207,7 @@ def launch_dropout_add_norm(
     residual = _dense(residual)
     out, total = torch.empty_like(residual), torch.empty_like(residual)
     rows, columns = residual.shape
-    statistics = residual.new_empty((rows, 2), dtype=torch.float32)
+    statistics = torch.empty((rows, 2), dtype=torch.float32, device=residual.device)
     _launch_rows(
         _dropout_add_norm,
         residual.shape,
