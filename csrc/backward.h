@@ -28,21 +28,22 @@ class Backward {
   static constexpr bool kPairs = Operand::depth == 2;
   // Rows and columns around dS that a product with sliding runs reads: zeros.
   static constexpr int64_t kFoldRows = (kTileRows - 1) * Operand::depth;
+  static constexpr int64_t kPairsBefore = 32;  // kFoldRows or more: a cache line
 
   Backward(const BackwardProblem& problem, char* scratch)
       : problem_(problem),
         geometry_(problem.head_dim),
         width_(geometry_.right_words),
         columns_(backward_columns(problem.head_dim)),
-        margin_(problem.position_slots != nullptr ? kBandMargin : 0),
-        tile_stride_(odd_lines(columns_ + 2 * kLanes + margin_)),
+        tile_stride_(odd_lines(columns_ + 2 * kLanes + 2 * kFoldRows * folds_rows(problem))),
         arena_(scratch),
         positions_(geometry_, problem) {
     const int64_t tile = kBackwardRows * tile_stride_;
-    const int64_t beside = positions_.of_keys() ? kFoldRows * tile_stride_ : margin_;
-    probabilities_ = arena_.take<float>(tile, margin_);
+    const bool folds = positions_.of_queries() || positions_.of_keys();
+    const int64_t beside = folds ? kFoldRows * tile_stride_ : 0;
+    probabilities_ = arena_.take<float>(tile);
     score_gradients_ = arena_.take<float>(tile + beside, beside);
-    score_gradient_pairs_ = arena_.take<Bfloat16>(kPairs ? tile : 0, margin_);
+    score_gradient_pairs_ = arena_.take<Bfloat16>(kPairs ? tile : 0, folds ? kPairsBefore : 0);
     query_ = RowOperands::take(arena_, geometry_);
     grad_out_ = RowOperands::take(arena_, geometry_);
     rows_ = arena_.take<GradientRow>(problem.group * problem.queries);
@@ -50,8 +51,7 @@ class Backward {
     const int64_t query_rows = keeps_query ? problem.group * problem.queries : 0;
     grad_query_ = arena_.take<float>(query_rows * width_);
     const int64_t token_columns = smaller(columns_, problem.tokens);
-    const bool folds_rows = problem.needs_query && positions_.of_queries();
-    tile_grad_query_ = arena_.take<float>(folds_rows ? kBackwardRows * width_ : 0);
+    tile_grad_query_ = arena_.take<float>(folds_rows(problem) ? kBackwardRows * width_ : 0);
     grad_key_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
     grad_value_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
     const bool drops_prefix = problem.needs_prefix && problem.prefix_dropout.drops;
@@ -63,6 +63,10 @@ class Backward {
     tokens_ = PackedColumns<Operand>::take(arena_, geometry_, token_columns, true);
     prefix_ = PrefixSource<Operand, Element>::take(arena_, geometry_, problem, true);
     positions_.take(arena_, kBackwardRows, token_columns);
+  }
+
+  static bool folds_rows(const BackwardProblem& problem) {
+    return problem.needs_query && problem.position_key.data != nullptr;
   }
 
   void run_task(int64_t task) {
@@ -225,7 +229,7 @@ class Backward {
         add_columns(offset, block.token_count, rows, grad_key_, grad_value_, adds);
         if (positions_.of_keys()) fold_columns(block, first, rows);
       }
-      if (problem_.needs_query && positions_.of_queries()) {
+      if (folds_rows(problem_)) {
         add_query_by_distance(block, first, rows, accumulate);
       } else if (problem_.needs_query) {
         add_query(tokens_, offset, block.token_count, first, rows, 1.0f, accumulate);
@@ -424,7 +428,6 @@ class Backward {
   const Geometry<Operand> geometry_;
   const int64_t width_;    // row stride of the fp32 sums
   const int64_t columns_;  // of a block
-  const int64_t margin_;   // of a tile, for position scores
   const int64_t tile_stride_;
   Arena arena_;
   float* probabilities_;    // [kBackwardRows, tile_stride]: scores, then dropped probabilities

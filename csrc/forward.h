@@ -71,9 +71,8 @@ class Forward {
         arena_(scratch),
         positions_(geometry_, problem) {
     const int64_t columns = forward_columns(problem.head_dim);
-    const int64_t margin = problem.position_slots != nullptr ? kBandMargin : 0;
-    tile_stride_ = odd_lines(columns + 2 * kLanes + margin);
-    tile_ = arena_.take<float>(kForwardRows * tile_stride_, margin);
+    tile_stride_ = odd_lines(columns + 2 * kLanes);
+    tile_ = arena_.take<float>(kForwardRows * tile_stride_);
     query_ = arena_.take<uint32_t>(kForwardRows * geometry_.left_words);
     sums_ = arena_.take<float>(problem.query_chunk * geometry_.right_words);
     states_ = arena_.take<RowState>(problem.query_chunk);

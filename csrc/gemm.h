@@ -160,36 +160,21 @@ void multiply(int64_t m, int64_t n, int64_t steps, LeftOperand a, RightOperand b
   }
 }
 
-constexpr int64_t kBandMargin = 2 * kLanes;
-static_assert(kLanes - 1 + kTileRows - 1 <= kBandMargin);
-
-// Products with runs of B that slide: C(row, column) = alpha * A(row) B(first - row + column), for
-// m rows and n columns. Up to kBandMargin floats before and behind each row of C are written too.
-// B has whole vectors from column first - m + 1 >= 0 to column first + n - 1.
+// The same for up to kTileRows rows and columns of B from `begin`, a multiple of kLanes, to end - 1:
+// they are columns 0 and on of C.
 template <class Operand>
-void multiply_band(int64_t m, int64_t n, int64_t steps, LeftOperand a, RightOperand b,
-                   int64_t first, Output c, int64_t piece) {
-  if (m == 0 || n == 0) return;
+void multiply_columns(int64_t m, int64_t begin, int64_t end, int64_t steps, LeftOperand a,
+                      RightOperand b, Output c, int64_t piece) {
   const auto* left = static_cast<const uint32_t*>(a.data);
   const auto* right = static_cast<const uint32_t*>(b.data);
-  const int64_t row_tiles = (m + kTileRows - 1) / kTileRows;
-  for (int64_t panel = (first - m + 1) / kPanel; panel * kPanel < first + n; ++panel) {
-    const int64_t panel_begin = panel * kPanel, panel_end = panel_begin + kPanel;
-    int64_t row = 0;
-    for (int64_t tile = 0; tile < row_tiles; ++tile) {
-      const int64_t rows = m / row_tiles + (tile < m % row_tiles);
-      const int64_t last_begin = (first - row - rows + 1) / kLanes * kLanes;
-      const int64_t begin = larger(panel_begin, last_begin);
-      const int64_t end = smaller(panel_end, round_up(first - row + n, kLanes));
-      if (begin < end) {
-        multiply_in_pieces(tile_function<Operand>(rows, static_cast<int>((end - begin) / kLanes)),
-                           steps, piece, left + row * a.row_stride, a.row_stride, a.step_stride,
-                           right + panel * b.panel_stride + (begin - panel_begin), b.step_stride,
-                           c.data + row * (c.row_stride + 1) + begin - first, c.row_stride + 1,
-                           c.alpha, c.accumulate);
-      }
-      row += rows;
-    }
+  for (int64_t column = begin; column < end;) {
+    const int64_t first = column % kPanel;
+    const int64_t vectors = (smaller(end - column, kPanel - first) + kLanes - 1) / kLanes;
+    multiply_in_pieces(tile_function<Operand>(m, static_cast<int>(vectors)), steps, piece, left,
+                       a.row_stride, a.step_stride,
+                       right + column / kPanel * b.panel_stride + first, b.step_stride,
+                       c.data + column - begin, c.row_stride, c.alpha, c.accumulate);
+    column += vectors * kLanes;
   }
 }
 

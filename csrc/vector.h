@@ -191,6 +191,19 @@ PTV2_INLINE void transpose_blocks(Vector (&rows)[4], LaneList<lane...>) {
                                     (lane / 4 * 4 + 2 + lane % 2 + lane % 4 / 2 * lanes)...);
 }
 
+// Lane i of the result is lane index[i] of the vector.
+PTV2_INLINE Floats permute(Floats vector, Ints index) {
+#if defined(PTV2_AVX512)
+  return (Floats)_mm512_maskz_permutexvar_ps(PTV2_ALL_LANES, (__m512i)index, (__m512)vector);
+#elif defined(PTV2_X86) && PTV2_VECTOR_BYTES == 32
+  return (Floats)_mm256_permutevar8x32_ps((__m256)vector, (__m256i)index);
+#else
+  Floats result{};
+  for (int lane = 0; lane < kLanes; ++lane) result[lane] = vector[index[lane]];
+  return result;
+#endif
+}
+
 // The quarters of a vector side by side; in registers, where a copy through memory would stall.
 template <class Vector>
 PTV2_INLINE Vector join(const FourWords (&quarters)[sizeof(Vector) / 16]) {

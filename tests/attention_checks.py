@@ -10,12 +10,13 @@ import warnings
 import torch
 from torch import Tensor
 
-from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
+from ptv2_fast.ops.attention import prefix_attention_with_lse
 from tests.closeness import assert_close_to_oracle
 from tests.devices import device_of
 from tests.inputs import BIASES, MASKS, POSITIONS, ROWS, Inputs, Shape, make_inputs
 from tests.oracle import (
     Results,
+    attention_of,
     concatenate_and_expand,
     concatenate_and_sdpa,
     magnitudes,
@@ -105,17 +106,17 @@ def assert_equal_bits(actual: Results, wanted: Results, what: str = "") -> None:
         assert torch.equal(getattr(actual, name), getattr(wanted, name)), f"{name}: {what}"
 
 
-def check_packed_equals_padded(backend, dtype, device, shape=GROUPED) -> None:
-    inputs = make_inputs(
-        shape, dtype, device=device, packed=True, bank=3, rows="context", bias="shared", lse=True
-    )
+def check_packed_equals_padded(backend, dtype, device, shape=GROUPED, positions="none") -> None:
+    kinds = {"rows": "context", "bias": "shared"} if positions == "none" else {}
+    kinds |= {"positions": positions, "lse": True}
+    inputs = make_inputs(shape, dtype, device=device, packed=True, bank=3, **kinds)
     padded = run_backend(inputs.padded, backend, 0.1, 0.1)
     assert_equal_bits(run_backend(inputs, backend, 0.1, 0.1), packed_of(inputs, padded))
 
 
-def check_equal_sequences_give_equal_bits(backend, dtype, device, shape=GROUPED) -> None:
+def check_equal_sequences_give_equal_bits(backend, dtype, device, shape=GROUPED, **made) -> None:
     """Whatever a sequence is batched with, and wherever it stands."""
-    inputs = make_inputs(shape, dtype, "right padding", device=device)
+    inputs = make_inputs(shape, dtype, "right padding", device=device, **made)
     whole = run_backend(inputs, backend, 0.0, 0.0)
     for sequence in range(shape.batch):
         alone = run_backend(part_of(inputs, sequence), backend, 0.0, 0.0)
@@ -163,9 +164,10 @@ def raw_pair(backend: str):
     ]
 
 
-def check_joint_gradients(backend, device, shape=GROUPED) -> None:
+def check_joint_gradients(backend, device, shape=GROUPED, **made) -> None:
     packed = backend != "split"
-    inputs = make_inputs(shape, torch.float32, "right padding", packed=packed, device=device)
+    made |= {"packed": packed, "device": device}
+    inputs = make_inputs(shape, torch.float32, "right padding", **made)
     forward, backward = raw_pair(backend)
     options = inputs.raw_options()
     results = forward(*inputs.raw_tensors, *options)
@@ -230,22 +232,22 @@ def check_rows_without_a_visible_column(backend, device) -> None:
     assert (lse[0] == float("-inf")).all() and torch.isfinite(lse[1]).all()
 
 
-def check_only_needed_gradients(backend, device, shape=SMALL) -> None:
+def check_only_needed_gradients(backend, device, shape=SMALL, **made) -> None:
     """They equal those of a call that needs all."""
-    inputs = make_inputs(shape, torch.float32, "right padding", device=device)
+    inputs = make_inputs(shape, torch.float32, "right padding", device=device, **made)
     full = run_backend(inputs, backend, 0.0, 0.0)[2:]
     for wanted in ([3, 4], [0], [1, 2], [2], [0, 3], [4]):
         leaves = [tensor.detach().clone() for tensor in inputs.tensors]
         for index in wanted:
             leaves[index].requires_grad_()
-        out = prefix_attention(*leaves, key_mask=inputs.key_mask, backend=backend)
+        out, _ = attention_of(inputs, backend, 0.0, 0.0, *leaves)
         gradients = torch.autograd.grad(out, [leaves[index] for index in wanted], inputs.grad_out)
         for index, gradient in zip(wanted, gradients, strict=True):
             assert torch.equal(gradient, full[index])
 
 
-def check_prefix_only_backward_never_reads_the_tokens(backend, device) -> None:
-    inputs = make_inputs(Shape(2, 2, 12, 12, 6, 32), torch.float32, device=device)
+def check_prefix_only_backward_never_reads_the_tokens(backend, device, **made) -> None:
+    inputs = make_inputs(Shape(2, 2, 12, 12, 6, 32), torch.float32, device=device, **made)
     forward, backward = raw_pair(backend)
     options = inputs.raw_options()
     out, lse = forward(*inputs.raw_tensors, *options)

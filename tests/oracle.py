@@ -295,13 +295,17 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
 
 def run_backend(inputs: Inputs, backend: str, p: float, prefix_p: float) -> Results:
     """Forward and the five gradients through the public operator."""
-
-    def attention(*tensors: Tensor) -> tuple[Tensor, Tensor]:
-        options = {**inputs.options, "dropout_p": p, "prefix_dropout_p": prefix_p}
-        if inputs.positions is None:
-            return prefix_attention_with_lse(*tensors, **options, backend=backend)
-        return attend(
-            tensors, True, False, backend, scale=inputs.scale, **options, positions=inputs.positions
-        )
-
+    attention = functools.partial(attention_of, inputs, backend, p, prefix_p)
     return _with_gradients(attention, inputs, inputs.query.dtype)
+
+
+def attention_of(
+    inputs: Inputs, backend: str | None, p: float, prefix_p: float, *tensors: Tensor
+) -> tuple[Tensor, Tensor]:
+    """The public operator on these tensors, with the options of `inputs`."""
+    options = {**inputs.options, "dropout_p": p, "prefix_dropout_p": prefix_p}
+    if inputs.positions is None:
+        return prefix_attention_with_lse(*tensors, **options, backend=backend)
+    return attend(
+        tensors, True, False, backend, scale=inputs.scale, **options, positions=inputs.positions
+    )

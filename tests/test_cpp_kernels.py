@@ -24,16 +24,18 @@ SHAPES = [
     Shape(9, 1, 65, 7, 3, 8),  # head_dim shorter than a vector, more sequences than chunks
     Shape(1, 1, 67, 130, 1, 256),
 ]
+POSITION_SHAPES = [Shape(2, 1, 70, 70, 21, 40), Shape(1, 1, 270, 270, 5, 64)]
 
 
 def check_level(level: str) -> None:
     """Runs in a process of its own: the level is read once, at the first call."""
     assert torch.ops.ptv2.cpu_capability() == level
     torch.use_deterministic_algorithms(True, warn_only=True)  # NaN in every torch.empty
-    for index, shape in enumerate(SHAPES):
+    for index, shape in enumerate([*SHAPES, *POSITION_SHAPES]):
+        positions = "both" if shape in POSITION_SHAPES else "none"
         for dtype in (torch.float32, torch.bfloat16):
             for p, prefix_p, mask in ((0.0, 0.0, "random"), (0.2, 0.3, "right padding")):
-                inputs = make_inputs(shape, dtype, mask, seed=index)
+                inputs = make_inputs(shape, dtype, mask, seed=index, positions=positions)
                 actual = run_backend(inputs, "cpp", p, prefix_p)
                 plain, exact, sizes = (
                     function(inputs, p, prefix_p)
@@ -109,6 +111,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype, set_threads):
         (Shape(11, 3, 20, 20, 6, 32), {"bank": 3}),
         (Shape(1, 1, 200, 500, 90, 64), {}),
         (Shape(2, 2, 400, 400, 300, 32, group=2), {"packed": True, "rows": "both"}),
+        (Shape(2, 1, 400, 400, 70, 32), {"packed": True, "positions": "both"}),
     ):
         inputs = make_inputs(shape, dtype, "random", **options)
         set_threads(1)

@@ -1,12 +1,24 @@
 """DeBERTa's attention behind a prefix: every backend by the numerics rule, slots, bad arguments."""
 
+import dataclasses
+
 import pytest
 import torch
 
 from ptv2_fast import disentangled_prefix_attention
 from ptv2_fast.ops.disentangled import position_slots
 from ptv2_fast.ops.registration import POSITION_BACKENDS
-from tests.attention_checks import check
+from tests.attention_checks import (
+    check,
+    check_equal_sequences_give_equal_bits,
+    check_inputs,
+    check_joint_gradients,
+    check_only_needed_gradients,
+    check_packed_equals_padded,
+    check_prefix_only_backward_never_reads_the_tokens,
+    raw_pair,
+)
+from tests.devices import CPU
 from tests.inputs import MASKS, POSITIONS, Shape, make_inputs
 
 # batch, heads, queries, tokens, prefix, head_dim
@@ -29,6 +41,47 @@ def test_backend_matches_oracle(positions, shape, dtype, backend):
     check([backend], shape, dtype, mask, 0.0, 0.0, positions=positions, lse=True)
     options = {"positions": positions, "packed": True, "bank": 2 if shape.prefix else 0}
     check([backend], shape, dtype, mask, 0.1, 0.2, **options)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize(("tokens", "prefix"), [(128, 20), (512, 100), (512, 0)])
+def test_cpp_matches_oracle_on_long_texts(tokens, prefix, dtype):
+    """Several blocks of columns; distances that share slots, and many that do not."""
+    shape = Shape(1, 1, tokens, tokens, prefix, 64)
+    for positions, p in (("both", 0.0), ("c2p", 0.1)):
+        check(["cpp"], shape, dtype, "right padding", p, p, positions=positions)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("positions", POSITIONS)
+def test_cpp_bits_and_gradients(positions, dtype):
+    """Whatever the layout, the batch and the gradients that are wanted."""
+    shape, made = Shape(3, 2, 150, 150, 70, 32), {"positions": positions}
+    check_packed_equals_padded("cpp", dtype, CPU, shape, **made)
+    check_equal_sequences_give_equal_bits("cpp", dtype, CPU, shape, **made)
+    check_joint_gradients("cpp", CPU, shape, **made)
+    check_only_needed_gradients("cpp", CPU, shape, **made)
+    check_prefix_only_backward_never_reads_the_tokens("cpp", CPU, **made)
+
+
+def test_cpp_takes_slots_in_any_order_and_only_what_goes_with_them():
+    inputs = make_inputs(Shape(2, 2, 40, 40, 5, 32), torch.float32, positions="both")
+    slots = inputs.position_slots[torch.randperm(79, generator=torch.Generator().manual_seed(0))]
+    check_inputs(["cpp"], dataclasses.replace(inputs, position_slots=slots), 0.0, 0.0)
+    forward, _ = raw_pair("cpp")
+    options = inputs.raw_options()
+    for change, message in (
+        ({"window": 3}, "window: expected none"),
+        ({"context_lengths": torch.zeros(2, dtype=torch.int32)}, "context_lengths: expected None"),
+        ({"bias": torch.zeros(1, 2, 40, 40)}, "bias: expected None"),
+        ({"position_key": None, "position_query": None}, "expected at least one"),
+        ({"position_slots": slots + 26}, r"position_slots: expected values in 0..25"),
+        ({"position_slots": slots[:-2]}, "at least 79, got 77"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            forward(*inputs.raw_tensors, *options._replace(**change))
 
 
 def test_the_scores_are_those_of_the_definition():
