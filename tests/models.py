@@ -30,12 +30,25 @@ def is_served(model_type: str) -> bool:
 
 MODEL_TYPES = tuple(name for name in FAMILIES if is_served(name))
 # Backbones that take no cache; what some configurations need or name differently.
-WITHOUT_CACHE = ("albert", "distilbert", "glm2021", "mobilebert", "mpnet")
+WITHOUT_CACHE = (
+    "albert", "deberta", "deberta-v2", "distilbert", "glm2021", "mobilebert", "mpnet",
+)  # fmt: skip
 # The encoder alone, where transformers' AutoModel is an encoder with a decoder.
 TEXT_ENCODERS = ("t5", "mt5", "umt5")
+DEBERTA = {"relative_attention": True, "pos_att_type": "p2c|c2p", "max_relative_positions": 6}
 T5 = {"d_kv": 8, "d_ff": 24, "dropout_rate": 0.0}
 OVERRIDES = {
     "albert": {"embedding_size": 24, "num_hidden_groups": 2, "classifier_dropout_prob": 0.0},
+    # A span and buckets that end within the text.
+    "deberta": DEBERTA,
+    "deberta-v2": {
+        **DEBERTA,
+        "position_buckets": 4,
+        "max_relative_positions": 9,
+        "share_att_key": True,
+        "norm_rel_ebd": "layer_norm",
+        "conv_kernel_size": 3,
+    },
     "distilbert": {
         "hidden_dim": 24,
         "dropout": 0.0,

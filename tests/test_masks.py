@@ -145,6 +145,9 @@ BY_LAYER = {
 }
 UNSERVED = [
     ("gemma3_text", {"attn_logit_softcapping": 50.0}, "attn_logit_softcapping None, got 50.0"),
+    ("deberta", {"talking_head": True}, "talking_head False, got True"),
+    ("deberta", {"pos_att_type": "c2p|p2p"}, "pos_att_type of c2p and p2c, got 'p2p'"),
+    ("deberta-v2", {"pos_att_type": "p2p"}, "pos_att_type of c2p and p2c, got 'p2p'"),
     ("esm", {"is_decoder": True}, "is_decoder False, got True"),
     ("esm", {"position_embedding_type": "relative_key"}, "'absolute', got 'relative_key'"),
     ("llama", {"rope_parameters": DYNAMIC}, "rope_parameters .* 'dynamic'"),

@@ -47,7 +47,7 @@ PRESETS = [name for name in recipes() if name.startswith("preset-")]
 GLM = [name for name in recipes() if "-glm-" in name]
 # Of which no script was released -> whose settings their rows with GLM have.
 WITHOUT_SCRIPT = {"cb": "rte", "multirc": "boolq", "record": "boolq"}
-REFUSED = [name for name in recipes() if name.endswith("-deberta-xlarge")]
+DEBERTA = [name for name in recipes() if name.endswith("-deberta-xlarge")]
 
 
 def config_of(name: str, **more) -> RunConfig:
@@ -55,8 +55,8 @@ def config_of(name: str, **more) -> RunConfig:
 
 
 def test_every_script_has_a_recipe_and_nothing_else_is_there():
-    assert {*recipes()} == {*SCRIPTS, *PRESETS, *REFUSED, *GLM}
-    assert len(SCRIPTS) == 20 and len(PRESETS) == 9 and len(REFUSED) == 7
+    assert {*recipes()} == {*SCRIPTS, *PRESETS, *DEBERTA, *GLM}
+    assert len(SCRIPTS) == 20 and len(PRESETS) == 9 and len(DEBERTA) == 7
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -97,16 +97,13 @@ def test_presets_leave_the_task_to_the_user(name):
     )
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_deberta_is_refused_before_anything_is_loaded(name, tmp_path, capsys):
-    assert cli.main(["train", "--recipe", name, "--output", str(tmp_path / "run")]) == 2
-    line = capsys.readouterr().err
-    assert line.count("\n") == 1 and f"recipe: {name} cannot run" in line
-    assert "a prefix cannot be attached to DeBERTa yet" in line
-    other = f"{name.partition('-')[0]}-roberta-large"
-    assert other in line
-    same = read_recipe(other) | {"model": "microsoft/deberta-xlarge"}
-    assert load_recipe(name).options == same
+@pytest.mark.parametrize("name", DEBERTA)
+def test_a_row_of_deberta_has_the_settings_of_robertas_and_shifts_no_table(name):
+    assert load_recipe(name).unsupported is None
+    same = read_recipe(f"{name.partition('-')[0]}-roberta-large")
+    changed = {"model": "microsoft/deberta-xlarge", "position_offset": "none"}
+    assert read_recipe(name) == same | changed
+    assert config_of(name).model.method == "p-tuning-v2"
 
 
 def test_rows_of_glm_have_the_settings_that_they_say():
@@ -181,9 +178,8 @@ def test_tasks_lists_a_command_for_every_row_and_every_recipe(capsys):
     rows = {(f.task, f.model, f.head) for f in all_figures() if f.source.startswith("Table")}
     assert len(rows) == 8 * 4 + 7 * 3 + 5  # the linear head of Table 4 is in Table 2 but for SST-2
     for task, model, head in rows:
-        if not model.startswith("deberta"):
-            output = f"runs/{task}-{model}{'-lm' if head == 'lm' else ''}"
-            assert any(command[-1] == output for command in commands), output
+        output = f"runs/{task}-{model}{'-lm' if head == 'lm' else ''}"
+        assert any(command[-1] == output for command in commands), output
     for task in set(BENCHMARKS) - {task for task, *_ in rows}:
         assert any(command[-1] == f"runs/{task}" for command in commands), task
     for name in recipes():
@@ -195,8 +191,8 @@ def test_tasks_for_programs_and_for_one_name(capsys):
     assert [task["name"] for task in content["tasks"]] == list(BENCHMARKS)
     assert [recipe["name"] for recipe in content["recipes"]] == recipes()
     (row,) = [row for task in content["tasks"] for row in task["rows"]
-              if (row["model"], task["name"]) == ("deberta-xlarge", "squad")]  # fmt: skip
-    assert "DeBERTa" in row["refused"]
+              if (row["model"], task["name"]) == ("glm-xlarge", "rte")]  # fmt: skip
+    assert "GLM" in row["refused"]
     for task in BENCHMARKS:
         assert max(map(len, listed(capsys, task).splitlines())) <= 80, task
     text = listed(capsys, "wic")

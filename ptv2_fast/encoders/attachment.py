@@ -110,6 +110,7 @@ class Attachment:
         )
         attentions = [layer.get_submodule(family.attention) for layer in self.layers]
         self.own_attention = find_own_attention(attentions)
+        self.relative = family.relative_positions(self.backbone)
         self._old_requires_grad = {n: p.requires_grad for n, p in model.named_parameters()}
         # Empty where the model has that of its class.
         self._old_ignored_keys = {k: v for k, v in vars(model).items() if k == IGNORED_KEYS}

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 
+from ptv2_fast.encoders.disentangled import RelativePositions
 from ptv2_fast.frozen.engine import Block, FrozenRun
-from ptv2_fast.ops import prefix_attention
+from ptv2_fast.ops import disentangled_prefix_attention, prefix_attention
+from ptv2_fast.ops.attention import Positions
 
 ATTENTION_NAME = "ptv2_prefix"
 STATE_ARGUMENT = "ptv2_prefix_state"
@@ -60,7 +62,7 @@ class PrefixState:
     `layers` maps a layer index to (prefix_key, prefix_value), each [H, P, D]; a layer that is not
     in it runs without a prefix. `key_shape`: number and width of its heads. With `run` the layers
     are frozen `blocks` and call no attention function. Whoever used the prefix of a layer notes the
-    layer in `called`.
+    layer in `called`. `relative`: the position tables of an encoder that has some.
     """
 
     layers: dict[int, tuple[Tensor, Tensor]]
@@ -72,6 +74,7 @@ class PrefixState:
     blocks: list[Block] = field(default_factory=list)
     called: list[int] = field(default_factory=list)
     backend: str | None = None
+    relative: RelativePositions | None = None
     # A bias as transformers has it, and its copy.
     _bias: tuple[Tensor, Tensor] | None = None
 
@@ -121,6 +124,7 @@ def attention_with_prefix(
     attention_mask: RowMask | Tensor | None,  # bool [B, T]
     dropout: float = 0.0,
     scaling: float | None = None,
+    positions: Positions | None = None,
     **kwargs: object,
 ) -> tuple[Tensor, None]:
     """What attention modules call, [B, T, H, D]; `kwargs` as in `check_served`."""
@@ -148,21 +152,27 @@ def attention_with_prefix(
     else:
         prefix_key, prefix_value = prefix
     state.called.append(layer)
-    out = prefix_attention(
-        query.to(value.dtype),  # what is rotated may have the dtype of the model's input
-        key.to(value.dtype),
-        value,
-        prefix_key,
-        prefix_value,
-        key_mask=mask.tokens,
-        context_lengths=_no_context(query) if mask.is_causal else mask.context_lengths,
-        window=mask.window,
-        bias=state.readable_bias(bias),
-        scale=scaling,
-        dropout_p=dropout,
-        prefix_dropout_p=state.prefix_dropout if prefix is not None and module.training else 0.0,
-        backend=state.backend,
-    )
+    # What is rotated may have the dtype of the model's input.
+    operands = (query.to(value.dtype), key.to(value.dtype), value, prefix_key, prefix_value)
+    options: dict[str, Any] = {
+        "key_mask": mask.tokens,
+        "scale": scaling,
+        "dropout_p": dropout,
+        "prefix_dropout_p": (
+            state.prefix_dropout if prefix is not None and module.training else 0.0
+        ),
+        "backend": state.backend,
+    }
+    if positions is not None:
+        out = disentangled_prefix_attention(*operands, *positions, **options)
+    else:
+        out = prefix_attention(
+            *operands,
+            context_lengths=_no_context(query) if mask.is_causal else mask.context_lengths,
+            window=mask.window,
+            bias=state.readable_bias(bias),
+            **options,
+        )
     return out.transpose(1, 2), None
 
 

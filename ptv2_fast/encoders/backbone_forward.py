@@ -141,6 +141,8 @@ class BackboneForward:
         ids = torch.zeros(1, tokens, dtype=torch.long, device=weight.device)
         # No layer has a prefix: empty ones are made where the layer is.
         state = PrefixState({}, 0.0, False, num_layers, key_shape, backend="reference")
+        if self.attachment is not None:  # tables of these products are not to be kept
+            state.relative = self.attachment.family.relative_positions(self.backbone)
         zeros = dict.fromkeys(indices, ids[:, 0])
         with torch.no_grad(), in_eval_mode(self.backbone), without_foreign_hooks(self.backbone):
             with WithoutProducts():
@@ -231,6 +233,7 @@ def _start(
         or _gradient_below_layers(attachment),
         num_layers=len(attachment.layers),
         key_shape=(attachment.encoder.num_heads, attachment.encoder.head_dim),
+        relative=attachment.relative,
     )
     state.run = _start_blocks(attachment, arguments, state, first_token_only)
     if state.run is None and backbone.training:

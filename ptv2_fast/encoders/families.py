@@ -25,6 +25,7 @@ from ptv2_fast.encoders.blocks import (
 )
 from ptv2_fast.encoders.family import (
     AlbertFamily,
+    DebertaFamily,
     Family,
     MobileBertFamily,
     MPNetFamily,
@@ -76,6 +77,10 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(),
     "camembert": Family(pads_keep_position=True),
     "data2vec-text": Family(pads_keep_position=True),
+    "deberta": DebertaFamily(query="in_proj", key="in_proj", value="in_proj", describe_block=None),
+    "deberta-v2": DebertaFamily(
+        query="query_proj", key="key_proj", value="value_proj", describe_block=None
+    ),
     "distilbert": Family(
         frozen=("embeddings", "transformer"),
         encoder="transformer",
@@ -219,6 +224,9 @@ def check_backbone(backbone: nn.Module) -> None:
             raise ValueError(
                 f"model: expected an encoder with config.{name} {served[-1]!r}, got {value!r}"
             )
+    unserved = family.unserved_option(backbone)
+    if unserved is not None:
+        raise ValueError(f"model: expected {unserved}")
     for rope_type in _rope_types(config):
         if rope_type in _LENGTH_DEPENDENT_ROPE:
             raise ValueError(

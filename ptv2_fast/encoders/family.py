@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ptv2_fast.encoders.blocks import DescribeBlock, FindBias, LayerOutput, describe_bert
+from ptv2_fast.encoders.disentangled import RelativePositions, unserved_option
 
 _T5_LENGTH = 512  # Raffel et al. 2020; where the configuration does not say
 
@@ -101,7 +102,8 @@ class Family:
             )
         embeddings = backbone.get_submodule(self.embeddings)
         arguments = inspect.signature(embeddings.forward).parameters
-        if not hasattr(embeddings, "position_embeddings") or "position_ids" not in arguments:
+        table = getattr(embeddings, "position_embeddings", None)
+        if table is None or "position_ids" not in arguments:
             raise ValueError(
                 "position_offset: expected 'none' for embeddings without a table of positions, got "
                 f"'prefix' for the {type(embeddings).__name__} of a {type(backbone).__name__}"
@@ -143,6 +145,18 @@ class Family:
         """The encoder layers in the order of their calls; one called twice is there twice."""
         return list(backbone.get_submodule(self.layers).children())
 
+    def unserved_option(self, backbone: nn.Module) -> str | None:
+        """What is expected of a backbone's options and what it has instead, or None."""
+        return None
+
+    def relative_positions(self, backbone: nn.Module) -> RelativePositions | None:
+        """The position tables of a backbone whose attention is disentangled."""
+        return None
+
+    def third(self, attention: nn.Module, joined: Tensor, index: int) -> Tensor:
+        """Query, key or value (0, 1, 2) of what one layer gives for all three, [T, H D]."""
+        return joined.chunk(3, dim=-1)[index]
+
 
 class AlbertFamily(Family):
     """Groups of layers, each group called several times in a row."""
@@ -154,6 +168,29 @@ class AlbertFamily(Family):
         # The quotient of floats, as transformers computes it.
         called = [groups[int(i / (count / len(groups)))] for i in range(count)]
         return [layer for group in called for layer in group.get_submodule("albert_layers")]  # type: ignore[attr-defined]
+
+
+class DebertaFamily(Family):
+    """Scores by distance; a table of positions too, where the configuration says so."""
+
+    def has_position_table(self, config: PretrainedConfig) -> bool:
+        """As that of `Family`."""
+        return bool(getattr(config, "position_biased_input", True))
+
+    def unserved_option(self, backbone: nn.Module) -> str | None:
+        """As that of `Family`."""
+        return unserved_option(backbone)
+
+    def relative_positions(self, backbone: nn.Module) -> RelativePositions | None:
+        """As that of `Family`."""
+        return RelativePositions(backbone.get_submodule(self.encoder))
+
+    def third(self, attention: nn.Module, joined: Tensor, index: int) -> Tensor:
+        """As that of `Family`: of each head one after the other, in front of two biases."""
+        heads: int = attention.num_attention_heads  # type: ignore[assignment]
+        part = joined.unflatten(-1, (heads, 3, -1))[..., index, :].flatten(-2)
+        bias = (attention.q_bias, None, attention.v_bias)[index]
+        return part if bias is None else part + bias  # type: ignore[operator]
 
 
 class MobileBertFamily(Family):

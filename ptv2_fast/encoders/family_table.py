@@ -119,6 +119,9 @@ def _offsets(family: Family) -> str:
     if family.keeps_positions or not family.has_position_table(PretrainedConfig()):
         return "none"
     others = set(family.position_types or ()) - {None, "absolute"}
+    relative_only: dict[str, Any] = {"position_biased_input": False}
+    if not family.has_position_table(PretrainedConfig(**relative_only)):
+        others = {"position_biased_input=False"}
     return "none, prefix" + (f" (not with {', '.join(sorted(map(str, others)))})" if others else "")
 
 

@@ -1,9 +1,9 @@
 """Attention modules that ask transformers for no attention function, but compute it themselves.
 
-MPNet's do in every version of transformers, T5's in those before 5.17. Their forward is replaced by
-one that calls the function of attention_hook.py. Their backbones hand no keyword arguments down,
-so that a forward's state is found by the thread that runs it; layers that are recomputed in the
-backward pass keep it.
+Those of MPNet and DeBERTa do in every version of transformers, T5's in those before 5.17. Their
+forward is replaced by one that calls the function of attention_hook.py. Their backbones hand no
+keyword arguments down, so that a forward's state is found by the thread that runs it; layers that
+are recomputed in the backward pass keep it.
 """
 
 import functools
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState, attention_with_prefix
+from ptv2_fast.encoders.disentangled import MODULE, project, score_scale
 
 
 class _Running(threading.local):
@@ -124,7 +125,44 @@ def _umt5_forward(
     return states, None
 
 
+def _deberta_forward(
+    module: Any,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    output_attentions: bool = False,
+    query_states: Tensor | None = None,
+    relative_pos: Tensor | None = None,
+    rel_embeddings: Tensor | None = None,
+    **kwargs: object,
+) -> tuple[Tensor, None]:
+    # `relative_pos` are the distances of tokens, which the operator knows.
+    query, key, value = project(module, hidden_states)
+    # [B, 1, T, T], rows of padding hidden as columns are.
+    visible = None
+    if attention_mask is not None:
+        visible = attention_mask[:, 0].diagonal(dim1=1, dim2=2).bool().contiguous()
+    state = running_state()
+    positions = None
+    if state is not None and state.relative is not None:
+        tokens = hidden_states.shape[1]
+        positions = state.relative.of(module, rel_embeddings, tokens, value.dtype)
+    out, _ = attention_with_prefix(
+        module,
+        query,
+        key,
+        value,
+        visible,
+        module.dropout.p if module.training else 0.0,
+        score_scale(module),
+        positions=positions,
+        query_states=query_states,
+        **{**kwargs, STATE_ARGUMENT: state},
+    )
+    return out.flatten(start_dim=2), None
+
+
 _FORWARDS: dict[str, Callable[..., tuple]] = {
+    MODULE: _deberta_forward,
     "MPNetSelfAttention": _mpnet_forward,
     "MT5Attention": _t5_forward,
     "T5Attention": _t5_forward,
@@ -148,7 +186,7 @@ def _attend(
     head_dim: int,
     dropout: float,
     scale: float | None,
-    arguments: dict[str, object],
+    arguments: dict[str, Any],
 ) -> Tensor:
     """Attention with its four linear layers, [B, T, hidden].
 

@@ -3,6 +3,8 @@
 Keys are taken before attention rotates them: a prefix has no position.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -52,17 +54,25 @@ def token_prefix(
     keys: list[Tensor] = []
     values: list[Tensor] = []
     handles = []
+    recorded: set[tuple[nn.Module, int]] = set()  # in the attention that runs
     for layer in dict.fromkeys(family.layer_modules(backbone)):
         attention = layer.get_submodule(family.attention)
         key_norm = attention.get_submodule(family.key_norm) if family.key_norm else None
+        # Tokens come first: DeBERTa's keys may be those of relative positions too.
+        handles.append(attention.register_forward_pre_hook(lambda *_: recorded.clear()))
         for index, name, norm, record in (
             (1, family.key, key_norm, keys),
             (2, family.value, None, values),
         ):
             # Of queries, keys and values in one.
             third = index if name == family.query else None
-            recorder = _recorder(record, encoder.num_heads, third, norm)
-            handles.append(attention.get_submodule(name).register_forward_hook(recorder))
+            linear = attention.get_submodule(name)
+
+            def split(rows: Tensor, attention=attention, third=third) -> Tensor:
+                return rows if third is None else family.third(attention, rows, third)
+
+            recorder = _recorder(record, recorded, encoder.num_heads, split, index, norm)
+            handles.append(linear.register_forward_hook(recorder))
     try:
         with in_eval_mode(backbone):
             for chunk in ids.split(family.max_positions(model.config)):
@@ -75,19 +85,30 @@ def token_prefix(
     return torch.stack(pairs).unflatten(0, (-1, 2)).transpose(2, 3).float()
 
 
-def _recorder(record: list[Tensor], heads: int, third: int | None, norm: nn.Module | None):
+def _recorder(
+    record: list[Tensor],
+    recorded: set[tuple[nn.Module, int]],
+    heads: int,
+    split: Callable[[Tensor], Tensor],
+    index: int,
+    norm: nn.Module | None,
+):
     """A hook that appends what a linear layer gives for the one text of a batch, [T, H, D].
 
     Args:
         record: gets it.
+        recorded: layers whose first result is there already, with `index`.
         heads: H.
-        third: which third of the result is meant; None = all of it.
+        split: takes out of a result what is meant.
+        index: 1 for keys, 2 for values.
         norm: applied to each head; None = nothing.
     """
 
     def hook(module: nn.Module, args: tuple, output: Tensor) -> None:
-        rows = output[0] if third is None else output[0].chunk(3, dim=-1)[third]
-        rows = rows.unflatten(-1, (heads, -1))
+        if (module, index) in recorded:
+            return
+        recorded.add((module, index))
+        rows = split(output[0]).unflatten(-1, (heads, -1))
         record.append(rows if norm is None else norm(rows))
 
     return hook

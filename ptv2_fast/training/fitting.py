@@ -18,12 +18,14 @@ _ATTENTION = ("attention_probs_dropout_prob", "attention_dropout")
 # Heads of decoders read the last one from configurations that do not have it, too.
 _HEAD = (
     "classifier_dropout_prob", "seq_classif_dropout", "qa_dropout", "summary_last_dropout",
-    "classifier_dropout",
+    "cls_dropout", "classifier_dropout",
 )  # fmt: skip
 
 
 def set_dropout(config: PretrainedConfig, options: ModelOptions) -> None:
     """Give a configuration the probabilities that the options ask for, by all names that it has."""
+    # DeBERTa's heads read it from configurations that do not have it.
+    unnamed = "cls_dropout" if str(config.model_type).startswith("deberta") else None
     inside, attention, head = options.dropout, options.attention_dropout, options.head_dropout
     for names, value in (
         (_INSIDE, inside),
@@ -31,7 +33,8 @@ def set_dropout(config: PretrainedConfig, options: ModelOptions) -> None:
         (_HEAD, inside if head is None else head),
     ):
         for name in names:
-            if value is not None and (hasattr(config, name) or name == _HEAD[-1]):
+            is_read = hasattr(config, name) or name == _HEAD[-1] or name == unnamed
+            if value is not None and is_read:
                 setattr(config, name, float(value))
 
 
