@@ -34,7 +34,7 @@ from tests.json_lines import json_lines
 TARGETS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx942")
 HEAD_DIMS = (32, 64, 80, 128, 256)
 KERNELS = 6  # of a forward and a backward pass
-LAYOUTS = ("short_prefix", "rows", "packed", "biased")
+LAYOUTS = ("short_prefix", "rows", "packed", "biased", "positions")
 KINDS = ("requested", "compulsory")
 
 

@@ -5,6 +5,7 @@ element once, what a perfect cache would move.
 """
 
 from dataclasses import dataclass
+from itertools import product
 from math import ceil, prod
 
 Blocks = dict[str, tuple[int, int]]  # (block_queries, block_keys) of each kernel
@@ -129,6 +130,35 @@ def _per_row(problem: Problem, kernel: str, rows: int) -> list[Moved]:
             ("delta", "statistic", 4),
         )
     ]
+
+
+def position_bytes(problem: Problem, blocks: Blocks, slots: int) -> list[Moved]:
+    """What both tables of `slots` rows add: of each tile, twice its longer side of their rows.
+
+    The gradients of queries and of keys read one of the tables once more.
+    """
+    moved = []
+    for kernel, *reads in (
+        ("prefix_attention_forward", 1, 1),
+        ("grad_query", 2, 1),
+        ("grad_key_value", 1, 2),
+    ):
+        width, tiles, known = max(blocks[kernel]), 0, 0
+        for length, _ in problem.sequences:
+            starts = (range(0, length, block) for block in blocks[kernel])
+            middles = [row - column for row, column in product(*starts)]
+            tiles += len(middles)
+            known += sum(
+                min(length, middle + width) - max(1 - length, middle - width) for middle in middles
+            )
+        rows, table = problem.heads * tiles * 2 * width, problem.heads * slots * problem.row
+        longest = max(length for length, _ in problem.sequences)
+        moved += [
+            Moved(kernel, "position_key", reads[0] * rows * problem.row, table),
+            Moved(kernel, "position_query", reads[1] * rows * problem.row, table),
+            Moved(kernel, "slots", sum(reads) * problem.heads * known * 4, (2 * longest - 1) * 4),
+        ]
+    return moved
 
 
 def _prefix_bytes(problem: Problem, blocks: Blocks, splits: int) -> list[Moved]:

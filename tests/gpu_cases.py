@@ -20,7 +20,7 @@ from tests.devices import Unavailable, matmul_precision, needs_memory, unwritten
 from tests.elementwise_cases import DTYPES
 from tests.elementwise_checks import VARIANTS, make_variant
 from tests.fuzzing import check_seeds
-from tests.inputs import MASKS, ROWS, Shape
+from tests.inputs import MASKS, POSITIONS, ROWS, Shape
 from tests.norm_checks import check_dropout_mask, check_rows_of_zeros
 from tests.rotary_checks import RotaryShape, check_rotations, make_rotary
 from tests.tracing_checks import check_compiles_as_one_graph, check_raw_operators_pass_opcheck
@@ -172,6 +172,34 @@ def options(precision: str) -> dict[str, dict[str, Check]]:
     }
 
 
+def positions(precision: str) -> dict[str, dict[str, Check]]:
+    """DeBERTa's scores by distance, with tiles on the diagonal and beside it."""
+    dtype = PRECISIONS[precision][0]
+    some = {"rehearsed": precision == "bf16"}
+    dropout = {"p": 0.1, "prefix_p": 0.2, **some}
+    shape = Shape(3, 4, 150, 150, 20, 64)
+    return {
+        f"attention-positions-{precision}": {
+            f"t{t} p{p}": attention(
+                Shape(2, 4, t, t, p, 64), dtype, positions="both", rehearsed=False
+            )
+            for t in (1, 33, 128, 512)
+            for p in (0, 1, 20, 100)
+        }
+        | {
+            f"{kind}, dropout": attention(shape, dtype, positions=kind, lse=True, **dropout)
+            for kind in POSITIONS
+        }
+        | {
+            f"packed d{head_dim}": attention(
+                replace(shape, head_dim=head_dim), dtype, positions="both", packed=True, bank=3,
+                strides="sliced", **dropout,
+            )
+            for head_dim in (32, 80, 128)
+        }
+    }  # fmt: skip
+
+
 def operator_check(
     function: Callable, *arguments, shape: Shape | None = None, runs: int | None = None, **options
 ) -> Check:
@@ -181,7 +209,7 @@ def operator_check(
     def run(device: torch.device) -> None:
         sizes = {}
         if shape is not None:
-            small = Shape(2, 2, 7, 7, 5, 16, group=2)
+            small = Shape(2, 2, 7, 7, 5, 16, group=shape.group)
             sizes["shape"] = shape if device.type == "cuda" else small
         if runs is not None:
             sizes["runs"] = runs if device.type == "cuda" else 2
@@ -194,6 +222,7 @@ def operator_check(
 def bits() -> dict[str, dict[str, Check]]:
     """Equal bits, and gradients against gradients."""
     several, one_group = Shape(5, 4, 300, 300, 70, 64, group=2), Shape(3, 4, 150, 150, 20, 64)
+    distant = replace(several, group=1)
     ten = {"runs": 10, "shape": Shape(40, 12, 128, 128, 20, 64)}
     checks = attention_checks
     groups = {
@@ -207,6 +236,12 @@ def bits() -> dict[str, dict[str, Check]]:
             "10 runs": operator_check(checks.check_runs_are_bit_equal, dtype, **ten),
             "10 runs packed": operator_check(
                 checks.check_runs_are_bit_equal, dtype, **ten, packed=True, bank=3
+            ),
+            "packed equals padded, positions": operator_check(
+                checks.check_packed_equals_padded, dtype, shape=distant, positions="both"
+            ),
+            "10 runs, positions": operator_check(
+                checks.check_runs_are_bit_equal, dtype, **ten, positions="both"
             ),
             "by dispatch": operator_check(checks.check_dispatch, dtype, shape=several),
         }
@@ -381,11 +416,13 @@ def all_groups(fuzz_cases: int = FUZZ_CASES) -> dict[str, dict[str, Check]]:
         },
         **lengths(),
         **options("bf16"),
+        **positions("bf16"),
         **bits(),
         **elementwise_groups(),
         **models(),
         **prefixes(),
         **options("fp32"),
+        **positions("fp32"),
         **tracing(),
         "sanitizer": {name: Check(run) for name, run in sanitizer_checks.CHECKS.items()},
     }

@@ -13,7 +13,7 @@ from ptv2_kernels import elementwise
 from ptv2_kernels.backward import launch_backward
 from ptv2_kernels.forward import launch_forward
 
-LAYOUTS = ("padded", "short_prefix", "rows", "packed", "biased")
+LAYOUTS = ("padded", "short_prefix", "rows", "packed", "biased", "positions")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -122,6 +122,14 @@ def biased_call(sizes: Sizes, dtype: torch.dtype = torch.bfloat16, *dropout: flo
     return padded_call(sizes, dtype, *dropout, bias=bias)
 
 
+def position_call(sizes: Sizes, dtype: torch.dtype = torch.bfloat16, *dropout: float) -> Call:
+    """Padded, with the tables and the slots of DeBERTa."""
+    tables = torch.zeros(2, sizes.heads, 512, sizes.head_dim, dtype=dtype)
+    slots = torch.zeros(2 * sizes.tokens - 1, dtype=torch.int32)
+    positions = {"position_key": tables[0], "position_query": tables[1], "position_slots": slots}
+    return padded_call(sizes, dtype, *dropout, **positions)
+
+
 def layout_call(
     layout: str, dtype: torch.dtype, head_dim: int, dropout_p: float, prefix_dropout_p: float
 ) -> Call:
@@ -137,6 +145,8 @@ def layout_call(
         return padded_call(sizes, dtype, *dropout, context_lengths=context, window=50)
     if layout == "biased":
         return biased_call(Sizes(head_dim=head_dim), dtype, *dropout)
+    if layout == "positions":
+        return position_call(Sizes(head_dim=head_dim), dtype, *dropout)
     return packed_call([200, 7, 129], Sizes(rows_of_bank=2, head_dim=head_dim), dtype, *dropout)
 
 

@@ -21,9 +21,18 @@ from tests.byte_formulas import (
     backward_bytes,
     elementwise_bytes,
     forward_bytes,
+    position_bytes,
 )
 from tests.devices import interpreted
-from tests.sample_calls import STYLES, Call, Sizes, packed_call, padded_call, run_elementwise
+from tests.sample_calls import (
+    STYLES,
+    Call,
+    Sizes,
+    packed_call,
+    padded_call,
+    position_call,
+    run_elementwise,
+)
 
 pytestmark = interpreted
 PADDED_IDS = ["two tiles", "ragged fp32", "grouped fp16", "one short tile"]
@@ -65,6 +74,15 @@ def test_requested_bytes_of_packed_sequences_count_no_padding():
     launches = run(packed_call(lengths, sizes))
     problem = problem_of(sizes, torch.bfloat16, lengths)
     expected = [x for x in by_formula(problem, launches) if x.argument != "key_mask"]
+    assert not disagreements(launches, expected)
+
+
+def test_tables_of_positions_are_read_by_tile():
+    """Of c2p and p2c products nothing lies in memory."""
+    sizes = Sizes(1, 1, 70, 20, 32)
+    launches = run(position_call(sizes))
+    expected = by_formula(problem_of(sizes, torch.bfloat16), launches)
+    expected += position_bytes(problem_of(sizes, torch.bfloat16), blocks_of(launches), slots=512)
     assert not disagreements(launches, expected)
 
 

@@ -8,6 +8,8 @@ import torch
 from ptv2_fast import disentangled_prefix_attention
 from ptv2_fast.ops.disentangled import position_slots
 from ptv2_fast.ops.registration import POSITION_BACKENDS
+from ptv2_kernels import configs
+from ptv2_kernels.measured import Config
 from tests.attention_checks import (
     check,
     check_equal_sequences_give_equal_bits,
@@ -16,10 +18,12 @@ from tests.attention_checks import (
     check_only_needed_gradients,
     check_packed_equals_padded,
     check_prefix_only_backward_never_reads_the_tokens,
+    check_runs_are_bit_equal,
     raw_pair,
 )
-from tests.devices import CPU
+from tests.devices import CPU, device_of, interpreted
 from tests.inputs import MASKS, POSITIONS, Shape, make_inputs
+from tests.triton_interpreter import bounds_checked
 
 # batch, heads, queries, tokens, prefix, head_dim
 SHAPES = [
@@ -38,6 +42,8 @@ SHAPES = [
 @pytest.mark.parametrize("positions", POSITIONS)
 def test_backend_matches_oracle(positions, shape, dtype, backend):
     mask = MASKS[SHAPES.index(shape) % len(MASKS)]
+    if backend == "triton":
+        shape = dataclasses.replace(shape, batch=1, heads=1, prefix=min(shape.prefix, 20))
     check([backend], shape, dtype, mask, 0.0, 0.0, positions=positions, lse=True)
     options = {"positions": positions, "packed": True, "bank": 2 if shape.prefix else 0}
     check([backend], shape, dtype, mask, 0.1, 0.2, **options)
@@ -82,6 +88,27 @@ def test_cpp_takes_slots_in_any_order_and_only_what_goes_with_them():
     ):
         with pytest.raises(RuntimeError, match=message):
             forward(*inputs.raw_tensors, *options._replace(**change))
+
+
+@pytest.mark.parametrize("backend", POSITION_BACKENDS)
+def test_equal_bits_and_gradients_against_gradients(backend):
+    """Of tiles that lie on both sides of the diagonal, and of tiles on one."""
+    device, shape = device_of(backend), Shape(2, 1, 40, 40, 5, 16)
+    check_packed_equals_padded(backend, torch.float32, device, shape, positions="both")
+    check_runs_are_bit_equal(backend, torch.float32, device, shape=shape, positions="both")
+    shape = Shape(1, 1, 9, 9, 3, 16)
+    check_joint_gradients(backend, device, shape, positions="both")
+    check_only_needed_gradients(backend, device, shape, positions="both")
+
+
+@interpreted
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize(("blocks", "packed"), [((32, 16), False), ((16, 32), True)], ids=str)
+def test_tiles_need_not_be_square_and_stay_inside_their_tensors(blocks, packed, monkeypatch):
+    monkeypatch.setattr(configs, "chosen_config", lambda *_: Config(*blocks, 4, 1))
+    made = {"positions": "both", "packed": packed, "strides": "sliced"}
+    with bounds_checked():
+        check(["triton"], Shape(2, 1, 33, 33, 3, 24), torch.float32, "random", 0.1, 0.0, **made)
 
 
 def test_the_scores_are_those_of_the_definition():

@@ -69,6 +69,10 @@ def test_packed_banks_are_sound_and_sum_as_padded_ones(common_builds):
     assert {row["kernel"]: row["sum_orders"] for row in packed} == padded
 
 
+def test_positions_are_sound():
+    assert_sound(build(["sm_80", "sm_90"], "--layouts", "positions", "--dropout", "0.1"))
+
+
 def assert_elementwise_sound(rows: list[dict]) -> None:
     names = {"bias_activation", "gated_activation", "dropout_add_norm"}
     names |= {name + "_backward" for name in names}
@@ -105,5 +109,5 @@ def test_whole_matrix_is_sound(target, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_layouts_are_sound_on_every_target(target):
-    layouts = ("short_prefix", "rows", "packed", "biased")
+    layouts = ("short_prefix", "rows", "packed", "biased", "positions")
     assert_sound(build([target], "--layouts", *layouts, "--dropout", "0.0", "0.1", processes=2))

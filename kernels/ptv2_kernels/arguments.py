@@ -43,12 +43,17 @@ class Extras(NamedTuple):
     multiplier: float  # of what is kept
     prefix_threshold: int | None
     prefix_multiplier: float
+    position_key: Strided | None  # [1, H, slots, D]
+    position_query: Strided | None
+    slots_ptr: Tensor | None  # int32 [2 M - 1], the distance 0 in the middle
+    slot_count: int | None  # 2 M - 1: odd, hence of one kind to the compiler
 
     def of_prefix(self) -> "Extras":
         """Without what only tokens have, so that a kernel without tokens is not compiled anew."""
         return self._replace(
             key_mask_ptr=None, context_lengths_ptr=None, window=None,
             bias_ptr=None, bias_strides=(0, 0, 0),
+            position_key=None, position_query=None, slots_ptr=None, slot_count=None,
         )  # fmt: skip
 
 
@@ -90,13 +95,11 @@ def describe_call(
     cu_seqlens: Tensor | None = None,  # int32 [B + 1]
     max_seqlen: int = 0,
     bias: Tensor | None = None,  # [1|B, H, T, S]
-    position_key: Tensor | None = None,
+    position_key: Tensor | None = None,  # [H, slots, D]
     position_query: Tensor | None = None,
-    position_slots: Tensor | None = None,
+    position_slots: Tensor | None = None,  # int32 [2 M - 1]
 ) -> Call:
     """The options of the raw operators, from key_mask on, in the form the kernels take."""
-    if position_slots is not None:
-        raise ValueError("position_slots: expected None with backend='triton', got a tensor")
     heads, kv_heads = query.shape[1], key.shape[1]
     bias_strides: tuple[int, ...] = (0, 0, 0)
     if bias is not None:
@@ -117,6 +120,10 @@ def describe_call(
         1.0 / (1.0 - dropout_p),
         round(65536 * prefix_dropout_p) if prefix_dropout_p > 0 else None,
         1.0 / (1.0 - prefix_dropout_p),
+        None if position_key is None else strided(position_key[None]),
+        None if position_query is None else strided(position_query[None]),
+        None if position_slots is None else position_slots.contiguous(),
+        None if position_slots is None else len(position_slots),
     )
     if cu_seqlens is None:
         batch, longest, longest_key = query.shape[0], query.shape[2], key.shape[2]

@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ptv2_kernels.arguments import RUNTIME_SIZES
 from ptv2_kernels.dropout import TOKEN_STREAM, load_seed
+from ptv2_kernels.positions import add_position_gradient
 from ptv2_kernels.softmax import LN_2, load_statistics, recompute, token_scores, undropped
 from ptv2_kernels.tiles import (
     add_product,
@@ -84,7 +85,7 @@ def _grad_key_value_kernel(
             )  # fmt: skip
             scores, factor = token_scores(
                 query_tile, key_tile, extras, sequence, head, first_row, first_column,
-                row_count, column_count, scale_log2, INPUT_PRECISION,
+                row_count, column_count, scale_log2, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
             )  # fmt: skip
             scores = hide_from_rows(scores, extras, context, first_row, first_column)
             dropped, grad_scores = recompute(
@@ -94,9 +95,12 @@ def _grad_key_value_kernel(
             value_gradient = add_product(
                 tl.trans(dropped), grad_out_tile, value_gradient, INPUT_PRECISION
             )
-            key_gradient = add_product(
-                tl.trans(grad_scores), query_tile, key_gradient, INPUT_PRECISION
-            )
+            grad_scores = tl.trans(grad_scores)
+            key_gradient = add_product(grad_scores, query_tile, key_gradient, INPUT_PRECISION)
+            key_gradient = add_position_gradient(
+                grad_scores, key_gradient, extras.position_query, extras, head, first_row,
+                first_column, row_count, True, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
+            )  # fmt: skip
 
     # A column that nobody sees spoils its own row only, so that the loop needs no mask.
     key_gradient = keep_rows(key_gradient, unmasked)

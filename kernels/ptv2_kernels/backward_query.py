@@ -8,6 +8,7 @@ import triton.language as tl
 
 from ptv2_kernels.arguments import RUNTIME_SIZES
 from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
+from ptv2_kernels.positions import add_position_gradient
 from ptv2_kernels.softmax import (
     LN_2,
     load_prefix,
@@ -113,7 +114,7 @@ def _grad_query_kernel(
             )  # fmt: skip
             scores, factor = token_scores(
                 query_tile, key_tile, extras, sequence, head, first_row, first_column,
-                row_count, column_count, scale_log2, INPUT_PRECISION,
+                row_count, column_count, scale_log2, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
             )  # fmt: skip
             scores = hide_tokens(
                 scores, extras, sequence, context, first_row, first_column, column_count, tokens,
@@ -124,6 +125,10 @@ def _grad_query_kernel(
                 sequence_head, first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
             )  # fmt: skip
             accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
+            accumulator = add_position_gradient(
+                grad_scores, accumulator, extras.position_key, extras, head, first_row,
+                first_column, row_count, False, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
+            )  # fmt: skip
 
     gradient = scale_tile(accumulator, scale_log2 * LN_2)
     store_tile(

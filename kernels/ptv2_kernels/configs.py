@@ -209,6 +209,10 @@ def _launch_options(
     config = choose(workload, target)
     if has_bias and target in BIAS_SPILLS.get(kernel, ()):
         config = dataclasses.replace(config, block_keys=32)
+    if extras.slots_ptr is not None and kernel != "prefix" and element_size == 2:
+        # Three products for each score, two of them turned: larger tiles spill inside the loop.
+        num_warps, maxnreg = 4 if sum(widths) <= 128 else 8, 255 if target == 120 else None
+        config = Config(32, 32, num_warps, 1, maxnreg)
     if prefix_dropout and kernel == "prefix" and sum(widths) > 64:
         # Sums of one sequence beside those of all of them: twice the registers of a wide head.
         config = dataclasses.replace(config, block_queries=32, block_keys=16, num_warps=8)

@@ -124,7 +124,7 @@ def _prefix_attention_forward_kernel(
             )  # fmt: skip
             scores, factor = token_scores(
                 query_tile, key_tile, extras, sequence, head, first_row, first_column,
-                row_count, column_count, scale_log2, INPUT_PRECISION,
+                row_count, column_count, scale_log2, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
             )  # fmt: skip
             scores = hide_tokens(
                 scores, extras, sequence, context, first_row, first_column, column_count, tokens,

@@ -13,6 +13,7 @@ from ptv2_kernels.dropout import (
     drop_prefix,
     keep_mask,
 )
+from ptv2_kernels.positions import add_position_scores
 from ptv2_kernels.tiles import add_product, inner_products, load_tile, row_pointers, scale_tile
 from ptv2_kernels.visibility import load_bias
 
@@ -50,12 +51,11 @@ def prefix_scores(query, key, extras, scale_log2, INPUT_PRECISION: tl.constexpr)
     """(scores, factor > 0): their product is in base 2. A factor costs nothing inside exp2."""
     if extras.prefix_threshold is not None:
         scale_log2 = scale_log2 * extras.prefix_multiplier
-    return scaled_scores(query, key, extras, scale_log2, INPUT_PRECISION)
+    return scaled(inner_products(query, key, INPUT_PRECISION), extras, scale_log2)
 
 
 @triton.jit
-def scaled_scores(query, key, extras, scale_log2, INPUT_PRECISION: tl.constexpr):
-    scores = inner_products(query, key, INPUT_PRECISION)
+def scaled(scores, extras, scale_log2):
     if extras.any_scale is None:
         return scores, scale_log2
     else:
@@ -65,10 +65,16 @@ def scaled_scores(query, key, extras, scale_log2, INPUT_PRECISION: tl.constexpr)
 @triton.jit
 def token_scores(
     query, key, extras, sequence, head, first_row, first_column, row_count, column_count,
-    scale_log2, INPUT_PRECISION: tl.constexpr,
+    scale_log2, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """As `prefix_scores`, with the bias."""
-    scores, factor = scaled_scores(query, key, extras, scale_log2, INPUT_PRECISION)
+    """As `prefix_scores`, with those by distance and with the bias."""
+    scores = inner_products(query, key, INPUT_PRECISION)
+    if extras.slots_ptr is not None:
+        scores = add_position_scores(
+            scores, query, key, extras, head, first_row, first_column, row_count,
+            HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
+        )  # fmt: skip
+    scores, factor = scaled(scores, extras, scale_log2)
     if extras.bias_ptr is None:
         return scores, factor
     else:
@@ -156,10 +162,13 @@ def load_statistics(
     lse_ptr, delta_ptr, extras, start, head, first_row, row_count, heads, queries,
     ROWS: tl.constexpr,
 ):  # fmt: skip
-    """lse in base 2 (0 for a row without a visible column) and delta of a tile of query rows."""
+    """lse in base 2 (0 for a row without a visible column) and delta of a tile of query rows.
+
+    Rows outside have lse inf, hence probabilities of 0 whatever their scores are.
+    """
     inside = tl.arange(0, ROWS) < row_count - first_row
     lse_ptrs = row_pointers(lse_ptr, extras, start, head, first_row, heads, queries, ROWS)
     delta_ptrs = row_pointers(delta_ptr, extras, start, head, first_row, heads, queries, ROWS)
-    lse = tl.load(lse_ptrs, mask=inside, other=0.0)
+    lse = tl.load(lse_ptrs, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptrs, mask=inside, other=0.0)
     return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E), delta

@@ -26,7 +26,7 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 
 BACKENDS = ("reference", "cpp", "triton", "split")
 # Those that serve disentangled attention.
-POSITION_BACKENDS: tuple[str, ...] = ("reference", "cpp")
+POSITION_BACKENDS: tuple[str, ...] = ("reference", "cpp", "triton")
 KERNEL_DTYPES = {
     "cpu": (torch.float32, torch.bfloat16),
     "cuda": (torch.float32, torch.bfloat16, torch.float16),
