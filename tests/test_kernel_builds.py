@@ -57,9 +57,10 @@ def test_other_targets_are_sound():
     assert_sound(build(["sm_100", "gfx942"], "--dropout", "0.1"))
 
 
-def test_packed_banks_are_sound_and_sum_as_padded_ones(common_builds):
-    packed = build(["sm_80"], "--layouts", "packed")
-    assert_sound(packed)
+def test_positions_and_packed_banks_are_sound_and_packed_sums_are_padded_ones(common_builds):
+    rows = build(["sm_80"], "--layouts", "positions", "packed")
+    assert_sound(rows)
+    packed = [row for row in rows if row["layout"] == "packed"]
     padded = {
         row["kernel"]: row["sum_orders"]
         for row in common_builds
@@ -67,10 +68,6 @@ def test_packed_banks_are_sound_and_sum_as_padded_ones(common_builds):
     }
     assert padded["prefix_attention_forward"]
     assert {row["kernel"]: row["sum_orders"] for row in packed} == padded
-
-
-def test_positions_are_sound():
-    assert_sound(build(["sm_80", "sm_90"], "--layouts", "positions", "--dropout", "0.1"))
 
 
 def assert_elementwise_sound(rows: list[dict]) -> None:

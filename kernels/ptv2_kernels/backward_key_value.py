@@ -1,6 +1,8 @@
 """The gradients of keys and values: one program owns one tile of tokens of one key/value head.
 
 grad_key = scale * dS^T @ query;  grad_value = P~^T @ grad_out
+
+Scores by distance add scale * dS[i, j] * position_query[slot of i - j] to grad_key.
 """
 
 import triton

@@ -1,6 +1,8 @@
 """The gradient of the queries: one program owns one tile of query rows of one head.
 
-grad_query = scale * (P * (dP - delta)) @ [prefix_key ; key]
+grad_query = scale * dS @ [prefix_key ; key],  dS = P * (dP - delta)
+
+Scores by distance add scale * dS[i, j] * position_key[slot of i - j].
 """
 
 import triton

@@ -2,12 +2,13 @@
 
     scores(i, j) += query[i] . position_key[s] + key[j] . position_query[s],  s = slots[i - j]
 
-The tiles of ROWS queries and COLUMNS keys have distances first_row - first_column + i - j. Those
-are products of the tile with as many rows of a table, one for each distance, of which each row of
-the tile needs a part. With WIDTH the longer side, d = i - j lies between -WIDTH and WIDTH: the
-products with the distances `ahead`, d < 0, and `behind`, d >= 0, are put together by d mod WIDTH,
-of which every i and j has one. Turning row by row then gives the tile, and turning back its
-gradient: nothing is kept in memory, and tiles that share a slot need no sum over it.
+Element (i, j) of a tile has the distance first_row - first_column + d, d = i - j, and WIDTH, the
+longer side of the tile, bounds d: -WIDTH < d < WIDTH. Two products of the tile's queries (or keys)
+with WIDTH rows of a table, one row for each distance, hold every score that the tile needs: those
+`behind`, d >= 0, and those `ahead`, d < 0. Of every row the needed ones have different d mod WIDTH,
+its turns: put together by turn, and each row turned by its number, they are the tile. Turned back,
+the gradients of the tile meet the same rows of the table. So nothing by distance is ever stored,
+and slots that distances share need no sum.
 """
 
 import triton
