@@ -185,6 +185,7 @@ def launch_options(
         extras.threshold is not None,
         extras.prefix_threshold is not None,
         extras.bias_ptr is not None,
+        extras.slots_ptr is not None,
         prefix_length,
     )
 
@@ -200,6 +201,7 @@ def _launch_options(
     has_dropout: bool,
     prefix_dropout: bool,
     has_bias: bool,
+    has_positions: bool,
     prefix_length: int | None,
 ) -> dict[str, Any]:
     widths = tile_widths(head_dim)
@@ -209,7 +211,7 @@ def _launch_options(
     config = choose(workload, target)
     if has_bias and target in BIAS_SPILLS.get(kernel, ()):
         config = dataclasses.replace(config, block_keys=32)
-    if extras.slots_ptr is not None and kernel != "prefix" and element_size == 2:
+    if has_positions and kernel != "prefix" and element_size == 2:
         # Three products for each score, two of them turned: larger tiles spill inside the loop.
         num_warps, maxnreg = 4 if sum(widths) <= 128 else 8, 255 if target == 120 else None
         config = Config(32, 32, num_warps, 1, maxnreg)
