@@ -11,10 +11,14 @@ import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders import disentangled, max_input_tokens
 from ptv2_fast.encoders.attachment import find_attachment
+from ptv2_fast.frozen.memory import kept_bytes_per_token
+from ptv2_fast.frozen.spec import POLICIES, Surroundings
+from ptv2_fast.training.measure import kept_bytes
 from tests.concatenation import concatenating_attention
 from tests.models import (
     BACKBONES,
     MAX_POSITIONS,
+    WITHOUT_FALLBACK,
     attached,
     make_batch,
     one_thread,  # noqa: F401
@@ -104,22 +108,23 @@ def tables(monkeypatch) -> list[int]:
 @pytest.mark.parametrize("model_type", ["deberta", "deberta-v2"])
 def test_tables_are_computed_once_until_a_weight_changes(model_type, backbone, tables):
     model = attached("token", model_type, backbone=backbone)
-    tables.clear()  # those of attach are of no use
     batch, encoder = make_batch("token"), model.deberta.encoder
     with torch.inference_mode():
+        model(**batch)  # frozen blocks move the weights of a layer into one matrix
         first = model(**batch).logits
+    tables.clear()
     assert torch.equal(step_results(model, batch, "token")[0], first * batch_mask(batch))
-    assert len(tables) == 3
+    assert tables == []
     with torch.no_grad():
         encoder.rel_embeddings.weight.mul_(2)
     second = model(**batch).logits
-    assert len(tables) == 6 and not torch.equal(first, second)
+    assert len(tables) == 3 and not torch.equal(first, second)
     name = "pos_q_proj" if model_type == "deberta" else "key_proj"
     linear = encoder.layer[1].attention.self.get_submodule(name)
     linear.weight.data = linear.weight.data * 2
-    assert not torch.equal(model(**batch).logits, second) and len(tables) == 7
+    assert not torch.equal(model(**batch).logits, second) and len(tables) == 4
     model.double()
-    assert model(**batch).logits.dtype == torch.float64 and len(tables) == 10
+    assert model(**batch).logits.dtype == torch.float64 and len(tables) == 7
     twin = pickle.loads(pickle.dumps(model))
     assert find_attachment(twin).relative._tables == {}
     assert torch.equal(twin(**batch).logits, model(**batch).logits)
@@ -162,3 +167,31 @@ def test_without_a_table_of_positions_texts_have_no_end_and_no_offset(model_type
     model = attached("token", model=plain)
     assert max_input_tokens(model) == MAX_POSITIONS
     model(**make_batch("token", lengths=(MAX_POSITIONS + 9, 3), width=MAX_POSITIONS + 9))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("model_type", ["deberta", "deberta-v2"])
+def test_policies_give_equal_bits_and_keep_the_sum_of_the_spec(model_type, policy):
+    """With dropout; tables of positions are those of the model, and no token has a part in them."""
+    plain = tiny_model(model_type, "token", conv_kernel_size=0, attention_probs_dropout_prob=0.3)
+    made = {}
+    for name in ("none", policy):
+        torch.manual_seed(1)
+        twin = copy.deepcopy(plain)
+        made[name] = attached("token", model=twin, recompute=name, **WITHOUT_FALLBACK).train()
+    batch = make_batch("token")
+    results = [step_results(model, batch, "token") for model in made.values()]
+    for one, other in zip(results[0], results[-1], strict=True):
+        assert torch.equal(one, other)
+    model, around = made[policy], Surroundings()
+    attachment = find_attachment(model)
+    shape = attachment.frozen._forwards[0].block.modules.shape(torch.float32)
+    blocks = (around.of_lowest(), around, around)
+    expected = sum(kept_bytes_per_token(policy, shape, each) for each in blocks)
+
+    def kept(lengths: tuple[int, ...]) -> int:
+        batch = make_batch("bare", lengths=lengths, width=39)
+        return kept_bytes(lambda: model.base_model(**batch).last_hidden_state.sum(), model)
+
+    # Beside blocks: the coordinates and the places of rows.
+    assert kept((38, 20, 6)) - kept((22, 20, 6)) == 16 * (expected + 16)

@@ -39,14 +39,13 @@ These commands give the column PT-2. For the others add
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One row of a table of the paper for one model: `words` is its command, unless `refused`."""
+    """One row of a table of the paper for one model: `words` is its command."""
 
     table: str
     task: str
     model: str
     words: tuple[str, ...]
     recipe: str | None = None
-    refused: str | None = None
 
 
 def add(commands: Any) -> None:
@@ -89,18 +88,15 @@ def _row(table: str, task: str, model: str, head: str) -> Row:
     own = f"{task}-{model}"
     if own in recipes():
         words = ["train", "--recipe", own]
-        refused = load_recipe(own).unsupported
     else:
         words = ["train", "--recipe", _PRESETS[BENCHMARKS[task].family], "--task", task]
         words += ["--model", _HUB.get(model, model)]
-        known = model in _HUB
-        refused = None if known else f"a prefix cannot be attached to {TITLES[model]} yet"
     output = f"runs/{own}"
     if head == "lm":
         words += ["--head", "lm"]
         output += "-lm"
     words += [*_data_dir(BENCHMARKS[task]), "--output", output]
-    return Row(table, task, model, tuple(words), own if own in recipes() else None, refused)
+    return Row(table, task, model, tuple(words), own if own in recipes() else None)
 
 
 def plain_command(benchmark: Benchmark) -> tuple[str, ...]:
@@ -137,7 +133,6 @@ def _task_json(benchmark: Benchmark) -> dict[str, Any]:
             "model": row.model,
             "recipe": row.recipe,
             "command": ["ptv2-fast", *row.words],
-            "refused": row.refused,
         }
         for row in rows_of(name)
     ]
@@ -189,10 +184,8 @@ def _facts(benchmark: Benchmark) -> Iterator[str]:
 
 
 def _commands(rows: list[Row]) -> Iterator[str]:
-    for words in dict.fromkeys(row.words for row in rows if not row.refused):
+    for words in dict.fromkeys(row.words for row in rows):
         yield from _command(words)
-    if refused := dict.fromkeys(TITLES[row.model] for row in rows if row.refused):
-        yield f"    ({' and '.join(refused)}: not possible yet)"
 
 
 def _command(words: tuple[str, ...]) -> Iterator[str]:
@@ -266,9 +259,7 @@ def _figures(figures: list[Figure]) -> Iterator[str]:
 def _recipe(name: str) -> Iterator[str]:
     recipe = load_recipe(name)
     yield from _wrap(f"{name}: {recipe.description}", 2, first=0)
-    if recipe.unsupported:
-        yield from _wrap(recipe.unsupported, 2)
     for option, value in recipe.options.items():
         yield f"  {option}: {json.dumps(value)}"
-    if "task" in recipe.options and not recipe.unsupported:
+    if "task" in recipe.options:
         yield from _command(("train", "--recipe", name, "--output", f"runs/{name}"))

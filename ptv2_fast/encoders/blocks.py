@@ -6,9 +6,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from ptv2_fast.encoders.disentangled import has_fused_inputs, score_scale
 from ptv2_fast.encoders.own_attention import computes_itself
-from ptv2_fast.frozen.modules import BlockModules, DropoutSource
+from ptv2_fast.frozen.modules import BiasSource, BlockModules, DropoutSource
 from ptv2_fast.frozen.spec import BlockSpec
+from ptv2_fast.frozen.weights import is_plain
 
 
 class Heads(NamedTuple):
@@ -237,6 +239,38 @@ def describe_mpnet(layer: Any, heads: Heads) -> BlockModules:
     )
 
 
+def describe_deberta(layer: Any, heads: Heads) -> BlockModules:
+    """DeBERTa v1, v2 and v3: BERT with disentangled attention, v1's with one fused product."""
+    attention, attention_output = layer.attention.self, layer.attention.output
+    is_fused, biases = has_fused_inputs(attention), None
+    inputs: tuple[nn.Linear, ...]
+    if is_fused:
+        if not is_plain(attention.in_proj):
+            kind = type(attention.in_proj).__qualname__
+            raise NotServedError(f"the product of query, key and value is a {kind}, not a Linear")
+        inputs, biases = (attention.in_proj,), BiasSource(attention, ("q_bias", None, "v_bias"))
+    else:
+        inputs = (attention.query_proj, attention.key_proj, attention.value_proj)
+    return BlockModules(
+        BlockSpec(
+            activation=_activation(layer.intermediate.intermediate_act_fn),
+            scale=score_scale(attention),
+            by_head=is_fused,
+        ),
+        *heads,
+        inputs=inputs,
+        attention_output=attention_output.dense,
+        up=(layer.intermediate.dense,),
+        down=layer.output.dense,
+        first_norm=attention_output.LayerNorm,
+        second_norm=layer.output.LayerNorm,
+        attention_dropout=DropoutSource(attention.dropout),
+        attention_output_dropout=DropoutSource(attention_output.dropout),
+        output_dropout=DropoutSource(layer.output.dropout),
+        input_biases=biases,
+    )
+
+
 def describe_t5(layer: Any, heads: Heads) -> BlockModules:
     """The encoders of T5, mT5 and UMT5: RMSNorm, a bias for the scores, which are not scaled."""
     (first, second), network = layer.layer, layer.layer[1].DenseReluDense
@@ -286,6 +320,11 @@ def shared_bias(layer: Any, given: Tensor | None, tokens: int) -> Tensor | None:
 def states_in_tuple(states: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
     """What a layer of MPNet returns."""
     return (states,)
+
+
+def states_and_no_probabilities(states: Tensor, bias: Tensor | None) -> tuple[Tensor, None]:
+    """What a layer of DeBERTa returns."""
+    return states, None
 
 
 def states_and_bias(states: Tensor, bias: Tensor | None) -> tuple[Tensor | None, ...]:

@@ -95,6 +95,11 @@ class RelativePositions:
     def __getstate__(self) -> dict:
         return {"encoder": self.encoder, "_tables": {}, "_slots": {}}
 
+    @property
+    def has_convolution(self) -> bool:
+        """Whether one follows the first layer, on padded states."""
+        return getattr(self.encoder, "conv", None) is not None
+
     def of(
         self, attention: Any, embeddings: Tensor | None, tokens: int, dtype: torch.dtype
     ) -> Positions | None:

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig
 
 from ptv2_fast.encoders.blocks import (
     describe_albert,
+    describe_deberta,
     describe_distilbert,
     describe_esm,
     describe_glm,
@@ -21,6 +22,7 @@ from ptv2_fast.encoders.blocks import (
     given_bias,
     shared_bias,
     states_and_bias,
+    states_and_no_probabilities,
     states_in_tuple,
 )
 from ptv2_fast.encoders.family import (
@@ -55,6 +57,8 @@ _EUROBERT = replace(
 )
 _LLAMA = replace(_EUROBERT, is_decoder=True)
 
+_DEBERTA = DebertaFamily(describe_block=describe_deberta, layer_output=states_and_no_probabilities)
+
 _T5 = T5Family(
     frozen=("shared", "encoder"),
     embeddings="shared",
@@ -77,10 +81,8 @@ FAMILIES: dict[str, Family] = {
     "bert": Family(),
     "camembert": Family(pads_keep_position=True),
     "data2vec-text": Family(pads_keep_position=True),
-    "deberta": DebertaFamily(query="in_proj", key="in_proj", value="in_proj", describe_block=None),
-    "deberta-v2": DebertaFamily(
-        query="query_proj", key="key_proj", value="value_proj", describe_block=None
-    ),
+    "deberta": replace(_DEBERTA, query="in_proj", key="in_proj", value="in_proj"),
+    "deberta-v2": replace(_DEBERTA, query="query_proj", key="key_proj", value="value_proj"),
     "distilbert": Family(
         frozen=("embeddings", "transformer"),
         encoder="transformer",

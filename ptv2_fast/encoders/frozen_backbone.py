@@ -19,11 +19,14 @@ from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
 from ptv2_fast.encoders.own_attention import replaces_attention, running_state
 from ptv2_fast.frozen.call import AttentionInputs
-from ptv2_fast.frozen.engine import Block, FrozenRun
+from ptv2_fast.frozen.engine import Block, FrozenRun, products_dtype
 from ptv2_fast.frozen.layout import full_layout, masked_layout
 from ptv2_fast.frozen.modules import BlockModules
 from ptv2_fast.frozen.weights import WeightReader, is_plain
 from ptv2_fast.prefix import PTuningV2Config
+
+# A LayerNorm of transformers' own.
+_DEBERTA_NORM = "transformers.models.deberta.modeling_deberta.DebertaLayerNorm"
 
 
 class FrozenLayerForward:
@@ -73,6 +76,13 @@ class FrozenLayerForward:
             given, tokens = arguments.pop("position_bias", None), state.run.layout.shape[1]
             bias = self.family.find_bias(self.layer, given, tokens)
             inputs = inputs._replace(bias=state.readable_bias(bias))
+        if state.relative is not None:
+            arguments.pop("relative_pos", None)  # distances, which the operator knows
+            attention = self.layer.get_submodule(self.family.attention)
+            dtype = products_dtype(hidden_states, self.block.modules)
+            embeddings, tokens = arguments.pop("rel_embeddings", None), state.run.layout.shape[1]
+            positions = state.relative.of(attention, embeddings, tokens, dtype)
+            inputs = inputs._replace(positions=positions)
         index = len(state.called) if self.index is None else self.index
         check_served(arguments, index)
         state.called.append(index)
@@ -192,7 +202,8 @@ class FrozenBackbone:
         lowest = 0 if state.keep_input_gradient else min(state.layers, default=len(self.layers))
         blocks = {forward.layer: forward.block for forward in self._forwards}
         state.blocks = [blocks[layer] for layer in self.layers]
-        is_causal = state.blocks[-1].modules.spec.is_causal
+        reads_all = state.blocks[-1].modules.spec.is_causal or state.relative is not None
+        has_convolution = state.relative is not None and state.relative.has_convolution
         return FrozenRun(
             layout,
             num_layers=len(self.layers),
@@ -201,8 +212,9 @@ class FrozenBackbone:
             policy=policy,
             memory_budget=self.config.memory_budget,
             unpack_each=shows_layers,
-            first_token_only=first_token_only and not shows_layers and not is_causal,
             context_lengths=layout.packed_lengths(arguments.get("context_lengths")),
+            first_token_only=first_token_only and not shows_layers and not reads_all,
+            padded_above=0 if has_convolution else None,
         )
 
     def _dynamic_fallback_reason(self) -> str | None:
@@ -276,7 +288,8 @@ def _why_not(modules: BlockModules) -> str | None:
     for norm in modules.norms():
         name = f"{type(norm).__module__}.{type(norm).__qualname__}"
         is_rms = not modules.spec.subtract_mean and name.startswith("transformers.models.")
-        if not (is_rms or type(norm) is nn.LayerNorm) or not isinstance(norm.weight, Tensor):
+        is_layer_norm = type(norm) is nn.LayerNorm or name == _DEBERTA_NORM
+        if not (is_rms or is_layer_norm) or not isinstance(norm.weight, Tensor):
             return f"expected a norm with weights, got a {name}"
     return None
 

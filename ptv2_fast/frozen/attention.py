@@ -55,6 +55,9 @@ class BlockAttention:
                 joined = joined.clone()  # what a layer of someone else gave is not ours to write to
             if not weights.head_norms:  # else `_operands` does, which keeps these for the norms
                 self._rotate(joined, self.heads + self.key_value_heads)
+            if self.spec.by_head:
+                parts = joined.unflatten(1, (self.heads, 3, self.head_dim)).transpose(1, 2)
+                return parts[:, 0], parts[:, 1:]
             query, key_value = joined[:, :queries], joined[:, queries:]
             if self.rows is not None:
                 query = query[self.rows]
@@ -99,6 +102,9 @@ class BlockAttention:
             keys = self.heads * self.head_dim
             values = keys + self.key_value_heads * self.head_dim
             self._turn_back(grad_joined[:, :keys], grad_joined[:, keys:values], attention)
+            if self.spec.by_head:
+                parts = grad_joined.unflatten(1, (3, self.heads, self.head_dim))
+                grad_joined = parts.transpose(1, 2).flatten(1)
             grad_input = self.weights.query_key_value.input_gradient(grad_joined)
         elif needs_input:
             grad_input = self._first_token_gradient(
@@ -175,6 +181,9 @@ class BlockAttention:
                 None, self.tensors.seed, *dropout, cu_seqlens=starts, max_seqlen=call.max_seqlen,
                 context_lengths=torch.zeros_like(starts[1:]) if spec.is_causal else context,
                 window=-1 if spec.window is None else spec.window, bias=self.tensors.bias,
+                position_key=self.tensors.position_key,
+                position_query=self.tensors.position_query,
+                position_slots=self.tensors.position_slots,
             )  # fmt: skip
             # Without keys the prefix alone has a gradient, and nothing is read from these.
             if key is None or value is None:

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from ptv2_fast.frozen.modules import Norm
 from ptv2_fast.frozen.weights import BlockWeights
+from ptv2_fast.ops.attention import Positions
 
 
 class Dropout(NamedTuple):
@@ -49,6 +50,7 @@ class AttentionInputs(NamedTuple):
     cosine: Tensor | None = None  # [1 or B, T, rotary_dim], of positions
     sine: Tensor | None = None
     bias: Tensor | None = None  # [1, heads, T, T], added to the scores of tokens
+    positions: Positions | None = None  # of disentangled attention
 
 
 class BlockTensors(NamedTuple):
@@ -63,3 +65,6 @@ class BlockTensors(NamedTuple):
     sine: Tensor | None
     bias: Tensor | None  # as in AttentionInputs
     context_lengths: Tensor | None  # int32 [B], of packed rows
+    position_key: Tensor | None = None  # as in `Positions`
+    position_query: Tensor | None = None
+    position_slots: Tensor | None = None

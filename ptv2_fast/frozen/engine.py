@@ -54,7 +54,9 @@ class FrozenRun:
         policy: what every block keeps for its backward pass (spec.py).
         memory_budget: bytes; chooses a policy for each block instead.
         unpack_each: give every block padded input and output, for whoever looks at them.
-        first_token_only: the last block computes the first token of each sequence only.
+        first_token_only: the last block computes the first token of each sequence only; not with
+            disentangled attention.
+        padded_above: a layer whose output is padded, and the input of the next one, or None.
         context_lengths: int32 [B], of rows that all of a sequence see, or None: see
             `prefix_attention`.
     """
@@ -68,6 +70,7 @@ class FrozenRun:
     unpack_each: bool = False
     first_token_only: bool = False
     context_lengths: Tensor | None = None
+    padded_above: int | None = None
     _seeds: Tensor | None = None
     _policies: tuple[str, ...] | None = None
     _handover: Handover | None = field(default=None, repr=False)
@@ -86,14 +89,16 @@ class FrozenRun:
 
         Args:
             index: of the layer.
-            hidden: [B, T, hidden] for layer 0 and with `unpack_each`, else [rows, hidden].
+            hidden: [B, T, hidden] for layer 0, above `padded_above` and with `unpack_each`, else
+                [rows, hidden].
             prefix: (prefix_key, prefix_value), each [key_value_heads, P, head_dim], or None.
             block: of this layer.
             above: modules of the next layer, or None.
             inputs: of the attention, as transformers gives them: cosine and sine [1 or B, T, D'].
 
         Returns:
-            [B, T, hidden] from the last layer and with `unpack_each`, else [rows, hidden].
+            [B, T, hidden] from the last layer, `padded_above` and with `unpack_each`, else
+            [rows, hidden].
         """
         modules, spec = block.modules, block.modules.spec
         is_last = index == self.num_layers - 1
@@ -101,9 +106,10 @@ class FrozenRun:
         handed = None
         if handover is not None and handover.belongs_to(hidden):
             handed = handover.result
-        if index == 0 or self.unpack_each:
+        is_padded_below = self.padded_above is not None and index == self.padded_above + 1
+        if index == 0 or self.unpack_each or is_padded_below:
             hidden = self.layout.pack(hidden)
-        weights = block.reader.read(_products_dtype(hidden, modules))
+        weights = block.reader.read(products_dtype(hidden, modules))
         # Under autocast the products have its dtype and the rest has the weights' own.
         hidden = hidden.to(modules.dtype)
         attention_input = None
@@ -141,12 +147,13 @@ class FrozenRun:
             *self._rotary_rows(inputs, spec.rotary),
             inputs.bias,
             self.context_lengths,
+            *(inputs.positions or ()),
         )
         result = run_block(hidden, attention_input, *prefix, call, tensors)
         out = result.residual
         if call.first_token_only:
             return self.layout.unpack_first_tokens(out)
-        if is_last or self.unpack_each:
+        if is_last or self.unpack_each or index == self.padded_above:
             out = self.layout.unpack(out)
         if not is_last and result.stats is not None:
             self._handover = Handover(out, _version(out), result)
@@ -229,7 +236,8 @@ def _chunk(hidden: Tensor) -> int:
     return chunk
 
 
-def _products_dtype(hidden: Tensor, modules: BlockModules) -> torch.dtype:
+def products_dtype(hidden: Tensor, modules: BlockModules) -> torch.dtype:
+    """Of the products in a block: its weights', or autocast's."""
     device = hidden.device.type
     if torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)

@@ -35,6 +35,17 @@ class DropoutSource(NamedTuple):
 NO_DROPOUT = DropoutSource(None)
 
 
+class BiasSource(NamedTuple):
+    """Biases of query, key and value that lie beside their linear layer, [heads * head_dim]."""
+
+    module: nn.Module
+    names: tuple[str | None, str | None, str | None]
+
+    def parameters(self) -> list[nn.Parameter]:
+        """Those that there are."""
+        return [getattr(self.module, name) for name in self.names if name is not None]
+
+
 @dataclass(frozen=True)
 class BlockModules:
     """The modules of one block by their roles.
@@ -52,6 +63,7 @@ class BlockModules:
         attention_dropout, attention_output_dropout, activation_dropout, output_dropout: of the
             attention's probabilities, of its output, inside and behind the feed-forward network.
         head_norms: RMSNorms of each head's query and key, in front of their rotation, or none.
+        input_biases: of a plain layer that gives query, key and value and has none of its own.
     """
 
     spec: BlockSpec
@@ -68,6 +80,7 @@ class BlockModules:
     activation_dropout: DropoutSource = NO_DROPOUT
     output_dropout: DropoutSource = NO_DROPOUT
     head_norms: tuple[nn.Module, ...] = ()
+    input_biases: BiasSource | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -100,7 +113,8 @@ class BlockModules:
     def parameters(self) -> list[nn.Parameter]:
         """All weights and biases."""
         modules = (*self.linears().values(), *self.norms())
-        return [parameter for module in modules for parameter in module.parameters()]
+        beside = [] if self.input_biases is None else self.input_biases.parameters()
+        return [parameter for module in modules for parameter in module.parameters()] + beside
 
     def shape(self, dtype: torch.dtype) -> BlockShape:
         """The sizes, for products in `dtype`."""

@@ -31,6 +31,7 @@ class BlockSpec:
         scale: of the scores; None = head_dim ** -0.5.
         is_causal: a row sees no later one.
         window: a row sees those at most so far away; None = all.
+        by_head: one linear layer gives query, key and value, of each head one after the other.
     """
 
     pre_norm: bool = False
@@ -41,6 +42,7 @@ class BlockSpec:
     scale: float | None = None
     is_causal: bool = False
     window: int | None = None
+    by_head: bool = False
 
 
 @dataclass(frozen=True)

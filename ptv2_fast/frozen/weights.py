@@ -1,12 +1,13 @@
 """The frozen weights of an encoder block, in the dtype and the form its products want."""
 
 import copy
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ptv2_fast.frozen.called import CalledLinears
-from ptv2_fast.frozen.modules import BlockModules, read_norm
+from ptv2_fast.frozen.modules import BiasSource, BlockModules, read_norm
 from ptv2_fast.ops.layout import widened
 
 _SHARING_DEVICES = ("cpu", "cuda", "xpu")  # whose memory torch takes from others
@@ -79,16 +80,19 @@ class BlockWeights:
         self.modules, self.spec, self.dtype = modules, modules.spec, dtype
         inputs = modules.inputs
         self.query_key_value = _joined(inputs, joined_inputs, dtype)
+        if modules.input_biases is not None and isinstance(self.query_key_value, FrozenLinear):
+            weight = self.query_key_value.weight
+            self.query_key_value = FrozenLinear(weight, _biases_beside(modules, weight))
         self.query: AnyLinear | None
         self.key_value: AnyLinear | None
-        if isinstance(self.query_key_value, FrozenLinear):
+        if isinstance(self.query_key_value, FrozenLinear) and not modules.spec.by_head:
             queries = modules.heads * modules.head_dim
             rows = queries + 2 * modules.key_value_heads * modules.head_dim
             self.query = self.query_key_value.rows(0, queries)
             self.key_value = self.query_key_value.rows(queries, rows)
         elif len(inputs) == 3:
             self.query, self.key_value = CalledLinears(inputs[:1]), CalledLinears(inputs[1:])
-        else:  # one layer that can only be called gives all three for all rows
+        else:  # all three for all rows: their weights are mixed, or the layer can only be called
             self.query = self.key_value = None
         self.attention_output = _frozen(modules.attention_output, dtype)
         self.up = _joined(modules.up, joined_up, dtype)
@@ -196,6 +200,18 @@ def _joined(linears: tuple[nn.Linear, ...], joined: Tensor | None, dtype: torch.
 def _frozen(linear: nn.Linear, dtype: torch.dtype) -> AnyLinear:
     is_called = not is_plain(linear)
     return _joined((linear,), None if is_called else linear.weight.detach(), dtype)
+
+
+def _biases_beside(modules: BlockModules, weight: Tensor) -> Tensor:
+    """The biases that lie beside a layer of this weight, in the order of its rows, [out]."""
+    beside = cast(BiasSource, modules.input_biases)
+    zeros = weight.new_zeros(modules.heads * modules.head_dim)
+    each = [
+        zeros if name is None else getattr(beside.module, name).detach() for name in beside.names
+    ]
+    if not modules.spec.by_head:
+        return torch.cat(each)
+    return torch.stack([bias.unflatten(0, (modules.heads, -1)) for bias in each], dim=1).flatten()
 
 
 def _join_biases(linears: tuple[nn.Linear, ...]) -> Tensor | None:

@@ -1,7 +1,6 @@
 """Recipes: the options of published runs and presets of our own, one YAML file each.
 
-Beside options a file has a one-line `description` and, where the run is not possible yet,
-`unsupported`, which says why. A preset leaves the task to the user.
+Beside options a file has a one-line `description`. A preset leaves the task to the user.
 """
 
 import functools
@@ -22,12 +21,11 @@ _FIGURES = "published"  # published.yaml is no recipe
 
 @dataclass(frozen=True)
 class Recipe:
-    """One recipe: what it is for, its options, and why it cannot run where it cannot."""
+    """One recipe: what it is for and its options."""
 
     name: str
     description: str
     options: dict[str, Any]
-    unsupported: str | None = None
 
 
 @functools.cache
@@ -38,7 +36,7 @@ def recipes() -> list[str]:
 
 @functools.cache
 def load_recipe(name: str) -> Recipe:
-    """A recipe by name, whether it can run or not.
+    """A recipe by name.
 
     Raises:
         ValueError: for an unknown recipe.
@@ -49,17 +47,14 @@ def load_recipe(name: str) -> Recipe:
             + hint(name, recipes())
         )
     values = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
-    description, unsupported = values.pop("description"), values.pop("unsupported", None)
-    return Recipe(name, description, flatten(values), unsupported)
+    description = values.pop("description")
+    return Recipe(name, description, flatten(values))
 
 
 def read_recipe(name: str) -> dict[str, Any]:
     """The options of a recipe, flat.
 
     Raises:
-        ValueError: for an unknown recipe, or one whose run is not possible yet.
+        ValueError: for an unknown recipe.
     """
-    recipe = load_recipe(name)
-    if recipe.unsupported is not None:
-        raise ValueError(f"recipe: {name} cannot run: {recipe.unsupported}")
-    return dict(recipe.options)
+    return dict(load_recipe(name).options)
