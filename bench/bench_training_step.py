@@ -3,6 +3,7 @@
     python -m bench.bench_training_step
     python -m bench.bench_training_step --quick --rounds 3
     python -m bench.bench_training_step --families
+    python -m bench.bench_training_step --deberta
     python -m bench.bench_training_step --only "bert-base b4 t128 p20 fp32 d0.1 full"
     python -m bench.bench_training_step --memory-only
 
@@ -20,11 +21,12 @@ A case's rows are written once they are measured, in place of that case's earlie
                             batch, and the rest of the peak in proportion to the sequences
 
 The default cases take about half an hour on two cores, --quick (the rows that the speed goals are
-about) an hour, --families (ModernBERT and NomicBERT, to 2,048 tokens) two to three. --memory-only
-measures no time.
+about) an hour, --families (ModernBERT and NomicBERT, to 2,048 tokens) two to three, --deberta one.
+--memory-only measures no time.
 """
 
 import argparse
+import itertools
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -36,7 +38,7 @@ from bench import cases
 from bench.cases import Case
 from bench.measure import RESULTS, machine_columns, merge_csv, time_interleaved
 from bench.memory_model import predict_step
-from bench.models import METHODS, MODELS, build, why_left_out
+from bench.models import EAGER_ONLY, METHODS, MODELS, build, why_left_out
 from bench.step_columns import (
     MEBIBYTE,
     Row,
@@ -107,7 +109,10 @@ def methods_of(case: Case, chosen: Iterable[str], console: Console) -> list[str]
         if name not in chosen:
             continue
         reason = why_left_out(name, case, DEVICE)
-        if reason is None and is_large and name.endswith(("eager", "recipe")):
+        is_eager = (
+            name.endswith(("eager", "recipe")) and MODELS[case.model].model_type not in EAGER_ONLY
+        )
+        if reason is None and is_large and is_eager:
             reason = "so large it does not fit beside the others"
         if reason is None:
             here.append(name)
@@ -178,6 +183,7 @@ def main() -> None:
     parser.add_argument("--method", action="append", choices=METHODS, help="default: all")
     parser.add_argument("--quick", action="store_true", help="the rows of the speed goals")
     parser.add_argument("--families", action="store_true", help="blocks of other kinds than BERT's")
+    parser.add_argument("--deberta", action="store_true", help="DeBERTa v3's, of three lengths")
     parser.add_argument("--memory-only", action="store_true", help="no timing")
     parser.add_argument("--rounds", type=int, default=3, help="timed steps of each method")
     parser.add_argument("--output", type=Path, help="CSV file (default: bench/results/...)")
@@ -187,9 +193,12 @@ def main() -> None:
         chosen = cases.ACCEPTANCE_CASES
     if arguments.families:
         chosen = cases.FAMILY_CASES
+    if arguments.deberta:
+        chosen = cases.DEBERTA_CASES
     chosen = [case for case in chosen if case.model in MODELS]
     if arguments.only:
-        every = (*chosen, *cases.CPU_CASES, *cases.ACCEPTANCE_CASES, *cases.FAMILY_CASES)
+        lists = (cases.CPU_CASES, cases.ACCEPTANCE_CASES, cases.FAMILY_CASES, cases.DEBERTA_CASES)
+        every = (*chosen, *itertools.chain(*lists))
         known = {str(case): case for case in reversed(every) if case.model in MODELS}
         unknown = [name for name in arguments.only if name not in known]
         if unknown:

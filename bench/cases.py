@@ -117,6 +117,13 @@ FAMILY_CASES = [
     for dtype in DTYPES
     for lengths in every_lengths
 ]
+# DeBERTa's: the lengths of the goals, and of longer texts.
+DEBERTA_CASES = [
+    Case("deberta-v2-base", batch, tokens, 20, dtype, lengths=lengths)
+    for batch, tokens in ((8, 128), (4, 256), (2, 512))
+    for dtype in DTYPES
+    for lengths in ("pad50", "full")
+]
 # No timing: kept bytes by hooks; peaks of a large model's step.
 KEPT_CASES = [Case("bert-base", 4, 512, 128, "bf16", dropout) for dropout in (0.0, 0.1)]
 PEAK_CASES = [Case("bert-large", 8, 512, 100, "bf16", dropout) for dropout in (0.0, 0.1)]

@@ -33,8 +33,8 @@ TINY = dict(
     num_hidden_layers=2, hidden_size=32, num_attention_heads=2, intermediate_size=64,
     vocab_size=100, embedding_size=32,
 )  # fmt: skip
-# Family -> what its base size has another than transformers' defaults.
-BASE: dict[str, dict[str, int]] = {
+# Family -> what its base size has another than transformers' defaults; DeBERTa's is that of v3.
+BASE: dict[str, dict[str, object]] = {
     "bert": {},
     "roberta": {},
     "xlm-roberta": dict(vocab_size=250002),
@@ -43,21 +43,42 @@ BASE: dict[str, dict[str, int]] = {
     ),
     "modernbert": {},
     "nomic_bert": {},
+    "deberta-v2": dict(
+        hidden_size=768,
+        num_hidden_layers=12,
+        num_attention_heads=12,
+        intermediate_size=3072,
+        relative_attention=True,
+        pos_att_type=["p2c", "c2p"],
+        position_buckets=256,
+        share_att_key=True,
+        norm_rel_ebd="layer_norm",
+        position_biased_input=False,
+        type_vocab_size=0,
+        pooler_hidden_size=768,
+    ),
 }
 GATED = ("modernbert", "nomic_bert")  # whose feed-forward networks are
 # Family -> what its rehearsal has beside TINY.
-SMALLER: dict[str, dict[str, int]] = {
+SMALLER: dict[str, dict[str, object]] = {
+    "deberta-v2": dict(
+        relative_attention=True, pos_att_type=["p2c", "c2p"], position_buckets=8,
+        share_att_key=True, pooler_hidden_size=32,
+    ),
     "modernbert": dict(
         local_attention=8, pad_token_id=0, bos_token_id=1, cls_token_id=1, eos_token_id=2,
         sep_token_id=2,
     ),
 }  # fmt: skip
+EAGER_ONLY = ("deberta-v2",)  # whose attention transformers computes in no other way
 # That the installed transformers has and lets call another attention.
 _HERE = [
     family
     for family in BASE
     if family in CONFIG_MAPPING
-    and MODEL_MAPPING[CONFIG_MAPPING[family]]._can_set_attn_implementation()
+    and (
+        family in EAGER_ONLY or MODEL_MAPPING[CONFIG_MAPPING[family]]._can_set_attn_implementation()
+    )
 ]
 # Random weights: speed and memory do not depend on them. MiniLM has its own where installed.
 MODELS: dict[str, PretrainedConfig] = {
@@ -101,7 +122,8 @@ def classifier(case: Case, attention: str, layers: int | None = None) -> nn.Modu
     folder = _minilm_folder() if case.model == "minilm-l6" and layers is None else None
     drawn = _drawn(config.model_type, config.to_json_string(use_diff=False), folder)
     model = copy.deepcopy(drawn).to(torch.get_default_device())
-    model.set_attn_implementation(attention)
+    if config.model_type not in EAGER_ONLY:
+        model.set_attn_implementation(attention)
     torch.manual_seed(0)  # for what is added to it
     return model
 
@@ -147,11 +169,11 @@ def _prefix_by_peft(case: Case, layers: int | None, attention: str) -> nn.Module
     return _peft(case, attention, layers, config)
 
 
-def _lora(case: Case, layers: int | None) -> nn.Module:
+def _lora(case: Case, layers: int | None, attention: str) -> nn.Module:
     from peft import LoraConfig
 
     config = LoraConfig(task_type="SEQ_CLS", r=LORA_RANK, target_modules="all-linear")
-    return _peft(case, "sdpa", layers, config)
+    return _peft(case, attention, layers, config)
 
 
 def cache_argument(backbone: nn.Module | type[nn.Module]) -> str | None:
@@ -205,17 +227,19 @@ def _frozen(policy: str) -> Callable[[Case, int | None], nn.Module]:
 
 
 FLASH = "full fine-tuning, flash"  # without padding
+LORA_EAGER = "LoRA r8, peft eager"  # where there is no faster one
 # Each takes (case, number of layers or None) and gives a model.
 METHODS: dict[str, Callable[[Case, int | None], nn.Module]] = {
     **{f"frozen {policy}": _frozen(policy) for policy in POLICIES},
     "hook": lambda case, layers: ours(case, layers, backbone="hook"),
     "full fine-tuning, sdpa": lambda case, layers: _full(case, layers, "sdpa"),
     FLASH: lambda case, layers: _full(case, layers, "flash_attention_2"),
-    "LoRA r8, peft sdpa": _lora,
+    "LoRA r8, peft sdpa": lambda case, layers: _lora(case, layers, "sdpa"),
     "prefix, peft sdpa": lambda case, layers: _prefix_by_peft(case, layers, "sdpa"),
     "prefix, peft eager": lambda case, layers: _prefix_by_peft(case, layers, "eager"),
     "prefix, original recipe": original_recipe,
     "full fine-tuning, eager": lambda case, layers: _full(case, layers, "eager"),
+    LORA_EAGER: lambda case, layers: _lora(case, layers, "eager"),
 }
 
 
@@ -227,6 +251,10 @@ def why_left_out(method: str, case: Case, device: str) -> str | None:
     needed = "flash_attn" if method == FLASH else "peft" if "peft" in method else None
     if needed is not None and importlib.util.find_spec(needed) is None:
         return f"{needed} is not installed here"
+    if method.endswith(("sdpa", "flash")) and config.model_type in EAGER_ONLY:
+        return f"{config.model_type} has eager attention only"
+    if method == LORA_EAGER and config.model_type not in EAGER_ONLY:
+        return "sdpa is faster"
     if method.startswith("prefix, "):
         backbone = MODEL_MAPPING[type(config)]
         argument = cache_argument(backbone)
