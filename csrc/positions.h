@@ -9,8 +9,8 @@
 namespace ptv2::PTV2_LEVEL {
 
 constexpr int64_t kKeysAtOnce = 48;  // keys whose position scores are computed before they are added
-constexpr int64_t kSpreadColumns = 192;  // distances whose products are computed before spreading
-constexpr int64_t kProductStride = kSpreadColumns + 64;
+constexpr int64_t kSpreadColumns = 128;  // distances whose products are computed before spreading
+constexpr int64_t kProductStride = kSpreadColumns + 48;
 static_assert(kSpreadColumns + kTileRows + 2 * kLanes <= kProductStride);
 
 // One table by distance, row 0 for -(T - 1); zeros behind the last row.

@@ -11,6 +11,7 @@ from ptv2_fast.ops.registration import POSITION_BACKENDS
 from ptv2_kernels import configs
 from ptv2_kernels.measured import Config
 from tests.attention_checks import (
+    assert_equal_bits,
     check,
     check_equal_sequences_give_equal_bits,
     check_inputs,
@@ -23,6 +24,7 @@ from tests.attention_checks import (
 )
 from tests.devices import CPU, device_of, interpreted
 from tests.inputs import MASKS, POSITIONS, Shape, make_inputs
+from tests.oracle import run_backend
 from tests.triton_interpreter import bounds_checked
 
 # batch, heads, queries, tokens, prefix, head_dim
@@ -70,6 +72,12 @@ def test_cpp_bits_and_gradients(positions, dtype):
     check_joint_gradients("cpp", CPU, shape, **made)
     check_only_needed_gradients("cpp", CPU, shape, **made)
     check_prefix_only_backward_never_reads_the_tokens("cpp", CPU, **made)
+
+
+def test_the_cpu_is_served_by_cpp():
+    inputs = make_inputs(Shape(2, 2, 40, 40, 5, 32), torch.float32, positions="both")
+    expected = run_backend(inputs, "cpp", 0.1, 0.0)
+    assert_equal_bits(run_backend(inputs, None, 0.1, 0.0), expected)
 
 
 def test_cpp_takes_slots_in_any_order_and_only_what_goes_with_them():
