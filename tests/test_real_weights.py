@@ -37,6 +37,11 @@ CHECKPOINTS = Path(__file__).parents[1] / "build" / "checkpoints"
 WORDS = "embeddings.word_embeddings.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
 TYPES = "embeddings.token_type_embeddings.weight"
+SPAN = 12  # of relative positions, shorter than the texts
+DEBERTA = {
+    "max_relative_positions": SPAN, "position_buckets": -1, "share_att_key": False,
+    "norm_rel_ebd": "none", "conv_kernel_size": 0, "type_vocab_size": 2,
+}  # fmt: skip
 State = dict[str, Tensor]
 Batch = dict[str, Tensor]
 
@@ -102,6 +107,7 @@ def filled(model_type: str, like, state: State) -> PreTrainedModel:
         max_position_embeddings=len(state.get(POSITIONS, range(like.max_position_embeddings))),
         embedding_size=like.hidden_size,  # ELECTRA's
         hidden_dim=like.intermediate_size,  # DistilBERT's name
+        **(DEBERTA if model_type == "deberta-v2" else {}),
     )
     model.base_model.load_state_dict(state)
     return model
@@ -179,9 +185,31 @@ def as_nomic_bert(state: State) -> State:
     return new
 
 
+def as_deberta_v2(state: State) -> State:
+    """Its scores are divided by sqrt(3 D); position terms are zero until someone fills them."""
+    names = {
+        f"attention.self.{name}": f"attention.self.{name}_proj"
+        for name in "query key value".split()
+    }
+    new = {renamed(name, names): tensor for name, tensor in state.items()}
+    for name in new:
+        if "query_proj" in name:
+            new[name] = new[name] * 3**0.5
+    hidden = state[WORDS].shape[1]
+    zeros = {
+        "weight": state[WORDS].new_zeros(hidden, hidden),
+        "bias": state[WORDS].new_zeros(hidden),
+    }
+    for name in [name for name in new if "key_proj" in name]:
+        for table in ("pos_key_proj", "pos_query_proj"):
+            new[name.replace("key_proj", table)] = zeros[name.rpartition(".")[2]]
+    return new | {"encoder.rel_embeddings.weight": torch.randn(2 * SPAN, hidden) / 2}
+
+
 # ELECTRA's has the names of BERT's.
 FORMS: dict[str, Callable[[State], State]] = {
     "bert": dict,
+    "deberta-v2": as_deberta_v2,
     "roberta": as_roberta,
     "electra": dict,
     "distilbert": as_distilbert,
@@ -203,6 +231,16 @@ def test_minilm_is_the_same_encoder_in_every_form(model_type, minilm):
         embedded = state[WORDS][input_ids] + state[POSITIONS][: input_ids.shape[1]]
         batch |= {"inputs_embeds": embedded.float(), "position_ids": torch.zeros_like(input_ids)}
     check_answers(plain, batch, minilm)
+
+
+def test_minilm_with_live_position_terms_equals_an_eager_rendering(minilm):
+    torch.manual_seed(0)
+    bert = minilm.model
+    state = as_deberta_v2(bert.base_model.state_dict())
+    for name in [name for name in state if "pos_" in name and name.endswith("proj.weight")]:
+        state[name] = torch.randn_like(state[name]) * 0.02
+    plain = filled("deberta-v2", bert.config, state)
+    check_answers(plain, minilm.batch, answers(plain, minilm.batch))
 
 
 class Checkpoint(NamedTuple):
