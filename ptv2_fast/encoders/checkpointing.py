@@ -9,7 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState
-from ptv2_fast.encoders.own_attention import keep_state
+from ptv2_fast.encoders.own_attention import keep_state, running_state
 
 _FUNCTION = "_gradient_checkpointing_func"  # transformers' name for it, on every layer
 
@@ -28,7 +28,7 @@ class UnlessFrozen:
 
     def __call__(self, call_layer: Callable[..., Any], *args: Any) -> Any:
         """As the function itself: runs the layer on `args`; the rest is bound to `call_layer`."""
-        state = getattr(call_layer, "keywords", {}).get(STATE_ARGUMENT)
+        state = getattr(call_layer, "keywords", {}).get(STATE_ARGUMENT, running_state())
         if isinstance(state, PrefixState) and state.run is not None:
             return call_layer(*args)
         return self.function(keep_state(call_layer), *args)
