@@ -293,7 +293,10 @@ class Attachment:
         dtype = next(iter(self._old_dtypes.values()))
         if isinstance(output, Tensor):
             return output.to(dtype)
-        output.last_hidden_state = output.last_hidden_state.to(dtype)
+        states, layers = output.last_hidden_state, output.get("hidden_states")
+        output.last_hidden_state = states.to(dtype)
+        if layers and layers[-1] is states:  # which DeBERTa's backbone gives to the head
+            output.hidden_states = (*layers[:-1], output.last_hidden_state)
         return output
 
     def before_embeddings(
