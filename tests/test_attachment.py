@@ -416,6 +416,7 @@ def test_the_shortcut_is_taken_where_other_rows_are_not_read(model_type, head):
     encoder = model.base_model.get_submodule(family.encoder)
     reads_first = head == "sequence" or (head == "choice" and model_type != "modernbert")
     reads_first &= "frozen" in BACKBONES[model_type] and not family.is_decoder
+    reads_first &= not model_type.startswith("deberta")  # its last block computes all rows
     assert reads_first_token_only(model, model.base_model, encoder) == reads_first
     expected = outputs_of(head, model(**batch))
 

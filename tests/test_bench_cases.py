@@ -87,7 +87,7 @@ def test_a_whole_case_of_another_family_is_measured(family, tmp_path):
 def test_every_way_of_attention_computes_the_same(name):
     for dtype, density, backward in (("fp32", 0.5, True), ("bf16", 1.0, False)):
         case = AttentionCase(name, SHAPES[name], dtype, density, 0.0, backward, CPU)
-        check_numerics(case, "reference" if SHAPES[name].has_positions else "cpp")
+        check_numerics(case, "cpp")
         running, refusals = running_calls(timed_calls(inputs_of(case), 0.0, backward), 0.0)
         assert {"concat+sdpa", "concat+eager"} <= running.keys()
         assert refusals.keys() <= {"split"} and (name == "plain") == ("split" in running)

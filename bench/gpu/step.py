@@ -36,6 +36,8 @@ CASES = (
         for family in ("modernbert", "nomic_bert")
         for batch, tokens in ((32, 128), (16, 512), (2, 2048))
     ),
+    Case("deberta-v2-base", 32, 128, 20, "bf16", lengths="pad50"),
+    Case("deberta-v2-base", 16, 512, 20, "bf16", lengths="pad50"),
     Case("bert-base", 32, 256, 20, "bf16", dropout=0.0, lengths="pad70"),
     Case("bert-large", 32, 128, 20, "bf16", dropout=0.0),
     Case("bert-base", 32, 384, 100, "bf16", lengths="pad70"),
