@@ -52,13 +52,11 @@ def check_inputs(backends: list[str], inputs: Inputs, p: float, prefix_p: float)
     return worst
 
 
-def random_case(
-    generator: random.Random, largest: int, most: int = 3, positions: bool = True
-) -> dict:
+def random_case(generator: random.Random, largest: int, most: int = 3) -> dict:
     """Arguments of `check`, the backends apart.
 
-    Sizes up to `largest`, and up to `most` sequences and heads for keys and values. `positions`:
-    with those of disentangled attention in two cases of five.
+    Sizes up to `largest`, and up to `most` sequences and heads for keys and values. Three cases of
+    five are disentangled attention.
     """
     sizes = [0, 1, 2, 7, 16, 31, 33, 64, 65, 127, 200, 333]
     sizes = [size for size in sizes if size <= largest]
@@ -89,7 +87,7 @@ def random_case(
         "strides": generator.choice(["hf", "sliced"]),
     }
     kind = random.Random(case["seed"]).choice(["none", "none", *POSITIONS])
-    if positions and kind != "none":
+    if kind != "none":
         shape = dataclasses.replace(shape, heads=shape.kv_heads, group=1, queries=shape.tokens)
         case |= {"positions": kind, "rows": "all", "bias": "none", "shape": shape}
     return case

@@ -50,13 +50,17 @@ def project(attention: Any, states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         linears = (attention.query_proj, attention.key_proj, attention.value_proj)
         query, key, value = (linear(states).unflatten(-1, (heads, -1)) for linear in linears)
     else:
-        joined = attention.in_proj(states).unflatten(-1, (heads, -1))
-        query, key, value = joined.chunk(3, dim=-1)
-        query, value = (
-            part + bias.to(part.dtype).view(heads, -1)
-            for part, bias in ((query, attention.q_bias), (value, attention.v_bias))
-        )
+        joined = attention.in_proj(states)
+        query, key, value = (part_of_product(attention, joined, index) for index in range(3))
     return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def part_of_product(attention: Any, joined: Tensor, index: int) -> Tensor:
+    """Query, key or value (0, 1, 2), [..., H, D], of v1's one product, with its bias."""
+    heads = attention.num_attention_heads
+    part = joined.unflatten(-1, (heads, 3, -1))[..., index, :]
+    bias = (attention.q_bias, None, attention.v_bias)[index]
+    return part if bias is None else part + bias.to(part.dtype).view(heads, -1)
 
 
 def table_projections(attention: Any) -> tuple[Any, Any]:

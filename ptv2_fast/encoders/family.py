@@ -9,7 +9,11 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from ptv2_fast.encoders.blocks import DescribeBlock, FindBias, LayerOutput, describe_bert
-from ptv2_fast.encoders.disentangled import RelativePositions, unserved_option
+from ptv2_fast.encoders.disentangled import (
+    RelativePositions,
+    part_of_product,
+    unserved_option,
+)
 
 _T5_LENGTH = 512  # Raffel et al. 2020; where the configuration does not say
 
@@ -187,10 +191,7 @@ class DebertaFamily(Family):
 
     def third(self, attention: nn.Module, joined: Tensor, index: int) -> Tensor:
         """As that of `Family`: of each head one after the other, in front of two biases."""
-        heads: int = attention.num_attention_heads  # type: ignore[assignment]
-        part = joined.unflatten(-1, (heads, 3, -1))[..., index, :].flatten(-2)
-        bias = (attention.q_bias, None, attention.v_bias)[index]
-        return part if bias is None else part + bias  # type: ignore[operator]
+        return part_of_product(attention, joined, index).flatten(-2)
 
 
 class MobileBertFamily(Family):

@@ -14,7 +14,7 @@ from ptv2_fast.frozen.modules import Norm
 from ptv2_fast.frozen.weights import AnyLinear
 from ptv2_fast.ops import elementwise
 from ptv2_fast.ops.dropout import ACTIVATION_STREAM, ATTENTION_OUTPUT_STREAM, FEED_FORWARD_STREAM
-from ptv2_fast.ops.registration import KERNEL_DTYPES, serves_positions
+from ptv2_fast.ops.registration import KERNEL_DTYPES
 
 
 class BranchEnd(NamedTuple):
@@ -51,8 +51,6 @@ class BlockArithmetic:
         has_kernels = self.weights.dtype in served and residual_dtype in served
         self.ops = torch.ops.ptv2 if has_kernels else elementwise
         suffix = "" if has_kernels or not served else "_reference"
-        if tensors.position_slots is not None and not serves_positions(prefix_key.device.type):
-            suffix = "_reference"
         self.attention = BlockAttention(call, tensors, prefix_key, prefix_value, self.ops, suffix)
         self.rows = self.attention.rows
         self.coordinates = tensors.coordinates

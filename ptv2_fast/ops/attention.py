@@ -13,7 +13,6 @@ from ptv2_fast.ops.registration import (
     HAS_TRITON,
     KERNEL_DTYPES,
     POSITION_BACKENDS,
-    serves_positions,
 )
 from ptv2_fast.ops.validation import (
     argument_error,
@@ -99,8 +98,6 @@ def _resolve_suffix(backend: str | None, query: Tensor, has_positions: bool) -> 
     device = query.device.type
     if backend is None:
         served = KERNEL_DTYPES.get(device)
-        if served is not None and has_positions and not serves_positions(device):
-            return "_reference"
         return "" if served is None or query.dtype in served else "_reference"
     if not isinstance(backend, str) or backend not in BACKENDS:
         raise argument_error("backend", f"None or one of {BACKENDS}", shown(backend))

@@ -30,6 +30,4 @@ class Options(NamedTuple):
     # Of DeBERTa, `disentangled_prefix_attention`: without slots there is neither table.
     position_key: Tensor | None = None  # [H, slots, D], in the dtype of query
     position_query: Tensor | None = None  # likewise
-    position_slots: Tensor | None = (
-        None  # int32 [2 M - 1], M >= T: the slot of i - j at i - j + M - 1
-    )
+    position_slots: Tensor | None = None  # int32 [2 M - 1]: the slot of i - j at i - j + M - 1

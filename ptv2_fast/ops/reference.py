@@ -119,16 +119,20 @@ def reference_gradients(
     grad_probabilities = multiplier * (grad_out @ values.transpose(-1, -2))
     grad_scores = options.scale * probabilities * (grad_probabilities - delta)
     grad_query = grad_scores @ keys
-    grad_query_by_slots, grad_key_by_slots = _position_gradients(
-        grad_scores[..., prefix_key.shape[2] :], options
-    )
-    grad_query = grad_query + grad_query_by_slots
     # Summed over the query heads that share a key/value head, [B, H_kv, P + S, D].
     group = _group(query, key)
     grad_keys = (grad_scores.transpose(-1, -2) @ query).unflatten(1, (-1, group)).sum(dim=2)
     grad_values = (probabilities * multiplier).transpose(-1, -2) @ grad_out
     grad_values = grad_values.unflatten(1, (-1, group)).sum(dim=2)
     prefix_length = prefix_key.shape[2]
+    grad_key = grad_keys[:, :, prefix_length:]
+    if options.position_slots is not None:
+        grad_tokens, slots = grad_scores[..., prefix_length:], _slots(key.shape[2], options)
+        if options.position_key is not None:
+            grad_query = grad_query + _through_table(grad_tokens, slots, options.position_key)
+        if options.position_query is not None:
+            by_key = grad_tokens.transpose(-1, -2)
+            grad_key = grad_key + _through_table(by_key, slots.T, options.position_query)
 
     def prefix_gradient(gradient: Tensor, stream: int) -> Tensor:
         per_sequence = gradient[:, :, :prefix_length]
@@ -137,7 +141,7 @@ def reference_gradients(
 
     return (
         grad_query,
-        grad_keys[:, :, prefix_length:] + grad_key_by_slots,
+        grad_key,
         grad_values[:, :, prefix_length:],
         prefix_gradient(grad_keys, PREFIX_KEY_STREAM),
         prefix_gradient(grad_values, PREFIX_VALUE_STREAM),
@@ -252,21 +256,11 @@ def _position_scores(query: Tensor, key: Tensor, options: Options) -> Tensor:
     return scores
 
 
-def _position_gradients(
-    grad_scores: Tensor, options: Options
-) -> tuple[Tensor | float, Tensor | float]:
-    """What reaches queries and keys through the tables, from scaled [B, H, T, T]."""
-    gradients: list[Tensor | float] = []
-    for table, is_key in ((options.position_key, False), (options.position_query, True)):
-        if table is None:
-            gradients.append(0.0)
-            continue
-        slots = _slots(grad_scores.shape[-1], options)
-        of_rows = grad_scores.transpose(-1, -2) if is_key else grad_scores
-        slots = (slots.T if is_key else slots).expand(of_rows.shape)
-        sums = grad_scores.new_zeros(*of_rows.shape[:-1], table.shape[1])
-        gradients.append(sums.scatter_add(-1, slots, of_rows) @ table.to(sums.dtype))
-    return gradients[0], gradients[1]
+def _through_table(grad_scores: Tensor, slots: Tensor, table: Tensor) -> Tensor:
+    """What reaches the rows of scaled gradients [B, H, T, T] through a table, [B, H, T, D]."""
+    sums = grad_scores.new_zeros(*grad_scores.shape[:-1], table.shape[1])
+    sums = sums.scatter_add(-1, slots.expand(grad_scores.shape), grad_scores)
+    return sums @ table.to(sums.dtype)
 
 
 def _probability_multiplier(scores: Tensor, tokens: int, options: Options) -> Tensor:

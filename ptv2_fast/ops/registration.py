@@ -34,11 +34,6 @@ KERNEL_DTYPES = {
 }
 
 
-def serves_positions(device_type: str) -> bool:
-    """Whether the kernels of a device serve disentangled attention."""
-    return ("cpp" if device_type == "cpu" else "triton") in POSITION_BACKENDS
-
-
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value"
 _FORWARD_SCHEMA = f"({_TENSORS}, {SCHEMA}) -> (Tensor out, Tensor lse)"
 _BACKWARD_SCHEMA = (
