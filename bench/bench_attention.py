@@ -27,10 +27,11 @@ from bench.attention_cases import (
 )
 from bench.attention_providers import running_calls, timed_calls
 from bench.attention_report import WIDTH, one_line, print_report
-from bench.measure import RESULTS, Timing, machine_columns, time_interleaved, write_csv
+from bench.measure import RESULTS, Timing, machine_columns, merge_csv, time_interleaved
 from bench.shapes import ATTENTION_SHAPES
 
 CPU = torch.device("cpu")
+KEY = ("shape", "dtype", "dropout", "pass", "density")  # of a row: earlier ones are replaced
 
 
 def measure(case: Case, seconds: float) -> tuple[dict[str, Timing], dict[str, str]]:
@@ -86,7 +87,7 @@ def main() -> None:
     cases = cases_of(names, arguments.dtype or list(DTYPES))
     rows = measure_all(cases, arguments.seconds, console)
     columns = machine_columns(CPU)
-    write_csv(arguments.output, [{**row, **columns} for row in rows])
+    merge_csv(arguments.output, [{**row, **columns} for row in rows], KEY)
     print_report(rows, console)
     console.print(f"{columns}\nwritten to {arguments.output}")
 

@@ -37,16 +37,14 @@ from rich.table import Table
 from bench import cases
 from bench.cases import Case
 from bench.measure import RESULTS, machine_columns, merge_csv, time_interleaved
-from bench.memory_model import predict_step
 from bench.models import EAGER_ONLY, METHODS, MODELS, build, why_left_out
 from bench.step_columns import (
     MEBIBYTE,
     Row,
-    batch_of,
-    encoder_of,
     kept_columns,
     mebibytes,
     peak_columns,
+    predicted_step,
     time_columns,
 )
 from bench.training_step import PeakMemory, Step, check_gradients, peak_memory, small_case
@@ -121,21 +119,21 @@ def methods_of(case: Case, chosen: Iterable[str], console: Console) -> list[str]
     return here
 
 
-def measure_memory(output: "Output") -> None:
+def measure_memory(output: "Output", chosen: list[Case]) -> None:
     """Kept bytes of every method, then the peaks of a large model's step."""
-    for case in cases.KEPT_CASES:
+    for case in [case for case in cases.KEPT_CASES if case in chosen]:
         rows = {}
         for name in methods_of(case, METHODS, output.console):
             rows[name] = kept_columns(case, name, DEVICE)
             output.write(case, rows)
         output.show(rows, str(case))
-    for case in cases.PEAK_CASES:
+    for case in [case for case in cases.PEAK_CASES if case in chosen]:
         rows = {}
-        for name in cases.PEAK_METHODS:
-            predicted = predict_step(name, encoder_of(case), batch_of(case, DEVICE)).peak
-            free = free_bytes()
-            if predicted * 1.2 > free:
-                message = f"{name} needs about {predicted / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+        for name in methods_of(case, cases.PEAK_METHODS, output.console):
+            predicted, free = predicted_step(case, name, DEVICE), free_bytes()
+            if predicted is not None and predicted.peak * 1.2 > free:
+                needed = f"needs about {predicted.peak / 1e9:.1f} GB"
+                message = f"{name} {needed}, {free / 1e9:.1f} are free"
                 output.console.print(f"{case}: left out, {message}")
                 continue
             memory = peak_memory(name, case)
@@ -195,9 +193,13 @@ def main() -> None:
         chosen = cases.FAMILY_CASES
     if arguments.deberta:
         chosen = cases.DEBERTA_CASES
+    if arguments.memory_only:
+        chosen = [*cases.KEPT_CASES, *cases.PEAK_CASES]
     chosen = [case for case in chosen if case.model in MODELS]
     if arguments.only:
         lists = (cases.CPU_CASES, cases.ACCEPTANCE_CASES, cases.FAMILY_CASES, cases.DEBERTA_CASES)
+        if arguments.memory_only:
+            lists = (cases.KEPT_CASES, cases.PEAK_CASES)
         every = (*chosen, *itertools.chain(*lists))
         known = {str(case): case for case in reversed(every) if case.model in MODELS}
         unknown = [name for name in arguments.only if name not in known]
@@ -207,7 +209,7 @@ def main() -> None:
     subject = "memory" if arguments.memory_only else "training-step"
     output = Output(arguments.output or RESULTS / f"{subject}-{DEVICE}.csv")
     if arguments.memory_only:
-        measure_memory(output)
+        measure_memory(output, chosen)
     else:
         methods = [OURS, *(arguments.method or METHODS)]
         for case in chosen:

