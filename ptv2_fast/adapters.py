@@ -37,6 +37,8 @@ _MATCHED_FIELDS = (
     "layers",
     "position_offset",
     "modules_to_save",
+    "train_biases",
+    "train_norms",
 )
 _PROBLEM_TYPES = (
     None, "regression", "single_label_classification", "multi_label_classification"

@@ -54,6 +54,10 @@ class PTuningV2Config:
         position_offset: "none", or "prefix" = the first token stands at position P, as in the
             authors' code and in PEFT.
         init: "normal" = N(0, 0.02), or "tokens" = keys and values of real tokens.
+        train_biases: train the biases of the linear layers inside the prefixed encoder layers too
+            (BitFit, Ben Zaken et al. 2022; not part of P-Tuning v2). The backbone keeps its own:
+            the trained ones are float32 copies that lie with the prefix and stand in for them.
+        train_norms: likewise the weights and biases of the norms inside these layers.
         backbone: how the encoder layers run. "frozen": as frozen blocks, without padding, keeping
             only what the prefix's gradient needs; a model that cannot is an error. "hook": as
             transformers runs them, with the prefix in their attention. "auto": frozen where the
@@ -80,6 +84,8 @@ class PTuningV2Config:
     layers: tuple[int, ...] | None = None
     position_offset: str = "none"
     init: str = "normal"
+    train_biases: bool = False
+    train_norms: bool = False
     backbone: str = "auto"
     recompute: str = "none"
     memory_budget: int | None = None
@@ -93,7 +99,8 @@ class PTuningV2Config:
             self.prefix_dropout,
         )
         _expect(_is_int(length) and length >= 1, "num_virtual_tokens", "an integer >= 1", length)
-        for name in ("prefix_projection", "inference_mode", "strict"):
+        flags = ("prefix_projection", "inference_mode", "train_biases", "train_norms", "strict")
+        for name in flags:
             value = getattr(self, name)
             _expect(isinstance(value, bool), name, "True or False", value)
         _expect(width is None or (_is_int(width) and width >= 1), "encoder_hidden_size",

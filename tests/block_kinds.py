@@ -1,7 +1,9 @@
 """The kinds of frozen blocks that encoders have, on any device, against their definition."""
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ptv2_fast.frozen.spec import BlockSpec
 from tests.models import assert_close_to_model
@@ -77,20 +79,43 @@ def results(output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
     return output.detach(), *torch.autograd.grad(output, leaves, grad_out)
 
 
-def check_kind(device: torch.device, name: str, dtype: torch.dtype, p: float = 0.0) -> float:
-    """Outputs and gradients against the definition, with dropout from the same counters."""
+def made_stand_ins(
+    encoder: TinyEncoder, lowest: int = 0
+) -> tuple[dict[nn.Module, nn.Module], dict[str, nn.Parameter]]:
+    """float32 copies of the biases and norms of the blocks from `lowest` on, and by their names."""
+    stand_ins, vectors = {}, {}
+    for name, module in encoder.named_modules():
+        own = [key for key, p in module.named_parameters(recurse=False) if p.dim() == 1]
+        if own and int(name.split(".")[0]) >= lowest:
+            stand_ins[module] = copy.deepcopy(module).float()
+            vectors |= {f"{name}.{key}": stand_ins[module].get_parameter(key) for key in own}
+    return stand_ins, vectors
+
+
+def check_kind(
+    device: torch.device, name: str, dtype: torch.dtype, p: float = 0.0, trains_more: bool = False
+) -> float:
+    """Outputs and gradients against the definition, with dropout from the same counters.
+
+    `trains_more`: those of biases and norms too.
+    """
     encoder, hidden, prefixes, mask, inputs = made(name, p, dtype, device)
     leaves = [hidden.clone().requires_grad_(), prefixes.clone().requires_grad_()]
+    stand_ins, vectors = made_stand_ins(encoder) if trains_more else ({}, {})
     torch.manual_seed(5)
     seeds = torch.randint(2**63 - 1, (LAYERS,), device=device)
     torch.manual_seed(5)
-    actual = results(encoder.run(*leaves, mask, inputs), *leaves)
+    output = encoder.run(*leaves, mask, inputs, stand_ins=stand_ins)
+    actual = results(output, *leaves, *vectors.values())
+    assert all(gradient.dtype == torch.float32 for gradient in actual[3:])
+    actual = tuple(each.to(dtype) for each in actual)
     # Of pads only what the blocks leave out: gradients of their inputs are zero.
     assert torch.equal(actual[1], actual[1] * mask[..., None])
 
     def define(encoder: TinyEncoder, *leaves: Tensor) -> tuple[Tensor, ...]:
         for leaf in leaves:
             leaf.requires_grad_()
-        return results(encoder.define(*leaves, mask, inputs, seeds), *leaves)
+        own = [encoder.get_parameter(name) for name in vectors]
+        return results(encoder.define(*leaves, mask, inputs, seeds), *leaves, *own)
 
     return assert_close_to_model(actual, define, encoder, hidden, prefixes, dtype=dtype)

@@ -7,8 +7,9 @@ from torch import Tensor
 from ptv2_fast.frozen import engine
 from ptv2_fast.frozen.memory import kept_bytes_per_token
 from ptv2_fast.frozen.spec import POLICIES, Surroundings
+from ptv2_fast.frozen.vectors import trains_input_norm, trains_projections
 from ptv2_fast.training.measure import kept_bytes
-from tests.block_kinds import CPU, KINDS, check_kind, made, results
+from tests.block_kinds import CPU, KINDS, check_kind, made, made_stand_ins, results
 from tests.gpu_cases import BLOCK_KINDS
 from tests.models import (
     assert_close_to_model,
@@ -28,20 +29,32 @@ def test_blocks_equal_their_definition(name, p, dtype):
     check_kind(CPU, name, dtype, p)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", KINDS)
+def test_gradients_of_biases_and_norms_equal_the_definition(name, dtype, monkeypatch):
+    monkeypatch.setattr(engine, "CPU_CHUNK", 8)
+    check_kind(CPU, name, dtype, p=0.3, trains_more=True)
+
+
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
 @pytest.mark.parametrize("lowest", [0, 1])
+@pytest.mark.parametrize("trains_more", [False, True], ids=["prefix", "biases and norms"])
 @pytest.mark.parametrize("name", KINDS)
-def test_policies_give_the_same_bits(name, lowest, precision, monkeypatch):
+def test_policies_give_the_same_bits(name, trains_more, lowest, precision, monkeypatch):
     monkeypatch.setattr(engine, "CPU_CHUNK", 8)  # several chunks, the last one shorter
     encoder, hidden, prefixes, mask, inputs = made(name, 0.2)
+    stand_ins, vectors = made_stand_ins(encoder, lowest) if trains_more else ({}, {})
     expected = None
     for policy in POLICIES:
         prefixes = prefixes.clone().requires_grad_()
         torch.manual_seed(5)
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "autocast"):
-            output = encoder.run(hidden, prefixes, mask, inputs, lowest, policy=policy)
-        actual = results(output, prefixes)
+            output = encoder.run(
+                hidden, prefixes, mask, inputs, lowest, policy=policy, stand_ins=stand_ins
+            )
+        actual = results(output, prefixes, *vectors.values())
         assert actual[1][lowest:].abs().sum(dim=(1, 2, 3, 4)).min() > 0
+        assert all(gradient.abs().max() > 0 for gradient in actual[2:])
         expected = expected or actual
         assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
@@ -49,11 +62,13 @@ def test_policies_give_the_same_bits(name, lowest, precision, monkeypatch):
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind[0].is_causal])
 def test_first_tokens_alone_are_those_of_all_rows(name):
     encoder, hidden, prefixes, mask, inputs = made(name)
-    both = []
+    (stand_ins, vectors), both = made_stand_ins(encoder), []
     for first_token_only in (False, True):
         prefixes = prefixes.clone().requires_grad_()
-        output = encoder.run(hidden, prefixes, mask, inputs, first_token_only=first_token_only)
-        both.append(results(output[:, 0], prefixes))
+        output = encoder.run(
+            hidden, prefixes, mask, inputs, first_token_only=first_token_only, stand_ins=stand_ins
+        )
+        both.append(results(output[:, 0], prefixes, *vectors.values()))
     for one, other in zip(*both, strict=True):
         torch.testing.assert_close(one, other)
 
@@ -93,11 +108,21 @@ def test_states_that_someone_changes_between_two_layers_are_the_input_of_the_nex
     assert_close_to_model(outputs[1], define, encoder, hidden, prefixes)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(
+    ("dtype", "trains_more", "lowest"),
+    [
+        (torch.float32, False, 0),
+        (torch.bfloat16, False, 0),
+        (torch.float32, True, 0),
+        (torch.bfloat16, True, 1),
+    ],
+    ids=["float32", "bfloat16", "biases and norms", "biases and norms above"],
+)
 @pytest.mark.parametrize("name", KINDS)
-def test_kept_bytes_are_the_sum_of_the_spec(name, policy, dtype):
+def test_kept_bytes_are_the_sum_of_the_spec(name, dtype, trains_more, lowest, policy):
     encoder, _, prefixes, _, inputs = made(name, 0.2, dtype)
+    stand_ins = made_stand_ins(encoder, lowest)[0] if trains_more else {}
     spec, modules = KINDS[name][0], encoder[1].modules_by_role()
     shape = modules.shape(dtype)
     prefixes.requires_grad_()
@@ -106,14 +131,24 @@ def test_kept_bytes_are_the_sum_of_the_spec(name, policy, dtype):
         mask = torch.arange(tokens) < torch.tensor(lengths)[:, None]
         hidden = torch.randn(3, tokens, HIDDEN).to(dtype)
         given = made_inputs(spec, tokens, inputs.bias is not None)
-        run = lambda: encoder.run(hidden, prefixes, mask, given, policy=policy).sum()  # noqa: E731
+
+        def run() -> Tensor:
+            options = {"policy": policy, "stand_ins": stand_ins}
+            return encoder.run(hidden, prefixes, mask, given, lowest, **options).sum()
+
         return kept_bytes(run, encoder)
 
     around = Surroundings(has_separate_input=spec.pre_norm)
+    roles = encoder[lowest].modules_by_role()
     # The first block of a pre-norm encoder starts with its input, or has no norm there.
-    lowest = Surroundings(False, False, spec.pre_norm and encoder[0].first_norm is not None)
+    of_lowest = Surroundings(
+        has_separate_input=spec.pre_norm and roles.first_norm is not None,
+        trains_projections=trains_projections(roles, stand_ins),
+        trains_input_norm=trains_input_norm(roles, stand_ins),
+    ).of_lowest()
     last = Surroundings(True, True, spec.pre_norm, has_next_norm=not spec.pre_norm)
-    expected = sum(kept_bytes_per_token(policy, shape, each) for each in (lowest, around, last))
+    places = (of_lowest, *(around,) * (1 - lowest), last)
+    expected = sum(kept_bytes_per_token(policy, shape, each) for each in places)
     shared = 8 + 8  # once a forward: the coordinates and the places of the rows
     if spec.rotary is not None:
         shared += 4 * HEAD_DIM  # cosine and sine

@@ -40,6 +40,12 @@ from ptv2_fast.encoders.selection import (
     trained_ids,
     trains_layers,
 )
+from ptv2_fast.encoders.vectors import (
+    add_stand_ins,
+    find_vectors,
+    give_forwards_back,
+    take_forwards,
+)
 from ptv2_fast.encoders.vocabulary import (
     ROWS_NAME,
     base_vocabulary_size,
@@ -101,6 +107,9 @@ class Attachment:
         # Nothing is changed before the last of these lines, which may raise. Below, only the proof
         # at the end may.
         self.saved_names = find_saved_names(model, family, self.config.modules_to_save)
+        saved = set(self.saved_names)
+        trained = frozenset(id(p) for name, p in model.named_parameters() if name in saved)
+        vectors = find_vectors(self.backbone, family, self.config, trained)
         self.frozen = FrozenBackbone(
             self.layers,
             family,
@@ -122,15 +131,18 @@ class Attachment:
         for module in model.modules() if not self.own_attention else ():
             if isinstance(module, PreTrainedModel):
                 module.set_attn_implementation(ATTENTION_NAME)
-        frozen_names = [name for name in model.state_dict() if name not in set(self.saved_names)]
+        frozen_names = [name for name in model.state_dict() if name not in saved]
         # Trainer compares the keys a checkpoint lacks with this set and is content when equal.
         model._keys_to_ignore_on_save = set(frozen_names)
         self.guard_name = frozen_names[0]
+        # Biases and norms of the backbone that have others in their place.
+        self.stand_ins = add_stand_ins(encoder, vectors)
         model.add_module(ENCODER_NAME, encoder)
         self.saved_names += [f"{ENCODER_NAME}.{name}" for name in encoder.state_dict()]
         self.set_trainable(not self.config.inference_mode)
         self._old_dtypes: dict[str, torch.dtype] = {}
         self.frozen.install()
+        self._stand_in_forwards = take_forwards(self.stand_ins, self)
         forward = take_forward(self.backbone, self)
         # Modules that can serve one prefix only: no other attached model may share them.
         self._changed = list(dict.fromkeys((embeddings, *self.layers)))
@@ -267,6 +279,7 @@ class Attachment:
             delattr(attention, LAYER_ATTRIBUTE)
             vars(attention).update(old)
         give_attention_back(self.own_attention)
+        give_forwards_back(self._stand_in_forwards)
         self.frozen.undo()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._old_requires_grad.get(name, parameter.requires_grad))

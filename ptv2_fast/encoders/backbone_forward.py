@@ -309,4 +309,5 @@ def _start_blocks(
         shows_layers=bool(shows_layers),
         first_token_only=first_token_only,
         reads_pads=reads_pads(attachment.model),
+        stand_ins=attachment.stand_ins if attachment.enabled else {},
     )

@@ -18,10 +18,12 @@ from ptv2_fast.encoders.checkpointing import (
 from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.hooks import has_backward_hooks, has_foreign_hooks
 from ptv2_fast.encoders.own_attention import replaces_attention, running_state
+from ptv2_fast.encoders.vectors import StandInForward
 from ptv2_fast.frozen.call import AttentionInputs
 from ptv2_fast.frozen.engine import Block, FrozenRun, products_dtype
 from ptv2_fast.frozen.layout import full_layout, masked_layout
 from ptv2_fast.frozen.modules import BlockModules
+from ptv2_fast.frozen.vectors import StandIns
 from ptv2_fast.frozen.weights import WeightReader, is_plain
 from ptv2_fast.prefix import PTuningV2Config
 
@@ -157,6 +159,7 @@ class FrozenBackbone:
         shows_layers: bool,
         first_token_only: bool,
         reads_pads: bool,
+        stand_ins: StandIns,
     ) -> FrozenRun | None:
         """Begin a forward of the backbone; None when it has to take the hook path.
 
@@ -167,6 +170,7 @@ class FrozenBackbone:
             shows_layers: the states between the layers are asked for.
             first_token_only: nothing but the first token of the last layer's output is read.
             reads_pads: the states of pad tokens are.
+            stand_ins: of modules of the layers whose vectors train.
 
         Raises:
             ValueError: with `strict`, and for unfrozen layers with `backbone="frozen"`.
@@ -215,6 +219,7 @@ class FrozenBackbone:
             context_lengths=layout.packed_lengths(arguments.get("context_lengths")),
             first_token_only=first_token_only and not shows_layers and not reads_all,
             padded_above=0 if has_convolution else None,
+            stand_ins=stand_ins,
         )
 
     def _dynamic_fallback_reason(self) -> str | None:
@@ -304,6 +309,8 @@ def _who_listens(inside: list[tuple[str, nn.Module]]) -> str | None:
         own = module.__dict__
         hooks = own["_forward_hooks"] or own["_forward_pre_hooks"]
         listened = (hooks and has_foreign_hooks(module)) or has_backward_hooks(module)
-        if listened or ("forward" in own and not replaces_attention(own["forward"])):
+        forward = own.get("forward")
+        is_ours = isinstance(forward, StandInForward) or replaces_attention(forward)
+        if listened or (forward is not None and not is_ours):
             return f"{name} has hooks or a forward of someone else"
     return None

@@ -11,6 +11,7 @@ from torch import Tensor
 from ptv2_fast.frozen.attention import Attention, BlockAttention
 from ptv2_fast.frozen.call import BlockCall, BlockTensors
 from ptv2_fast.frozen.modules import Norm
+from ptv2_fast.frozen.vectors import VectorGradients
 from ptv2_fast.frozen.weights import AnyLinear
 from ptv2_fast.ops import elementwise
 from ptv2_fast.ops.dropout import ACTIVATION_STREAM, ATTENTION_OUTPUT_STREAM, FEED_FORWARD_STREAM
@@ -107,13 +108,18 @@ class BlockArithmetic:
 
     def feed_forward_gradient(
         self, grad_sum: Tensor | None, grad_out: Tensor | None, output_end: BranchEnd,
-        attention_end: BranchEnd, kept: list[Tensor],
+        attention_end: BranchEnd, kept: list[Tensor], vectors: VectorGradients,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The gradients of the branch's residual and input, from those of its sum and its norm."""
+        """The gradients of the branch's residual and input, from those of its sum and its norm.
+
+        Those of biases and norms go to `vectors`.
+        """
+        vectors.add_norm("output_norm", (grad_out,), output_end.sum, output_end.stats)
         grad_residual, grad_output = self._branch_gradient(
             grad_sum, grad_out, None, output_end, self.call.output_norm,
             self.call.dropout.output, FEED_FORWARD_STREAM,
         )  # fmt: skip
+        vectors.add_bias("down", grad_output)
         results = []
         for index, grad in enumerate(grad_output.split(self.call.chunk)):
             expanded = kept[index] if kept else self._expand_again(attention_end, index)
@@ -121,19 +127,27 @@ class BlockArithmetic:
                 self.weights.down.input_gradient(grad, index), index
             )
             grad_expanded = self._activation_gradient(grad_activated, expanded)
+            vectors.add_bias("up", grad_expanded, first_row=index * self.call.chunk)
             results.append(self.weights.up.input_gradient(grad_expanded, index))
         return grad_residual, _join(results)
 
     def attention_output_gradient(
-        self, grad_residual: Tensor, grad_input: Tensor, attention_end: BranchEnd
-    ) -> tuple[Tensor, Tensor]:
-        """The gradient of the attention's residual, and that of its heads."""
-        through_norm = not self.spec.pre_norm
+        self, grad_residual: Tensor, grad_input: Tensor, attention_end: BranchEnd,
+        vectors: VectorGradients,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        """The gradient of the attention's residual, and that of its heads.
+
+        Those of biases and norms go to `vectors`.
+        """
+        grad_sum, grad_out = (grad_residual, None) if self.spec.pre_norm else (None, grad_residual)
+        vectors.add_norm(
+            "attention_norm", (grad_out, grad_input), attention_end.sum, attention_end.stats
+        )
         grad_residual, grad_projected = self._branch_gradient(
-            None if through_norm else grad_residual, grad_residual if through_norm else None,
-            grad_input, attention_end, self.call.attention_norm,
+            grad_sum, grad_out, grad_input, attention_end, self.call.attention_norm,
             self.call.dropout.attention_output, ATTENTION_OUTPUT_STREAM,
         )  # fmt: skip
+        vectors.add_bias("attention_output", grad_projected)
         grad_out = self.weights.attention_output.input_gradient(grad_projected)
         return grad_residual, grad_out.unflatten(1, (-1, self.weights.modules.head_dim))
 

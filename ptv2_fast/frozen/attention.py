@@ -7,9 +7,14 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.frozen.call import BlockCall, BlockTensors
-from ptv2_fast.frozen.head_norms import normalise_heads, normalise_heads_gradient
+from ptv2_fast.frozen.head_norms import (
+    normalise_heads,
+    normalise_heads_gradient,
+    stats_of_heads,
+)
 from ptv2_fast.frozen.layout import append_zeros
 from ptv2_fast.frozen.modules import Norm
+from ptv2_fast.frozen.vectors import VectorGradients
 from ptv2_fast.frozen.weights import CalledLinears
 from ptv2_fast.ops.options import Options
 
@@ -83,17 +88,26 @@ class BlockAttention:
         return Attention(query, key_value, out, lse)
 
     def gradient(
-        self, grad_out: Tensor, attention: Attention, needs_input: bool, needs_prefix: bool
+        self,
+        grad_out: Tensor,
+        attention: Attention,
+        needs_input: bool,
+        needs_prefix: bool,
+        vectors: VectorGradients,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The gradient of the input through query, key and value, and those of the prefix."""
+        """The gradient of the input through query, key and value, and those of the prefix.
+
+        Those of the projections' biases and of the heads' norms go to `vectors`.
+        """
         operands, options = self._operands(attention.query, attention.key_value)
         out, lse = attention.out, attention.lse
         if self.rows is not None:
             grad_out, out, lse = grad_out.unsqueeze(2), out.unsqueeze(2), lse.unsqueeze(2)
-        joint = needs_input and self.rows is None
+        needs_projections = needs_input or vectors.want_projections
+        joint = needs_projections and self.rows is None
         gradients = self._backward(
-            grad_out, *operands, out, lse, None, needs_input, needs_input, needs_prefix, joint,
-            *options,
+            grad_out, *operands, out, lse, None, needs_projections, needs_projections,
+            needs_prefix, joint, *options,
         )  # fmt: skip
         grad_input = None
         if joint:
@@ -101,25 +115,39 @@ class BlockAttention:
             grad_joined[self.call.tokens :] = 0
             keys = self.heads * self.head_dim
             values = keys + self.key_value_heads * self.head_dim
-            self._turn_back(grad_joined[:, :keys], grad_joined[:, keys:values], attention)
+            self._turn_back(grad_joined[:, :keys], grad_joined[:, keys:values], attention, vectors)
+            vectors.add_bias("query_key_value", grad_joined)
             if self.spec.by_head:
                 parts = grad_joined.unflatten(1, (3, self.heads, self.head_dim))
                 grad_joined = parts.transpose(1, 2).flatten(1)
-            grad_input = self.weights.query_key_value.input_gradient(grad_joined)
-        elif needs_input:
-            grad_input = self._first_token_gradient(
-                gradients[0], gradients[1], gradients[2], attention
+            if needs_input:
+                grad_input = self.weights.query_key_value.input_gradient(grad_joined)
+        elif needs_projections:
+            grad_query, grad_key_value = self._first_token_gradients(
+                gradients[0], gradients[1], gradients[2], attention, vectors
             )
+            if needs_input:
+                grad_input = self._first_token_input_gradient(grad_query, grad_key_value)
         return grad_input, gradients[3], gradients[4]
 
-    def _first_token_gradient(
-        self, grad_query: Tensor, grad_key: Tensor, grad_value: Tensor, attention: Attention
-    ) -> Tensor:
-        rows, weights = cast(Tensor, self.rows), self.weights
+    def _first_token_gradients(
+        self,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        grad_value: Tensor,
+        attention: Attention,
+        vectors: VectorGradients,
+    ) -> tuple[Tensor, Tensor]:
+        """Of the projected query, [B, C], and of key and value side by side, [N, C]."""
         parts = [self._packed(part).flatten(1) for part in (grad_key, grad_value)]
-        grad_query = grad_query.reshape(len(rows), -1)
-        self._turn_back(grad_query, parts[0], attention)
+        grad_query = grad_query.reshape(len(cast(Tensor, self.rows)), -1)
+        self._turn_back(grad_query, parts[0], attention, vectors)
         grad_key_value = torch.cat(parts, dim=1)
+        vectors.add_bias("query_key_value", grad_query, grad_key_value)
+        return grad_query, grad_key_value
+
+    def _first_token_input_gradient(self, grad_query: Tensor, grad_key_value: Tensor) -> Tensor:
+        rows, weights = cast(Tensor, self.rows), self.weights
         if weights.query is None or weights.key_value is None:
             grad_joined = grad_query.new_zeros(len(grad_key_value), grad_query.shape[1])
             grad_joined.index_copy_(0, rows, grad_query)
@@ -128,22 +156,32 @@ class BlockAttention:
         grad_input = weights.key_value.input_gradient(grad_key_value)
         return grad_input.index_add_(0, rows, weights.query.input_gradient(grad_query))
 
-    def _turn_back(self, grad_query: Tensor, grad_key: Tensor, attention: Attention) -> None:
+    def _turn_back(
+        self,
+        grad_query: Tensor,
+        grad_key: Tensor,
+        attention: Attention,
+        vectors: VectorGradients,
+    ) -> None:
         """Turn gradients of attended queries and keys into those of projected ones, in place.
 
         Args:
             grad_query, grad_key: [N or B, heads * head_dim].
             attention: with the projected ones.
+            vectors: get the gradients of the heads' norms.
         """
         self._rotate(grad_query, self.heads, self.rows, inverse=True)
         self._rotate(grad_key, self.key_value_heads, inverse=True)
         if not self.weights.head_norms:
             return
         projected = (attention.query, cast(Tensor, attention.key_value)[:, 0])
-        for gradient, heads, norm in zip(
-            (grad_query, grad_key), projected, self.weights.head_norms, strict=True
-        ):
+        for name, gradient, heads, norm in zip(
+            ("query_norm", "key_norm"), (grad_query, grad_key), projected, self.weights.head_norms,
+            strict=True,
+        ):  # fmt: skip
             each = gradient.unflatten(1, (-1, self.head_dim))
+            if name in vectors.wanted:
+                vectors.add_head_norm(name, each, heads, stats_of_heads(heads, norm))
             each.copy_(normalise_heads_gradient(each, heads, norm, self.ops))
 
     def _normalised(self, heads: Tensor, norm: Norm, rows: Tensor | None = None) -> Tensor:

@@ -12,11 +12,12 @@ tokens of all sequences; in a post-norm block X is R):
 R2 is Y in a post-norm block, which hands up norm(S2), and S1 in a pre-norm block, which hands up S2
 and that in the norm which the block above starts with.
 
-Backward gives the gradients of R, X and the prefix, and none of a weight. A frozen linear layer
-needs nothing kept for that, a norm its sum and two statistics, an activation its input Y Wup,
-attention q, k, v, out and lse, dropout a seed. What of it is kept, and what is computed again from
-what is kept below, says the policy (spec.py). All policies give the same bits, since the same
-products of the same shapes are computed again from the same bits.
+Backward gives the gradients of R, X, the prefix and the vectors that train (biases and norms, see
+vectors.py), and none of a matrix. A frozen linear layer needs nothing kept for that, a norm its sum
+and two statistics, an activation its input Y Wup, attention q, k, v, out and lse, dropout a seed.
+What of it is kept, and what is computed again from what is kept below, says the policy (spec.py).
+All policies give the same bits, since the same products of the same shapes are computed again from
+the same bits.
 """
 
 from typing import NamedTuple, cast
@@ -30,11 +31,13 @@ from ptv2_fast.frozen.attention import Attention
 from ptv2_fast.frozen.call import BlockCall, BlockTensors
 from ptv2_fast.frozen.modules import Norm
 from ptv2_fast.frozen.spec import Surroundings, kept_names
+from ptv2_fast.frozen.vectors import NO_VECTORS, BlockVectors, VectorGradients
 
 _KEPT = (
     "residual", "input", "query", "key_value", "attention_out", "lse", "attention_sum",
     "attention_stats", "output_sum", "output_stats",
 )  # fmt: skip
+_TENSORS = len(BlockTensors._fields)
 
 
 class BlockResult(NamedTuple):
@@ -62,8 +65,9 @@ def run_block(
     prefix_value: Tensor,
     call: BlockCall,
     tensors: BlockTensors,
+    vectors: BlockVectors = NO_VECTORS,
 ) -> BlockResult:
-    """One block forward, differentiable with respect to `residual`, `input` and the prefix.
+    """One block forward, differentiable by `residual`, `input`, the prefix and the vectors.
 
     Args:
         residual: [N, hidden] in the dtype of the residual stream.
@@ -71,15 +75,16 @@ def run_block(
         prefix_key, prefix_value: [key_value_heads, P, head_dim]; P may be 0. Cast to the products'
             dtype.
         call, tensors: see there.
+        vectors: that train; their values are those of the call's weights and norms.
     """
     dtype = call.weights.dtype
     call = call._replace(weights=call.weights.for_forward())
     prefix_key, prefix_value = prefix_key.to(dtype)[None], prefix_value.to(dtype)[None]
     arguments = (residual, input, prefix_key, prefix_value)
     if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in arguments
+        tensor is not None and tensor.requires_grad for tensor in (*arguments, *vectors)
     ):
-        results = _FrozenBlock.apply(*arguments, call, *tensors)
+        results = _FrozenBlock.apply(*arguments, call, *tensors, *vectors)
     else:
         with _without_autocast(residual):
             block = BlockArithmetic(call, tensors, prefix_key, prefix_value, residual.dtype)
@@ -97,11 +102,12 @@ def _without_autocast(tensor: Tensor) -> torch.autocast:
 
 class _FrozenBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual, input, prefix_key, prefix_value, call, *tensors):
-        tensors = BlockTensors(*tensors)
-        needs_input = any(ctx.needs_input_grad[:2])
+    def forward(ctx, residual, input, prefix_key, prefix_value, call, *rest):
+        tensors, vectors = BlockTensors(*rest[:_TENSORS]), BlockVectors(*rest[_TENSORS:])
+        gradients = _vector_gradients(ctx.needs_input_grad, call)
         around = Surroundings(
-            needs_input_gradient=needs_input,
+            needs_input_gradient=any(ctx.needs_input_grad[:2]),
+            trains_projections=gradients.want_projections,
             has_previous=tensors.previous_sum is not None,
             has_separate_input=input is not None,
             has_next_norm=call.output_norm is not None,
@@ -129,6 +135,7 @@ class _FrozenBlock(torch.autograd.Function):
             tensors.previous_stats if reads_previous else None,
             *tensors[5:],
             *(values[name] if name in names else None for name in _KEPT),
+            *vectors,  # which the call has too: kept for autograd's check that none was changed
             *expanded,
         )  # fmt: skip
         ctx.call, ctx.residual_dtype, ctx.has_separate_input = (
@@ -144,14 +151,13 @@ class _FrozenBlock(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out, grad_sum, _):
-        nothing = (None,) * (5 + len(BlockTensors._fields))
         if grad_out is None and grad_sum is None:
-            return nothing
+            return (None,) * len(ctx.needs_input_grad)
         prefix_key, prefix_value, *saved = ctx.saved_tensors
-        count = len(BlockTensors._fields)
-        tensors, saved = BlockTensors(*saved[:count]), saved[count:]
+        tensors, saved = BlockTensors(*saved[:_TENSORS]), saved[_TENSORS:]
         kept = dict(zip(_KEPT, saved[: len(_KEPT)], strict=True))
-        expanded = saved[len(_KEPT) :]
+        expanded = saved[len(_KEPT) + len(BlockVectors._fields) :]
+        vectors = _vector_gradients(ctx.needs_input_grad, ctx.call)
         needs_residual, needs_input, *needs_prefix = ctx.needs_input_grad[:4]
         with _without_autocast(prefix_key):
             block = BlockArithmetic(ctx.call, tensors, prefix_key, prefix_value, ctx.residual_dtype)
@@ -161,14 +167,14 @@ class _FrozenBlock(torch.autograd.Function):
             grad_residual, grad_input = block.feed_forward_gradient(
                 None if grad_sum is None else grad_sum.contiguous(),
                 None if grad_out is None else grad_out.contiguous(),
-                output_end, attention_end, expanded,
+                output_end, attention_end, expanded, vectors,
             )  # fmt: skip
             grad_residual, grad_heads = block.attention_output_gradient(
-                grad_residual, grad_input, attention_end
+                grad_residual, grad_input, attention_end, vectors
             )
             del grad_input
             grad_input, grad_prefix_key, grad_prefix_value = block.attention.gradient(
-                grad_heads, attention, needs_residual or needs_input, any(needs_prefix)
+                grad_heads, attention, needs_residual or needs_input, any(needs_prefix), vectors
             )
             if grad_input is not None:
                 grad_residual, grad_input = _of_all_rows(
@@ -182,7 +188,15 @@ class _FrozenBlock(torch.autograd.Function):
                 strict=False,
             )
         )
-        return *wanted, *nothing[4:]
+        sums = (vectors.sums.get(name) for name in BlockVectors._fields)
+        return *wanted, None, *(None,) * _TENSORS, *sums
+
+
+def _vector_gradients(needs_gradient: tuple[bool, ...], call: BlockCall) -> VectorGradients:
+    """For the vectors that train, the last arguments of the function."""
+    needs = needs_gradient[-len(BlockVectors._fields) :]
+    wanted = (name for name, need in zip(BlockVectors._fields, needs, strict=True) if need)
+    return VectorGradients(frozenset(wanted), call.tokens, call.chunk)
 
 
 def _recompute(

@@ -12,7 +12,15 @@ from ptv2_fast.frozen.layout import Layout
 from ptv2_fast.frozen.memory import choose_policies
 from ptv2_fast.frozen.modules import BlockModules, Norm, read_norm
 from ptv2_fast.frozen.spec import Surroundings
-from ptv2_fast.frozen.weights import WeightReader
+from ptv2_fast.frozen.vectors import (
+    StandIns,
+    norm_with,
+    read_vectors,
+    trained_norm,
+    trains_input_norm,
+    trains_projections,
+)
+from ptv2_fast.frozen.weights import BlockWeights, WeightReader
 
 # Tokens that go through a feed-forward network at a time: its 4 x hidden activations neither set
 # the peak of memory nor leave the last cache, and the products are as fast as whole ones.
@@ -59,6 +67,7 @@ class FrozenRun:
         padded_above: a layer whose output is padded, and the input of the next one, or None.
         context_lengths: int32 [B], of rows that all of a sequence see, or None: see
             `prefix_attention`.
+        stand_ins: biases and norms that train, of the prefixed layers.
     """
 
     layout: Layout
@@ -71,6 +80,7 @@ class FrozenRun:
     first_token_only: bool = False
     context_lengths: Tensor | None = None
     padded_above: int | None = None
+    stand_ins: StandIns = field(default_factory=dict)
     _seeds: Tensor | None = None
     _policies: tuple[str, ...] | None = None
     _handover: Handover | None = field(default=None, repr=False)
@@ -117,16 +127,26 @@ class FrozenRun:
             if handed is not None and handed.input is not None:
                 attention_input = handed.input
             else:
-                handed, attention_input = None, _normalise(hidden, cast(Norm, weights.first_norm))
+                handed, attention_input = None, self._first_norm(hidden, modules, weights)
         dropout = _dropout_of(modules, self.prefix_dropout if prefix is not None else 0.0)
         if prefix is None:
             empty = hidden.new_empty(modules.key_value_heads, 0, modules.head_dim)
             prefix = (empty, empty)
         previous = handed if handed is not None and index > self.lowest else None
         next_norm = None
+        output_norm = None if spec.pre_norm else modules.second_norm
         if spec.pre_norm and above is not None and not self.unpack_each:
-            if above.first_norm is not None:
-                next_norm = read_norm(above.first_norm, above.spec.subtract_mean)
+            output_norm = above.first_norm
+            if index + 1 == self.lowest and output_norm in self.stand_ins:
+                output_norm = None  # it trains: this block would have a backward pass
+            if output_norm is not None:
+                next_norm = read_norm(output_norm, above.spec.subtract_mean)
+        vectors = read_vectors(modules, output_norm, self.stand_ins)
+        if self.stand_ins:
+            weights = weights.with_vectors(vectors)
+            if next_norm is not None:
+                beta = vectors.output_norm_beta
+                next_norm = norm_with(next_norm, vectors.output_norm_weight, beta)
         call = BlockCall(
             weights=weights,
             dropout=dropout,
@@ -149,7 +169,7 @@ class FrozenRun:
             self.context_lengths,
             *(inputs.positions or ()),
         )
-        result = run_block(hidden, attention_input, *prefix, call, tensors)
+        result = run_block(hidden, attention_input, *prefix, call, tensors, vectors)
         out = result.residual
         if call.first_token_only:
             return self.layout.unpack_first_tokens(out)
@@ -158,6 +178,14 @@ class FrozenRun:
         if not is_last and result.stats is not None:
             self._handover = Handover(out, _version(out), result)
         return out
+
+    def _first_norm(self, hidden: Tensor, modules: BlockModules, weights: BlockWeights) -> Tensor:
+        """The attention's input in a pre-norm block that no block below hands one to."""
+        module, norm = cast(nn.Module, modules.first_norm), cast(Norm, weights.first_norm)
+        if module not in self.stand_ins:
+            return _normalise(hidden, norm)
+        chunk, tokens = _chunk(hidden), self.layout.tokens
+        return trained_norm(hidden, module, norm, self.stand_ins, _normalise, tokens, chunk)
 
     def _rotary_rows(
         self, inputs: AttentionInputs, pairs: str | None
@@ -200,6 +228,8 @@ class FrozenRun:
                     has_previous=hands_up,
                     has_separate_input=modules.spec.pre_norm,
                     has_next_norm=hands_up,
+                    trains_projections=trains_projections(modules, self.stand_ins),
+                    trains_input_norm=trains_input_norm(modules, self.stand_ins),
                 ),
             )
         return self._policies[index - self.lowest]

@@ -20,10 +20,15 @@ def normalise_heads_gradient(grad_out: Tensor, heads: Tensor, norm: Norm, ops: A
     rows = heads.reshape(-1, heads.shape[-1]).contiguous()
     grad_rows = grad_out.reshape(rows.shape).contiguous()
     gradient, _ = ops.dropout_add_norm_backward(
-        grad_rows, None, None, rows, _stats(rows, norm), norm.weight, False, None, None, 0.0, 0,
-        rows.dtype,
+        grad_rows, None, None, rows, stats_of_heads(heads, norm), norm.weight, False, None, None,
+        0.0, 0, rows.dtype,
     )  # fmt: skip
     return gradient.view(heads.shape)
+
+
+def stats_of_heads(heads: Tensor, norm: Norm) -> Tensor:
+    """Of [R, heads, head_dim], as `norm_from_stats` wants them, [R * heads, 2]."""
+    return _stats(heads.reshape(-1, heads.shape[-1]).contiguous(), norm)
 
 
 def _stats(rows: Tensor, norm: Norm) -> Tensor:

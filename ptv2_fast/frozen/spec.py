@@ -107,16 +107,22 @@ class Surroundings:
         has_separate_input: the input of the attention is not the residual (pre-norm).
         has_next_norm: a norm follows the last sum: always in a post-norm block, below the last
             one in others.
+        trains_projections: biases of query, key and value train, or the norms of their heads: their
+            gradients are needed in any case.
+        trains_input_norm: the norm that gives a separate input trains. In the lowest block it
+            stands alone, keeps the residual itself and needs the gradient of the input.
     """
 
     needs_input_gradient: bool = True
     has_previous: bool = True
     has_separate_input: bool = False
     has_next_norm: bool = True
+    trains_projections: bool = False
+    trains_input_norm: bool = False
 
     def of_lowest(self) -> "Surroundings":
         """The same around the lowest block that has a backward pass."""
-        return replace(self, needs_input_gradient=False, has_previous=False)
+        return replace(self, needs_input_gradient=self.trains_input_norm, has_previous=False)
 
 
 UPPER_BLOCK = Surroundings()  # of a post-norm encoder
@@ -133,11 +139,12 @@ def kept_names(policy: str, around: Surroundings) -> tuple[str, ...]:
         around: what stands around the block.
     """
     names: list[str] = []
+    needs_projections = around.needs_input_gradient or around.trains_projections
     if policy == "block":
         if not around.has_previous:
             names += ["residual", "input"] if around.has_separate_input else ["residual"]
     else:
-        if not around.needs_input_gradient:
+        if not needs_projections:
             names += ["query"]
         elif policy in ("none", "ffn"):
             names += ["query", "key_value"]
@@ -148,4 +155,6 @@ def kept_names(policy: str, around: Surroundings) -> tuple[str, ...]:
             names += ["expanded"]
     if around.has_next_norm:
         names += ["output_sum", "output_stats"]
+    if around.trains_input_norm and not around.has_previous and "residual" not in names:
+        names += ["residual"]
     return tuple(names)

@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_fast.frozen.called import CalledLinears
-from ptv2_fast.frozen.modules import BiasSource, BlockModules, read_norm
+from ptv2_fast.frozen.modules import BiasSource, BlockModules, Norm, read_norm
+from ptv2_fast.frozen.vectors import BlockVectors, norm_with
 from ptv2_fast.ops.layout import widened
 
 _SHARING_DEVICES = ("cpu", "cuda", "xpu")  # whose memory torch takes from others
@@ -38,6 +39,10 @@ class FrozenLinear:
         """The part that computes the outputs first to last - 1, sharing memory."""
         bias = None if self.bias is None else self.bias[first:last]
         return FrozenLinear(self.weight[first:last], bias)
+
+    def with_bias(self, bias: Tensor) -> "FrozenLinear":
+        """The same layer with another bias."""
+        return FrozenLinear(self.weight, bias)
 
     def biased(self, input: Tensor, chunk_index: int = 0) -> Tensor:
         """input @ weight^T + bias, [R, in] -> [R, out]; `chunk_index` is for `CalledLinears`."""
@@ -83,6 +88,18 @@ class BlockWeights:
         if modules.input_biases is not None and isinstance(self.query_key_value, FrozenLinear):
             weight = self.query_key_value.weight
             self.query_key_value = FrozenLinear(weight, _biases_beside(modules, weight))
+        self._split_inputs()
+        self.attention_output = _frozen(modules.attention_output, dtype)
+        self.up = _joined(modules.up, joined_up, dtype)
+        self.down = _frozen(modules.down, dtype)
+        subtract_mean, first_norm = modules.spec.subtract_mean, modules.first_norm
+        self.first_norm = None if first_norm is None else read_norm(first_norm, subtract_mean)
+        self.second_norm = read_norm(modules.second_norm, subtract_mean)
+        self.head_norms = tuple(read_norm(norm, False) for norm in modules.head_norms)
+
+    def _split_inputs(self) -> None:
+        """The layers of queries alone, and of keys and values."""
+        modules, inputs = self.modules, self.modules.inputs
         self.query: AnyLinear | None
         self.key_value: AnyLinear | None
         if isinstance(self.query_key_value, FrozenLinear) and not modules.spec.by_head:
@@ -94,13 +111,31 @@ class BlockWeights:
             self.query, self.key_value = CalledLinears(inputs[:1]), CalledLinears(inputs[1:])
         else:  # all three for all rows: their weights are mixed, or the layer can only be called
             self.query = self.key_value = None
-        self.attention_output = _frozen(modules.attention_output, dtype)
-        self.up = _joined(modules.up, joined_up, dtype)
-        self.down = _frozen(modules.down, dtype)
-        subtract_mean, first_norm = modules.spec.subtract_mean, modules.first_norm
-        self.first_norm = None if first_norm is None else read_norm(first_norm, subtract_mean)
-        self.second_norm = read_norm(modules.second_norm, subtract_mean)
-        self.head_norms = tuple(read_norm(norm, False) for norm in modules.head_norms)
+
+    def with_vectors(self, vectors: BlockVectors) -> "BlockWeights":
+        """The weights with other biases and norms, where there are any; these leave their graph."""
+        values = BlockVectors(*(None if each is None else each.detach() for each in vectors))
+        copied = copy.copy(self)
+        for name in ("query_key_value", "attention_output", "up", "down"):
+            bias = getattr(values, name)
+            if bias is not None:  # whose layer is plain
+                setattr(copied, name, cast(FrozenLinear, getattr(self, name)).with_bias(bias))
+        if values.query_key_value is not None:
+            copied._split_inputs()
+        norm = (values.attention_norm_weight, values.attention_norm_beta)
+        if self.spec.pre_norm:
+            copied.second_norm = norm_with(self.second_norm, *norm)
+        else:
+            output_norm = (values.output_norm_weight, values.output_norm_beta)
+            copied.second_norm = norm_with(self.second_norm, *output_norm)
+            copied.first_norm = norm_with(cast(Norm, self.first_norm), *norm)
+        copied.head_norms = tuple(
+            norm_with(norm, weight, None)
+            for norm, weight in zip(
+                self.head_norms, (values.query_norm, values.key_norm), strict=False
+            )
+        )
+        return copied
 
     def for_forward(self) -> "BlockWeights":
         """The weights for one forward: called layers leave their graph in a copy."""

@@ -1,0 +1,185 @@
+"""Biases and norms of the prefixed layers that train beside the prefix: BitFit (Ben Zaken et al.
+2022).
+
+The backbone stays as it is. Float32 copies of what trains lie with the prefix, in modules that
+stand in for the backbone's: frozen blocks read them (frozen/vectors.py), and where the layers run
+as transformers runs them, the forward of the backbone's modules does.
+"""
+
+import copy
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from ptv2_fast.encoders.family import Family
+from ptv2_fast.frozen.weights import is_plain
+from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
+
+if TYPE_CHECKING:
+    from ptv2_fast.encoders.attachment import Attachment
+
+VECTORS_NAME = "vectors"  # in the prefix encoder
+
+
+class Found(NamedTuple):
+    """A module of an encoder layer whose vectors train.
+
+    Args:
+        layer: its index.
+        path: of the module in it.
+        module: a linear layer or a norm.
+    """
+
+    layer: int
+    path: str
+    module: nn.Module
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Those that train, by name."""
+        own = {name: p for name, p in self.module.named_parameters(recurse=False)}
+        return own if _is_norm(self.module) else {"bias": own["bias"]}
+
+
+def find_vectors(
+    backbone: nn.Module,
+    family: Family,
+    config: PTuningV2Config,
+    trained: frozenset[int] = frozenset(),
+) -> list[Found]:
+    """The modules whose biases or norms train.
+
+    Args:
+        backbone: the model without its head.
+        family: its row in the table of families.
+        config: of the prefix.
+        trained: identities of parameters that train themselves (`modules_to_save`).
+
+    Raises:
+        ValueError: naming the field, where nothing would train, or something that cannot.
+    """
+    wanted = {"train_biases": config.train_biases, "train_norms": config.train_norms}
+    if not any(wanted.values()):
+        return []
+    name, layers = type(backbone).__name__, family.layer_modules(backbone)
+    if len(set(layers)) < len(layers):
+        field = next(field for field, value in wanted.items() if value)
+        raise ValueError(f"{field}: expected layers that share no weights, got those of {name}")
+    if config.train_biases and family.relative_positions(backbone) is not None:
+        raise ValueError(
+            "train_biases: expected attention whose biases are in no table of relative positions, "
+            f"got that of {name} (train_norms is served)"
+        )
+    found: dict[str, list[Found]] = {"train_biases": [], "train_norms": []}
+    for index in config.resolve_layers(len(layers)):
+        for path, module in layers[index].named_modules():
+            field = "train_norms" if _is_norm(module) else "train_biases"
+            names = [
+                key
+                for key, parameter in module.named_parameters(recurse=False)
+                if id(parameter) not in trained and (field == "train_norms" or "bias" in key)
+            ]
+            if wanted[field] and names:
+                _check(module, names, field, f"{path} of layer {index}")
+                found[field].append(Found(index, path, module))
+    for field, modules in found.items():
+        if wanted[field] and not modules:
+            kind = "linear layers with biases" if field == "train_biases" else "norms with weights"
+            raise ValueError(
+                f"{field}: expected {kind} in the prefixed layers, got a {name} without"
+            )
+    return sorted((each for modules in found.values() for each in modules), key=lambda f: f.layer)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """By its name, as those of transformers have no class in common."""
+    weight = module._parameters.get("weight")
+    return "norm" in type(module).__name__.lower() and weight is not None and weight.dim() == 1
+
+
+def _check(module: nn.Module, names: list[str], field: str, place: str) -> None:
+    kind = type(module)
+    if field == "train_biases" and (not is_plain(module) or names != ["bias"]):
+        raise ValueError(
+            f"{field}: expected biases of plain linear layers, got {', '.join(names)} of "
+            f"{kind.__module__}.{kind.__qualname__}, {place}"
+        )
+    if "forward" in vars(module):
+        raise ValueError(
+            f"{field}: expected modules with their own forward, got one that was replaced by "
+            f"something else, {place}"
+        )
+
+
+def add_stand_ins(encoder: PrefixEncoder, found: list[Found]) -> dict[nn.Module, nn.Module]:
+    """Put copies of what trains into the prefix encoder; returns module -> what stands in for it.
+
+    Their names there are `vectors.<layer>.<path>`.
+    """
+    stand_ins: dict[nn.Module, nn.Module] = {}
+    for each in found:
+        stand_in = copy.deepcopy(each.module) if _is_norm(each.module) else nn.Module()
+        for name, parameter in each.parameters.items():
+            wide = torch.promote_types(parameter.dtype, torch.float32)
+            copied = parameter.detach().to(wide, copy=True)
+            setattr(stand_in, name, nn.Parameter(copied))
+        parent: Any = encoder
+        *parents, last = (VECTORS_NAME, str(each.layer), *each.path.split("."))
+        for name in parents:
+            if name not in parent._modules:
+                parent.add_module(name, nn.Module())
+            parent = parent._modules[name]
+        parent.add_module(last, stand_in)
+        stand_ins[each.module] = stand_in
+    return stand_ins
+
+
+class StandInForward:
+    """Takes the place of the forward of a linear layer or a norm whose vectors train.
+
+    Args:
+        module: of the backbone.
+        stand_in: has the vectors.
+        attachment: of the model; while it is disabled the module's own vectors hold.
+    """
+
+    def __init__(self, module: nn.Module, stand_in: nn.Module, attachment: "Attachment") -> None:
+        self.module, self.stand_in = module, stand_in
+        self.attachment: Attachment | None = attachment
+
+    def __call__(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """As the module's own, in the dtype of its own."""
+        module, stand_in = self.module, cast(Any, self.stand_in)
+        if self.attachment is None or not self.attachment.enabled:
+            return type(module).forward(module, input, *args, **kwargs)
+        if isinstance(module, nn.Linear):
+            bias = stand_in.bias.to(module.weight.dtype)
+            return nn.functional.linear(input, module.weight, bias)
+        weight: Any = module.weight
+        if isinstance(module, nn.LayerNorm):  # which GPUs compute in one dtype only
+            bias = None if stand_in.bias is None else stand_in.bias.to(weight.dtype)
+            shape, scale = module.normalized_shape, stand_in.weight.to(weight.dtype)
+            return nn.functional.layer_norm(input, shape, scale, bias, module.eps)
+        out = type(module).forward(stand_in, input, *args, **kwargs)
+        return out.to(torch.promote_types(input.dtype, weight.dtype))
+
+
+def take_forwards(
+    stand_ins: dict[nn.Module, nn.Module], attachment: "Attachment"
+) -> list[StandInForward]:
+    """Replace the forwards of a backbone's modules."""
+    forwards = [
+        StandInForward(module, stand_in, attachment) for module, stand_in in stand_ins.items()
+    ]
+    for forward in forwards:
+        forward.module.forward = forward
+    return forwards
+
+
+def give_forwards_back(forwards: list[StandInForward]) -> None:
+    """Undo `take_forwards`, also under the wrappers of someone else."""
+    for forward in forwards:
+        forward.attachment = None
+        if vars(forward.module).get("forward") is forward:
+            del forward.module.forward
