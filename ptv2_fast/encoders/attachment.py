@@ -40,12 +40,7 @@ from ptv2_fast.encoders.selection import (
     trained_ids,
     trains_layers,
 )
-from ptv2_fast.encoders.vectors import (
-    add_stand_ins,
-    find_vectors,
-    give_forwards_back,
-    take_forwards,
-)
+from ptv2_fast.encoders.vectors import TrainedVectors, find_vectors
 from ptv2_fast.encoders.vocabulary import (
     ROWS_NAME,
     base_vocabulary_size,
@@ -135,14 +130,13 @@ class Attachment:
         # Trainer compares the keys a checkpoint lacks with this set and is content when equal.
         model._keys_to_ignore_on_save = set(frozen_names)
         self.guard_name = frozen_names[0]
-        # Biases and norms of the backbone that have others in their place.
-        self.stand_ins = add_stand_ins(encoder, vectors)
+        self.vectors = TrainedVectors(encoder, vectors, self.layers)
         model.add_module(ENCODER_NAME, encoder)
         self.saved_names += [f"{ENCODER_NAME}.{name}" for name in encoder.state_dict()]
         self.set_trainable(not self.config.inference_mode)
         self._old_dtypes: dict[str, torch.dtype] = {}
         self.frozen.install()
-        self._stand_in_forwards = take_forwards(self.stand_ins, self)
+        self.vectors.install(self)
         forward = take_forward(self.backbone, self)
         # Modules that can serve one prefix only: no other attached model may share them.
         self._changed = list(dict.fromkeys((embeddings, *self.layers)))
@@ -279,7 +273,7 @@ class Attachment:
             delattr(attention, LAYER_ATTRIBUTE)
             vars(attention).update(old)
         give_attention_back(self.own_attention)
-        give_forwards_back(self._stand_in_forwards)
+        self.vectors.undo()
         self.frozen.undo()
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(self._old_requires_grad.get(name, parameter.requires_grad))

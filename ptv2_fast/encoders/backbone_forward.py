@@ -225,6 +225,8 @@ def _start(
     check_arguments(arguments, attachment.model, attachment.family, attachment.positions_taken)
     if backbone.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         attachment.check_training()
+    if not torch.compiler.is_compiling():
+        attachment.vectors.check()
     embeds = arguments.get("inputs_embeds")
     state = PrefixState(
         layers=attachment.encoder.layer_prefixes() if attachment.enabled else {},
@@ -309,5 +311,5 @@ def _start_blocks(
         shows_layers=bool(shows_layers),
         first_token_only=first_token_only,
         reads_pads=reads_pads(attachment.model),
-        stand_ins=attachment.stand_ins if attachment.enabled else {},
+        stand_ins=attachment.vectors.stand_ins if attachment.enabled else {},
     )

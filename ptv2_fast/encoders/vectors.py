@@ -112,29 +112,6 @@ def _check(module: nn.Module, names: list[str], field: str, place: str) -> None:
         )
 
 
-def add_stand_ins(encoder: PrefixEncoder, found: list[Found]) -> dict[nn.Module, nn.Module]:
-    """Put copies of what trains into the prefix encoder; returns module -> what stands in for it.
-
-    Their names there are `vectors.<layer>.<path>`.
-    """
-    stand_ins: dict[nn.Module, nn.Module] = {}
-    for each in found:
-        stand_in = copy.deepcopy(each.module) if _is_norm(each.module) else nn.Module()
-        for name, parameter in each.parameters.items():
-            wide = torch.promote_types(parameter.dtype, torch.float32)
-            copied = parameter.detach().to(wide, copy=True)
-            setattr(stand_in, name, nn.Parameter(copied))
-        parent: Any = encoder
-        *parents, last = (VECTORS_NAME, str(each.layer), *each.path.split("."))
-        for name in parents:
-            if name not in parent._modules:
-                parent.add_module(name, nn.Module())
-            parent = parent._modules[name]
-        parent.add_module(last, stand_in)
-        stand_ins[each.module] = stand_in
-    return stand_ins
-
-
 class StandInForward:
     """Takes the place of the forward of a linear layer or a norm whose vectors train.
 
@@ -165,21 +142,70 @@ class StandInForward:
         return out.to(torch.promote_types(input.dtype, weight.dtype))
 
 
-def take_forwards(
-    stand_ins: dict[nn.Module, nn.Module], attachment: "Attachment"
-) -> list[StandInForward]:
-    """Replace the forwards of a backbone's modules."""
-    forwards = [
-        StandInForward(module, stand_in, attachment) for module, stand_in in stand_ins.items()
-    ]
-    for forward in forwards:
-        forward.module.forward = forward
-    return forwards
+class TrainedVectors:
+    """The vectors of one model that train.
+
+    Args:
+        encoder: gets copies of them, named `vectors.<layer>.<path>`.
+        found: the modules that have them.
+        layers: of the backbone.
+
+    Attributes:
+        stand_ins: module of the backbone -> the one whose vectors hold instead of its own.
+    """
+
+    def __init__(self, encoder: PrefixEncoder, found: list[Found], layers: list[nn.Module]) -> None:
+        self.stand_ins = {each.module: _stand_in(each) for each in found}
+        self._forwards: list[StandInForward] = []
+        self._found, self._layers = found, layers
+        # Every module on the way from a layer to one of them: (around it, its name there, itself).
+        self._places: list[tuple[nn.Module, str, nn.Module]] = []
+        for each in found:
+            around, parent = layers[each.layer], cast(Any, encoder)
+            for name in (VECTORS_NAME, str(each.layer), *each.path.split(".")[:-1]):
+                if name not in parent._modules:
+                    parent.add_module(name, nn.Module())
+                parent = parent._modules[name]
+            parent.add_module(each.path.rpartition(".")[2], self.stand_ins[each.module])
+            for name in each.path.split("."):
+                inside = cast(nn.Module, around._modules[name])
+                self._places.append((around, name, inside))
+                around = inside
+        self._places = list(dict.fromkeys(self._places))
+
+    def install(self, attachment: "Attachment") -> None:
+        """Take over the forwards of the backbone's modules."""
+        for module, stand_in in self.stand_ins.items():
+            forward = StandInForward(module, stand_in, attachment)
+            module.forward = forward  # type: ignore[assignment]
+            self._forwards.append(forward)
+
+    def undo(self) -> None:
+        """Give the forwards back, also under the wrappers of someone else."""
+        for forward in self._forwards:
+            forward.attachment = None
+            if vars(forward.module).get("forward") is forward:
+                del forward.module.forward
+
+    def check(self) -> None:
+        """Check, in front of a forward, that the modules are still in the layers.
+
+        Raises:
+            ValueError: when one was replaced and not wrapped: its trained vectors had no effect.
+        """
+        if all(around._modules.get(name) is inside for around, name, inside in self._places):
+            return
+        for each in self._found:
+            if not any(module is each.module for module in self._layers[each.layer].modules()):
+                raise ValueError(
+                    f"model: expected the {each.path} of layer {each.layer} that was attached, "
+                    "since its biases or norm train, got another one; attach after replacing it"
+                )
 
 
-def give_forwards_back(forwards: list[StandInForward]) -> None:
-    """Undo `take_forwards`, also under the wrappers of someone else."""
-    for forward in forwards:
-        forward.attachment = None
-        if vars(forward.module).get("forward") is forward:
-            del forward.module.forward
+def _stand_in(found: Found) -> nn.Module:
+    stand_in = copy.deepcopy(found.module) if _is_norm(found.module) else nn.Module()
+    for name, parameter in found.parameters.items():
+        wide = torch.promote_types(parameter.dtype, torch.float32)
+        setattr(stand_in, name, nn.Parameter(parameter.detach().to(wide, copy=True)))
+    return stand_in
