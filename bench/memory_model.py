@@ -142,8 +142,9 @@ def kept_bytes_of_layer(method: str, encoder: Encoder, batch: Batch) -> int:
     shared_prefix = 2 * hidden * batch.prefix * size
     if method.startswith("frozen "):
         shape = block_shape(encoder, batch)
-        per_token = kept_bytes_per_token(method.removeprefix("frozen "), shape)
-        return batch.rows * per_token + shared_prefix
+        per_token = kept_bytes_per_token(_policy(method), shape)
+        joined = 3 * hidden * 4 if _trains_more(method) else 0  # biases of query, key, value
+        return batch.rows * per_token + shared_prefix + joined
     is_cpu = batch.device == "cpu"
     statistics = 4 * (size if is_cpu else 4)
     noise = (size if is_cpu else 1) if batch.has_dropout else 0
@@ -163,6 +164,15 @@ def kept_bytes_of_layer(method: str, encoder: Encoder, batch: Batch) -> int:
     if method.endswith("recipe"):
         kept += batch.sequences * 2 * hidden * prefix * (size if is_cpu else 1)  # prefix dropout
     return int(kept)
+
+
+def _policy(method: str) -> str:
+    return method.removeprefix("frozen ").partition(",")[0]
+
+
+def _trains_more(method: str) -> bool:
+    """Biases and norms too."""
+    return method.startswith("frozen ") and "," in method
 
 
 def _eager_bytes(encoder: Encoder, batch: Batch, prefix: int, keeps_out: bool) -> float:
@@ -192,7 +202,8 @@ def trained_parameters(method: str, encoder: Encoder, batch: Batch) -> int:
         return encoder.parameters
     if method.startswith("LoRA"):
         return LORA_RANK * (layers * (10 * hidden + 2 * inner) + 2 * hidden)
-    return 2 * layers * hidden * batch.prefix
+    biases_and_norms = layers * (9 * hidden + inner) if _trains_more(method) else 0
+    return 2 * layers * hidden * batch.prefix + biases_and_norms
 
 
 def predict_step(method: str, encoder: Encoder, batch: Batch) -> StepMemory:
@@ -209,8 +220,8 @@ def predict_step(method: str, encoder: Encoder, batch: Batch) -> StepMemory:
     is_ours = method == "hook" or method.startswith("frozen ")
     size = batch.element_bytes
     if method.startswith("frozen "):
-        policy, shape = method.removeprefix("frozen "), block_shape(encoder, batch)
-        transient = transient_bytes(policy, shape, batch.rows, CHUNK[batch.device])
+        shape, chunk = block_shape(encoder, batch), CHUNK[batch.device]
+        transient = transient_bytes(_policy(method), shape, batch.rows, chunk)
     else:
         per_token = (2 * encoder.intermediate + 3 * encoder.hidden) * size
         scores = encoder.heads * (batch.prefix + batch.tokens)

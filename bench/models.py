@@ -229,15 +229,20 @@ def _full(case: Case, layers: int | None, attention: str) -> nn.Module:
     return classifier(case, attention, layers).to(case.torch_dtype)
 
 
-def _frozen(policy: str) -> Callable[[Case, int | None], nn.Module]:
-    return lambda case, layers: ours(case, layers, backbone="frozen", recompute=policy)
+def _frozen(policy: str, **options: object) -> Callable[[Case, int | None], nn.Module]:
+    return lambda case, layers: ours(case, layers, backbone="frozen", recompute=policy, **options)
 
 
 FLASH = "full fine-tuning, flash"  # without padding
+MORE = ", biases and norms"  # train too
 LORA_EAGER = "LoRA r8, peft eager"  # where there is no faster one
 # Each takes (case, number of layers or None) and gives a model.
 METHODS: dict[str, Callable[[Case, int | None], nn.Module]] = {
     **{f"frozen {policy}": _frozen(policy) for policy in POLICIES},
+    **{
+        f"frozen {policy}{MORE}": _frozen(policy, train_biases=True, train_norms=True)
+        for policy in ("none", "ffn+qkv")
+    },
     "hook": lambda case, layers: ours(case, layers, backbone="hook"),
     "full fine-tuning, sdpa": lambda case, layers: _full(case, layers, "sdpa"),
     FLASH: lambda case, layers: _full(case, layers, "flash_attention_2"),
@@ -255,6 +260,8 @@ def why_left_out(method: str, case: Case, device: str) -> str | None:
     config = MODELS[case.model]
     if method.startswith("frozen ") and find_family(config).describe_block is None:
         return f"{config.model_type} has no frozen blocks"
+    if method.endswith(MORE) and config.model_type in (*GATED, *EAGER_ONLY):
+        return f"{config.model_type} has no biases that could train"
     needed = "flash_attn" if method == FLASH else "peft" if "peft" in method else None
     if needed is not None and importlib.util.find_spec(needed) is None:
         return f"{needed} is not installed here"

@@ -65,6 +65,9 @@ def test_methods_that_cannot_serve_a_family_are_left_out_with_a_reason():
         reasons = {method: reason for method, reason in reasons.items() if "peft" not in method}
         assert reasons.pop(FLASH)
         assert reasons.pop("prefix, original recipe") == f"{backbone} takes no past keys and values"
+        for policy in ("none", "ffn+qkv"):
+            reason = reasons.pop(f"frozen {policy}, biases and norms")
+            assert reason == f"{family} has no biases that could train"
         assert not any(reasons.values())
     assert why_left_out("prefix, original recipe", Case("bert-tiny", 2, 16, 4), "cpu") is None
 

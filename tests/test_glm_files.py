@@ -205,12 +205,13 @@ def test_a_folder_with_the_published_code_is_opened_without_it(tmp_path):
         GLMModel.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("more", [{}, {"train_biases": True, "train_norms": True}], ids=str)
 @pytest.mark.parametrize("policy", [*POLICIES, "hook"])
-def test_memory_is_predicted_from_a_model_without_weights(policy):
+def test_memory_is_predicted_from_a_model_without_weights(policy, more):
     """What the last norm and the head keep is not counted."""
     changes = {"hidden_size": 64, "num_attention_heads": 4}
     way = {"backbone": "hook"} if policy == "hook" else {"recompute": policy}
-    config, rows = PTuningV2Config(num_virtual_tokens=4, **way), 4 * 32
+    config, rows = PTuningV2Config(num_virtual_tokens=4, **way, **more), 4 * 32
     with torch.device("meta"):
         empty = GLMForTokenClassification(tiny_config("glm2021", **changes))
     predicted = predict_step(empty, config, 4, 32, device_type="cpu")

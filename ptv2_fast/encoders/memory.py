@@ -14,9 +14,11 @@ from transformers import PreTrainedModel
 from ptv2_fast.encoders.blocks import Heads
 from ptv2_fast.encoders.families import find_family
 from ptv2_fast.encoders.selection import find_saved_names
+from ptv2_fast.encoders.vectors import find_vectors
 from ptv2_fast.frozen.engine import CPU_CHUNK, GPU_CHUNK
 from ptv2_fast.frozen.memory import kept_bytes_per_token, peak_bytes
 from ptv2_fast.frozen.spec import BlockShape, Surroundings
+from ptv2_fast.frozen.vectors import trains_input_norm, trains_projections
 from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
 
 _STATISTICS = 16  # bytes a row, of a layer's two norms
@@ -30,7 +32,7 @@ class StepMemory:
     Attributes:
         weights: of what is frozen; with several devices a device's share of it.
         gathered: of the weights that are there as a whole for a while, with several devices.
-        trained: prefix and head in float32, their gradients and AdamW's moments.
+        trained: prefix, head and what else trains in float32, their gradients and AdamW's moments.
         kept: by the layers, for the backward pass.
         transient: what a layer needs for a while in it, where that and what is kept are the most.
     """
@@ -93,6 +95,8 @@ def predict_step(
     sizes = {name: parameter.numel() for name, parameter in model.named_parameters()}
     trained = sum(size for name, size in sizes.items() if name in saved)
     trained += sum(parameter.numel() for parameter in encoder.parameters())
+    vectors = find_vectors(model.base_model, family, config)
+    trained += sum(p.numel() for each in vectors for p in each.parameters.values())
     frozen = sum(size for name, size in sizes.items() if name not in saved) * dtype.itemsize
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight.numel()
@@ -116,7 +120,13 @@ def predict_step(
             rows * _by_hook(shape),
         )
     else:
-        around = Surroundings(has_separate_input=modules.spec.pre_norm)
+        of_lowest = family.describe_block(layers[lowest], heads)
+        training = {each.module for each in vectors}
+        around = Surroundings(
+            has_separate_input=modules.spec.pre_norm,
+            trains_projections=trains_projections(of_lowest, training),
+            trains_input_norm=trains_input_norm(of_lowest, training),
+        )
         policies = (config.recompute,) * (len(layers) - lowest)
         places = (around.of_lowest(), *(around for _ in policies[1:]))
         kept = rows * sum(map(kept_bytes_per_token, policies, repeat(shape), places))
