@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ptv2_fast import cli
-from ptv2_fast.training.options import METHODS_OF_OPTION, ModelOptions
+from ptv2_fast.training.options import METHODS_OF_OPTION, ModelOptions, TrainingOptions
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
@@ -218,7 +218,8 @@ def test_a_complete_run_is_not_trained_again(trained, capsys):
 
 
 def test_options_that_the_method_does_not_read_are_named(tiny, tmp_path, capsys):
-    assert set(METHODS_OF_OPTION) <= {field.name for field in dataclasses.fields(ModelOptions)}
+    fields = (*dataclasses.fields(ModelOptions), *dataclasses.fields(TrainingOptions))
+    assert set(METHODS_OF_OPTION) <= {field.name for field in fields}
     arguments = train_arguments(tiny, tmp_path / "run", "--method", "linear-probe", "--dry-run",
                                 "--lora-rank", "4")  # fmt: skip
     assert cli.main(arguments) == 0

@@ -51,14 +51,14 @@ class Kill(TrainerCallback):
 
 
 def make_trainer(
-    directory, callbacks=(), padded: bool = True, model_type: str = "bert", **arguments
+    directory, callbacks=(), padded: bool = True, model_type: str = "bert", more=None, **arguments
 ) -> Trainer:
+    """`more`: fields of the prefix."""
     torch.manual_seed(0)
     dropout = {"hidden_dropout_prob": 0.1, "attention_probs_dropout_prob": 0.1}
     model = tiny_model(model_type, **dropout)
-    ptv2_fast.attach(
-        model, PTuningV2Config(num_virtual_tokens=5, prefix_projection=True, prefix_dropout=0.1)
-    )
+    fields = {"prefix_projection": True, "prefix_dropout": 0.1, **(more or {})}
+    ptv2_fast.attach(model, PTuningV2Config(num_virtual_tokens=5, **fields))
     defaults = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 4,
@@ -86,17 +86,23 @@ def assert_bit_equal(actual: dict, expected: dict) -> None:
     assert [name for name in actual if not torch.equal(actual[name], expected[name])] == []
 
 
-KINDS = [name for name in ("bert", "modernbert", "llama") if name in MODEL_TYPES]
+KINDS = {  # and what trains beside the prefix
+    "bert": {},
+    "roberta": {"train_biases": True, "train_norms": True},
+    "modernbert": {},
+    "llama": {"train_norms": True},
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [name for name in KINDS if name in MODEL_TYPES])
 def test_a_killed_run_resumes_to_the_same_bits(kind, tmp_path, caplog):
-    whole = make_trainer(tmp_path / "whole", model_type=kind)
+    what = {"model_type": kind, "more": KINDS[kind]}
+    whole = make_trainer(tmp_path / "whole", **what)
     whole.train()
-    killed = make_trainer(tmp_path / "killed", [Kill(step=5)], model_type=kind)
+    killed = make_trainer(tmp_path / "killed", [Kill(step=5)], **what)
     with pytest.raises(KilledError):
         killed.train()
-    resumed = make_trainer(tmp_path / "killed", model_type=kind)
+    resumed = make_trainer(tmp_path / "killed", **what)
     start = trained_tensors(resumed.model)
     with caplog.at_level(logging.WARNING, "transformers"):
         resumed.train(resume_from_checkpoint=True)

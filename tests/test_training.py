@@ -21,7 +21,7 @@ from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig, read_config_file
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
-from ptv2_fast.training.trainer import LengthGroupedOrder, head_parameters
+from ptv2_fast.training.trainer import LengthGroupedOrder, head_parameters, vector_parameters
 from tests.models import make_batch, one_thread, tiny_model  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 
@@ -126,6 +126,43 @@ def test_head_parameters_are_the_head_and_a_pooler_of_a_frozen_backbone():
         counts[method] = sum(p.numel() for p in head_parameters(model))
     classifier, pooler = 16 * 3 + 3, 16 * 16 + 16
     assert counts == {name: classifier + pooler for name in METHODS} | {"fine-tuning": classifier}
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({"bias_learning_rate": 0.002}, 0.002), ({}, 0.03)]
+)
+def test_biases_and_norms_train_at_a_rate_of_their_own_and_come_back(
+    given, expected, tiny, tmp_path
+):
+    """By default that of the head, and without weight decay."""
+    found = {}
+
+    class Look(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **unused) -> None:
+            for group in optimizer.param_groups:
+                rates = (group["lr"], group["weight_decay"])
+                found.update(dict.fromkeys(map(id, group["params"]), rates))
+
+    config = run_config(
+        tiny, train_biases=True, train_norms=True, weight_decay=0.1, max_steps=3,
+        schedule="constant", **given,
+    )  # fmt: skip
+    prepared = prepare(config, tmp_path / "run")
+    model = prepared.model
+    vectors, head = vector_parameters(model), head_parameters(model)
+    assert len(vectors) == 2 * (6 + 2 * 2) and not {*map(id, vectors)} & {*map(id, head)}
+    before = [vector.detach().clone() for vector in vectors]
+    report = train(prepared, [Look()])
+    assert report["trainable_parameters"] == sum(
+        p.numel() for p in model.parameters() if p.requires_grad
+    )
+    assert {found[id(vector)] for vector in vectors} == {(expected, 0.0)}
+    assert {found[id(p)][0] for p in head} == {0.03}
+    assert found[id(model.prefix_encoder.embedding.weight)] == (0.1, 0.1)
+    assert all(not torch.equal(*pair) for pair in zip(vectors, before, strict=True))
+    loaded = load_run(tmp_path / "run").model
+    for name, parameter in model.named_parameters():
+        assert torch.equal(loaded.get_parameter(name), parameter), name
 
 
 def test_token_ids_to_start_from_repeat_when_there_are_few(tiny, tmp_path):

@@ -38,6 +38,8 @@ def prefix_config(options: ModelOptions) -> PTuningV2Config:
         layers=None if options.depth is None else parse_depth(options.depth),
         position_offset=options.position_offset,
         init=options.init,
+        train_biases=options.train_biases,
+        train_norms=options.train_norms,
         backbone=options.backbone,
         recompute=options.recompute,
         memory_budget=options.memory_budget,

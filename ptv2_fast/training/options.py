@@ -36,8 +36,8 @@ METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
     "prompt_encoder": ("p-tuning-v1",),
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora",)),
     **dict.fromkeys(
-        ("prefix_projection", "prefix_dropout", "position_offset", "backbone", "recompute",
-         "memory_budget", "backbone_dtype"),
+        ("prefix_projection", "prefix_dropout", "position_offset", "train_biases", "train_norms",
+         "bias_learning_rate", "backbone", "recompute", "memory_budget", "backbone_dtype"),
         ("p-tuning-v2",),
     ),
 }  # fmt: skip
@@ -75,6 +75,12 @@ class ModelOptions(Options):
         "normal",
         "start the prefix or prompt from N(0, 0.02) or from tokens of the training examples",
         choices=("normal", "tokens"),
+    )
+    train_biases: bool = option(
+        False, "p-tuning-v2: train the biases of the layers with a prefix too (BitFit)"
+    )
+    train_norms: bool = option(
+        False, "p-tuning-v2: train the norms of the layers with a prefix too"
     )
     start_from: str | None = option(
         None,
@@ -167,6 +173,9 @@ class TrainingOptions(Options):
     head_learning_rate: float | None = option(
         None, "peak learning rate of the new head (default: the same)"
     )
+    bias_learning_rate: float | None = option(
+        None, "peak learning rate of biases and norms that train (default: that of the head)"
+    )
     weight_decay: float = option(0.0, "of AdamW, not on biases and norms")
     warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises")
     schedule: str = option("linear", "the learning rate after that", choices=SCHEDULES)
@@ -200,7 +209,8 @@ class TrainingOptions(Options):
                      "logging_steps"):  # fmt: skip
             self.require(getattr(self, name) >= 1, name, "an integer >= 1")
         for name in ("num_train_epochs", "max_steps", "max_seconds", "learning_rate",
-                     "head_learning_rate", "eval_steps", "eval_seconds"):  # fmt: skip
+                     "head_learning_rate", "bias_learning_rate", "eval_steps",
+                     "eval_seconds"):  # fmt: skip
             value = getattr(self, name)
             self.require(value is None or 0 < value < math.inf, name, "None or a number > 0")
         for name in ("weight_decay", "max_grad_norm"):

@@ -21,6 +21,8 @@ from transformers import (
     get_scheduler,
 )
 
+from ptv2_fast.encoders.selection import ENCODER_NAME
+from ptv2_fast.encoders.vectors import VECTORS_NAME
 from ptv2_fast.tasks.task import Features, Task
 from ptv2_fast.training.baselines import LORA, PROMPT
 from ptv2_fast.training.checkpoints import check_best
@@ -84,6 +86,7 @@ class PacedTrainer(Trainer):
         clock: counts the steps' seconds.
         progress: show bars.
         head_learning_rate: of what lies outside backbone, prefix, prompt and LoRA; None = the same.
+        bias_learning_rate: of biases and norms that train beside a prefix; None = the head's.
         epoch_decay: multiplies the learning rates after each epoch; None = the schedule of `args`.
         callbacks: further callbacks.
     """
@@ -98,6 +101,7 @@ class PacedTrainer(Trainer):
         clock: StepClock,
         progress: bool = False,
         head_learning_rate: float | None = None,
+        bias_learning_rate: float | None = None,
         epoch_decay: float | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -105,6 +109,7 @@ class PacedTrainer(Trainer):
         self.scored: dict[int, dict[str, dict[str, float]]] = {}
         self._shown = Progress(clock, progress)
         self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
+        self.bias_learning_rate = bias_learning_rate or head_learning_rate
         super().__init__(
             model,
             args,
@@ -178,20 +183,17 @@ class PacedTrainer(Trainer):
     def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
         """As Trainer's, whose arguments depend on the version of transformers."""
         optimizer = super().create_optimizer(*args, **kwargs)
-        if self.head_learning_rate is not None:
-            head = {id(p) for p in head_parameters(cast(PreTrainedModel, self.model))}
-            optimizer.param_groups[:] = [
-                part for group in optimizer.param_groups for part in self._split(group, head)
-            ]
+        model = cast(PreTrainedModel, self.model)
+        for parameters, rate in (
+            (head_parameters(model), self.head_learning_rate),
+            (vector_parameters(model), self.bias_learning_rate),
+        ):
+            if parameters and rate is not None:
+                own = {id(parameter) for parameter in parameters}
+                optimizer.param_groups[:] = [
+                    part for group in optimizer.param_groups for part in _split(group, own, rate)
+                ]
         return optimizer
-
-    def _split(self, group: dict[str, Any], head: set[int]) -> list[dict[str, Any]]:
-        inside = [p for p in group["params"] if id(p) in head]
-        outside = [p for p in group["params"] if id(p) not in head]
-        return [
-            {**group, "params": outside},
-            {**group, "params": inside, "lr": self.head_learning_rate},
-        ]
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         optimizer = optimizer or self.optimizer
@@ -272,6 +274,22 @@ class TaskTrainer(PacedTrainer):
             self.labels, self.args.eval_batch_size, self.args.bf16, self.progress,
         )  # fmt: skip
         return {"": scores}
+
+
+def _split(group: dict[str, Any], own: set[int], rate: float) -> list[dict[str, Any]]:
+    """A group of an optimizer in two, of which the second has a learning rate of its own."""
+    inside = [p for p in group["params"] if id(p) in own]
+    outside = [p for p in group["params"] if id(p) not in own]
+    return [{**group, "params": outside}, {**group, "params": inside, "lr": rate}]
+
+
+def vector_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Biases and norms that train beside a prefix."""
+    return [
+        parameter
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and name.startswith(f"{ENCODER_NAME}.{VECTORS_NAME}.")
+    ]
 
 
 def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
