@@ -387,6 +387,15 @@ def models() -> dict[str, dict[str, Check]]:
             }
             for precision, dtype in (("fp32", FP32), ("bf16", BF16))
         },
+        **{
+            f"vectors-{precision}": {
+                kind: model(
+                    "check_kind", kind, dtype, p=0.3, trains_more=True, rehearsed=kind == "esm"
+                )
+                for kind in ("bert", "esm", "llama", "qwen3")
+            }
+            for precision, dtype in (("fp32", FP32), ("bf16", BF16))
+        },
         "model-policies": {
             precision: model("check_policies_give_equal_bits", precision)
             for precision in ("float32", "bfloat16", "autocast")

@@ -31,7 +31,8 @@ NORMS = {"train_norms": True}
 # One of each kind of norm and of block; what has no biases, or some that are not served.
 FAMILIES = {
     "bert": BOTH,
-    "deberta-v2": NORMS,
+    "deberta": BOTH,
+    "deberta-v2": BOTH,
     "esm": BOTH,
     "gemma3_text": NORMS,
     "glm2021": BOTH,
@@ -239,8 +240,6 @@ def wrap(model) -> None:
         ("bert", {"train_biases": 1}, None, "train_biases: expected True or False, got 1"),
         ("t5", BOTH, None, "train_biases: expected linear layers with biases in the prefixed"),
         ("albert", NORMS, None, "train_norms: expected layers that share no weights, got those of"),
-        ("deberta-v2", BOTH, None, "train_biases: expected attention whose biases are in no table"),
-        ("deberta", BOTH, None, "train_biases: expected attention whose biases are in no table"),
         (
             "bert",
             BOTH,

@@ -50,6 +50,8 @@ def find_vectors(
 ) -> list[Found]:
     """The modules whose biases or norms train.
 
+    DeBERTa's queries, keys and values keep their biases: its tables of positions hold them too.
+
     Args:
         backbone: the model without its head.
         family: its row in the table of families.
@@ -66,11 +68,7 @@ def find_vectors(
     if len(set(layers)) < len(layers):
         field = next(field for field, value in wanted.items() if value)
         raise ValueError(f"{field}: expected layers that share no weights, got those of {name}")
-    if config.train_biases and family.relative_positions(backbone) is not None:
-        raise ValueError(
-            "train_biases: expected attention whose biases are in no table of relative positions, "
-            f"got that of {name} (train_norms is served)"
-        )
+    has_tables = family.relative_positions(backbone) is not None
     found: dict[str, list[Found]] = {"train_biases": [], "train_norms": []}
     for index in config.resolve_layers(len(layers)):
         for path, module in layers[index].named_modules():
@@ -80,6 +78,9 @@ def find_vectors(
                 for key, parameter in module.named_parameters(recurse=False)
                 if id(parameter) not in trained and (field == "train_norms" or "bias" in key)
             ]
+            in_tables = has_tables and f"{path}.".startswith(f"{family.attention}.")
+            if field == "train_biases" and in_tables:
+                continue
             if wanted[field] and names:
                 _check(module, names, field, f"{path} of layer {index}")
                 found[field].append(Found(index, path, module))
