@@ -57,6 +57,7 @@ class PTuningV2Config:
         train_biases: train the biases of the linear layers inside the prefixed encoder layers too
             (BitFit, Ben Zaken et al. 2022; not part of P-Tuning v2). The backbone keeps its own:
             the trained ones are float32 copies that lie with the prefix and stand in for them.
+            DeBERTa's queries, keys and values keep theirs, which its tables of positions hold too.
         train_norms: likewise the weights and biases of the norms inside these layers.
         backbone: how the encoder layers run. "frozen": as frozen blocks, without padding, keeping
             only what the prefix's gradient needs; a model that cannot is an error. "hook": as

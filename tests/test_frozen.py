@@ -224,8 +224,10 @@ def test_the_process_does_not_grow_with_the_lengths_it_has_seen():
     assert sizes[1] < 1.05 * sizes[0]
 
 
-def test_a_memory_budget_is_met_or_names_the_least():
-    model = attached(model=tiny_model(num_hidden_layers=6), **WITHOUT_FALLBACK).train()
+@pytest.mark.parametrize("more", [False, True], ids=["prefix", "biases and norms"])
+def test_a_memory_budget_is_met_or_names_the_least(more):
+    fields = {"train_biases": more, "train_norms": more, **WITHOUT_FALLBACK}
+    model = attached(model=tiny_model(num_hidden_layers=6), **fields).train()
     batch = make_batch()
     free, reference = (
         kept_bytes(lambda: model(**batch).logits.sum(), model),

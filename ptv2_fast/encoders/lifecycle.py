@@ -20,7 +20,8 @@ def attach(
     """Put a trainable prefix in front of every layer's attention (P-Tuning v2), in place.
 
     The backbone (embeddings and encoder layers) is frozen; the prefix, registered as
-    `prefix_encoder` with float32 weights, and everything outside the backbone are trainable. The
+    `prefix_encoder` with float32 weights, and everything outside the backbone are trainable; so are
+    copies of biases and norms, where the configuration says so, which lie with the prefix. The
     class of the model and the signature of its forward do not change.
 
     At the end two tokens run through the backbone to prove that every layer calls the attention
@@ -72,7 +73,8 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 def disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Within the context the model runs without its prefix and without its position offset.
 
-    The head stays the trained one. Other threads keep their prefix.
+    Its backbone has the biases and norms that it had before `attach`. The head stays the trained
+    one. Other threads keep their prefix.
 
     Raises:
         ValueError: when the model is not attached.
