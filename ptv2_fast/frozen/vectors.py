@@ -5,8 +5,8 @@ of the gradients of its products and, for norms, of the sums that were normalise
 (float64 for a float64 model), whatever the products are.
 """
 
-from collections.abc import Container, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Container, Mapping
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -242,7 +242,7 @@ def trained_norm(
     module: nn.Module,
     norm: Norm,
     stand_ins: StandIns,
-    normalise: Any,
+    normalise: Callable[[Tensor, Norm], Tensor],
     tokens: int,
     chunk: int,
 ) -> Tensor:
