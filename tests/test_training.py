@@ -129,12 +129,13 @@ def test_head_parameters_are_the_head_and_a_pooler_of_a_frozen_backbone():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({"bias_learning_rate": 0.002}, 0.002), ({}, 0.03)]
+    ("given", "expected"),
+    [({"bias_learning_rate": 0.02}, 0.02), ({}, 0.01), ({"head_learning_rate": 0.003}, 0.003)],
 )
 def test_biases_and_norms_train_at_a_rate_of_their_own_and_come_back(
     given, expected, tiny, tmp_path
 ):
-    """By default that of the head, and without weight decay."""
+    """By default that of the head up to 0.01, and without weight decay."""
     found = {}
 
     class Look(TrainerCallback):
@@ -157,7 +158,7 @@ def test_biases_and_norms_train_at_a_rate_of_their_own_and_come_back(
         p.numel() for p in model.parameters() if p.requires_grad
     )
     assert {found[id(vector)] for vector in vectors} == {(expected, 0.0)}
-    assert {found[id(p)][0] for p in head} == {0.03}
+    assert {found[id(p)][0] for p in head} == {given.get("head_learning_rate", 0.03)}
     assert found[id(model.prefix_encoder.embedding.weight)] == (0.1, 0.1)
     assert all(not torch.equal(*pair) for pair in zip(vectors, before, strict=True))
     loaded = load_run(tmp_path / "run").model

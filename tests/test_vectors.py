@@ -39,7 +39,6 @@ FAMILIES = {
     "llama": NORMS,
     "mobilebert": BOTH,
     "modernbert": NORMS,
-    "mpnet": BOTH,
     "qwen2": BOTH,
     "qwen3": NORMS,
     "t5": NORMS,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ptv2_fast.tasks.task import Features
 from ptv2_fast.training.measure import kept_bytes
 from ptv2_fast.training.prepare import Prepared, runs_until_stopped
-from ptv2_fast.training.trainer import vector_parameters
+from ptv2_fast.training.trainer import vector_parameters, vector_rate
 
 if TYPE_CHECKING:
     from ptv2_fast.training.multitask.train import PreparedTasks
@@ -70,7 +70,8 @@ def _describe_training(table: dict[str, Any], prepared: Prepared, batches: int) 
     table["learning_rate"] = arguments.learning_rate
     table.setdefault("head_learning_rate", arguments.learning_rate)
     if vector_parameters(prepared.model):
-        table.setdefault("bias_learning_rate", table["head_learning_rate"])
+        rate = vector_rate(options.bias_learning_rate, table["head_learning_rate"])
+        table["bias_learning_rate"] = rate
     if total is not None and arguments.max_steps < 0:
         table["num_train_epochs"] = arguments.num_train_epochs
     if arguments.eval_strategy != "no" and not options.eval_seconds:

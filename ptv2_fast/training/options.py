@@ -27,6 +27,7 @@ DEFAULT_LEARNING_RATES = {
     "p-tuning-v1": 1e-3,
     "lora": 2e-4,
 }
+MOST_FOR_BIASES = 1e-2  # where no --bias-learning-rate is given
 # Options that only some methods read. Not here: depth and start_from, which others refuse.
 _PROMPTS = ("p-tuning-v2", "prompt-tuning", "p-tuning-v1")
 METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
@@ -174,7 +175,9 @@ class TrainingOptions(Options):
         None, "peak learning rate of the new head (default: the same)"
     )
     bias_learning_rate: float | None = option(
-        None, "peak learning rate of biases and norms that train (default: that of the head)"
+        None,
+        "peak learning rate of biases and norms that train (default: that of the head, at most "
+        f"{MOST_FOR_BIASES:g})",
     )
     weight_decay: float = option(0.0, "of AdamW, not on biases and norms")
     warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises")

@@ -27,6 +27,7 @@ from ptv2_fast.tasks.task import Features, Task
 from ptv2_fast.training.baselines import LORA, PROMPT
 from ptv2_fast.training.checkpoints import check_best
 from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.options import MOST_FOR_BIASES
 from ptv2_fast.training.progress import Progress
 from ptv2_fast.training.scoring import score
 
@@ -86,7 +87,7 @@ class PacedTrainer(Trainer):
         clock: counts the steps' seconds.
         progress: show bars.
         head_learning_rate: of what lies outside backbone, prefix, prompt and LoRA; None = the same.
-        bias_learning_rate: of biases and norms that train beside a prefix; None = the head's.
+        bias_learning_rate: of biases and norms that train beside a prefix; None = `vector_rate`.
         epoch_decay: multiplies the learning rates after each epoch; None = the schedule of `args`.
         callbacks: further callbacks.
     """
@@ -109,7 +110,8 @@ class PacedTrainer(Trainer):
         self.scored: dict[int, dict[str, dict[str, float]]] = {}
         self._shown = Progress(clock, progress)
         self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
-        self.bias_learning_rate = bias_learning_rate or head_learning_rate
+        of_head = head_learning_rate or args.learning_rate
+        self.bias_learning_rate = vector_rate(bias_learning_rate, of_head)
         super().__init__(
             model,
             args,
@@ -281,6 +283,11 @@ def _split(group: dict[str, Any], own: set[int], rate: float) -> list[dict[str, 
     inside = [p for p in group["params"] if id(p) in own]
     outside = [p for p in group["params"] if id(p) not in own]
     return [{**group, "params": outside}, {**group, "params": inside, "lr": rate}]
+
+
+def vector_rate(given: float | None, of_head: float) -> float:
+    """The learning rate of `vector_parameters`: what was given, or the head's within bounds."""
+    return given or min(of_head, MOST_FOR_BIASES)
 
 
 def vector_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
