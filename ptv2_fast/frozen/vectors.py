@@ -144,7 +144,8 @@ class VectorGradients:
         """
         if name in self.wanted:
             rows = max(self._tokens - first_row, 0)
-            self._add(name, torch.cat([_column_sums(each[:rows]) for each in gradients]))
+            sums = [_column_sums(each[:rows]) for each in gradients]
+            self._add(name, sums[0] if len(sums) == 1 else torch.cat(sums))
 
     def add_norm(
         self,
