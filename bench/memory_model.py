@@ -143,7 +143,8 @@ def kept_bytes_of_layer(method: str, encoder: Encoder, batch: Batch) -> int:
     if method.startswith("frozen "):
         shape = block_shape(encoder, batch)
         per_token = kept_bytes_per_token(_policy(method), shape)
-        joined = 3 * hidden * 4 if _trains_more(method) else 0  # biases of query, key, value
+        # What trains of query, key and value, in one piece: biases, or updates.
+        joined = 3 * hidden * 4 * _more(method, biases=1, updates=2 * LORA_RANK)
         return batch.rows * per_token + shared_prefix + joined
     is_cpu = batch.device == "cpu"
     statistics = 4 * (size if is_cpu else 4)
@@ -170,9 +171,11 @@ def _policy(method: str) -> str:
     return method.removeprefix("frozen ").partition(",")[0]
 
 
-def _trains_more(method: str) -> bool:
-    """Biases and norms too."""
-    return method.startswith("frozen ") and "," in method
+def _more(method: str, biases: int, updates: int) -> int:
+    """A number for methods that train biases and norms too, or low-rank updates; else 0."""
+    if not method.startswith("frozen "):
+        return 0
+    return biases if method.endswith("norms") else updates if "low rank" in method else 0
 
 
 def _eager_bytes(encoder: Encoder, batch: Batch, prefix: int, keeps_out: bool) -> float:
@@ -202,8 +205,9 @@ def trained_parameters(method: str, encoder: Encoder, batch: Batch) -> int:
         return encoder.parameters
     if method.startswith("LoRA"):
         return LORA_RANK * (layers * (10 * hidden + 2 * inner) + 2 * hidden)
-    biases_and_norms = layers * (9 * hidden + inner) if _trains_more(method) else 0
-    return 2 * layers * hidden * batch.prefix + biases_and_norms
+    updates = LORA_RANK * (10 * hidden + 2 * inner)
+    more = layers * _more(method, biases=9 * hidden + inner, updates=updates)
+    return 2 * layers * hidden * batch.prefix + more
 
 
 def predict_step(method: str, encoder: Encoder, batch: Batch) -> StepMemory:

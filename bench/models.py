@@ -235,12 +235,17 @@ def _frozen(policy: str, **options: object) -> Callable[[Case, int | None], nn.M
 
 FLASH = "full fine-tuning, flash"  # without padding
 MORE = ", biases and norms"  # train too
+UPDATES = ", low rank 8"  # updates of all matrices train too
 LORA_EAGER = "LoRA r8, peft eager"  # where there is no faster one
 # Each takes (case, number of layers or None) and gives a model.
 METHODS: dict[str, Callable[[Case, int | None], nn.Module]] = {
     **{f"frozen {policy}": _frozen(policy) for policy in POLICIES},
     **{
         f"frozen {policy}{MORE}": _frozen(policy, train_biases=True, train_norms=True)
+        for policy in ("none", "ffn+qkv")
+    },
+    **{
+        f"frozen {policy}{UPDATES}": _frozen(policy, low_rank=LORA_RANK)
         for policy in ("none", "ffn+qkv")
     },
     "hook": lambda case, layers: ours(case, layers, backbone="hook"),

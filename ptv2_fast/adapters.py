@@ -39,6 +39,9 @@ _MATCHED_FIELDS = (
     "modules_to_save",
     "train_biases",
     "train_norms",
+    "low_rank",
+    "low_rank_alpha",
+    "low_rank_targets",
 )
 _PROBLEM_TYPES = (
     None, "regression", "single_label_classification", "multi_label_classification"

@@ -41,7 +41,8 @@ class PTuningV2Config:
     """What to attach to an encoder; fields that PEFT has too keep PEFT's name and meaning.
 
     Args:
-        num_virtual_tokens: length P of the prefix, at least 1.
+        num_virtual_tokens: length P of the prefix, at least 1; or 0 where something else trains
+            inside the layers (`train_biases`, `train_norms`, `low_rank`).
         prefix_projection: compute the prefix by Embedding -> Linear -> Tanh -> Linear instead of
             storing it as a table.
         encoder_hidden_size: width of that MLP; None = the encoder's hidden size.
@@ -59,6 +60,10 @@ class PTuningV2Config:
             the trained ones are float32 copies that lie with the prefix and stand in for them.
             DeBERTa's queries, keys and values keep theirs, which its tables of positions hold too.
         train_norms: likewise the weights and biases of the norms inside these layers.
+        low_rank: rank of an update of the matrices of the linear layers in these layers, which
+            trains too (LoRA, Hu et al. 2022, without its dropout); None = none. It starts at zero.
+        low_rank_alpha: the update is scaled by this over the rank; None = twice the rank.
+        low_rank_targets: the layers that get one, by their names or ends of these; None = all.
         backbone: how the encoder layers run. "frozen": as frozen blocks, without padding, keeping
             only what the prefix's gradient needs; a model that cannot is an error. "hook": as
             transformers runs them, with the prefix in their attention. "auto": frozen where the
@@ -87,6 +92,9 @@ class PTuningV2Config:
     init: str = "normal"
     train_biases: bool = False
     train_norms: bool = False
+    low_rank: int | None = None
+    low_rank_alpha: float | None = None
+    low_rank_targets: tuple[str, ...] | None = None
     backbone: str = "auto"
     recompute: str = "none"
     memory_budget: int | None = None
@@ -99,7 +107,9 @@ class PTuningV2Config:
             self.encoder_hidden_size,
             self.prefix_dropout,
         )
-        _expect(_is_int(length) and length >= 1, "num_virtual_tokens", "an integer >= 1", length)
+        has_more = self.train_biases or self.train_norms or self.low_rank is not None
+        least = "an integer >= 1" if not has_more else "an integer >= 0"
+        _expect(_is_int(length) and length >= (not has_more), "num_virtual_tokens", least, length)
         flags = ("prefix_projection", "inference_mode", "train_biases", "train_norms", "strict")
         for name in flags:
             value = getattr(self, name)
@@ -113,6 +123,7 @@ class PTuningV2Config:
         _expect(self.position_offset in _POSITION_OFFSETS, "position_offset",
                 f"one of {_POSITION_OFFSETS}", self.position_offset)  # fmt: skip
         _expect(self.init in _INITS, "init", f"one of {_INITS}", self.init)
+        _expect(self.init != "tokens" or length > 0, "init", "'normal' without a prefix", self.init)
         _expect(self.init != "tokens" or not self.prefix_projection, "init",
                 "'normal' with prefix_projection=True (an MLP cannot start at given values)",
                 self.init)  # fmt: skip
@@ -127,6 +138,15 @@ class PTuningV2Config:
         _expect(self.backbone_dtype is None or self.backbone_dtype in _BACKBONE_DTYPES,
                 "backbone_dtype", f"None or one of {tuple(_BACKBONE_DTYPES)}",
                 self.backbone_dtype)  # fmt: skip
+        rank, alpha, targets = self.low_rank, self.low_rank_alpha, self.low_rank_targets
+        _expect(rank is None or (_is_int(rank) and rank >= 1), "low_rank",
+                "None or an integer >= 1", rank)  # fmt: skip
+        has_rank = rank is not None
+        _expect(alpha is None or (has_rank and isinstance(alpha, int | float) and alpha > 0),
+                "low_rank_alpha", "None, or a number > 0 with low_rank", alpha)  # fmt: skip
+        _expect(targets is None or (has_rank and _is_str_list(targets) and len(targets) > 0),
+                "low_rank_targets", "None, or a list of names of linear layers with low_rank",
+                targets)  # fmt: skip
         names, layers = self.modules_to_save, self.layers
         _expect(names is None or _is_str_list(names), "modules_to_save",
                 "None or a list of module names", names)  # fmt: skip
@@ -135,6 +155,7 @@ class PTuningV2Config:
                 and len(set(layers)) == len(layers)), "layers",
                 "None or a non-empty list of distinct layer indices >= 0", layers)  # fmt: skip
         object.__setattr__(self, "modules_to_save", None if names is None else tuple(names))
+        object.__setattr__(self, "low_rank_targets", None if targets is None else tuple(targets))
         object.__setattr__(self, "layers", None if layers is None else tuple(sorted(layers)))
 
     @property

@@ -80,10 +80,22 @@ def results(output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
 
 
 def made_stand_ins(
-    encoder: TinyEncoder, lowest: int = 0
+    encoder: TinyEncoder, lowest: int = 0, rank: int | None = None
 ) -> tuple[dict[nn.Module, nn.Module], dict[str, nn.Parameter]]:
-    """float32 copies of the biases and norms of the blocks from `lowest` on, and by their names."""
+    """float32 copies of the biases and norms of the blocks from `lowest` on, and by their names.
+
+    With a rank, low-rank updates of their matrices instead.
+    """
     stand_ins, vectors = {}, {}
+    for name, module in encoder.named_modules() if rank is not None else ():
+        if isinstance(module, nn.Linear) and int(name.split(".")[0]) >= lowest:
+            stand_in = stand_ins[module] = nn.Module()
+            stand_in.lora_A = nn.Parameter(torch.randn(rank, module.in_features) / 8)
+            stand_in.lora_B = nn.Parameter(torch.randn(module.out_features, rank) / 8)
+            stand_in.scale = 1.5
+            vectors |= {f"{name}.{key}": p for key, p in stand_in.named_parameters()}
+    if rank is not None:
+        return stand_ins, vectors
     for name, module in encoder.named_modules():
         own = [key for key, p in module.named_parameters(recurse=False) if p.dim() == 1]
         if own and int(name.split(".")[0]) >= lowest:

@@ -29,6 +29,14 @@ def test_blocks_equal_their_definition(name, p, dtype):
     check_kind(CPU, name, dtype, p)
 
 
+# What trains beside the inputs -> stand-ins of the blocks' modules, and what of them trains.
+TRAINED = {
+    "prefix": lambda encoder, lowest: ({}, {}),
+    "biases and norms": made_stand_ins,
+    "updates": lambda encoder, lowest: made_stand_ins(encoder, lowest, rank=2),
+}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", KINDS)
 def test_gradients_of_biases_and_norms_equal_the_definition(name, dtype, monkeypatch):
@@ -38,12 +46,12 @@ def test_gradients_of_biases_and_norms_equal_the_definition(name, dtype, monkeyp
 
 @pytest.mark.parametrize("precision", ["float32", "autocast"])
 @pytest.mark.parametrize("lowest", [0, 1])
-@pytest.mark.parametrize("trains_more", [False, True], ids=["prefix", "biases and norms"])
+@pytest.mark.parametrize("trained", TRAINED)
 @pytest.mark.parametrize("name", KINDS)
-def test_policies_give_the_same_bits(name, trains_more, lowest, precision, monkeypatch):
+def test_policies_give_the_same_bits(name, trained, lowest, precision, monkeypatch):
     monkeypatch.setattr(engine, "CPU_CHUNK", 8)  # several chunks, the last one shorter
     encoder, hidden, prefixes, mask, inputs = made(name, 0.2)
-    stand_ins, vectors = made_stand_ins(encoder, lowest) if trains_more else ({}, {})
+    stand_ins, vectors = TRAINED[trained](encoder, lowest)
     expected = None
     for policy in POLICIES:
         prefixes = prefixes.clone().requires_grad_()
@@ -59,10 +67,13 @@ def test_policies_give_the_same_bits(name, trains_more, lowest, precision, monke
         assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
+@pytest.mark.parametrize("trained", ["biases and norms", "updates"])
 @pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if not kind[0].is_causal])
-def test_first_tokens_alone_are_those_of_all_rows(name):
-    encoder, hidden, prefixes, mask, inputs = made(name)
-    (stand_ins, vectors), both = made_stand_ins(encoder), []
+def test_first_tokens_alone_are_those_of_all_rows(name, trained):
+    # Updates are products of other shapes here and there.
+    dtype = torch.float64 if trained == "updates" else torch.float32
+    encoder, hidden, prefixes, mask, inputs = made(name, 0.0, dtype)
+    (stand_ins, vectors), both = TRAINED[trained](encoder, 0), []
     for first_token_only in (False, True):
         prefixes = prefixes.clone().requires_grad_()
         output = encoder.run(
@@ -110,19 +121,20 @@ def test_states_that_someone_changes_between_two_layers_are_the_input_of_the_nex
 
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize(
-    ("dtype", "trains_more", "lowest"),
+    ("dtype", "trained", "lowest"),
     [
-        (torch.float32, False, 0),
-        (torch.bfloat16, False, 0),
-        (torch.float32, True, 0),
-        (torch.bfloat16, True, 1),
+        (torch.float32, "prefix", 0),
+        (torch.bfloat16, "prefix", 0),
+        (torch.float32, "biases and norms", 0),
+        (torch.bfloat16, "biases and norms", 1),
+        (torch.float32, "updates", 0),
+        (torch.bfloat16, "updates", 1),
     ],
-    ids=["float32", "bfloat16", "biases and norms", "biases and norms above"],
 )
 @pytest.mark.parametrize("name", KINDS)
-def test_kept_bytes_are_the_sum_of_the_spec(name, dtype, trains_more, lowest, policy):
+def test_kept_bytes_are_the_sum_of_the_spec(name, dtype, trained, lowest, policy):
     encoder, _, prefixes, _, inputs = made(name, 0.2, dtype)
-    stand_ins = made_stand_ins(encoder, lowest)[0] if trains_more else {}
+    stand_ins, _ = TRAINED[trained](encoder, lowest)
     spec, modules = KINDS[name][0], encoder[1].modules_by_role()
     shape = modules.shape(dtype)
     prefixes.requires_grad_()
@@ -145,6 +157,7 @@ def test_kept_bytes_are_the_sum_of_the_spec(name, dtype, trains_more, lowest, po
         has_separate_input=spec.pre_norm and roles.first_norm is not None,
         trains_projections=trains_projections(roles, stand_ins),
         trains_input_norm=trains_input_norm(roles, stand_ins),
+        trains_input_matrix=trained == "updates",
     ).of_lowest()
     last = Surroundings(True, True, spec.pre_norm, has_next_norm=not spec.pre_norm)
     places = (of_lowest, *(around,) * (1 - lowest), last)

@@ -1,5 +1,5 @@
-"""Biases and norms of the prefixed layers that train beside the prefix: BitFit (Ben Zaken et al.
-2022).
+"""What trains of the prefixed layers beside the prefix: biases and norms (BitFit, Ben Zaken et al.
+2022), and low-rank updates of matrices (LoRA, Hu et al. 2022).
 
 The backbone stays as it is. Float32 copies of what trains lie with the prefix, in modules that
 stand in for the backbone's: frozen blocks read them (frozen/vectors.py), and where the layers run
@@ -7,6 +7,7 @@ as transformers runs them, the forward of the backbone's modules does.
 """
 
 import copy
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
@@ -20,6 +21,12 @@ if TYPE_CHECKING:
     from ptv2_fast.encoders.attachment import Attachment
 
 VECTORS_NAME = "vectors"  # in the prefix encoder
+# Field of the configuration -> the modules that it needs, for messages.
+_KINDS = {
+    "train_biases": "linear layers with biases",
+    "train_norms": "norms with weights",
+    "low_rank": "linear layers of the names in low_rank_targets",
+}
 
 
 class Found(NamedTuple):
@@ -29,17 +36,21 @@ class Found(NamedTuple):
         layer: its index.
         path: of the module in it.
         module: a linear layer or a norm.
+        fields: of the configuration, that say what of it trains.
     """
 
     layer: int
     path: str
     module: nn.Module
+    fields: tuple[str, ...]
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Those that train, by name."""
+        """Those that others stand in for, by name."""
         own = {name: p for name, p in self.module.named_parameters(recurse=False)}
-        return own if _is_norm(self.module) else {"bias": own["bias"]}
+        if "train_norms" in self.fields:
+            return own
+        return {"bias": own["bias"]} if "train_biases" in self.fields else {}
 
 
 def find_vectors(
@@ -48,9 +59,9 @@ def find_vectors(
     config: PTuningV2Config,
     trained: frozenset[int] = frozenset(),
 ) -> list[Found]:
-    """The modules whose biases or norms train.
+    """The modules whose biases or norms train, or an update of whose matrix.
 
-    DeBERTa's queries, keys and values keep their biases: its tables of positions hold them too.
+    DeBERTa's queries, keys and values stay as they are: its tables of positions are made of them.
 
     Args:
         backbone: the model without its head.
@@ -61,36 +72,52 @@ def find_vectors(
     Raises:
         ValueError: naming the field, where nothing would train, or something that cannot.
     """
-    wanted = {"train_biases": config.train_biases, "train_norms": config.train_norms}
-    if not any(wanted.values()):
+    wanted = [field for field in _KINDS if getattr(config, field)]
+    if not wanted:
         return []
     name, layers = type(backbone).__name__, family.layer_modules(backbone)
     if len(set(layers)) < len(layers):
-        field = next(field for field, value in wanted.items() if value)
-        raise ValueError(f"{field}: expected layers that share no weights, got those of {name}")
+        raise ValueError(f"{wanted[0]}: expected layers that share no weights, got those of {name}")
     has_tables = family.relative_positions(backbone) is not None
-    found: dict[str, list[Found]] = {"train_biases": [], "train_norms": []}
+    found: list[Found] = []
     for index in config.resolve_layers(len(layers)):
         for path, module in layers[index].named_modules():
-            field = "train_norms" if _is_norm(module) else "train_biases"
             names = [
                 key
                 for key, parameter in module.named_parameters(recurse=False)
-                if id(parameter) not in trained and (field == "train_norms" or "bias" in key)
+                if id(parameter) not in trained
             ]
             in_tables = has_tables and f"{path}.".startswith(f"{family.attention}.")
-            if field == "train_biases" and in_tables:
-                continue
-            if wanted[field] and names:
-                _check(module, names, field, f"{path} of layer {index}")
-                found[field].append(Found(index, path, module))
-    for field, modules in found.items():
-        if wanted[field] and not modules:
-            kind = "linear layers with biases" if field == "train_biases" else "norms with weights"
-            raise ValueError(
-                f"{field}: expected {kind} in the prefixed layers, got a {name} without"
+            fields = tuple(
+                field
+                for field in wanted
+                if _serves(field, module, path, names, config)
+                and (field == "train_norms" or not in_tables)
             )
-    return sorted((each for modules in found.values() for each in modules), key=lambda f: f.layer)
+            for field in fields:
+                _check(module, names, field, f"{path} of layer {index}")
+            if fields:
+                found.append(Found(index, path, module, fields))
+    for field in wanted:
+        if not any(field in each.fields for each in found):
+            raise ValueError(
+                f"{field}: expected {_KINDS[field]} in the prefixed layers, got a {name} without"
+            )
+    return found
+
+
+def _serves(
+    field: str, module: nn.Module, path: str, names: list[str], config: PTuningV2Config
+) -> bool:
+    """Whether a field of the configuration asks for a module, which has parameters `names`."""
+    if field == "train_norms":
+        return _is_norm(module) and bool(names)
+    if field == "train_biases":
+        return not _is_norm(module) and any("bias" in name for name in names)
+    if not isinstance(module, nn.Linear) or "weight" not in names:
+        return False
+    targets = config.low_rank_targets
+    return targets is None or f".{path}".endswith(tuple(f".{name}" for name in targets))
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -101,9 +128,15 @@ def _is_norm(module: nn.Module) -> bool:
 
 def _check(module: nn.Module, names: list[str], field: str, place: str) -> None:
     kind = type(module)
-    if field == "train_biases" and (not is_plain(module) or names != ["bias"]):
+    if field == "low_rank" and not is_plain(module):
         raise ValueError(
-            f"{field}: expected biases of plain linear layers, got {', '.join(names)} of "
+            f"low_rank: expected plain linear layers, got a {kind.__module__}.{kind.__qualname__}, "
+            f"{place}"
+        )
+    biases = [name for name in names if "bias" in name]
+    if field == "train_biases" and (not is_plain(module) or biases != ["bias"]):
+        raise ValueError(
+            f"{field}: expected biases of plain linear layers, got {', '.join(biases)} of "
             f"{kind.__module__}.{kind.__qualname__}, {place}"
         )
     if "forward" in vars(module):
@@ -132,8 +165,14 @@ class StandInForward:
         if self.attachment is None or not self.attachment.enabled:
             return type(module).forward(module, input, *args, **kwargs)
         if isinstance(module, nn.Linear):
-            bias = stand_in.bias.to(module.weight.dtype)
-            return nn.functional.linear(input, module.weight, bias)
+            bias = getattr(stand_in, "bias", module.bias)
+            bias = None if bias is None else bias.to(module.weight.dtype)
+            out = nn.functional.linear(input, module.weight, bias)
+            if not hasattr(stand_in, "lora_A"):
+                return out
+            down, up = stand_in.lora_A.to(out.dtype), stand_in.lora_B.to(out.dtype)
+            narrow = nn.functional.linear(input.to(out.dtype), down)
+            return out + stand_in.scale * nn.functional.linear(narrow, up)
         weight: Any = module.weight
         if isinstance(module, nn.LayerNorm):  # which GPUs compute in one dtype only
             bias = None if stand_in.bias is None else stand_in.bias.to(weight.dtype)
@@ -156,7 +195,7 @@ class TrainedVectors:
     """
 
     def __init__(self, encoder: PrefixEncoder, found: list[Found], layers: list[nn.Module]) -> None:
-        self.stand_ins = {each.module: _stand_in(each) for each in found}
+        self.stand_ins = {each.module: _stand_in(each, encoder.config) for each in found}
         self._forwards: list[StandInForward] = []
         self._found, self._layers = found, layers
         # Every module on the way from a layer to one of them: (around it, its name there, itself).
@@ -204,9 +243,19 @@ class TrainedVectors:
                 )
 
 
-def _stand_in(found: Found) -> nn.Module:
-    stand_in = copy.deepcopy(found.module) if _is_norm(found.module) else nn.Module()
+def _stand_in(found: Found, config: PTuningV2Config) -> nn.Module:
+    is_norm = "train_norms" in found.fields
+    stand_in: Any = copy.deepcopy(found.module) if is_norm else nn.Module()
     for name, parameter in found.parameters.items():
         wide = torch.promote_types(parameter.dtype, torch.float32)
         setattr(stand_in, name, nn.Parameter(parameter.detach().to(wide, copy=True)))
+    if "low_rank" in found.fields:
+        weight, rank = cast(Tensor, found.module.weight), cast(int, config.low_rank)
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        out, width = weight.shape
+        stand_in.lora_A = nn.Parameter(weight.new_empty(rank, width, dtype=wide))
+        stand_in.lora_B = nn.Parameter(weight.new_zeros(out, rank, dtype=wide))
+        nn.init.kaiming_uniform_(stand_in.lora_A, a=math.sqrt(5))  # as PEFT does
+        alpha = 2 * rank if config.low_rank_alpha is None else config.low_rank_alpha
+        stand_in.scale = alpha / rank
     return stand_in

@@ -122,22 +122,32 @@ class BlockArithmetic:
         vectors.add_bias("down", grad_output)
         results = []
         for index, grad in enumerate(grad_output.split(self.call.chunk)):
-            expanded = kept[index] if kept else self._expand_again(attention_end, index)
+            first_row = index * self.call.chunk
+            normal = None
+            if not kept or vectors.want_update("up"):
+                normal = self._normal_again(attention_end, index)
+            expanded = kept[index] if kept else self._expand(cast(Tensor, normal), index)
+            if vectors.want_update("down"):
+                activated = self._drop_activated(self._activate(expanded), index)
+                vectors.add_update("down", self.weights.down.update, activated, grad, first_row)
+                del activated
             grad_activated = self._drop_activated(
                 self.weights.down.input_gradient(grad, index), index
             )
             grad_expanded = self._activation_gradient(grad_activated, expanded)
-            vectors.add_bias("up", grad_expanded, first_row=index * self.call.chunk)
+            vectors.add_bias("up", grad_expanded, first_row=first_row)
+            if normal is not None:
+                vectors.add_update("up", self.weights.up.update, normal, grad_expanded, first_row)
             results.append(self.weights.up.input_gradient(grad_expanded, index))
         return grad_residual, _join(results)
 
     def attention_output_gradient(
-        self, grad_residual: Tensor, grad_input: Tensor, attention_end: BranchEnd,
+        self, grad_residual: Tensor, grad_input: Tensor, attention_end: BranchEnd, out: Tensor,
         vectors: VectorGradients,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        """The gradient of the attention's residual, and that of its heads.
+        """The gradient of the attention's residual, and that of its heads, whose result is `out`.
 
-        Those of biases and norms go to `vectors`.
+        Those of what trains of the output projection and of the norm go to `vectors`.
         """
         grad_sum, grad_out = (grad_residual, None) if self.spec.pre_norm else (None, grad_residual)
         vectors.add_norm(
@@ -147,8 +157,10 @@ class BlockArithmetic:
             grad_sum, grad_out, grad_input, attention_end, self.call.attention_norm,
             self.call.dropout.attention_output, ATTENTION_OUTPUT_STREAM,
         )  # fmt: skip
+        layer = self.weights.attention_output
         vectors.add_bias("attention_output", grad_projected)
-        grad_out = self.weights.attention_output.input_gradient(grad_projected)
+        vectors.add_update("attention_output", layer.update, out.flatten(1), grad_projected)
+        grad_out = layer.input_gradient(grad_projected)
         return grad_residual, grad_out.unflatten(1, (-1, self.weights.modules.head_dim))
 
     def _end_branch(
@@ -193,11 +205,12 @@ class BlockArithmetic:
         """The network's first product, without its bias."""
         return self.weights.up.unbiased(normal.to(self.weights.dtype), chunk_index)
 
-    def _expand_again(self, end: BranchEnd, chunk_index: int) -> Tensor:
+    def _normal_again(self, end: BranchEnd, chunk_index: int) -> Tensor:
+        """A chunk of the network's input, in the products' dtype."""
         rows = slice(chunk_index * self.call.chunk, (chunk_index + 1) * self.call.chunk)
         norm = cast(Norm, self.call.attention_norm)
         normal = self.normalise(end.sum[rows], cast(Tensor, end.stats)[rows], norm)
-        return self._expand(normal, chunk_index)
+        return normal.to(self.weights.dtype)
 
     def _activate(self, expanded: Tensor) -> Tensor:
         bias, spec = self.weights.up.bias, self.spec

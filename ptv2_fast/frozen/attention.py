@@ -91,13 +91,15 @@ class BlockAttention:
         self,
         grad_out: Tensor,
         attention: Attention,
+        input: Tensor | None,
         needs_input: bool,
         needs_prefix: bool,
         vectors: VectorGradients,
     ) -> tuple[Tensor | None, Tensor, Tensor]:
         """The gradient of the input through query, key and value, and those of the prefix.
 
-        Those of the projections' biases and of the heads' norms go to `vectors`.
+        Those of what trains of the projections and of the heads' norms go to `vectors`, for which
+        `input` is what was projected.
         """
         operands, options = self._operands(attention.query, attention.key_value)
         out, lse = attention.out, attention.lse
@@ -120,15 +122,29 @@ class BlockAttention:
             if self.spec.by_head:
                 parts = grad_joined.unflatten(1, (3, self.heads, self.head_dim))
                 grad_joined = parts.transpose(1, 2).flatten(1)
+            self._add_update(input, grad_joined, vectors)
             if needs_input:
                 grad_input = self.weights.query_key_value.input_gradient(grad_joined)
         elif needs_projections:
             grad_query, grad_key_value = self._first_token_gradients(
                 gradients[0], gradients[1], gradients[2], attention, vectors
             )
+            if vectors.want_input_matrix:
+                self._add_update(input, self._joined(grad_query, grad_key_value), vectors)
             if needs_input:
                 grad_input = self._first_token_input_gradient(grad_query, grad_key_value)
         return grad_input, gradients[3], gradients[4]
+
+    def _add_update(self, input: Tensor | None, gradient: Tensor, vectors: VectorGradients) -> None:
+        if input is not None:
+            update = self.weights.query_key_value.update
+            vectors.add_update("query_key_value", update, input.to(self.weights.dtype), gradient)
+
+    def _joined(self, grad_query: Tensor, grad_key_value: Tensor) -> Tensor:
+        """[N, all outputs], from that of the first tokens' queries and of all keys and values."""
+        grad_joined = grad_query.new_zeros(len(grad_key_value), grad_query.shape[1])
+        grad_joined.index_copy_(0, cast(Tensor, self.rows), grad_query)
+        return torch.cat((grad_joined, grad_key_value), dim=1)
 
     def _first_token_gradients(
         self,
@@ -149,9 +165,7 @@ class BlockAttention:
     def _first_token_input_gradient(self, grad_query: Tensor, grad_key_value: Tensor) -> Tensor:
         rows, weights = cast(Tensor, self.rows), self.weights
         if weights.query is None or weights.key_value is None:
-            grad_joined = grad_query.new_zeros(len(grad_key_value), grad_query.shape[1])
-            grad_joined.index_copy_(0, rows, grad_query)
-            grad_joined = torch.cat((grad_joined, grad_key_value), dim=1)
+            grad_joined = self._joined(grad_query, grad_key_value)
             return weights.query_key_value.input_gradient(grad_joined)
         grad_input = weights.key_value.input_gradient(grad_key_value)
         return grad_input.index_add_(0, rows, weights.query.input_gradient(grad_query))

@@ -108,6 +108,7 @@ class _FrozenBlock(torch.autograd.Function):
         around = Surroundings(
             needs_input_gradient=any(ctx.needs_input_grad[:2]),
             trains_projections=gradients.want_projections,
+            trains_input_matrix=gradients.want_input_matrix,
             has_previous=tensors.previous_sum is not None,
             has_separate_input=input is not None,
             has_next_norm=call.output_norm is not None,
@@ -128,7 +129,7 @@ class _FrozenBlock(torch.autograd.Function):
                 strict=True,
             )
         )
-        reads_previous = "query" not in names
+        reads_previous = "query" not in names or gradients.want_input_matrix
         ctx.save_for_backward(
             prefix_key, prefix_value, tensors.cu_seqlens, tensors.coordinates, tensors.seed,
             tensors.previous_sum if reads_previous else None,
@@ -161,7 +162,7 @@ class _FrozenBlock(torch.autograd.Function):
         needs_residual, needs_input, *needs_prefix = ctx.needs_input_grad[:4]
         with _without_autocast(prefix_key):
             block = BlockArithmetic(ctx.call, tensors, prefix_key, prefix_value, ctx.residual_dtype)
-            attention, attention_end = _recompute(block, kept)
+            attention, attention_end, input = _recompute(block, kept, vectors.want_input_matrix)
             output_end = BranchEnd(None, kept["output_sum"], kept["output_stats"])
             del kept, saved
             grad_residual, grad_input = block.feed_forward_gradient(
@@ -170,12 +171,13 @@ class _FrozenBlock(torch.autograd.Function):
                 output_end, attention_end, expanded, vectors,
             )  # fmt: skip
             grad_residual, grad_heads = block.attention_output_gradient(
-                grad_residual, grad_input, attention_end, vectors
+                grad_residual, grad_input, attention_end, attention.out, vectors
             )
             del grad_input
             grad_input, grad_prefix_key, grad_prefix_value = block.attention.gradient(
-                grad_heads, attention, needs_residual or needs_input, any(needs_prefix), vectors
-            )
+                grad_heads, attention, input, needs_residual or needs_input, any(needs_prefix),
+                vectors,
+            )  # fmt: skip
             if grad_input is not None:
                 grad_residual, grad_input = _of_all_rows(
                     grad_residual, grad_input, block.rows, ctx.has_separate_input
@@ -200,27 +202,28 @@ def _vector_gradients(needs_gradient: tuple[bool, ...], call: BlockCall) -> Vect
 
 
 def _recompute(
-    block: BlockArithmetic, kept: dict[str, Tensor | None]
-) -> tuple[Attention, BranchEnd]:
-    """What the backward pass reads of the attention, kept or computed again."""
+    block: BlockArithmetic, kept: dict[str, Tensor | None], needs_input: bool
+) -> tuple[Attention, BranchEnd, Tensor | None]:
+    """What the backward pass reads of the attention, and its input, kept or computed again."""
     tensors, call = block.tensors, block.call
     residual, input, query, key_value = (
         kept[name] for name in ("residual", "input", "query", "key_value")
     )
-    if query is None:
+    if query is None or needs_input:
         if tensors.previous_sum is not None:
             stats, norm = cast(Tensor, tensors.previous_stats), cast(Norm, call.previous_norm)
             input = block.normalise(tensors.previous_sum, stats, norm)
             residual = tensors.previous_sum if block.spec.pre_norm else input
         elif input is None:
             input = residual
+    if query is None:
         query, key_value = block.attention.project(cast(Tensor, input))
     if kept["attention_out"] is None:
         attention = block.attention.attend(query, cast(Tensor, key_value))
-        return attention, block.add_attention(cast(Tensor, residual), attention.out)
+        return attention, block.add_attention(cast(Tensor, residual), attention.out), input
     attention = Attention(query, key_value, kept["attention_out"], cast(Tensor, kept["lse"]))
     end = BranchEnd(None, cast(Tensor, kept["attention_sum"]), kept["attention_stats"])
-    return attention, end
+    return attention, end, input
 
 
 def _of_all_rows(

@@ -14,6 +14,7 @@ class CalledLinears:
     """
 
     bias = None  # added by the layers themselves
+    update = None
 
     def __init__(self, modules: tuple[nn.Linear, ...]) -> None:
         self._modules = modules

@@ -15,6 +15,7 @@ from ptv2_fast.frozen.spec import Surroundings
 from ptv2_fast.frozen.vectors import (
     StandIns,
     norm_with,
+    read_updates,
     read_vectors,
     trained_norm,
     trains_input_norm,
@@ -141,9 +142,10 @@ class FrozenRun:
                 output_norm = None  # it trains: this block would have a backward pass
             if output_norm is not None:
                 next_norm = read_norm(output_norm, above.spec.subtract_mean)
-        vectors = read_vectors(modules, output_norm, self.stand_ins)
+        updates = read_updates(modules, self.stand_ins)
+        vectors = read_vectors(modules, output_norm, self.stand_ins, updates)
         if self.stand_ins:
-            weights = weights.with_vectors(vectors)
+            weights = weights.with_trained(vectors, updates)
             if next_norm is not None:
                 beta = vectors.output_norm_beta
                 next_norm = norm_with(next_norm, vectors.output_norm_weight, beta)
@@ -230,6 +232,7 @@ class FrozenRun:
                     has_next_norm=hands_up,
                     trains_projections=trains_projections(modules, self.stand_ins),
                     trains_input_norm=trains_input_norm(modules, self.stand_ins),
+                    trains_input_matrix="query_key_value" in read_updates(modules, self.stand_ins),
                 ),
             )
         return self._policies[index - self.lowest]

@@ -111,6 +111,8 @@ class Surroundings:
             gradients are needed in any case.
         trains_input_norm: the norm that gives a separate input trains. In the lowest block it
             stands alone, keeps the residual itself and needs the gradient of the input.
+        trains_input_matrix: an update of the matrix of query, key and value trains: its gradient
+            needs the input.
     """
 
     needs_input_gradient: bool = True
@@ -119,6 +121,7 @@ class Surroundings:
     has_next_norm: bool = True
     trains_projections: bool = False
     trains_input_norm: bool = False
+    trains_input_matrix: bool = False
 
     def of_lowest(self) -> "Surroundings":
         """The same around the lowest block that has a backward pass."""
@@ -155,6 +158,8 @@ def kept_names(policy: str, around: Surroundings) -> tuple[str, ...]:
             names += ["expanded"]
     if around.has_next_norm:
         names += ["output_sum", "output_stats"]
-    if around.trains_input_norm and not around.has_previous and "residual" not in names:
-        names += ["residual"]
+    if not around.has_previous:
+        input = "input" if around.has_separate_input else "residual"
+        needed = ["residual"] * around.trains_input_norm + [input] * around.trains_input_matrix
+        names += [name for name in dict.fromkeys(needed) if name not in names]
     return tuple(names)

@@ -6,12 +6,13 @@ of the gradients of its products and, for norms, of the sums that were normalise
 """
 
 from collections.abc import Callable, Container, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ptv2_fast.frozen.low_rank import LowRankUpdate
 from ptv2_fast.frozen.modules import BlockModules, Norm
 from ptv2_fast.ops import elementwise
 from ptv2_fast.ops.layout import widened
@@ -30,6 +31,7 @@ class BlockVectors(NamedTuple):
         attention_norm_weight, attention_norm_beta, output_norm_weight, output_norm_beta: of the
             norms behind the two sums, [hidden]. Behind the second sum of a pre-norm block stands
             the first norm of the block above.
+        *_down, *_up: of the low-rank updates of the four products (low_rank.py).
     """
 
     query_key_value: Tensor | None = None
@@ -42,14 +44,51 @@ class BlockVectors(NamedTuple):
     attention_norm_beta: Tensor | None = None
     output_norm_weight: Tensor | None = None
     output_norm_beta: Tensor | None = None
+    query_key_value_down: Tensor | None = None
+    query_key_value_up: Tensor | None = None
+    attention_output_down: Tensor | None = None
+    attention_output_up: Tensor | None = None
+    up_down: Tensor | None = None
+    up_up: Tensor | None = None
+    down_down: Tensor | None = None
+    down_up: Tensor | None = None
 
 
 NO_VECTORS = BlockVectors()
-_OF_PROJECTIONS = ("query_key_value", "query_norm", "key_norm")
+LAYERS = ("query_key_value", "attention_output", "up", "down")  # the products of a block
+_OF_INPUT_MATRIX = ("query_key_value_down", "query_key_value_up")
+_OF_PROJECTIONS = ("query_key_value", "query_norm", "key_norm", *_OF_INPUT_MATRIX)
+
+
+def read_updates(modules: BlockModules, stand_ins: StandIns) -> dict[str, LowRankUpdate]:
+    """The low-rank updates of a block's products, those that there are, by name."""
+    linears = (modules.inputs, (modules.attention_output,), modules.up, (modules.down,))
+    found = zip(LAYERS, (_joined_update(each, stand_ins) for each in linears), strict=True)
+    return {name: update for name, update in found if update is not None}
+
+
+def _joined_update(linears: tuple[nn.Linear, ...], stand_ins: StandIns) -> LowRankUpdate | None:
+    """Of layers that share an input."""
+    parts, outputs, scale, first = [], [], 0.0, 0
+    for linear in linears:
+        last = first + linear.out_features
+        if _of(linear, "lora_A", stand_ins) is not None:
+            part: Any = stand_ins[linear]
+            parts.append((part.lora_A, part.lora_B))
+            outputs.append((first, last))
+            scale = part.scale
+        first = last
+    if not parts:
+        return None
+    down, up = (each[0] if len(each) == 1 else torch.cat(each) for each in zip(*parts, strict=True))
+    return LowRankUpdate(down, up, tuple(outputs), scale)
 
 
 def read_vectors(
-    modules: BlockModules, output_norm: nn.Module | None, stand_ins: StandIns
+    modules: BlockModules,
+    output_norm: nn.Module | None,
+    stand_ins: StandIns,
+    updates: Mapping[str, LowRankUpdate],
 ) -> BlockVectors:
     """The vectors of one block.
 
@@ -57,9 +96,14 @@ def read_vectors(
         modules: of the block.
         output_norm: behind its second sum, or None.
         stand_ins: of the encoder's modules that have one.
+        updates: of `read_updates`.
     """
     if not stand_ins:
         return NO_VECTORS
+    pairs = (
+        (updates[name].down, updates[name].up) if name in updates else (None, None)
+        for name in LAYERS
+    )
     attention_norm = modules.second_norm if modules.spec.pre_norm else modules.first_norm
     query_norm, key_norm = modules.head_norms or (None, None)
     return BlockVectors(
@@ -73,6 +117,7 @@ def read_vectors(
         _of(attention_norm, "bias", stand_ins),
         _of(output_norm, "weight", stand_ins),
         _of(output_norm, "bias", stand_ins),
+        *(tensor for pair in pairs for tensor in pair),
     )
 
 
@@ -98,10 +143,8 @@ def _joined_bias(linears: tuple[nn.Linear, ...], stand_ins: StandIns) -> Tensor 
 
 
 def trains_projections(modules: BlockModules, stand_ins: Container[nn.Module]) -> bool:
-    """Whether a block trains biases of query, key and value, or the norms of their heads."""
-    return any(linear in stand_ins and linear.bias is not None for linear in modules.inputs) or any(
-        norm in stand_ins for norm in modules.head_norms
-    )
+    """Whether a block trains something of query, key and value, or the norms of their heads."""
+    return any(module in stand_ins for module in (*modules.inputs, *modules.head_norms))
 
 
 def trains_input_norm(modules: BlockModules, stand_ins: Container[nn.Module]) -> bool:
@@ -133,6 +176,38 @@ class VectorGradients:
     def want_projections(self) -> bool:
         """Whether gradients of query, key and value are needed."""
         return not self.wanted.isdisjoint(_OF_PROJECTIONS)
+
+    @property
+    def want_input_matrix(self) -> bool:
+        """Whether the input of query, key and value is needed."""
+        return not self.wanted.isdisjoint(_OF_INPUT_MATRIX)
+
+    def want_update(self, name: str) -> bool:
+        """Whether the low-rank update of a product trains."""
+        return not self.wanted.isdisjoint((f"{name}_down", f"{name}_up"))
+
+    def add_update(
+        self,
+        name: str,
+        update: LowRankUpdate | None,
+        input: Tensor,
+        gradient: Tensor,
+        first_row: int = 0,
+    ) -> None:
+        """Add what rows give for a low-rank update.
+
+        Args:
+            name: of the product.
+            update: of it, in the products' dtype.
+            input: [R, in], of the product.
+            gradient: [R, out], of its result.
+            first_row: number of the first row.
+        """
+        if update is not None and self.want_update(name):
+            rows = max(self._tokens - first_row, 0)
+            grad_down, grad_up = update.gradients(input[:rows], gradient[:rows])
+            self._add(f"{name}_down", widened(grad_down))
+            self._add(f"{name}_up", widened(grad_up))
 
     def add_bias(self, name: str, *gradients: Tensor, first_row: int = 0) -> None:
         """Add the sums of the rows of [R, C] for a bias.

@@ -1,14 +1,16 @@
 """The frozen weights of an encoder block, in the dtype and the form its products want."""
 
 import copy
+from collections.abc import Mapping
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 
 from ptv2_fast.frozen.called import CalledLinears
+from ptv2_fast.frozen.low_rank import LowRankUpdate
 from ptv2_fast.frozen.modules import BiasSource, BlockModules, Norm, read_norm
-from ptv2_fast.frozen.vectors import BlockVectors, norm_with
+from ptv2_fast.frozen.vectors import LAYERS, BlockVectors, norm_with
 from ptv2_fast.ops.layout import widened
 
 _SHARING_DEVICES = ("cpu", "cuda", "xpu")  # whose memory torch takes from others
@@ -20,10 +22,13 @@ class FrozenLinear:
     Args:
         weight: [out, in] in the dtype of the products.
         bias: [out], any dtype.
+        update: of the weight, in its dtype.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight = weight
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, update: LowRankUpdate | None = None
+    ) -> None:
+        self.weight, self.update = weight, update
         self.bias = None if bias is None else widened(bias)  # for what is fused with the bias
         self._bias = None if bias is None else bias.to(weight.dtype)
         # Straight to oneDNN: torch sends fp32 to MKL, which is slower on processors of AMD, and
@@ -38,23 +43,33 @@ class FrozenLinear:
     def rows(self, first: int, last: int) -> "FrozenLinear":
         """The part that computes the outputs first to last - 1, sharing memory."""
         bias = None if self.bias is None else self.bias[first:last]
-        return FrozenLinear(self.weight[first:last], bias)
+        update = None if self.update is None else self.update.rows(first, last)
+        return FrozenLinear(self.weight[first:last], bias, update)
 
-    def with_bias(self, bias: Tensor) -> "FrozenLinear":
-        """The same layer with another bias."""
-        return FrozenLinear(self.weight, bias)
+    def with_trained(self, bias: Tensor | None, update: LowRankUpdate | None) -> "FrozenLinear":
+        """The same layer with another bias, if there is one, and an update, if there is one."""
+        update = None if update is None else update.to(self.weight.dtype)
+        return FrozenLinear(self.weight, self.bias if bias is None else bias, update)
 
     def biased(self, input: Tensor, chunk_index: int = 0) -> Tensor:
         """input @ weight^T + bias, [R, in] -> [R, out]; `chunk_index` is for `CalledLinears`."""
-        return self._product(input, self.weight, self._bias)
+        return self._updated(self._product(input, self.weight, self._bias), input)
 
     def unbiased(self, input: Tensor, chunk_index: int = 0) -> Tensor:
         """input @ weight^T, for a caller that fuses the bias with what follows."""
-        return self._product(input, self.weight, None)
+        return self._updated(self._product(input, self.weight, None), input)
 
     def input_gradient(self, grad_out: Tensor, chunk_index: int = 0) -> Tensor:
         """grad_out @ weight, [R, out] -> [R, in]."""
-        return self._product(grad_out, self.weight.t(), None)
+        gradient = self._product(grad_out, self.weight.t(), None)
+        if self.update is not None:
+            self.update.add_input_gradient(gradient, grad_out)
+        return gradient
+
+    def _updated(self, out: Tensor, input: Tensor) -> Tensor:
+        if self.update is not None:
+            self.update.add_output(out, input)
+        return out
 
     def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         if self._by_onednn and input.shape[0] > 0:
@@ -112,16 +127,21 @@ class BlockWeights:
         else:  # all three for all rows: their weights are mixed, or the layer can only be called
             self.query = self.key_value = None
 
-    def with_vectors(self, vectors: BlockVectors) -> "BlockWeights":
-        """The weights with other biases and norms, where there are any; these leave their graph."""
+    def with_trained(
+        self, vectors: BlockVectors, updates: Mapping[str, LowRankUpdate]
+    ) -> "BlockWeights":
+        """The weights with other biases, norms and updates, where there are any.
+
+        These leave their graph.
+        """
         values = BlockVectors(*(None if each is None else each.detach() for each in vectors))
         copied = copy.copy(self)
-        for name in ("query_key_value", "attention_output", "up", "down"):
-            bias = getattr(values, name)
-            if bias is not None:  # whose layer is plain
-                setattr(copied, name, cast(FrozenLinear, getattr(self, name)).with_bias(bias))
-        if values.query_key_value is not None:
-            copied._split_inputs()
+        for name in LAYERS:
+            trained = getattr(values, name), updates.get(name)
+            if trained != (None, None):  # whose layer is plain
+                layer = cast(FrozenLinear, getattr(self, name))
+                setattr(copied, name, layer.with_trained(*trained))
+        copied._split_inputs()
         norm = (values.attention_norm_weight, values.attention_norm_beta)
         if self.spec.pre_norm:
             copied.second_norm = norm_with(self.second_norm, *norm)

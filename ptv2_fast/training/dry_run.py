@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ptv2_fast.tasks.task import Features
 from ptv2_fast.training.measure import kept_bytes
 from ptv2_fast.training.prepare import Prepared, runs_until_stopped
-from ptv2_fast.training.trainer import vector_parameters, vector_rate
+from ptv2_fast.training.trainer import update_parameters, vector_parameters, vector_rate
 
 if TYPE_CHECKING:
     from ptv2_fast.training.multitask.train import PreparedTasks
@@ -72,6 +72,8 @@ def _describe_training(table: dict[str, Any], prepared: Prepared, batches: int) 
     if vector_parameters(prepared.model):
         rate = vector_rate(options.bias_learning_rate, table["head_learning_rate"])
         table["bias_learning_rate"] = rate
+    if update_parameters(prepared.model):
+        table["low_rank_learning_rate"] = options.low_rank_learning_rate
     if total is not None and arguments.max_steps < 0:
         table["num_train_epochs"] = arguments.num_train_epochs
     if arguments.eval_strategy != "no" and not options.eval_seconds:

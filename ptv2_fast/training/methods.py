@@ -30,6 +30,7 @@ def prefix_config(options: ModelOptions) -> PTuningV2Config:
     Raises:
         ValueError: naming the field that is out of range.
     """
+    targets = options.low_rank_targets
     return PTuningV2Config(
         num_virtual_tokens=options.num_virtual_tokens,
         prefix_projection=options.prefix_projection,
@@ -40,6 +41,9 @@ def prefix_config(options: ModelOptions) -> PTuningV2Config:
         init=options.init,
         train_biases=options.train_biases,
         train_norms=options.train_norms,
+        low_rank=options.low_rank,
+        low_rank_alpha=options.low_rank_alpha,
+        low_rank_targets=None if targets is None else tuple(targets.split(",")),
         backbone=options.backbone,
         recompute=options.recompute,
         memory_budget=options.memory_budget,

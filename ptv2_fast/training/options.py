@@ -38,6 +38,7 @@ METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora",)),
     **dict.fromkeys(
         ("prefix_projection", "prefix_dropout", "position_offset", "train_biases", "train_norms",
+         "low_rank", "low_rank_alpha", "low_rank_targets", "low_rank_learning_rate",
          "bias_learning_rate", "backbone", "recompute", "memory_budget", "backbone_dtype"),
         ("p-tuning-v2",),
     ),
@@ -83,6 +84,15 @@ class ModelOptions(Options):
     train_norms: bool = option(
         False, "p-tuning-v2: train the norms of the layers with a prefix too"
     )
+    low_rank: int | None = option(
+        None, "p-tuning-v2: rank of updates of the layers' matrices, which train too (LoRA)"
+    )
+    low_rank_alpha: float | None = option(
+        None, "they are scaled by this over the rank (default: twice the rank)"
+    )
+    low_rank_targets: str | None = option(
+        None, "names of the linear layers that get one, as query,value (default: all)"
+    )
     start_from: str | None = option(
         None,
         "p-tuning-v2: folder of a run, a multi-task run or an adapter whose prefix training starts "
@@ -116,7 +126,11 @@ class ModelOptions(Options):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require(self.model is not None, "model", "a folder or a name on the hub")
-        self.require(self.num_virtual_tokens >= 1, "num_virtual_tokens", "an integer >= 1")
+        has_more = self.train_biases or self.train_norms or self.low_rank is not None
+        least = 0 if has_more and self.method == "p-tuning-v2" else 1
+        self.require(
+            self.num_virtual_tokens >= least, "num_virtual_tokens", f"an integer >= {least}"
+        )
         width = self.encoder_hidden_size
         self.require(width is None or width >= 1, "encoder_hidden_size", "None or an integer >= 1")
         if self.start_from is not None:
@@ -179,6 +193,7 @@ class TrainingOptions(Options):
         "peak learning rate of biases and norms that train (default: that of the head, at most "
         f"{MOST_FOR_BIASES:g})",
     )
+    low_rank_learning_rate: float = option(2e-3, "peak learning rate of low-rank updates")
     weight_decay: float = option(0.0, "of AdamW, not on biases and norms")
     warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises")
     schedule: str = option("linear", "the learning rate after that", choices=SCHEDULES)
@@ -212,8 +227,8 @@ class TrainingOptions(Options):
                      "logging_steps"):  # fmt: skip
             self.require(getattr(self, name) >= 1, name, "an integer >= 1")
         for name in ("num_train_epochs", "max_steps", "max_seconds", "learning_rate",
-                     "head_learning_rate", "bias_learning_rate", "eval_steps",
-                     "eval_seconds"):  # fmt: skip
+                     "head_learning_rate", "bias_learning_rate",
+                     "low_rank_learning_rate", "eval_steps", "eval_seconds"):  # fmt: skip
             value = getattr(self, name)
             self.require(value is None or 0 < value < math.inf, name, "None or a number > 0")
         for name in ("weight_decay", "max_grad_norm"):

@@ -96,6 +96,7 @@ def pace(
         "progress": options.progress,
         "head_learning_rate": options.head_learning_rate,
         "bias_learning_rate": options.bias_learning_rate,
+        "low_rank_learning_rate": options.low_rank_learning_rate,
         "epoch_decay": options.schedule_decay if options.schedule == "exponential" else None,
         "callbacks": [
             StopWhenDiverged(),

@@ -88,6 +88,7 @@ class PacedTrainer(Trainer):
         progress: show bars.
         head_learning_rate: of what lies outside backbone, prefix, prompt and LoRA; None = the same.
         bias_learning_rate: of biases and norms that train beside a prefix; None = `vector_rate`.
+        low_rank_learning_rate: of low-rank updates beside it; None = the same.
         epoch_decay: multiplies the learning rates after each epoch; None = the schedule of `args`.
         callbacks: further callbacks.
     """
@@ -103,6 +104,7 @@ class PacedTrainer(Trainer):
         progress: bool = False,
         head_learning_rate: float | None = None,
         bias_learning_rate: float | None = None,
+        low_rank_learning_rate: float | None = None,
         epoch_decay: float | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
@@ -112,6 +114,7 @@ class PacedTrainer(Trainer):
         self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
         of_head = head_learning_rate or args.learning_rate
         self.bias_learning_rate = vector_rate(bias_learning_rate, of_head)
+        self.low_rank_learning_rate = low_rank_learning_rate
         super().__init__(
             model,
             args,
@@ -189,6 +192,7 @@ class PacedTrainer(Trainer):
         for parameters, rate in (
             (head_parameters(model), self.head_learning_rate),
             (vector_parameters(model), self.bias_learning_rate),
+            (update_parameters(model), self.low_rank_learning_rate),
         ):
             if parameters and rate is not None:
                 own = {id(parameter) for parameter in parameters}
@@ -292,11 +296,19 @@ def vector_rate(given: float | None, of_head: float) -> float:
 
 def vector_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
     """Biases and norms that train beside a prefix."""
-    return [
-        parameter
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad and name.startswith(f"{ENCODER_NAME}.{VECTORS_NAME}.")
-    ]
+    return [p for name, p in _beside_prefix(model) if LORA not in name]
+
+
+def update_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
+    """Low-rank updates that train beside a prefix."""
+    return [p for name, p in _beside_prefix(model) if LORA in name]
+
+
+def _beside_prefix(model: PreTrainedModel) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """What trains of the layers, by name."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and name.startswith(f"{ENCODER_NAME}.{VECTORS_NAME}."):
+            yield name, parameter
 
 
 def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:

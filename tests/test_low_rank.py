@@ -1,0 +1,185 @@
+"""Low-rank updates that train beside the prefix: on both paths, against layers with the updates."""
+
+import copy
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import ptv2_fast
+from ptv2_fast import PTuningV2Config
+from ptv2_fast.encoders.attachment import find_attachment
+from tests.concatenation import concatenating_attention
+from tests.models import (
+    BACKBONES,
+    P,
+    assert_close_to_model,
+    make_batch,
+    one_thread,  # noqa: F401
+    outputs_of,
+    real_tokens,
+    tiny_model,
+)
+from tests.test_vectors import VECTORS, head_of
+
+RANK = 3
+# Layers of three inputs, of one, gated, grouped-query, by head; with dropout in one place or more.
+FAMILIES = (
+    "bert",
+    "deberta-v2",
+    "esm",
+    "glm2021",
+    "llama",
+    "mobilebert",
+    "modernbert",
+    "nomic_bert",
+    "t5",
+)
+CASES = [(name, way) for name in FAMILIES if name in BACKBONES for way in BACKBONES[name]]
+
+
+class UpdatedLinear(nn.Linear):
+    """The matrix W + scale B A, the definition of an update."""
+
+    lora_A: nn.Parameter
+    lora_B: nn.Parameter
+    scale: float
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight + self.scale * self.lora_B @ self.lora_A
+        return nn.functional.linear(input, weight, self.bias)
+
+
+def updated(model_type: str = "bert", dtype: torch.dtype = torch.float32, **fields):
+    """A plain model, and an attached one whose updates are not zero."""
+    plain = tiny_model(model_type, head_of(model_type)).to(dtype)
+    config = PTuningV2Config(**{"num_virtual_tokens": P, "low_rank": RANK, **fields})
+    model = ptv2_fast.attach(copy.deepcopy(plain), config)
+    with torch.no_grad():
+        for name, parameter in model.prefix_encoder.named_parameters():
+            std = 1.0 if name == "embedding.weight" else 0.2
+            parameter.copy_(nn.init.normal_(parameter, std=std).to(dtype))
+    return plain, model
+
+
+def leaves_of(model) -> dict[str, nn.Parameter]:
+    """By the names that they have in the layers."""
+    return {
+        name.removeprefix(VECTORS): parameter
+        for name, parameter in model.named_parameters()
+        if name.startswith(VECTORS)
+    }
+
+
+def with_updates(plain, model):
+    """The plain model with updated matrices."""
+    changed, attachment = copy.deepcopy(plain), find_attachment(model)
+    layers = attachment.family.layer_modules(changed.base_model)
+    scale = (
+        2.0 if attachment.config.low_rank_alpha is None else attachment.config.low_rank_alpha / RANK
+    )
+    for name, parameter in leaves_of(model).items():
+        index, path, kind = name.split(".", 1)[0], *name.split(".", 1)[1].rsplit(".", 1)
+        linear = layers[int(index)].get_submodule(path)
+        linear.__class__, linear.scale = UpdatedLinear, scale
+        setattr(linear, kind, nn.Parameter(parameter.detach().to(linear.weight.dtype)))
+    return changed
+
+
+def check_gradients(model_type: str, dtype: torch.dtype, **fields) -> None:
+    head = head_of(model_type)
+    plain, model = updated(model_type, dtype, **fields)
+    batch, table = make_batch(head), model.prefix_encoder.embedding.weight
+    real, leaves = real_tokens(head, batch), leaves_of(model)
+
+    def results(output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
+        output = output * real
+        gradients = torch.autograd.grad(output, leaves, grad_out.to(output.dtype))
+        return output.detach(), *gradients
+
+    output = outputs_of(head, model(**batch))
+    grad_out = torch.randn(output.shape)
+    actual = results(output, table, *leaves.values())
+    assert all(gradient.dtype == torch.float32 for gradient in actual[1:])
+    assert all(gradient.abs().max() > 0 for gradient in actual[1:])
+
+    def concatenated(plain, prefix: Tensor) -> tuple[Tensor, ...]:
+        prefix.requires_grad_()
+        layers = find_attachment(model).family.layer_modules(plain.base_model)
+        own = [layers[int(n.split(".", 1)[0])].get_parameter(n.split(".", 1)[1]) for n in leaves]
+        with concatenating_attention(plain, dict(enumerate(prefix))):
+            output = outputs_of(head, plain(**batch))
+        output, gradient, *others = results(output, prefix, *own)
+        return output, gradient.permute(3, 0, 1, 2, 4).reshape(table.shape), *others
+
+    prefix = model.prefix_encoder().detach()
+    actual = tuple(each.to(dtype) for each in actual)
+    assert_close_to_model(actual, concatenated, with_updates(plain, model), prefix, dtype=dtype)
+
+
+@pytest.mark.parametrize(("model_type", "backbone"), CASES)
+def test_outputs_and_gradients_equal_updated_layers(model_type, backbone):
+    check_gradients(model_type, torch.float32, backbone=backbone, low_rank_alpha=4.5)
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+@pytest.mark.parametrize("model_type", ["bert", "esm", "llama"])
+def test_bfloat16_gradients_equal_updated_layers(model_type, backbone):
+    check_gradients(model_type, torch.bfloat16, backbone=backbone)
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+@pytest.mark.parametrize(
+    "targets", [["query", "value"], ["attention.output.dense"], ["key", "dense"]]
+)
+def test_some_layers_alone(targets, backbone):
+    check_gradients("bert", torch.float32, backbone=backbone, low_rank_targets=targets)
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+def test_updates_stand_without_a_prefix(backbone, tmp_path):
+    plain, model = updated(num_virtual_tokens=0, backbone=backbone)
+    batch = make_batch("token")
+    real, logits = real_tokens("token", batch), model(**batch).logits
+    expected = with_updates(plain, model)(**batch).logits
+    torch.testing.assert_close(logits * real, expected * real)
+    logits.square().sum().backward()
+    assert all(leaf.grad.abs().max() > 0 for leaf in leaves_of(model).values())
+    ptv2_fast.save_adapter(model, tmp_path)
+    twin = ptv2_fast.load_adapter(plain, tmp_path)
+    torch.testing.assert_close(twin(**batch).logits * real, logits * real)
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+def test_a_new_update_changes_nothing_and_an_adapter_holds_it(backbone, tmp_path):
+    plain, batch = tiny_model("bert", "token"), make_batch("token")
+    config = PTuningV2Config(num_virtual_tokens=P, backbone=backbone)
+    torch.manual_seed(0)
+    logits = ptv2_fast.attach(copy.deepcopy(plain), config)(**batch).logits
+    config = PTuningV2Config(num_virtual_tokens=P, backbone=backbone, low_rank=RANK)
+    torch.manual_seed(0)
+    model = ptv2_fast.attach(copy.deepcopy(plain), config)
+    assert torch.equal(model(**batch).logits, logits)
+    plain, model = updated(backbone=backbone)
+    ptv2_fast.save_adapter(model, tmp_path)
+    names = load_file(tmp_path / "ptv2_adapter.safetensors")
+    assert f"{VECTORS}1.attention.self.value.lora_B" in names
+    twin = ptv2_fast.load_adapter(plain, tmp_path)
+    real = real_tokens("token", batch)  # the twin leaves the pads out
+    torch.testing.assert_close(twin(**batch).logits * real, model(**batch).logits * real)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "fields", "message"),
+    [
+        ("bert", {"low_rank": 0}, "low_rank: expected None or an integer >= 1, got 0"),
+        ("bert", {"low_rank_alpha": 2}, "low_rank_alpha: expected None, or a number > 0 with low"),
+        ("bert", {"low_rank": 2, "low_rank_targets": ["qkv"]}, "low_rank: expected linear layers"),
+        ("deberta-v2", {"low_rank": 2, "low_rank_targets": ["query_proj"]}, "expected linear"),
+        ("albert", {"low_rank": 2}, "low_rank: expected layers that share no weights"),
+    ],
+)  # fmt: skip
+def test_what_is_not_served_is_refused(model_type, fields, message):
+    with pytest.raises(ValueError, match=message):
+        ptv2_fast.attach(tiny_model(model_type), PTuningV2Config(**fields))
