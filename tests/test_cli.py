@@ -282,6 +282,15 @@ BAD_TRAINING = {
         ["--eval-seconds", "4", "--save-steps", "8"],
         "save_steps: expected None beside eval_seconds with load_best, got 8",
     ),
+    "decay": (
+        ["--schedule", "warmup_stable_decay", "--warmup-ratio", "0.5", "--decay-ratio", "0.6"],
+        "decay_ratio: expected at most 1 - warmup_ratio = 0.5, got 0.6",
+    ),
+    "average": (["--ema-decay", "1"], "ema_decay: expected None or a number in (0, 1), got 1.0"),
+    "smoothing": (
+        ["--label-smoothing-factor", "0.1", "--task", "question-answering"],
+        "label_smoothing_factor: expected 0 for the task question-answering",
+    ),
     "resume": (["--resume", "--overwrite"], "expected one of resume and overwrite"),
 }
 

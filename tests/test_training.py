@@ -1,7 +1,9 @@
 """Methods, order of batches, learning rates, the time limit, scoring and measuring."""
 
+import dataclasses
 import gc
 import json
+import math
 import os
 import time
 import weakref
@@ -240,6 +242,76 @@ def test_an_exponential_schedule_multiplies_the_rates_after_each_epoch(tiny, tmp
     ]
 
 
+def test_a_warmup_stable_decay_schedule_and_the_betas_reach_the_optimizer(tiny, tmp_path):
+    """2 of 10 steps up and 4 down, by 1 - sqrt of the part of these that is over."""
+    config = run_config(tiny, lr_scheduler_type="warmup_stable_decay", max_steps=10,
+                        warmup_ratio=0.2, decay_ratio=0.4, decay_type="1-sqrt", learning_rate=1.0,
+                        adam_beta1=0.8, adam_beta2=0.98)  # fmt: skip
+    seen = []
+
+    class Rates(TrainerCallback):
+        def on_step_begin(self, args, state, control, optimizer, **unused) -> None:
+            group = optimizer.param_groups[0]
+            seen.append(group["lr"])
+            assert group["betas"] == (0.8, 0.98)
+
+    train(prepare(config, tmp_path / "run"), [Rates()])
+    falling = [1 - math.sqrt(k / 4) for k in range(4)]
+    assert seen == pytest.approx([0, 0.5, 1, 1, 1, 1, *falling])
+
+
+@pytest.mark.parametrize("method", ["p-tuning-v2", "fine-tuning"])
+def test_a_run_with_an_average_scores_and_ends_with_it(method, tiny, tmp_path, monkeypatch):
+    """The best of three scorings is the second; the run that is killed goes on to the same bits
+    from the checkpoint before one that has lost its average."""
+    scored, after_steps = [], []
+
+    def score(model, *unused):
+        scored.append({k: v.clone() for k, v in trained_tensors(model).items()})
+        return {"f1": (0.1, 0.9, 0.3)[len(scored) - 1]}
+
+    class Watch(TrainerCallback):
+        def on_train_begin(self, args, state, control, model, **unused) -> None:
+            after_steps.append({k: v.clone() for k, v in trained_tensors(model).items()})
+
+        def on_step_end(self, args, state, control, model, **unused) -> None:
+            self.on_train_begin(args, state, control, model)
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **unused) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    config = run_config(tiny, method=method, ema_decay=0.3, max_steps=6, eval_steps=2,
+                        save_steps=2, learning_rate=1e-2, dropout=0.1)  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "score", score)
+        prepared = prepare(config, tmp_path / "whole")
+        train(prepared, [Watch()])
+    average = after_steps[0]
+    for number, tensors in enumerate(after_steps[1:]):
+        decay = min(0.3, (1 + number) / (10 + number))
+        average = {k: decay * v + (1 - decay) * tensors[k] for k, v in average.items()}
+        if number % 2:
+            torch.testing.assert_close(scored[number // 2], average)
+    assert all(t.equal(scored[1][name]) for name, t in trained_tensors(prepared.model).items())
+
+    config = dataclasses.replace(
+        config, training=dataclasses.replace(config.training, save_steps=2, load_best=False)
+    )
+    train(prepare(config, tmp_path / "last"))
+    with pytest.raises(KeyboardInterrupt):
+        train(prepare(config, tmp_path / "killed"), [Kill()])
+    (tmp_path / "killed/checkpoints/checkpoint-4/average.safetensors").unlink()
+    prepared = prepare(config, tmp_path / "killed", resume=True)
+    with pytest.warns(UserWarning, match=r"checkpoint-4 has no weights average\.safetensors"):
+        train(prepared)
+    ends = load_run(tmp_path / "last").model.state_dict()
+    for name, tensor in trained_tensors(prepared.model).items():
+        assert tensor.equal(ends[name]), name
+        assert tensor.equal(scored[2][name]), name
+
+
 def test_scoring_draws_nothing_from_the_generator_of_training(tiny, tmp_path):
     """Otherwise how often a run is scored would change what it learns."""
     results = []
@@ -335,13 +407,44 @@ def test_options_that_change_the_step_still_train(changes, tiny, tmp_path):
     assert report["metrics"]["validation"]["f1"] > 0.9
 
 
-def test_a_step_of_two_batches_is_that_of_one_as_large(tiny, tmp_path):
+def test_label_smoothing_is_torchs(tiny, tmp_path):
+    config = run_config(tiny, label_smoothing_factor=0.2, max_steps=1, logging_steps=1)
+    prepared = prepare(config, tmp_path / "run")
+    wanted = []
+
+    def loss(model, args, kwargs, output):
+        if model.training and "labels" not in kwargs:
+            wanted.append(output.logits.detach().clone())
+
+    prepared.model.register_forward_hook(loss, with_kwargs=True)
+    collate, labels = prepared.task.collator(prepared.tokenizer), []
+
+    def collator(tokenizer):
+        def collate_and_keep(rows):
+            batch = collate(rows)
+            labels.append(batch["labels"])
+            return batch
+
+        return collate_and_keep
+
+    prepared.task.collator = collator
+    train(prepared)
+    line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
+    smoothed = nn.functional.cross_entropy(
+        wanted[0].flatten(0, 1), labels[0].flatten(), label_smoothing=0.2
+    )
+    assert line["loss"] == pytest.approx(smoothed.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+def test_a_step_of_two_batches_is_that_of_one_as_large(smoothing, tiny, tmp_path):
     """Without -100 among the labels: all sentences have the same length and one piece a word."""
     file = tmp_path / "train.txt"
     file.write_text("Anna B-PER\nlives O\n.  O\n\nOslo B-LOC\nloves O\nBob B-PER\n\n" * 8)
     logged = []
     for batch_size, count in ((8, 1), (4, 2)):
         config = run_config(tiny, train_file=str(file), batch_size=batch_size, max_steps=1,
+                            label_smoothing_factor=smoothing,
                             gradient_accumulation_steps=count, logging_steps=1)  # fmt: skip
         train(prepare(config, tmp_path / f"run{count}"))
         first = (tmp_path / f"run{count}/metrics.jsonl").read_text().splitlines()[0]

@@ -11,7 +11,6 @@ _ELSEWHERE = {
     "train_batch_size": "batch_size",
     "per_device_eval_batch_size": "eval_batch_size",
     "warmup_steps": "warmup_ratio",
-    "lr_scheduler_type": "schedule",
     "fp16": "bf16",
     "eval_strategy": "eval_steps",
     "evaluation_strategy": "eval_steps",

@@ -3,6 +3,7 @@
 import re
 import warnings
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -12,7 +13,9 @@ from ptv2_fast.files import read_json_object
 _NAME = re.compile(r"checkpoint-(\d{1,18})")
 
 
-def last_checkpoint(folder: Path, processes: int = 1, needs_best: bool = False) -> Path | None:
+def last_checkpoint(
+    folder: Path, processes: int = 1, needs_best: bool = False, more: Sequence[str] = ()
+) -> Path | None:
     """The newest whole checkpoint; warns about each newer one that is damaged.
 
     Whole is one from which training goes on as if it had not been interrupted: weights, optimizer,
@@ -22,6 +25,7 @@ def last_checkpoint(folder: Path, processes: int = 1, needs_best: bool = False) 
         folder: of the checkpoints.
         processes: that train.
         needs_best: the run ends with its best checkpoint.
+        more: names of files of weights that every checkpoint has beside the model's.
 
     Returns:
         Its folder; None when there is none, and training begins at its first step.
@@ -29,7 +33,7 @@ def last_checkpoint(folder: Path, processes: int = 1, needs_best: bool = False) 
     found = {int(match[1]): path for path in folder.glob("*") if (match := _match(path))}
     for step in sorted(found, reverse=True):
         try:
-            _check(found[step], step, processes, needs_best)
+            _check(found[step], step, processes, needs_best, more)
         except (OSError, ValueError) as error:
             warnings.warn(
                 f"resume: {found[step]} is damaged ({error}); going on from the one before, or "
@@ -57,7 +61,9 @@ def _match(path: Path) -> re.Match[str] | None:
     return _NAME.fullmatch(path.name) if path.is_dir() else None
 
 
-def _check(checkpoint: Path, step: int, processes: int, needs_best: bool) -> None:
+def _check(
+    checkpoint: Path, step: int, processes: int, needs_best: bool, more: Sequence[str]
+) -> None:
     """Raise an OSError or a ValueError unless everything in it can be read."""
     state = read_json_object(checkpoint / "trainer_state.json")
     if state.get("global_step") != step:
@@ -65,12 +71,12 @@ def _check(checkpoint: Path, step: int, processes: int, needs_best: bool) -> Non
     numbers = [f"_{number}" for number in range(processes)] if processes > 1 else [""]
     for name in ("optimizer.pt", "scheduler.pt", *(f"rng_state{n}.pth" for n in numbers)):
         _check_archive(checkpoint / name)
-    _check_weights(checkpoint)
+    _check_weights(checkpoint, more)
     best = state.get("best_global_step")
     if needs_best and best is not None:
         if type(best) is not int:
             raise ValueError(f"its best step is {best!r:.20}")
-        _check_weights(checkpoint.with_name(f"checkpoint-{best}"))
+        _check_weights(checkpoint.with_name(f"checkpoint-{best}"), more)
 
 
 def _check_archive(path: Path) -> None:
@@ -84,10 +90,11 @@ def _check_archive(path: Path) -> None:
         raise ValueError(f"{path.name}: {bad} is corrupt")
 
 
-def _check_weights(checkpoint: Path) -> None:
+def _check_weights(checkpoint: Path, more: Sequence[str] = ()) -> None:
     files = sorted(checkpoint.glob("*.safetensors"))
-    if not files:
-        raise ValueError(f"{checkpoint.name} has no weights")
+    missing = set(more) - {file.name for file in files}
+    if len(files) == len(more) or missing:
+        raise ValueError(f"{checkpoint.name} has no weights {' '.join(sorted(missing))}".strip())
     for file in files:
         try:
             with safe_open(file, "pt"):

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ptv2_fast.training.multitask.train import PreparedTasks
 
 _LABELS = 100  # how many are listed
-_STATES = 3  # a gradient and AdamW's two moments for each trained parameter
+_STATES = 3  # a gradient and AdamW's two moments for each trained parameter, beside an average
 
 
 def describe_run(prepared: Prepared) -> dict[str, dict[str, Any]]:
@@ -134,7 +134,8 @@ def estimate(
         kept = max(kept, size)
         scored += _scoring_seconds(part, total)
     activate(0)
-    limit = parts[0].config.training.max_seconds
+    options = parts[0].config.training
+    limit, states = options.max_seconds, _STATES + (options.ema_decay is not None)
     whole = math.inf if total is None else step_seconds * total
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
@@ -143,7 +144,7 @@ def estimate(
         "step_seconds": round(step_seconds, 4),
         "training_seconds": round(min(whole, limit or math.inf), 1),
         "scoring_seconds": round(scored, 1),
-        "memory_bytes": held + _STATES * trained + kept,
+        "memory_bytes": held + states * trained + kept,
     }
 
 

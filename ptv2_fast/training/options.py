@@ -16,7 +16,9 @@ METHODS = (
 )  # fmt: skip
 # Options that change no result: runs may go on with others.
 NEUTRAL_OPTIONS = frozenset({"progress", "feature_cache", "preprocessing_num_workers"})
-SCHEDULES = ("linear", "cosine", "constant", "constant_with_warmup", "exponential")
+SCHEDULES = (
+    "linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay", "exponential",
+)  # fmt: skip
 
 # Where a search has not said better. The authors' scripts use 5e-3 to 6e-2 for P-Tuning v2.
 DEFAULT_LEARNING_RATES = {
@@ -195,12 +197,35 @@ class TrainingOptions(Options):
     )
     low_rank_learning_rate: float = option(2e-3, "peak learning rate of low-rank updates")
     weight_decay: float = option(0.0, "of AdamW, not on biases and norms")
+    adam_beta1: float = option(0.9, "of AdamW: decay of the average of gradients")
+    adam_beta2: float = option(0.999, "of AdamW: decay of the average of their squares")
     warmup_ratio: float = option(0.0, "part of the run in which the learning rate rises")
-    schedule: str = option("linear", "the learning rate after that", choices=SCHEDULES)
+    schedule: str = option(
+        "linear",
+        "the learning rate after that",
+        choices=SCHEDULES,
+        aliases=("lr_scheduler_type",),
+    )
     schedule_decay: float = option(
         0.95, "exponential: what the learning rate is multiplied by after each epoch"
     )
+    decay_ratio: float = option(
+        0.2, "warmup_stable_decay: part of the run, at its end, in which the learning rate falls"
+    )
+    decay_type: str = option(
+        "cosine", "warmup_stable_decay: how it falls", choices=("linear", "cosine", "1-sqrt")
+    )
     max_grad_norm: float = option(1.0, "clip gradients to this norm; 0 = no clipping")
+    label_smoothing_factor: float = option(
+        0.0,
+        "part of a label's weight that goes to all labels alike; not for answers in a text, "
+        "numbers and label words",
+    )
+    ema_decay: float | None = option(
+        None,
+        "score and save an exponential moving average of what is trained, with this decay a step "
+        "(0.99 = over about 100 steps)",
+    )
     seed: int = option(42, "of initialisation, order and dropout")
     bf16: bool = option(False, "automatic mixed precision in bfloat16")
     gradient_checkpointing: bool = option(False, "recompute activations to save memory")
@@ -233,7 +258,17 @@ class TrainingOptions(Options):
             self.require(value is None or 0 < value < math.inf, name, "None or a number > 0")
         for name in ("weight_decay", "max_grad_norm"):
             self.require(getattr(self, name) >= 0, name, "a number >= 0")
-        self.require(0 <= self.warmup_ratio < 1, "warmup_ratio", "a number in [0, 1)")
+        for name in ("adam_beta1", "adam_beta2", "warmup_ratio", "label_smoothing_factor"):
+            self.require(0 <= getattr(self, name) < 1, name, "a number in [0, 1)")
+        self.require(
+            self.ema_decay is None or 0 < self.ema_decay < 1,
+            "ema_decay", "None or a number in (0, 1)",
+        )  # fmt: skip
+        self.require(0 <= self.decay_ratio <= 1, "decay_ratio", "a number in [0, 1]")
+        self.require(
+            self.schedule != "warmup_stable_decay" or self.warmup_ratio + self.decay_ratio <= 1,
+            "decay_ratio", f"at most 1 - warmup_ratio = {1 - self.warmup_ratio:g}",
+        )  # fmt: skip
         self.require(0 < self.schedule_decay <= 1, "schedule_decay", "a number in (0, 1]")
         self.require(
             self.warmup_ratio == 0 or self.schedule != "exponential",
@@ -251,6 +286,9 @@ class RunConfig:
     data: DataOptions
     model: ModelOptions
     training: TrainingOptions
+
+    def __post_init__(self) -> None:
+        check_label_smoothing(self.data, self.training)
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "RunConfig":
@@ -278,6 +316,16 @@ class RunConfig:
     def learning_rate(self) -> float:
         """The peak learning rate, by method when none was given."""
         return self.training.learning_rate or DEFAULT_LEARNING_RATES[self.model.method]
+
+
+def check_label_smoothing(data: DataOptions, training: TrainingOptions) -> None:
+    """Raise a ValueError for label smoothing where the loss is not over the logits of labels."""
+    whole = data.with_benchmark_defaults()
+    of_labels = data.family != "question-answering" and not whole.regression
+    training.require(
+        training.label_smoothing_factor == 0 or (of_labels and data.head == "linear"),
+        "label_smoothing_factor", f"0 for the task {data.task} with the head {data.head!r}",
+    )  # fmt: skip
 
 
 _MOST_VALUES = 100_000  # in a YAML file

@@ -190,6 +190,9 @@ def training_arguments(
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
         weight_decay=options.weight_decay,
+        adam_beta1=options.adam_beta1,
+        adam_beta2=options.adam_beta2,
+        label_smoothing_factor=options.label_smoothing_factor,
         warmup_steps=options.warmup_ratio,
         # TaskTrainer multiplies the constant rate.
         lr_scheduler_type="constant" if options.schedule == "exponential" else options.schedule,

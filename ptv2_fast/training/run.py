@@ -12,7 +12,7 @@ from transformers import TrainerCallback, TrainingArguments
 import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
 from ptv2_fast.tasks.comparison import baseline
-from ptv2_fast.training import run_folder
+from ptv2_fast.training import averaging, run_folder
 from ptv2_fast.training.checkpoints import last_checkpoint
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.divergence import StopWhenDiverged, require_finite
@@ -80,6 +80,7 @@ def checkpoint_of(prepared: Any) -> str | None:
         prepared.folder / run_folder.CHECKPOINTS,
         arguments.world_size,
         arguments.load_best_model_at_end,
+        (averaging.FILE,) if prepared.config.training.ema_decay else (),
     )
     return None if found is None else str(found)
 
@@ -98,6 +99,8 @@ def pace(
         "bias_learning_rate": options.bias_learning_rate,
         "low_rank_learning_rate": options.low_rank_learning_rate,
         "epoch_decay": options.schedule_decay if options.schedule == "exponential" else None,
+        "decay": (options.decay_ratio, options.decay_type),
+        "ema_decay": options.ema_decay,
         "callbacks": [
             StopWhenDiverged(),
             _BestCheckpoint(),

@@ -20,10 +20,12 @@ from transformers import (
     TrainingArguments,
     get_scheduler,
 )
+from transformers.trainer_utils import SchedulerType
 
 from ptv2_fast.encoders.selection import ENCODER_NAME
 from ptv2_fast.encoders.vectors import VECTORS_NAME
 from ptv2_fast.tasks.task import Features, Task
+from ptv2_fast.training.averaging import MovingAverage
 from ptv2_fast.training.baselines import LORA, PROMPT
 from ptv2_fast.training.checkpoints import check_best
 from ptv2_fast.training.clock import StepClock
@@ -90,6 +92,9 @@ class PacedTrainer(Trainer):
         bias_learning_rate: of biases and norms that train beside a prefix; None = `vector_rate`.
         low_rank_learning_rate: of low-rank updates beside it; None = the same.
         epoch_decay: multiplies the learning rates after each epoch; None = the schedule of `args`.
+        decay: of the schedule warmup_stable_decay: the part of the steps and the form, as
+            transformers calls it.
+        ema_decay: score and end with a moving average; None = with the weights.
         callbacks: further callbacks.
     """
 
@@ -106,9 +111,13 @@ class PacedTrainer(Trainer):
         bias_learning_rate: float | None = None,
         low_rank_learning_rate: float | None = None,
         epoch_decay: float | None = None,
+        decay: tuple[float, str] = (0.2, "cosine"),
+        ema_decay: float | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.clock, self.progress = clock, progress
+        self.decay, self.ema_decay = decay, ema_decay
+        self.average: MovingAverage | None = None
         self.scored: dict[int, dict[str, dict[str, float]]] = {}
         self._shown = Progress(clock, progress)
         self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
@@ -156,14 +165,21 @@ class PacedTrainer(Trainer):
         Empty when these were not scored, or before the run was resumed.
         """
         state = self.state
-        is_best = self.args.load_best_model_at_end and state.best_model_checkpoint is not None
-        step = state.best_global_step if is_best else state.global_step
+        step = state.best_global_step if self._ends_with_best else state.global_step
         return self.scored.get(cast(int, step), {})
 
+    @property
+    def _ends_with_best(self) -> bool:
+        best = self.state.best_model_checkpoint
+        return self.args.load_best_model_at_end and best is not None
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        """As Trainer's."""
+        """As Trainer's, but the model ends with the average where there is one."""
         with contextlib.closing(self._shown):
-            return super().train(*args, **kwargs)
+            result = super().train(*args, **kwargs)
+        if self.average is not None and not self._ends_with_best:
+            self.average.apply()
+        return result
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, *args: Any, **kwargs: Any) -> None:
         """As Trainer's, which says in many lines that the weights are not of this model."""
@@ -175,8 +191,23 @@ class PacedTrainer(Trainer):
 
     def _load_best_model(self) -> None:
         """As Trainer's, which keeps the last weights when the best ones are not there."""
-        check_best(Path(cast(str, self.state.best_model_checkpoint)))
+        best = Path(cast(str, self.state.best_model_checkpoint))
+        check_best(best)
         super()._load_best_model()
+        if self.average is not None:
+            self.average.load(best)
+            self.average.apply()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        """As Trainer's, and the average; a checkpoint's weights are those that train."""
+        super()._save_optimizer_and_scheduler(output_dir)
+        if self.average is not None and self.args.should_save:
+            self.average.save(Path(output_dir))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if self.average is not None and checkpoint is not None:
+            self.average.load(Path(checkpoint))
 
     def get_batch_samples(self, *args: Any) -> tuple[list[Any], Any]:
         """No batch when training is over already: Trainer takes a step before it asks."""
@@ -199,10 +230,17 @@ class PacedTrainer(Trainer):
                 optimizer.param_groups[:] = [
                     part for group in optimizer.param_groups for part in _split(group, own, rate)
                 ]
+        if self.ema_decay is not None:
+            average = self.average = MovingAverage(cast(Any, self.model), self.ema_decay)
+            optimizer.register_step_post_hook(lambda *_: average.update(self.state.global_step))
         return optimizer
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         optimizer = optimizer or self.optimizer
+        if self.args.lr_scheduler_type == SchedulerType.WARMUP_STABLE_DECAY:
+            part, form = self.decay
+            steps = round(part * num_training_steps)
+            self.args.lr_scheduler_kwargs = {"num_decay_steps": steps, "decay_type": form}
         if self.epoch_decay is not None:
             step_size = self.step_size * self.args.world_size
             epoch = math.ceil(len(self._get_train_sampler()) / step_size)
@@ -222,7 +260,8 @@ class PacedTrainer(Trainer):
     ) -> dict[str, float]:
         """Score the validation examples."""
         started = time.perf_counter()
-        scores = self.scored[self.state.global_step] = self.scores()
+        with self.average.applied() if self.average else contextlib.nullcontext():
+            scores = self.scored[self.state.global_step] = self.scores()
         figures = {
             f"{name}_{metric}" if name else metric: value
             for name, own in scores.items()
@@ -348,6 +387,7 @@ def timed_schedule(
         optimizer,
         args.get_warmup_steps(num_training_steps),
         num_training_steps,
+        scheduler_specific_kwargs=cast(Any, args.lr_scheduler_kwargs),
     )
     assert isinstance(steps, LambdaLR)
 

@@ -10,6 +10,7 @@ from ptv2_fast.training.options import (
     ModelOptions,
     RunConfig,
     TrainingOptions,
+    check_label_smoothing,
     flatten,
     read_table,
 )
@@ -60,6 +61,8 @@ class MultiTaskConfig:
                 raise ValueError(
                     f"head: expected 'linear' in a multi-task run, got {task.head!r} for {name}"
                 )
+        for task in self.tasks:
+            check_label_smoothing(task, self.training)
         temperature = self.temperature
         if type(temperature) not in (int, float) or not temperature > 0:
             raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
