@@ -286,6 +286,11 @@ BAD_TRAINING = {
         ["--schedule", "warmup_stable_decay", "--warmup-ratio", "0.5", "--decay-ratio", "0.6"],
         "decay_ratio: expected at most 1 - warmup_ratio = 0.5, got 0.6",
     ),
+    "tokens": (["--batch-tokens", "0"], "batch_tokens: expected an integer >= 1, got 0"),
+    "size and tokens": (
+        ["--batch-size", "4", "--batch-tokens", "64"],
+        "batch_size: expected None beside batch_tokens, got 4",
+    ),
     "average": (["--ema-decay", "1"], "ema_decay: expected None or a number in (0, 1), got 1.0"),
     "smoothing": (
         ["--label-smoothing-factor", "0.1", "--task", "question-answering"],

@@ -20,6 +20,7 @@ from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import MultiTaskOrder, batches_per_epoch
 from ptv2_fast.training.multitask.train import MultiTaskTrainer, prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.order import Batching
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import pace
 from tests.models import P, attached, make_batch, one_thread, outputs_of, tiny_model  # noqa: F401
@@ -125,20 +126,20 @@ def test_each_data_set_has_a_run_folder_of_the_usual_form(trained, tiny, capsys)
 
 def test_numbers_of_batches_follow_the_sizes_and_the_temperature():
     # ceil(130 / 5) = 26 batches. Size ** 1: 20, 5, 1.
-    assert batches_per_epoch([100, 25, 5], 5, temperature=1) == [20, 5, 1]
+    assert batches_per_epoch([100, 25, 5], 26, temperature=1) == [20, 5, 1]
     # Size ** 1/2: 10, 5, 2.236 of 17.236, times 26: 15.08, 7.54, 3.37.
-    assert batches_per_epoch([100, 25, 5], 5, temperature=2) == [15, 8, 3]
+    assert batches_per_epoch([100, 25, 5], 26, temperature=2) == [15, 8, 3]
     # Size ** 0: 8.67 each; the two left over go to the larger ones.
-    assert batches_per_epoch([100, 25, 5], 5, temperature=1e3) == [9, 9, 8]
-    assert batches_per_epoch([1000, 1], 10, temperature=1) == [100, 1]
-    assert batches_per_epoch([1, 1, 1], 10, temperature=1) == [1, 1, 1]
+    assert batches_per_epoch([100, 25, 5], 26, temperature=1e3) == [9, 9, 8]
+    assert batches_per_epoch([1000, 1], 101, temperature=1) == [100, 1]
+    assert batches_per_epoch([1, 1, 1], 1, temperature=1) == [1, 1, 1]
     # 0.9, 2.6, 2.5 of 6: a data set that got its one batch has no remainder left.
-    assert batches_per_epoch([9, 26, 25], 10, temperature=1) == [1, 3, 2]
+    assert batches_per_epoch([9, 26, 25], 6, temperature=1) == [1, 3, 2]
 
 
 def test_batches_are_of_one_data_set_and_no_example_is_left_out():
     lengths = [torch.randint(1, 50, (10,)).tolist(), torch.randint(1, 50, (4,)).tolist()]
-    order = MultiTaskOrder(lengths, [4, 1], batch_size=3, seed=5)
+    order = MultiTaskOrder(lengths, [4, 1], Batching(3, None), seed=5)
     seen: collections.Counter = collections.Counter()
     epochs = []
     for epoch in range(20):
@@ -152,10 +153,25 @@ def test_batches_are_of_one_data_set_and_no_example_is_left_out():
     # 20 epochs of 12 rows of the first data set and of 3 rows of the second.
     assert seen == dict.fromkeys(range(10), 24) | dict.fromkeys(range(10, 14), 15)
     assert len({tuple(rows) for rows in epochs}) == 20
-    fresh = MultiTaskOrder(lengths, [4, 1], batch_size=3, seed=5)
+    fresh = MultiTaskOrder(lengths, [4, 1], Batching(3, None), seed=5)
     torch.rand(1)  # another state of the global generator
     fresh.set_epoch(7)
     assert list(fresh) == epochs[7]
+
+
+def test_batches_of_tokens_are_of_one_data_set():
+    lengths = [torch.randint(1, 50, (100,)).tolist(), torch.randint(1, 50, (40,)).tolist()]
+    order = MultiTaskOrder(lengths, [8, 6], Batching(None, 250), seed=5)
+    seen: collections.Counter = collections.Counter()
+    for epoch in range(6):
+        order.set_epoch(epoch)
+        batches = order.batches()
+        assert len(batches) == order.count == 14
+        assert sum(map(len, batches)) == len(list(order)) == len(order)
+        owners = [{row >= 100 for row in batch} for batch in batches]
+        assert sorted(owners, key=max) == [{False}] * 8 + [{True}] * 6
+        seen.update(row for batch in batches for row in batch)
+    assert len(seen) == 140
 
 
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
@@ -220,9 +236,13 @@ class Kill(TrainerCallback):
             raise KeyboardInterrupt
 
 
-@pytest.mark.parametrize("method", ["p-tuning-v2", "linear-probe"])
-def test_a_killed_run_resumes_to_the_same_bits(method, tiny, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "batch"), [("p-tuning-v2", {"batch_tokens": 40}), ("linear-probe", {})]
+)
+def test_a_killed_run_resumes_to_the_same_bits(method, batch, tiny, tmp_path):
     """In the middle of the second epoch; both heads and what they share."""
+    if batch:
+        tiny = {name: value for name, value in tiny.items() if name != "batch_size"} | batch
     config = multi_config(
         tiny, max_steps=30, save_steps=5, eval_steps=5, dropout=0.1, temperature=3, method=method
     )

@@ -7,6 +7,7 @@ import transformers
 import yaml
 
 from ptv2_fast import cli
+from ptv2_fast.cli.parser import run_config
 from ptv2_fast.cli.tasks import plain_command, rows_of
 from ptv2_fast.recipes import load_recipe, read_recipe, recipes
 from ptv2_fast.recipes.published import all_figures, published
@@ -52,6 +53,12 @@ DEBERTA = [name for name in recipes() if name.endswith("-deberta-xlarge")]
 
 def config_of(name: str, **more) -> RunConfig:
     return RunConfig.from_dict(read_recipe(name) | more)
+
+
+def test_tokens_of_a_batch_replace_the_size_that_a_recipe_gives():
+    options = {"recipe": "rte-roberta-large", "config": None, "batch_tokens": 2048}
+    training = run_config(options).training
+    assert (training.batch_size, training.batch_tokens) == (None, 2048)
 
 
 def test_every_script_has_a_recipe_and_nothing_else_is_there():

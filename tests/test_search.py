@@ -22,7 +22,7 @@ from ptv2_fast.training import trainer
 from ptv2_fast.training.options import RunConfig, read_config_file
 from ptv2_fast.training.search import trials as search_trials
 from ptv2_fast.training.search.space import check_space, default_space, read_space
-from ptv2_fast.training.search.study import run_search
+from ptv2_fast.training.search.study import _check_same_search, run_search
 from ptv2_fast.training.search.trials import Search, TrialWatch, open_study
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
@@ -107,11 +107,20 @@ def test_a_bad_space_is_refused(text, message, tiny, tmp_path):
 
 def test_a_space_may_name_the_model_and_use_aliases(tiny, tmp_path):
     (tmp_path / "space.yaml").write_text(
-        f"model: {{choices: ['{tiny['model']}', other]}}\npre_seq_len: {{low: 4, high: 8, step: 2}}"
+        f"model: {{choices: ['{tiny['model']}', other]}}\n"
+        "pre_seq_len: {low: 4, high: 8, step: 2}\nbatch_tokens: {choices: [64, 128]}"
     )
     space = read_space(tmp_path / "space.yaml")
-    assert list(space) == ["model", "num_virtual_tokens"]
-    check_space(space, base_of(tiny))
+    assert list(space) == ["model", "num_virtual_tokens", "batch_tokens"]
+    check_space(space, base_of(tiny, batch_size=4))  # which they replace
+
+
+def test_a_study_of_a_version_with_fewer_options_goes_on():
+    study = optuna.create_study()
+    study.set_user_attr("facts", {"seed": 3})
+    _check_same_search(study, {"seed": 3, "adam_beta1": 0.9})
+    with pytest.raises(ValueError, match=r"adam_beta1 0\.9 against 0\.8$"):
+        _check_same_search(study, {"seed": 3, "adam_beta1": 0.8})
 
 
 def test_evaluations_are_reported_but_for_those_that_are_no_number():

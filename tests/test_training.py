@@ -17,13 +17,15 @@ from ptv2_fast.training import trainer
 from ptv2_fast.training.baselines import trained_tensors
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.divergence import DivergedError
+from ptv2_fast.training.dry_run import describe_run
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes, reset_peak_memory
 from ptv2_fast.training.methods import prepare_model, sample_token_ids
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig, read_config_file
+from ptv2_fast.training.order import LengthGroupedOrder, TokenOrder
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
-from ptv2_fast.training.trainer import LengthGroupedOrder, head_parameters, vector_parameters
+from ptv2_fast.training.trainer import head_parameters, vector_parameters
 from tests.models import make_batch, one_thread, tiny_model  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 
@@ -196,6 +198,58 @@ def test_the_order_groups_lengths_and_depends_on_seed_and_epoch_alone():
     assert list(fresh) == second
     means = [sum(lengths[i] for i in first[k : k + 4]) for k in range(0, 200, 4)]
     assert means != sorted(means), "batches are shuffled"
+
+
+def test_batches_of_tokens_have_similar_lengths_and_about_as_many_tokens():
+    generator = torch.Generator().manual_seed(0)
+    lengths = [*torch.randint(1, 100, (1002,), generator=generator).tolist(), 5000]
+    order = TokenOrder(lengths, tokens=400, seed=3)
+    assert order.count == math.ceil(sum(lengths) / 400)
+    first = order.batches()
+    assert len(first) == order.count
+    assert sorted(i for batch in first for i in batch) == list(range(1003))
+    assert [1002] in first, "an example with more is a batch of its own"
+    others = [[lengths[i] for i in batch] for batch in first if batch != [1002]]
+    tokens = [sum(batch) for batch in others]
+    assert max(tokens) <= 400 + 50 and min(tokens) > 400 / 2
+    assert sum(max(batch) - min(batch) for batch in others) / len(others) < 10
+    order.set_epoch(1)
+    assert order.batches() != first
+    fresh = TokenOrder(lengths, tokens=400, seed=3)
+    assert fresh.batches() == first and list(fresh) == [i for batch in first for i in batch]
+    few = TokenOrder([7, 900, 7], tokens=1, seed=0)
+    assert sorted(few.batches()) == [[0], [1], [2]]
+
+
+def test_a_run_of_batches_of_tokens_resumes_within_an_epoch(tiny, tmp_path):
+    """216 tokens in batches of 20 are 11 of them, two to a step: six steps an epoch."""
+    batch = {"batch_size": None, "batch_tokens": 20, "gradient_accumulation_steps": 2}
+    config = run_config(tiny, **batch, num_train_epochs=2, save_steps=4, eval_steps=4, dropout=0.1)
+    seen: list[int] = []
+
+    class Kill(TrainerCallback):
+        def on_step_end(self, args, state, control, **unused) -> None:
+            if state.global_step == 5:
+                raise KeyboardInterrupt
+
+    whole = prepare(config, tmp_path / "whole")
+    assert sum(whole.features["train"].lengths) == 24 * 7 + 24 * 2
+    described = describe_run(whole)["run"]
+
+    def count(model, args, kwargs):
+        if model.training:
+            seen.append(int(kwargs["attention_mask"].sum()))
+
+    whole.model.register_forward_pre_hook(count, with_kwargs=True)
+    report = train(whole)
+    assert report["steps"] == described["steps"] == 12 and report["kept_bytes"] > 0
+    assert sum(seen[:22]) == 2 * 216 and max(seen[:22]) <= 25
+    with pytest.raises(KeyboardInterrupt):
+        train(prepare(config, tmp_path / "killed"), [Kill()])
+    killed = prepare(config, tmp_path / "killed", resume=True)
+    train(killed)
+    for name, tensor in trained_tensors(killed.model).items():
+        assert tensor.equal(trained_tensors(whole.model)[name]), name
 
 
 class FakeClock(StepClock):

@@ -9,7 +9,7 @@ from ptv2_fast.cli.sweeps import add_output
 from ptv2_fast.cli.train import is_complete, print_features, train_and_print
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig, flatten_tasks, read_multitask_file
-from ptv2_fast.training.options import ModelOptions, TrainingOptions
+from ptv2_fast.training.options import ModelOptions, TrainingOptions, with_changes
 
 _EXAMPLE = """a configuration in YAML:
   model: bert-base-cased
@@ -70,10 +70,10 @@ def _read_config(options: dict[str, Any], started: Path | None) -> MultiTaskConf
         values |= flatten_tasks(before.to_dict())
     config_file, temperature = options.pop("config"), options.pop("temperature")
     if config_file is not None:
-        values |= read_multitask_file(config_file)
+        values = with_changes(values, read_multitask_file(config_file))
     if temperature is not None:
         values["temperature"] = temperature
-    return MultiTaskConfig.from_dict(values | options)
+    return MultiTaskConfig.from_dict(with_changes(values, options))
 
 
 def _train(

@@ -21,6 +21,7 @@ from ptv2_fast.training.options import (
     ModelOptions,
     RunConfig,
     read_config_file,
+    with_changes,
 )
 
 # Exit codes.
@@ -130,10 +131,10 @@ def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) ->
     values = dict(before or {})
     recipe, config_file = options.pop("recipe"), options.pop("config")
     if recipe is not None:
-        values |= read_recipe(recipe)
+        values = with_changes(values, read_recipe(recipe))
     if config_file is not None:
-        values |= read_config_file(config_file)
-    config = RunConfig.from_dict(values | options)
+        values = with_changes(values, read_config_file(config_file))
+    config = RunConfig.from_dict(with_changes(values, options))
     method = config.model.method
     for name in options:
         if method not in METHODS_OF_OPTION.get(name, (method,)):

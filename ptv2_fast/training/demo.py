@@ -25,6 +25,7 @@ import ptv2_fast
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.order import Batching
 from ptv2_fast.training.packages import package_file
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import measure_kept_bytes, train
@@ -99,7 +100,7 @@ def train_method(method: str, seconds: float, folder: Path) -> dict[str, Any]:
         "total_parameters": report["total_parameters"],
         "saved_bytes": report["saved_bytes"],
         "step_seconds": report["step_seconds"],
-        "kept_bytes": measure_kept_bytes(prepared, KEPT_BATCH),
+        "kept_bytes": measure_kept_bytes(prepared, Batching(KEPT_BATCH, None)),
         "steps": report["steps"],
         "curve": [[e["train_seconds"], e["eval_f1"]] for e in log if "eval_f1" in e],
         "recipe": dataclasses.asdict(RECIPES[method]),

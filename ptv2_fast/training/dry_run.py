@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ptv2_fast.tasks.task import Features
 from ptv2_fast.training.measure import kept_bytes
+from ptv2_fast.training.order import Batching
 from ptv2_fast.training.prepare import Prepared, runs_until_stopped
 from ptv2_fast.training.trainer import update_parameters, vector_parameters, vector_rate
 
@@ -27,7 +28,7 @@ def describe_run(prepared: Prepared) -> dict[str, dict[str, Any]]:
     """
     tables = without_nothing(prepared.config.to_dict())
     tables["data"]["max_length"] = prepared.max_length
-    batches = math.ceil(len(prepared.features["train"]) / prepared.config.training.batch_size)
+    batches = Batching.of(prepared.config.training).count(prepared.features["train"].lengths)
     total = _describe_training(tables["training"], prepared, batches)
     run: dict[str, Any] = describe_data(prepared)
     run["steps"] = total
@@ -151,14 +152,14 @@ def estimate(
 def _step(prepared: Prepared) -> tuple[float, int]:
     """Seconds of a training step on one batch, and bytes kept in one on the longest examples."""
     model, train = prepared.model, prepared.features["train"]
-    size = prepared.arguments.per_device_train_batch_size
-    order = sorted(range(len(train)), key=train.lengths.__getitem__, reverse=True)
+    batching, lengths = Batching.of(prepared.config.training), train.lengths
+    order = sorted(range(len(train)), key=lengths.__getitem__, reverse=True)
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     model.train()
     _loss(prepared, train, order[:1]).backward()  # what a first step alone needs is not counted
-    kept = kept_bytes(lambda: _loss(prepared, train, order[:size]), model)
+    kept = kept_bytes(lambda: _loss(prepared, train, batching.first(order, lengths)), model)
     started = time.perf_counter()
-    _loss(prepared, train, drawn[:size]).backward()
+    _loss(prepared, train, batching.first(drawn, lengths)).backward()
     _wait(model.device)
     seconds = time.perf_counter() - started
     model.zero_grad(set_to_none=True)

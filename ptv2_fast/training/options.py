@@ -20,6 +20,7 @@ SCHEDULES = (
     "linear", "cosine", "constant", "constant_with_warmup", "warmup_stable_decay", "exponential",
 )  # fmt: skip
 
+DEFAULT_BATCH_SIZE = 16
 # Where a search has not said better. The authors' scripts use 5e-3 to 6e-2 for P-Tuning v2.
 DEFAULT_LEARNING_RATES = {
     "p-tuning-v2": 1e-2,
@@ -176,8 +177,15 @@ class TrainingOptions(Options):
         "learning rate decays over them (exponential: over epochs), so two such runs are not "
         "bit-equal",
     )
-    batch_size: int = option(
-        16, "examples in a step on one device", aliases=("per_device_train_batch_size",)
+    batch_size: int | None = option(
+        None,
+        "examples in a batch on one device (default: 16, or by --batch-tokens)",
+        aliases=("per_device_train_batch_size",),
+    )
+    batch_tokens: int | None = option(
+        None,
+        "instead of --batch-size: about so many tokens in a batch, of examples of similar length; "
+        "pads are not counted",
     )
     eval_batch_size: int = option(32, "examples in a batch when scoring")
     gradient_accumulation_steps: int = option(1, "batches in an optimizer step")
@@ -248,9 +256,16 @@ class TrainingOptions(Options):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("batch_size", "eval_batch_size", "gradient_accumulation_steps",
-                     "logging_steps"):  # fmt: skip
-            self.require(getattr(self, name) >= 1, name, "an integer >= 1")
+        if self.batch_tokens is None and self.batch_size is None:
+            object.__setattr__(self, "batch_size", DEFAULT_BATCH_SIZE)
+        for name in ("batch_size", "batch_tokens", "eval_batch_size",
+                     "gradient_accumulation_steps", "logging_steps"):  # fmt: skip
+            value = getattr(self, name)
+            self.require(value is None or value >= 1, name, "an integer >= 1")
+        self.require(
+            self.batch_tokens is None or self.batch_size is None,
+            "batch_size", "None beside batch_tokens",
+        )  # fmt: skip
         for name in ("num_train_epochs", "max_steps", "max_seconds", "learning_rate",
                      "head_learning_rate", "bias_learning_rate",
                      "low_rank_learning_rate", "eval_steps", "eval_seconds"):  # fmt: skip
@@ -338,6 +353,22 @@ SECTIONS: dict[str, type[Options]] = {
     "model": ModelOptions,
     "training": TrainingOptions,
 }
+
+
+def defaults() -> dict[str, Any]:
+    """The options of a run that sets none, flat."""
+    fields = [f for part in SECTIONS.values() for f in dataclasses.fields(part)]  # type: ignore[arg-type]
+    return {field.name: field.default for field in fields}
+
+
+def with_changes(before: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """Flat options with some of them changed; of a batch's size and its tokens the one given now
+    replaces the other."""
+    values = before | changes
+    for name, other in (("batch_size", "batch_tokens"), ("batch_tokens", "batch_size")):
+        if changes.get(name) is not None and other not in changes:
+            values[other] = None
+    return values
 
 
 def flatten(values: dict[str, Any]) -> dict[str, Any]:

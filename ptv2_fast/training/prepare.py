@@ -22,6 +22,7 @@ from ptv2_fast.training import run_folder
 from ptv2_fast.training.methods import longest_input, prefix_config, prepare_model
 from ptv2_fast.training.models import load_pretrained
 from ptv2_fast.training.options import ModelOptions, RunConfig, TrainingOptions
+from ptv2_fast.training.order import Batching
 from ptv2_fast.training.start import find_starts, start_from
 
 # Without a limit in epochs: more than any time limit allows.
@@ -84,9 +85,10 @@ def prepare(
     started_from = start_from(model, config.model, config.data)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
-    rows = len(features["train"])
+    lengths = features["train"].lengths
+    batches = Batching.of(config.training).count(lengths)
     metric = task.metric if "validation" in features else None
-    arguments = training_arguments(config, folder, rows, metric)
+    arguments = training_arguments(config, folder, len(lengths), batches, metric)
     prepared = Prepared(
         config, task, model, tokenizer, labels, max_length, features, arguments, folder,
         resume, overwrite, started_from,
@@ -150,21 +152,20 @@ def runs_until_stopped(options: TrainingOptions) -> bool:
 
 
 def training_arguments(
-    config: RunConfig, folder: Path, rows: int, metric: str | None
+    config: RunConfig, folder: Path, rows: int, batches: int, metric: str | None
 ) -> TrainingArguments:
     """Trainer's arguments for our options.
 
     Args:
         config: the run.
         folder: of the run.
-        rows: of an epoch.
+        rows, batches: of an epoch.
         metric: that selects the best checkpoint; None = there is no validation split.
 
     Raises:
         ValueError: for options that do not go together, or that this machine cannot serve.
     """
     options = config.training
-    batches = math.ceil(rows / options.batch_size)
     epoch = math.ceil(batches / options.gradient_accumulation_steps)
     eval_steps = options.eval_steps or (_NEVER if options.eval_seconds else epoch)
     save_steps = eval_steps if options.save_steps is None else options.save_steps
@@ -181,11 +182,11 @@ def training_arguments(
         max_steps = min(max_steps, math.ceil(epochs * epoch))
     if epochs is None:
         epochs = _ENDLESS_EPOCHS if runs_until_stopped(options) else 3
-    return TrainingArguments(
+    arguments = TrainingArguments(
         output_dir=str(folder / run_folder.CHECKPOINTS),
         num_train_epochs=epochs,
         max_steps=max_steps or -1,
-        per_device_train_batch_size=options.batch_size,
+        per_device_train_batch_size=options.batch_size or max(1, round(rows / batches)),
         per_device_eval_batch_size=options.eval_batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
@@ -214,3 +215,7 @@ def training_arguments(
         report_to="none",
         dataloader_pin_memory=torch.cuda.is_available(),
     )
+    devices = arguments.world_size * max(1, arguments.n_gpu)
+    if devices > 1 and options.batch_tokens is not None:
+        raise ValueError(f"batch_tokens: expected None on several devices, got {devices} devices")
+    return arguments

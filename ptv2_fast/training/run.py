@@ -20,6 +20,7 @@ from ptv2_fast.training.machine import describe_machine
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes
 from ptv2_fast.training.models import save_trained
 from ptv2_fast.training.options import TrainingOptions
+from ptv2_fast.training.order import Batching
 from ptv2_fast.training.output import is_first, wait_for_all
 from ptv2_fast.training.prepare import Prepared
 from ptv2_fast.training.scoring import score
@@ -101,6 +102,7 @@ def pace(
         "epoch_decay": options.schedule_decay if options.schedule == "exponential" else None,
         "decay": (options.decay_ratio, options.decay_type),
         "ema_decay": options.ema_decay,
+        "batch_tokens": options.batch_tokens,
         "callbacks": [
             StopWhenDiverged(),
             _BestCheckpoint(),
@@ -196,7 +198,7 @@ def describe_training(prepared: Prepared, clock: StepClock, steps: int) -> dict[
         "steps": steps,
         "train_seconds": clock.seconds,
         "step_seconds": statistics.median(clock.step_seconds) if clock.step_seconds else None,
-        "kept_bytes": measure_kept_bytes(prepared, prepared.config.training.batch_size),
+        "kept_bytes": measure_kept_bytes(prepared, Batching.of(prepared.config.training)),
         "peak_memory_bytes": peak_memory_bytes(model.device),
         "machine": describe_machine(model.device),
         "versions": {
@@ -207,11 +209,12 @@ def describe_training(prepared: Prepared, clock: StepClock, steps: int) -> dict[
     }
 
 
-def measure_kept_bytes(prepared: Prepared, batch_size: int) -> int:
-    """Bytes kept for backward in a step on the first `batch_size` training examples."""
+def measure_kept_bytes(prepared: Prepared, batching: Batching) -> int:
+    """Bytes kept for backward in a step on the first training examples that make a batch."""
     features, task = prepared.features["train"], prepared.task
     table = features.model_inputs(prepared.tokenizer, task.label_columns)
-    rows = [table[index] for index in range(min(batch_size, len(table)))]
+    indices = batching.first(list(range(len(table))), features.lengths)
+    rows = [table[index] for index in indices]
     batch = task.collator(prepared.tokenizer)(rows).to(prepared.model.device)
     model = prepared.model.train()
     with torch.autocast(model.device.type, torch.bfloat16, enabled=prepared.config.training.bf16):

@@ -4,13 +4,13 @@ import contextlib
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
-from torch.utils.data import Sampler
+from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -30,52 +30,9 @@ from ptv2_fast.training.baselines import LORA, PROMPT
 from ptv2_fast.training.checkpoints import check_best
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.options import MOST_FOR_BIASES
+from ptv2_fast.training.order import LengthGroupedOrder, OrderedBatches, TokenOrder
 from ptv2_fast.training.progress import Progress
 from ptv2_fast.training.scoring import score
-
-# Batches of similar length are drawn from groups of this many batches.
-_GROUP = 50
-
-
-class LengthGroupedOrder(Sampler):
-    """A random order of the examples in which the examples of a batch have similar lengths.
-
-    Unlike transformers' sampler of this purpose it shuffles the batches, so that lengths do not
-    follow each other from long to short, and depends on the seed and the epoch alone: a run that
-    resumes in a later epoch gets the order of the run that was not interrupted.
-    """
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        batches = batches_of_similar_length(order, self.lengths, self.batch_size)
-        # A short batch stays last, or the loader would cut all batches after it elsewhere.
-        whole = len(order) // self.batch_size
-        for number in torch.randperm(whole, generator=generator).tolist():
-            yield from batches[number]
-        for batch in batches[whole:]:
-            yield from batch
-
-
-def batches_of_similar_length(
-    order: list[int], lengths: list[int], batch_size: int
-) -> list[list[int]]:
-    """The order in batches, of which the last may be short, with rows moved nearby."""
-    width = batch_size * _GROUP
-    groups = [order[i : i + width] for i in range(0, len(order), width)]
-    order = [i for group in groups for i in sorted(group, key=lengths.__getitem__)]
-    return [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
 
 
 class PacedTrainer(Trainer):
@@ -95,6 +52,7 @@ class PacedTrainer(Trainer):
         decay: of the schedule warmup_stable_decay: the part of the steps and the form, as
             transformers calls it.
         ema_decay: score and end with a moving average; None = with the weights.
+        batch_tokens: in a batch; None = batches of as many examples each.
         callbacks: further callbacks.
     """
 
@@ -113,10 +71,12 @@ class PacedTrainer(Trainer):
         epoch_decay: float | None = None,
         decay: tuple[float, str] = (0.2, "cosine"),
         ema_decay: float | None = None,
+        batch_tokens: int | None = None,
         callbacks: list[TrainerCallback] | None = None,
     ) -> None:
         self.clock, self.progress = clock, progress
         self.decay, self.ema_decay = decay, ema_decay
+        self.batch_tokens = batch_tokens
         self.average: MovingAverage | None = None
         self.scored: dict[int, dict[str, dict[str, float]]] = {}
         self._shown = Progress(clock, progress)
@@ -145,7 +105,26 @@ class PacedTrainer(Trainer):
 
     @abstractmethod
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """The order of the rows, of known length."""
+        """The order of the rows, of known length; a `BatchOrder` for batches of tokens."""
+
+    def get_train_dataloader(self) -> DataLoader:
+        """As Trainer's, and of batches of tokens."""
+        if self.batch_tokens is None:
+            return super().get_train_dataloader()
+        loader = DataLoader(
+            cast(Any, self.train_dataset),
+            batch_sampler=OrderedBatches(self._get_train_sampler()),
+            collate_fn=self.data_collator,
+            pin_memory=self.args.dataloader_pin_memory,
+        )
+        return self.accelerator.prepare(loader)
+
+    @property
+    def _epoch_steps(self) -> int:
+        order = self._get_train_sampler()
+        if self.batch_tokens is not None:
+            return math.ceil(order.count / self.args.gradient_accumulation_steps)
+        return math.ceil(len(order) / (self.step_size * self.args.world_size))
 
     @abstractmethod
     def scores(self) -> dict[str, dict[str, float]]:
@@ -242,9 +221,7 @@ class PacedTrainer(Trainer):
             steps = round(part * num_training_steps)
             self.args.lr_scheduler_kwargs = {"num_decay_steps": steps, "decay_type": form}
         if self.epoch_decay is not None:
-            step_size = self.step_size * self.args.world_size
-            epoch = math.ceil(len(self._get_train_sampler()) / step_size)
-            self.lr_scheduler = exponential_schedule(optimizer, self.epoch_decay, epoch)
+            self.lr_scheduler = exponential_schedule(optimizer, self.epoch_decay, self._epoch_steps)
         elif self.clock.max_seconds is not None:
             self.lr_scheduler = timed_schedule(self.args, optimizer, num_training_steps, self.clock)
         else:
@@ -306,9 +283,12 @@ class TaskTrainer(PacedTrainer):
         self.task, self.labels, self.validation = task, labels, validation
         self.tokenizer = tokenizer
         self.train_lengths = train.lengths
-        super().__init__(model, args, rows=train.table, collate=task.collator(tokenizer), **pace)
+        rows = train.model_inputs(tokenizer, task.label_columns)
+        super().__init__(model, args, rows=rows, collate=task.collator(tokenizer), **pace)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler:
+        if self.batch_tokens is not None:
+            return TokenOrder(self.train_lengths, self.batch_tokens, self.args.seed)
         return LengthGroupedOrder(self.train_lengths, self.step_size, self.args.seed)
 
     def scores(self) -> dict[str, dict[str, float]]:

@@ -2,28 +2,25 @@
 
 import bisect
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import Dataset
 
-from ptv2_fast.training.trainer import batches_of_similar_length
+from ptv2_fast.training.order import Batching, BatchOrder
 
 
-def batches_per_epoch(sizes: Sequence[int], batch_size: int, temperature: float) -> list[int]:
+def batches_per_epoch(sizes: Sequence[int], total: int, temperature: float) -> list[int]:
     """How many batches of each data set an epoch has.
 
-    As many altogether as the data sets have, rounded up, in proportion to size ** (1 / temperature)
-    by largest remainders, and at least one each.
+    In proportion to size ** (1 / temperature) by largest remainders, and at least one each.
 
     Args:
         sizes: examples of the data sets.
-        batch_size: examples in a batch.
+        total: batches altogether.
         temperature: > 0; 1 = in proportion to the sizes, large = equally often.
     """
-    total = math.ceil(sum(sizes) / batch_size)
     weights = [(size / max(sizes)) ** (1 / temperature) for size in sizes]
     shares = [total * weight / sum(weights) for weight in weights]
     counts = [max(1, int(share)) for share in shares]
@@ -33,7 +30,7 @@ def batches_per_epoch(sizes: Sequence[int], batch_size: int, temperature: float)
     return counts
 
 
-class MultiTaskOrder(Sampler):
+class MultiTaskOrder(BatchOrder):
     """A random order of batches, each of one data set and of examples of similar length.
 
     Every batch is full. A data set is passed through in a random order, again and again; an epoch
@@ -43,36 +40,31 @@ class MultiTaskOrder(Sampler):
     Args:
         lengths: tokens of the rows of each data set.
         batches: how many batches of each data set an epoch has.
-        batch_size: rows in a batch.
+        batching: rows in a batch.
         seed: of the order.
     """
 
     def __init__(
-        self, lengths: list[list[int]], batches: list[int], batch_size: int, seed: int
+        self, lengths: list[list[int]], batches: list[int], batching: Batching, seed: int
     ) -> None:
-        self.lengths, self.batches = lengths, batches
-        self.batch_size, self.seed = batch_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader."""
-        self.epoch = epoch
+        self.lengths, self.batches_of, self.batching, self.seed = lengths, batches, batching, seed
+        self.count = sum(batches)
 
     def __len__(self) -> int:
-        return sum(self.batches) * self.batch_size
+        pairs = zip(self.lengths, self.batches_of, strict=True)
+        return sum(self.batching.examples(lengths, count) for lengths, count in pairs)
 
-    def __iter__(self) -> Iterator[int]:
-        """Indices into the data sets one after another."""
+    def batches(self) -> list[list[int]]:
+        """Batches of indices into the data sets one after another."""
         batches: list[list[int]] = []
         first = 0
-        for lengths, count in zip(self.lengths, self.batches, strict=True):
-            rows = self._draw(len(lengths), count * self.batch_size)
-            for batch in batches_of_similar_length(rows, lengths, self.batch_size):
+        for lengths, count in zip(self.lengths, self.batches_of, strict=True):
+            rows = self._draw(len(lengths), self.batching.examples(lengths, count))
+            for batch in self.batching.cut(rows, lengths, count):
                 batches.append([first + row for row in batch])
             first += len(lengths)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        for number in torch.randperm(len(batches), generator=generator).tolist():
-            yield from batches[number]
+        return [batches[n] for n in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _draw(self, size: int, count: int) -> list[int]:
         """This epoch's part of the endless passes through a data set."""

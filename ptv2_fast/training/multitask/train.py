@@ -28,6 +28,7 @@ from ptv2_fast.training.models import load_pretrained, save_trained
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import CombinedRows, MultiTaskOrder, batches_per_epoch
+from ptv2_fast.training.order import Batching
 from ptv2_fast.training.output import is_first, wait_for_all
 from ptv2_fast.training.prepare import (
     Prepared,
@@ -125,12 +126,14 @@ def prepare_tasks(
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
 
-    size = config.training.batch_size
-    batches = batches_per_epoch([len(part) for part in train], size, config.temperature)
+    batching, sizes = Batching.of(config.training), [len(part) for part in train]
+    together = batching.count([length for part in train for length in part.lengths])
+    batches = batches_per_epoch(sizes, together, config.temperature)
     scored = any("validation" in parts for parts in features.values())
     first = next(iter(singles.values()))
-    rows = sum(batches) * size
-    arguments = training_arguments(first, folder, rows, MEAN if scored else None)
+    order = MultiTaskOrder([part.lengths for part in train], batches, batching, seed=0)
+    metric = MEAN if scored else None
+    arguments = training_arguments(first, folder, len(order), sum(batches), metric)
     parts = {
         name: Prepared(
             singles[name], task, model, tokenizer, labels, lengths[name], features[name], arguments,
@@ -189,9 +192,10 @@ class MultiTaskTrainer(PacedTrainer):
 
     def _get_train_sampler(self, train_dataset: Any = None) -> MultiTaskOrder:
         lengths = [part.features["train"].lengths for part in self.prepared.parts.values()]
-        return MultiTaskOrder(
-            lengths, self.prepared.batches, self.args.train_batch_size, self.args.seed
-        )
+        batching = Batching.of(self.prepared.config.training)
+        if self.batch_tokens is None:
+            batching = Batching(self.args.train_batch_size, None)
+        return MultiTaskOrder(lengths, self.prepared.batches, batching, self.args.seed)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The loss of the head of the batch's data set."""

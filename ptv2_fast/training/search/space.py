@@ -20,6 +20,7 @@ from ptv2_fast.training.options import (
     RunConfig,
     flatten,
     read_table,
+    with_changes,
 )
 
 Space = dict[str, dict[str, Any]]
@@ -81,7 +82,7 @@ def read_space(path: str | Path) -> Space:
 
 def _fits(base: RunConfig, values: dict[str, Any]) -> bool:
     try:
-        RunConfig.from_dict(base.flat() | values)
+        RunConfig.from_dict(with_changes(base.flat(), values))
     except ValueError:
         return False
     return True
@@ -101,13 +102,15 @@ def check_space(space: Space, base: RunConfig) -> None:
         _check_entry(name, entry)
         for value in values_of(entry):
             try:
-                RunConfig.from_dict(base.flat() | {name: value})
+                RunConfig.from_dict(with_changes(base.flat(), {name: value}))
             except ValueError as error:
                 raise ValueError(f"space: {error}") from error
     for first, second in itertools.combinations(space, 2):
         for values in itertools.product(values_of(space[first]), values_of(space[second])):
             try:
-                RunConfig.from_dict(base.flat() | dict(zip((first, second), values, strict=True)))
+                RunConfig.from_dict(
+                    with_changes(base.flat(), dict(zip((first, second), values, strict=True)))
+                )
             except ValueError as error:
                 raise ValueError(
                     f"space: expected values of {first} and {second} that go together, got "

@@ -15,7 +15,7 @@ import optuna
 from optuna.trial import TrialState
 
 from ptv2_fast.training import output, run_folder
-from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig, defaults, with_changes
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.search.results import tidy, write_results
 from ptv2_fast.training.search.space import values_of
@@ -97,7 +97,7 @@ def _run_workers(search: Search, metric: str, until: float | None, worker: Worke
 def _facts(search: Search) -> dict[str, Any]:
     """What makes a study this search's own; reading the data shows bad input before any trial."""
     first = {name: values_of(entry)[0] for name, entry in search.space.items()}
-    config = RunConfig.from_dict(search.base.flat() | first)
+    config = RunConfig.from_dict(with_changes(search.base.flat(), first))
     prepared = prepare(config, search.folder / "trial")
     if "validation" not in prepared.features:
         raise ValueError("search: expected validation examples to compare trials by, got none")
@@ -126,6 +126,8 @@ def _check_same_search(study: optuna.Study, facts: dict[str, Any]) -> None:
             raise ValueError(f"study: expected one of this program, got another in {STUDY}")
         study.set_user_attr("facts", facts)
         return
+    # A version without an option did as with its default.
+    before = {name: value for name, value in defaults().items() if name in facts} | before
     differences = [
         f"{name} {before.get(name)!r} against {facts.get(name)!r}"
         for name in {**before, **facts}

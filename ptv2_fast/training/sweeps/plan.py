@@ -22,7 +22,7 @@ from typing import Any
 
 from ptv2_fast.files import plain_name
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig, with_changes
 
 SWEEP = "sweep.json"
 
@@ -67,7 +67,7 @@ class Sweep:
         configs = {}
         for name, changes in self.changes.items():
             try:
-                configs[name] = RunConfig.from_dict(self.base.flat() | changes)
+                configs[name] = RunConfig.from_dict(with_changes(self.base.flat(), changes))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         return configs
