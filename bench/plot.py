@@ -4,8 +4,9 @@ python -m bench.plot
 """
 
 import csv
+import json
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 import matplotlib
 
@@ -180,6 +181,39 @@ def plot_training_memory(path: Path) -> Path:
     return _save(figure, path.with_name(f"{name}.png"))
 
 
+def plot_time_to_score(path: Path) -> Path:
+    """A panel for each task: the validation score over seconds of training steps, of every recipe.
+
+    A line for each seed. Dashed: 90, 95 and 98 % of what fine-tuning ends with, mean over seeds.
+    """
+    rows = [row for row in read(path) if row["curve"] and row["chosen"] == "True"]
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    recipes = list(dict.fromkeys(row["recipe"] for row in rows))
+    lines, columns = -(-len(tasks) // 3), min(3, len(tasks))
+    figure, axes = plt.subplots(
+        lines, columns, squeeze=False, layout="constrained", figsize=(5.5 * columns, 3.8 * lines)
+    )
+    for axis in axes.flat[len(tasks) :]:
+        axis.remove()
+    for axis, task in zip(axes.flat, tasks, strict=False):
+        chosen = [row for row in rows if row["task"] == task]
+        goals = [float(row["validation"]) for row in chosen if row["recipe"] == "fine-tuning"]
+        for part in (0.9, 0.95, 0.98) if goals else ():
+            axis.axhline(part * mean(goals), color="black", linewidth=0.6, linestyle="--")
+        for row in chosen:
+            seconds, scores = zip(*json.loads(row["curve"]), strict=True)
+            axis.plot(seconds, scores, color=f"C{recipes.index(row['recipe'])}", linewidth=1)
+        axis.set_title(f"{task} ({chosen[0]['metric']})", fontsize="medium")
+        axis.set_xlabel("seconds of training steps")
+        axis.grid(linewidth=0.3)
+    for axis in axes[:, 0]:
+        axis.set_ylabel("validation score")
+    figure.suptitle(f"score over time: {rows[0]['processor']}, {rows[0]['threads']} threads")
+    handles = [plt.Line2D([], [], color=f"C{place}") for place in range(len(recipes))]
+    figure.legend(handles, recipes, loc="outside lower center", ncols=len(recipes))
+    return _save(figure, path.with_suffix(".png"))
+
+
 def _method_panels(
     rows: list[dict[str, str]],
 ) -> tuple[plt.Figure, list[tuple[plt.Axes, list[dict[str, str]]]]]:
@@ -213,6 +247,7 @@ PLOTS = {
     "attention-*.csv": (plot_attention, plot_roofline),
     "training-step-*.csv": (plot_training_step, plot_training_memory),
     "memory-*.csv": (plot_training_memory,),
+    "time-to-score.csv": (plot_time_to_score,),
     "gpu-*/attention.csv": (plot_attention, plot_roofline),
     "gpu-*/step.csv": (plot_training_step,),
     "gpu-*/memory.csv": (plot_training_memory,),
