@@ -131,8 +131,9 @@ def _scored_every(config: RunConfig, count: int | None) -> RunConfig:
 
 
 def _score_evenly(prepared: Prepared, evaluations: int) -> None:
-    lengths = prepared.features["train"].lengths
-    batches = Batching.of(prepared.config.training).count(lengths)
+    batching = Batching.of(prepared.config.training)
+    lengths = batching.lengths_of(prepared.features["train"])
+    batches = batching.count(lengths)
     total = steps(prepared, batches)
     if total is None:
         raise ValueError("num_train_epochs: expected a run that ends by its steps")

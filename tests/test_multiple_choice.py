@@ -49,7 +49,7 @@ def test_batches_hold_every_choice_padded_to_the_longest(tmp_path, model):
     examples = task.read(file_source(write_lines(tmp_path / "a.jsonl", ROWS)))
     features = task.featurize(examples, tokenizer, ["0", "1"], max_length=12)
     # [CLS] bob sleeps . [SEP] the film was a good film . [SEP], cut to 12.
-    assert features.lengths == [11, 12]
+    assert features.lengths == [11, 12] and features.token_counts == [22, 19]
     assert features.truncated == 1
     rows = features.model_inputs(tokenizer, task.label_columns)
     batch = task.collator(tokenizer)(list(rows))
@@ -71,7 +71,8 @@ def test_batches_hold_every_choice_padded_to_the_longest(tmp_path, model):
     [
         ("p-tuning-v2", ["--init", "tokens", "--backbone", "frozen"]),
         ("p-tuning-v2", ["--init", "tokens", "--backbone", "hook"]),
-        ("prompt-tuning", ["--init", "tokens"]),
+        ("prompt-tuning", ["--init", "tokens", "--batch-tokens", "120", "--ema-decay", "0.5",
+                           "--label-smoothing-factor", "0.05"]),
         ("linear-probe", []),
         ("fine-tuning", ["--learning-rate", "0.01"]),
     ],
@@ -82,8 +83,9 @@ def test_every_method_learns_to_choose(tmp_path, model, capsys, method, more):
     command = [
         "train", "--task", "copa", "--data-dir", str(tmp_path), "--output", run, "--model", model,
         "--method", method, "--num-virtual-tokens", "3", "--learning-rate", "0.05",
-        "--batch-size", "6", "--num-train-epochs", "6", "--dropout", "0", "--no-progress",
+        "--num-train-epochs", "6", "--dropout", "0", "--no-progress",
     ]  # fmt: skip
+    command += [] if "--batch-tokens" in more else ["--batch-size", "6"]
     assert cli.main(command + more) == 0
     report = json.loads((tmp_path / "run" / "report.json").read_text())
     assert report["metrics"]["validation"] == {"accuracy": 1.0}

@@ -110,6 +110,14 @@ class Features:
             for ids in self.table["input_ids"][:]
         ]
 
+    @property
+    def token_counts(self) -> list[int]:
+        """Tokens of each row, of all its choices together where it holds several."""
+        return [
+            sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
+            for ids in self.table["input_ids"][:]
+        ]
+
     def model_inputs(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Dataset:
         """The columns that the collator takes; `labels` are the task's label columns."""
         wanted = (*tokenizer.model_input_names, *labels)

@@ -28,7 +28,8 @@ def describe_run(prepared: Prepared) -> dict[str, dict[str, Any]]:
     """
     tables = without_nothing(prepared.config.to_dict())
     tables["data"]["max_length"] = prepared.max_length
-    batches = Batching.of(prepared.config.training).count(prepared.features["train"].lengths)
+    batching = Batching.of(prepared.config.training)
+    batches = batching.count(batching.lengths_of(prepared.features["train"]))
     total = _describe_training(tables["training"], prepared, batches)
     run: dict[str, Any] = describe_data(prepared)
     run["steps"] = total
@@ -152,7 +153,8 @@ def estimate(
 def _step(prepared: Prepared) -> tuple[float, int]:
     """Seconds of a training step on one batch, and bytes kept in one on the longest examples."""
     model, train = prepared.model, prepared.features["train"]
-    batching, lengths = Batching.of(prepared.config.training), train.lengths
+    batching = Batching.of(prepared.config.training)
+    lengths = batching.lengths_of(train)
     order = sorted(range(len(train)), key=lengths.__getitem__, reverse=True)
     drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     model.train()

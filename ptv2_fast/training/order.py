@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch.utils.data import BatchSampler, Sampler
 
+from ptv2_fast.tasks.task import Features
 from ptv2_fast.training.options import TrainingOptions
 
 # Batches of similar length are drawn from groups of this many batches.
@@ -36,6 +37,10 @@ class Batching:
     def of(cls, options: TrainingOptions) -> "Batching":
         """As the options say."""
         return cls(options.batch_size, options.batch_tokens)
+
+    def lengths_of(self, features: Features) -> list[int]:
+        """The lengths of rows, for the other methods."""
+        return features.lengths if self.tokens is None else features.token_counts
 
     def count(self, lengths: Sequence[int]) -> int:
         """Batches that examples of these lengths make."""

@@ -85,10 +85,10 @@ def prepare(
     started_from = start_from(model, config.model, config.data)
     if config.training.gradient_checkpointing:
         checkpoint_activations(model)
-    lengths = features["train"].lengths
-    batches = Batching.of(config.training).count(lengths)
+    batching = Batching.of(config.training)
+    lengths = batching.lengths_of(features["train"])
     metric = task.metric if "validation" in features else None
-    arguments = training_arguments(config, folder, len(lengths), batches, metric)
+    arguments = training_arguments(config, folder, len(lengths), batching.count(lengths), metric)
     prepared = Prepared(
         config, task, model, tokenizer, labels, max_length, features, arguments, folder,
         resume, overwrite, started_from,

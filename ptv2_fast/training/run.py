@@ -213,7 +213,7 @@ def measure_kept_bytes(prepared: Prepared, batching: Batching) -> int:
     """Bytes kept for backward in a step on the first training examples that make a batch."""
     features, task = prepared.features["train"], prepared.task
     table = features.model_inputs(prepared.tokenizer, task.label_columns)
-    indices = batching.first(list(range(len(table))), features.lengths)
+    indices = batching.first(list(range(len(table))), batching.lengths_of(features))
     rows = [table[index] for index in indices]
     batch = task.collator(prepared.tokenizer)(rows).to(prepared.model.device)
     model = prepared.model.train()

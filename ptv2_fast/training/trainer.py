@@ -282,7 +282,8 @@ class TaskTrainer(PacedTrainer):
     ) -> None:
         self.task, self.labels, self.validation = task, labels, validation
         self.tokenizer = tokenizer
-        self.train_lengths = train.lengths
+        by_tokens = pace.get("batch_tokens") is not None
+        self.train_lengths = train.token_counts if by_tokens else train.lengths
         rows = train.model_inputs(tokenizer, task.label_columns)
         super().__init__(model, args, rows=rows, collate=task.collator(tokenizer), **pace)
 

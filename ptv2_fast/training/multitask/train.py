@@ -127,11 +127,12 @@ def prepare_tasks(
         checkpoint_activations(model)
 
     batching, sizes = Batching.of(config.training), [len(part) for part in train]
-    together = batching.count([length for part in train for length in part.lengths])
+    row_lengths = [batching.lengths_of(part) for part in train]
+    together = batching.count([length for part in row_lengths for length in part])
     batches = batches_per_epoch(sizes, together, config.temperature)
     scored = any("validation" in parts for parts in features.values())
     first = next(iter(singles.values()))
-    order = MultiTaskOrder([part.lengths for part in train], batches, batching, seed=0)
+    order = MultiTaskOrder(row_lengths, batches, batching, seed=0)
     metric = MEAN if scored else None
     arguments = training_arguments(first, folder, len(order), sum(batches), metric)
     parts = {
@@ -191,8 +192,9 @@ class MultiTaskTrainer(PacedTrainer):
         return batch
 
     def _get_train_sampler(self, train_dataset: Any = None) -> MultiTaskOrder:
-        lengths = [part.features["train"].lengths for part in self.prepared.parts.values()]
         batching = Batching.of(self.prepared.config.training)
+        parts = self.prepared.parts.values()
+        lengths = [batching.lengths_of(part.features["train"]) for part in parts]
         if self.batch_tokens is None:
             batching = Batching(self.args.train_batch_size, None)
         return MultiTaskOrder(lengths, self.prepared.batches, batching, self.args.seed)
