@@ -4,13 +4,15 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 from ptv2_fast import cli
+from ptv2_fast.training.checkpoints import load_old_norms
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
-from tests.models import one_thread  # noqa: F401
+from tests.models import one_thread, tiny_model  # noqa: F401
 from tests.test_output_folders import ADAPTER, STEPS, fails, interrupt, tiny, words  # noqa: F401
 
 
@@ -64,6 +66,20 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(
     with pytest.warns(UserWarning, match=f"{newest.name} is damaged"):
         train(prepare(config, tmp_path / "run", resume=True))
     assert (tmp_path / "run" / ADAPTER).read_bytes() == (folder / "whole" / ADAPTER).read_bytes()
+
+
+def test_norms_are_loaded_by_the_names_that_some_versions_give_them(tmp_path):
+    model, tensors, expected = tiny_model(), {}, {}
+    for name, tensor in model.state_dict().items():
+        new = torch.rand_like(tensor)
+        old = name.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old = old.replace("LayerNorm.bias", "LayerNorm.beta")
+        tensors[old] = new
+        expected[name] = tensor.clone() if old == name else new
+    save_file(tensors, tmp_path / "model.safetensors")
+    load_old_norms(model, tmp_path)
+    for name, tensor in model.state_dict().items():
+        assert tensor.equal(expected[name]), name
 
 
 def test_a_checkpoint_of_other_shapes_is_one_line(interrupted, tmp_path, capsys):

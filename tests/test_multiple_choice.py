@@ -71,8 +71,19 @@ def test_batches_hold_every_choice_padded_to_the_longest(tmp_path, model):
     [
         ("p-tuning-v2", ["--init", "tokens", "--backbone", "frozen"]),
         ("p-tuning-v2", ["--init", "tokens", "--backbone", "hook"]),
-        ("prompt-tuning", ["--init", "tokens", "--batch-tokens", "120", "--ema-decay", "0.5",
-                           "--label-smoothing-factor", "0.05"]),
+        (
+            "prompt-tuning",
+            [
+                "--init",
+                "tokens",
+                "--batch-tokens",
+                "120",
+                "--ema-decay",
+                "0.5",
+                "--label-smoothing-factor",
+                "0.05",
+            ],
+        ),
         ("linear-probe", []),
         ("fine-tuning", ["--learning-rate", "0.01"]),
     ],

@@ -6,11 +6,14 @@ import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError, safe_open
+from torch import nn
 
 from ptv2_fast.files import read_json_object
 
 _NAME = re.compile(r"checkpoint-(\d{1,18})")
+_OLD_NAMES = {"gamma": "weight", "beta": "bias"}
 
 
 def last_checkpoint(
@@ -55,6 +58,22 @@ def check_best(checkpoint: Path) -> None:
         _check_weights(checkpoint)
     except ValueError as error:
         raise OSError(f"the best checkpoint of the run is gone or damaged: {error}") from error
+
+
+@torch.no_grad()
+def load_old_norms(model: nn.Module, checkpoint: Path) -> None:
+    """Load the norms that some versions of transformers write as gamma and beta.
+
+    Their Trainer reads a checkpoint by the names that modules have, and so leaves these out.
+    """
+    parameters = dict(model.named_parameters())
+    for file in checkpoint.glob("model*.safetensors"):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():
+                stem, _, last = name.rpartition(".")
+                parameter = parameters.get(f"{stem}.{_OLD_NAMES.get(last)}")
+                if parameter is not None and name not in parameters:
+                    parameter.copy_(tensors.get_tensor(name))
 
 
 def _match(path: Path) -> re.Match[str] | None:

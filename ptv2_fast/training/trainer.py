@@ -27,7 +27,7 @@ from ptv2_fast.encoders.vectors import VECTORS_NAME
 from ptv2_fast.tasks.task import Features, Task
 from ptv2_fast.training.averaging import MovingAverage
 from ptv2_fast.training.baselines import LORA, PROMPT
-from ptv2_fast.training.checkpoints import check_best
+from ptv2_fast.training.checkpoints import check_best, load_old_norms
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.options import MOST_FOR_BIASES
 from ptv2_fast.training.order import LengthGroupedOrder, OrderedBatches, TokenOrder
@@ -96,6 +96,8 @@ class PacedTrainer(Trainer):
         # Encoders take such arguments and ignore them, so that Trainer would add up the losses of
         # the batches in a step where they have to be averaged.
         self.model_accepts_loss_kwargs = False
+        # Trainer divides the loss by the batches in a step; some versions let accelerate, too.
+        self.accelerator.gradient_accumulation_steps = 1
         self.remove_callback(PrinterCallback)  # Progress writes its lines
 
     @property
@@ -167,12 +169,14 @@ class PacedTrainer(Trainer):
         except RuntimeError as error:
             words = " ".join(str(error).split())
             raise OSError(f"{resume_from_checkpoint}: not of this model: {words:.300}") from error
+        load_old_norms(cast(PreTrainedModel, self.model), Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
         """As Trainer's, which keeps the last weights when the best ones are not there."""
         best = Path(cast(str, self.state.best_model_checkpoint))
         check_best(best)
         super()._load_best_model()
+        load_old_norms(cast(PreTrainedModel, self.model), best)
         if self.average is not None:
             self.average.load(best)
             self.average.apply()
