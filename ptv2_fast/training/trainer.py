@@ -4,12 +4,11 @@ import contextlib
 import math
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, Sampler
 from transformers import (
     PreTrainedModel,
@@ -18,7 +17,6 @@ from transformers import (
     Trainer,
     TrainerCallback,
     TrainingArguments,
-    get_scheduler,
 )
 from transformers.trainer_utils import SchedulerType
 
@@ -32,6 +30,7 @@ from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.options import MOST_FOR_BIASES
 from ptv2_fast.training.order import LengthGroupedOrder, OrderedBatches, TokenOrder
 from ptv2_fast.training.progress import Progress
+from ptv2_fast.training.schedules import exponential_schedule, timed_schedule
 from ptv2_fast.training.scoring import score
 
 
@@ -351,36 +350,3 @@ def head_parameters(model: PreTrainedModel) -> list[torch.nn.Parameter]:
         and not name.startswith(("prefix_encoder.", PROMPT + "."))
         and LORA not in name
     ]
-
-
-def exponential_schedule(optimizer: Any, decay: float, epoch: int) -> LambdaLR:
-    """The learning rates times `decay` after every `epoch` steps, as the authors' tagging runs do.
-
-    The rates depend on the number of steps alone, so that a run may resume within an epoch.
-    """
-    return LambdaLR(optimizer, lambda step: decay ** (step // epoch))
-
-
-def timed_schedule(
-    args: TrainingArguments, optimizer: Any, num_training_steps: int, clock: StepClock
-) -> LambdaLR:
-    """The schedule of `args` over the clock's time limit, or the steps if they end sooner."""
-    assert clock.max_seconds is not None
-    limit = clock.max_seconds
-    steps = get_scheduler(
-        args.lr_scheduler_type,
-        optimizer,
-        args.get_warmup_steps(num_training_steps),
-        num_training_steps,
-        scheduler_specific_kwargs=cast(Any, args.lr_scheduler_kwargs),
-    )
-    assert isinstance(steps, LambdaLR)
-
-    def by_time(factor: Callable[[int], float]) -> Callable[[int], float]:
-        def factor_now(step: int) -> float:
-            part = min(1.0, max(clock.elapsed() / limit, step / num_training_steps))
-            return factor(int(part * num_training_steps))
-
-        return factor_now
-
-    return LambdaLR(optimizer, [by_time(factor) for factor in steps.lr_lambdas])
