@@ -58,7 +58,7 @@ def test_batches_hold_every_choice_padded_to_the_longest(tmp_path, model):
     assert batch["attention_mask"].sum(-1).tolist() == [[11, 11], [7, 12]]
     assert batch["input_ids"][1, 0, 7:].eq(tokenizer.pad_token_id).all()
     outputs = type("Outputs", (), {"logits": torch.tensor([[1.0, 2.0], [4.0, 3.0]])})
-    results = task.results(task.predictions(outputs, batch), features, ["0", "1"])
+    results = task.results(task.predictions(outputs, batch, ["0", "1"]), features, ["0", "1"])
     assert [result["label"] for result in results] == ["1", "0"]
     assert task.metrics(results, examples, ["0", "1"]) == {"accuracy": 0.0}
     described = task.describe(examples.table[0], results[0])

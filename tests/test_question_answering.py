@@ -331,7 +331,7 @@ def test_predictions_keep_the_logits_of_tokens_alone():
     logits = torch.arange(6.0).view(2, 3)
     outputs = SimpleNamespace(start_logits=logits, end_logits=-logits)
     batch = {"attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]])}
-    whole, short = qa_task().predictions(outputs, batch)
+    whole, short = qa_task().predictions(outputs, batch, [])
     assert whole.tolist() == [[0, 1, 2], [0, -1, -2]]
     assert short.tolist() == [[3, 4], [-3, -4]] and short.dtype == np.float32
 

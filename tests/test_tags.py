@@ -1,10 +1,17 @@
-"""Labels of chunks: every scheme gives entity F1, odd labels stop, and the figure has a name."""
+"""Labels of chunks: every scheme gives entity F1, odd labels stop, the figure has a name, and
+decoding keeps to the scheme."""
+
+import itertools
+from types import SimpleNamespace
 
 import pytest
+import torch
 from sklearn.metrics import f1_score
 
 from ptv2_fast import cli
 from ptv2_fast.tasks import DataOptions, make_task
+from ptv2_fast.tasks.chunks import find_scheme
+from ptv2_fast.tasks.decoding import broken, decode, rules_of
 from ptv2_fast.tasks.sources import file_source
 from tests.tiny_run import save_tiny_model, write_conll
 
@@ -106,3 +113,123 @@ def test_training_says_which_f1_it_is(tmp_path, capsys):
     assert "metric: f1 = f1 of whole chunks (labels B-X)" in capsys.readouterr().err
     assert cli.main([*arguments, "--tag-scheme", "words"]) == 0
     assert "metric: f1 = macro F1 of single words" in capsys.readouterr().err
+
+
+def rules_by_hand(parts: set[str], before: str, after: str) -> bool:
+    """Whether a label may follow another, "" being the sentence's border, spelt out by cases."""
+    part, kind = after[:1], after[2:]
+    closed = before[:1] not in ("B", "I") or "E" not in parts
+    if part in ("I", "E"):
+        return before[:1] in ("B", "I") and before[2:] == kind
+    return closed
+
+
+@pytest.mark.parametrize("name", ["iob", *SCHEMES])
+def test_rules_of_a_scheme_forbid_what_no_chunk_has(name):
+    known = IOB2 if name == "iob" else SCHEMES[name][0].split()
+    scheme = find_scheme(known)
+    spelt = {"M": "I", "L": "E", "U": "S", "W": "S"}
+    labels = tuple(sorted({*known}))
+    plain = [scheme.as_seqeval(label) for label in labels]
+    parts = {tag[0] for tag in plain}
+    rules = rules_of(scheme, labels)
+    assert not parts & {*spelt} and "I" in parts
+    for number, tag in enumerate(plain):
+        assert rules.first[number] == rules_by_hand(parts, "", tag)
+        assert rules.last[number] == rules_by_hand(parts, tag, "")
+        for other, after in enumerate(plain):
+            assert rules.between[number, other] == rules_by_hand(parts, tag, after), (tag, after)
+
+
+@pytest.mark.parametrize(
+    ("labels", "allowed"),
+    [
+        (["I-PER", "I-LOC", "O"], ["I-PER I-LOC O I-LOC"]),  # IO
+        (["E-PER", "I-PER", "O"], ["E-PER O I-PER E-PER"]),  # IOE
+        (["B-PER", "I-PER", "I-LOC", "O"], ["I-LOC B-PER I-LOC"]),  # a type that nothing begins
+    ],
+)
+def test_a_type_that_no_label_begins_may_begin_inside(labels, allowed):
+    rules = rules_of(find_scheme(labels), tuple(labels))
+    for tags in allowed:
+        numbers = torch.tensor([labels.index(tag) for tag in tags.split()])
+        assert broken(numbers, torch.tensor([len(numbers)]), rules).tolist() == [0]
+
+
+@pytest.mark.parametrize("tags", [IOB2, SCHEMES["bioes"][0].split(), ["I-PER", "O", "I-LOC"]])
+def test_decoding_finds_the_best_of_all_allowed_sequences(tags):
+    """Against every sequence; rows of one to five words, one without any."""
+    labels = sorted({*tags})
+    rules = rules_of(find_scheme(labels), tuple(labels))
+    generator = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 5, 3, 0, 4, 2])
+    logits = 3 * torch.randn(int(lengths.sum()), len(labels), generator=generator)
+    before = logits.clone()
+    found = decode(logits, lengths, rules)
+    assert torch.equal(logits, before)
+    for length, scores, path in zip(
+        lengths, logits.double().log_softmax(-1).split(lengths.tolist()),
+        found.split(lengths.tolist()), strict=True,
+    ):  # fmt: skip
+        every = torch.tensor([*itertools.product(range(len(labels)), repeat=int(length))])
+        if length == 0:
+            continue
+        allowed = every[broken(every.flatten(), length.expand(len(every)), rules) == 0]
+        sums = scores.gather(1, allowed.T).sum(0)
+        assert path.tolist() == allowed[sums.argmax()].tolist()
+
+
+def test_allowed_best_labels_stay_and_others_change_only_their_sentence():
+    labels = ["B-PER", "I-PER", "O"]
+    rules = rules_of(find_scheme(labels), tuple(labels))
+    best = torch.tensor([0, 1, 2, 2, 1, 1, 0])
+    logits = torch.eye(3)[best] + torch.tensor([0.5, 0.0, 0.0])
+    logits[3, 0] = 0.75
+    found = decode(logits.bfloat16(), torch.tensor([3, 3, 1]), rules)
+    assert found.tolist() == [0, 1, 2, 0, 1, 1, 0]
+
+
+def test_no_allowed_sequence_leaves_the_one_that_breaks_least():
+    """One word, and neither O nor a chunk of one word among the labels."""
+    labels = ["B-PER", "E-PER"]
+    rules = rules_of(find_scheme(labels), tuple(labels))
+    logits = torch.tensor([[0.0, 1.0], [1.0, 0.0], [0.0, 0.5]])
+    assert decode(logits, torch.tensor([1, 2]), rules).tolist() == [1, 0, 1]
+
+
+IOB1 = ["I-PER", "I-PER", "B-PER", "O", "I-LOC", "I-LOC", "O", "O"]
+
+
+@pytest.mark.parametrize(
+    ("tags", "decoding"),
+    [
+        (IOB2, "viterbi"),
+        ([*IOB2, "I-LOC"], "viterbi"),  # an odd label
+        (SCHEMES["bilou"][0].split(), "viterbi"),
+        (["I-PER", "O", "I-LOC", "I-LOC"], "argmax"),  # IO, of which nothing is forbidden
+        (IOB1, "argmax"),
+        (["NOUN", "VERB"], None),
+    ],
+)
+def test_labels_that_keep_to_a_scheme_are_decoded_by_it(tmp_path, tags, decoding):
+    task = token_task()
+    examples = task.read(file_source(write_tags(tmp_path / "data.txt", tags)))
+    assert task.choose_decoding(examples, task.find_labels(examples)) == decoding
+
+
+def test_predictions_keep_to_the_scheme_where_that_is_asked_for():
+    """The words of two padded rows; the second sub-word and the ends carry no label."""
+    labels = ["B-PER", "I-PER", "O"]
+    batch = {"labels": torch.tensor([[-100, 0, -100, 0, -100], [-100, 0, -100, -100, -100]])}
+    logits = torch.tensor([0.0, 0.9, 1.0]).repeat(2, 5, 1)
+    logits[0, 3] = torch.tensor([0.0, 5.0, 0.0])  # I-PER after O
+    outputs = SimpleNamespace(logits=logits)
+    task = token_task(decoding="viterbi")
+    found = task.predictions(outputs, batch, labels)
+    assert found == [[0, 1], [2]]
+    sure = task.certainty(outputs, batch, found)
+    assert sure[0] == [logits[0, 1].softmax(0)[0], logits[0, 3].softmax(0)[1]]
+    for plain in (token_task(), token_task(decoding="argmax"),
+                  token_task(decoding="viterbi", tag_scheme="words")):  # fmt: skip
+        assert plain.predictions(outputs, batch, labels) == [[2, 1], [2]]
+    assert task.predictions(outputs, batch, ["ADJ", "NOUN", "VERB"]) == [[2, 1], [2]]

@@ -1,6 +1,7 @@
 """Reading of every format, label handling, word alignment, metrics and their errors."""
 
 import json
+import math
 import re
 import warnings
 from pathlib import Path
@@ -292,7 +293,11 @@ def test_zero_width_spaces_part_words_and_unspaced_scripts_are_warned_of():
 def test_predictions_pick_the_labelled_positions():
     logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]])
     outputs, batch = SimpleNamespace(logits=logits), {"labels": torch.tensor([[-100, 0, 0]])}
-    assert token_task().predictions(outputs, batch) == [[0, 1]]
+    task = token_task()
+    assert task.predictions(outputs, batch, ["O", "B-X"]) == [[0, 1]]
+    assert task.certainty(outputs, batch, [[0, 0]]) == [
+        pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(3))])
+    ]
 
 
 BAD_FILES = {

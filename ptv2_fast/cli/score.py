@@ -13,9 +13,9 @@ from ptv2_fast.training.run_place import find_run
 
 _COLUMN_OPTIONS = (
     "text_column", "text_pair_column", "choices_column", "label_column", "words_column",
-    "tags_column", "sentence_column", "tag_scheme", "predicate_column", "conll_word_column",
-    "conll_tag_column", "conll_comments", "long_input", "doc_stride", "max_answer_length",
-    "n_best", "unanswerable", "null_score_threshold",
+    "tags_column", "sentence_column", "tag_scheme", "decoding", "predicate_column",
+    "conll_word_column", "conll_tag_column", "conll_comments", "long_input", "doc_stride",
+    "max_answer_length", "n_best", "unanswerable", "null_score_threshold",
 )  # fmt: skip
 
 

@@ -1,6 +1,7 @@
 """What tasks share whose examples have one label or one number each."""
 
 from abc import ABC
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,7 +13,9 @@ from ptv2_fast.tasks.text_metrics import scores, titles
 class OneLabel(Task, ABC):
     """A row's logits are kept, and the figures are those of text_metrics.py, by name."""
 
-    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[float]]:
+    def predictions(
+        self, outputs: Any, batch: dict[str, Tensor], labels: Sequence[str]
+    ) -> list[list[float]]:
         return outputs.logits.float().tolist()
 
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:

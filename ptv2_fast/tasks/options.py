@@ -14,6 +14,9 @@ FAMILIES = (
 )  # fmt: skip
 
 
+DECODINGS = ("argmax", "viterbi")
+
+
 def option(default: Any, help: str, *, choices: tuple = (), aliases: tuple[str, ...] = ()) -> Any:
     """A dataclass field with its help text, allowed values and further command line names."""
     metadata = {"help": help, "choices": choices, "aliases": aliases}
@@ -151,6 +154,13 @@ class DataOptions(Options):
         "token-classification: score whole chunks where the labels are of chunks (B-X, BIOES, "
         "BMES, BILOU, X-B, bare B), else single words; or single words whatever the labels",
         choices=("auto", "words"),
+    )
+    decoding: str | None = option(
+        None,
+        "token tasks: how labels of chunks are chosen, each word's best (argmax) or the best "
+        "sequence that their scheme allows (viterbi; default: that, where the training labels keep "
+        "to the scheme; IOB1 does not)",
+        choices=DECODINGS,
     )
     max_length: int | None = option(
         None,

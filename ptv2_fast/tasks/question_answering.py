@@ -134,7 +134,9 @@ class QuestionAnswering(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return DataCollatorWithPadding(tokenizer)
 
-    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[np.ndarray]:
+    def predictions(
+        self, outputs: Any, batch: dict[str, Tensor], labels: Sequence[str]
+    ) -> list[np.ndarray]:
         """Start and end logits of each row's tokens without padding, [2, T] each."""
         logits = (outputs.start_logits, outputs.end_logits)
         both = np.stack([part.float().cpu().numpy() for part in logits], axis=1)  # [B, 2, T]

@@ -212,17 +212,19 @@ class Task(Compared, ABC):
         """Makes a batch of tensors, padded to the longest example in it."""
 
     @abstractmethod
-    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[Any]:
+    def predictions(
+        self, outputs: Any, batch: dict[str, Tensor], labels: Sequence[str]
+    ) -> list[Any]:
         """What is kept of the model's outputs on a batch, one per row."""
 
     @abstractmethod
     def results(self, predicted: list, features: Features, labels: list[str]) -> list[Any]:
         """The predictions in the task's own terms, one per example, from those of the rows."""
 
-    def certainty(self, outputs: Any, batch: dict[str, Tensor]) -> list[Any]:
+    def certainty(self, outputs: Any, batch: dict[str, Tensor], predicted: list[Any]) -> list[Any]:
         """How sure the model is of its predictions on a batch, one per row; None where its results
         say that."""
-        return [None] * len(batch["input_ids"])
+        return [None] * len(predicted)
 
     def scores(self, certain: list, features: Features) -> list[Any]:
         """The same, one per example in the terms of the task, from those of the rows."""
@@ -276,6 +278,10 @@ class Task(Compared, ABC):
     def count_labels(self, examples: Examples) -> Counter[str]:
         """How often each label occurs."""
         return Counter(str(label) for _, label in self.labels_of(examples))
+
+    def choose_decoding(self, train: Examples, labels: list[str]) -> str | None:
+        """The option decoding for labels like those of the training examples; None = no matter."""
+        return None
 
     def check_labels(self, examples: Examples, labels: list[str]) -> None:
         """Check that every label is known.

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
+import torch
 from datasets import Dataset
 from seqeval.metrics import accuracy_score
 from sklearn.metrics import f1_score as word_f1_score
@@ -31,6 +32,7 @@ from ptv2_fast.tasks.chunks import (
 )
 from ptv2_fast.tasks.comparison import label_figures
 from ptv2_fast.tasks.conll import holds_columns, read_conll
+from ptv2_fast.tasks.decoding import decode, keeps_to, rules_of
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_table
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
@@ -206,10 +208,24 @@ class TokenClassification(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
 
-    def predictions(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[int]]:
-        best = outputs.logits.argmax(-1)
+    def choose_decoding(self, train: Examples, labels: list[str]) -> str | None:
+        scheme = self.scheme(labels)
+        if scheme is None:
+            return None
+        return "viterbi" if keeps_to(scheme, labels, train.table["tags"][:]) else "argmax"
+
+    def predictions(
+        self, outputs: Any, batch: dict[str, Tensor], labels: Sequence[str]
+    ) -> list[list[int]]:
+        """The numbers of the words' labels; without the option decoding each word's best."""
         kept = batch["labels"] != IGNORED
-        return [row[first].tolist() for row, first in zip(best, kept, strict=True)]
+        words, lengths = outputs.logits[kept].cpu(), kept.sum(1).cpu()  # [N, L], [B]
+        scheme = self.scheme(labels) if self.options.decoding == "viterbi" else None
+        if scheme is None:
+            best = words.argmax(-1)
+        else:
+            best = decode(words, lengths, rules_of(scheme, tuple(labels)))
+        return [row.tolist() for row in best.split(lengths.tolist())]
 
     def results(self, predicted: list, features: Features, labels: list[str]) -> list[list[str]]:
         """One tag a word; words that were cut off, or of which the tokenizer makes nothing, are
@@ -225,10 +241,13 @@ class TokenClassification(Task):
                 results[example][word] = labels[number]
         return results
 
-    def certainty(self, outputs: Any, batch: dict[str, Tensor]) -> list[list[float]]:
-        best = outputs.logits.float().softmax(-1).amax(-1)
-        kept = batch["labels"] != IGNORED
-        return [row[first].tolist() for row, first in zip(best, kept, strict=True)]
+    def certainty(
+        self, outputs: Any, batch: dict[str, Tensor], predicted: list[list[int]]
+    ) -> list[list[float]]:
+        words = outputs.logits[batch["labels"] != IGNORED].float().softmax(-1).cpu()  # [N, L]
+        numbers = torch.tensor([*itertools.chain.from_iterable(predicted)], dtype=torch.long)
+        own = words.gather(1, numbers[:, None])[:, 0]
+        return [row.tolist() for row in own.split([*map(len, predicted)])]
 
     def scores(self, certain: list, features: Features) -> list[list[float | None]]:
         """The probability of the label of each word; None where `results` fills one in."""

@@ -348,6 +348,9 @@ _MOST_VALUES = 100_000  # in a YAML file
 # Options of earlier versions, which their runs' config.json names even where nobody gave them.
 _TAKEN_OUT = ("cache_frozen_layers",)
 
+# What they did where their config.json does not name an option.
+_OF_EARLIER_RUNS = {"decoding": "argmax"}
+
 SECTIONS: dict[str, type[Options]] = {
     "data": DataOptions,
     "model": ModelOptions,
@@ -421,7 +424,10 @@ def read_table(path: str | Path) -> dict[str, Any]:
         raise ValueError(f"config: {path} cannot be read: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"config: expected a table of options in {path}, got {values!r:.100}")
-    values.pop("found", None)  # what a run's config.json keeps beside the options
+    # What a run's config.json keeps beside the options.
+    if "found" in values and isinstance(values.get("data"), dict):
+        values["data"] = _OF_EARLIER_RUNS | values["data"]
+    values.pop("found", None)
     return without_word(values)
 
 

@@ -51,7 +51,9 @@ class Prepared:
     @property
     def found(self) -> dict[str, Any]:
         """What config.json keeps beside the options."""
-        found = {"labels": self.labels, "max_length": self.max_length}
+        found: dict[str, Any] = {"labels": self.labels, "max_length": self.max_length}
+        if self.config.data.decoding is None and self.task.options.decoding is not None:
+            found["decoding"] = self.task.options.decoding
         return found if self.started_from is None else {**found, "started_from": self.started_from}
 
 
@@ -73,7 +75,9 @@ def prepare(
     if config.model.method == "p-tuning-v2":
         prefix_config(config.model)  # a bad prefix is known before the data is read
     find_starts(config.model)
-    task, examples, labels = read_data(config)
+    goes_on = resume and (folder / run_folder.CONFIG).is_file()
+    begun = run_folder.read_run_config(folder)[1] if goes_on else None
+    task, examples, labels = read_data(config, begun)
 
     set_seed(config.training.seed)
     model, tokenizer = load_pretrained(config.model, task, labels)
@@ -98,8 +102,14 @@ def prepare(
     return prepared
 
 
-def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
+def read_data(
+    config: RunConfig, begun: dict[str, Any] | None = None
+) -> tuple[Task, dict[str, Examples], list[str]]:
     """The task, the examples of each split, and the labels of the training split.
+
+    Args:
+        config: the run.
+        begun: what a run that goes on found at its start.
 
     Raises:
         ValueError, OSError: for bad data, or a label that the training split lacks.
@@ -113,6 +123,13 @@ def read_data(config: RunConfig) -> tuple[Task, dict[str, Examples], list[str]]:
     examples["train"] = dataclasses.replace(examples["train"], remarks=remarks)
     for part in examples.values():
         task.check_labels(part, labels)
+    if config.data.decoding is None:
+        decoding = (
+            task.choose_decoding(examples["train"], labels)
+            if begun is None
+            else begun.get("decoding")
+        )
+        task = make_task(dataclasses.replace(config.data, decoding=decoding))
     limits = {"train": config.data.max_train_examples, "test": None}
     for name, part in examples.items():
         kind = name.partition("_")[0]  # of "validation_mismatched", "test_wsj"

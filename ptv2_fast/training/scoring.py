@@ -31,7 +31,9 @@ def predict(
     Runs in eval mode, in batches of similar length, and draws nothing from torch's generator.
     A bar shows how far it is: with `progress`, or when that is None, on a terminal.
     """
-    predicted, _ = _run(model, task, features, tokenizer, batch_size, bf16, progress=progress)
+    predicted, _ = _run(
+        model, task, features, tokenizer, labels, batch_size, bf16, progress=progress
+    )
     return task.results(predicted, features, labels)
 
 
@@ -41,6 +43,7 @@ def _run(
     task: Task,
     features: Features,
     tokenizer: PreTrainedTokenizerBase,
+    labels: list[str],
     batch_size: int,
     bf16: bool = False,
     certain: bool = False,
@@ -61,10 +64,11 @@ def _run(
         inputs = {name: t for name, t in batch.items() if name not in task.label_columns}
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             outputs = model(**inputs)
-        for index, prediction in zip(indices, task.predictions(outputs, batch), strict=True):
+        found = task.predictions(outputs, batch, labels)
+        for index, prediction in zip(indices, found, strict=True):
             predicted[index] = prediction
         if certain:
-            for index, value in zip(indices, task.certainty(outputs, batch), strict=True):
+            for index, value in zip(indices, task.certainty(outputs, batch, found), strict=True):
                 certainty[index] = value
     model.train(was_training)
     return predicted, certainty
@@ -144,7 +148,9 @@ def _describe(
 ) -> tuple[list[Any], Iterator[dict[str, Any]]]:
     """The results of the examples, and how they are printed, made when asked for."""
     task, labels = run.task, run.labels
-    predicted, certainty = _run(run.model, task, features, run.tokenizer, batch_size, certain=True)
+    predicted, certainty = _run(
+        run.model, task, features, run.tokenizer, labels, batch_size, certain=True
+    )
     results, scores = task.results(predicted, features, labels), task.scores(certainty, features)
     rows = zip(features.examples.table, results, scores, strict=True)
     return results, (task.describe(row, one, labels, sure) for row, one, sure in rows)
