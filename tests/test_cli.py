@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from ptv2_fast import cli
+from ptv2_fast.tasks.decoding import affinities
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import (
     METHODS_OF_OPTION,
@@ -23,7 +24,6 @@ from ptv2_fast.training.options import (
     read_config_file,
 )
 from ptv2_fast.training.prepare import prepare
-from ptv2_fast.training.run_folder import read_run_config
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
@@ -72,8 +72,10 @@ def test_a_run_folder_holds_config_metrics_adapter_and_report(trained):
     assert report["steps"] == 48
     config = json.loads((trained / "config.json").read_text())
     assert config["found"] == {
-        "labels": ["B-LOC", "B-PER", "O"], "max_length": 24, "decoding": "viterbi",
-    }  # fmt: skip
+        "labels": ["B-LOC", "B-PER", "O"],
+        "max_length": 24,
+        "transitions": {"B-LOC": {"O": 24}, "B-PER": {"O": 24}, "O": {"B-LOC": 24, "O": 72}},
+    }
     lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "eval_f1" in line] == [6, 12, 18, 24, 30, 36, 42, 48]
     assert not list(trained.rglob("*.tmp"))
@@ -90,16 +92,21 @@ def test_runs_of_earlier_versions_take_the_best_label_of_each_word(trained, tmp_
     """Also where they are repeated or go on; others do as they began."""
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
-    assert load_run(folder).task.options.decoding == "viterbi"
-    assert load_run(folder, {"decoding": "argmax"}).task.options.decoding == "argmax"
     content = json.loads((folder / "config.json").read_text())
-    del content["found"]["decoding"], content["data"]["decoding"]
+    transitions = content["found"]["transitions"]
+    run = load_run(folder)
+    assert run.task.affinity.equal(affinities(run.labels, transitions))
+    content["found"]["transitions"] = {"O": {"B-ORG": 1}}
     (folder / "config.json").write_text(json.dumps(content))
-    assert load_run(folder).task.options.decoding is None
+    with pytest.raises(ValueError, match="transitions: expected counts of labels"):
+        load_run(folder)
+    del content["found"]["transitions"], content["data"]["decoding"]
+    (folder / "config.json").write_text(json.dumps(content))
+    run = load_run(folder)
+    assert run.task.affinity is None and run.task.options.decoding is None
     assert read_config_file(folder / "config.json")["decoding"] == "argmax"
-    config, _ = read_run_config(folder)
-    goes_on = prepare(config, folder, resume=True)
-    assert goes_on.task.options.decoding is None and goes_on.found == content["found"]
+    goes_on = prepare(run.config, folder, resume=True)
+    assert goes_on.task.affinity is None and goes_on.found == content["found"]
 
 
 def test_eval_gives_the_score_of_the_report(trained, tiny, capsys):

@@ -2,6 +2,7 @@
 decoding keeps to the scheme."""
 
 import itertools
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,14 @@ from sklearn.metrics import f1_score
 from ptv2_fast import cli
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.chunks import find_scheme
-from ptv2_fast.tasks.decoding import broken, decode, rules_of
+from ptv2_fast.tasks.decoding import (
+    WEIGHT,
+    affinities,
+    broken,
+    count_transitions,
+    decode,
+    rules_of,
+)
 from ptv2_fast.tasks.sources import file_source
 from tests.tiny_run import save_tiny_model, write_conll
 
@@ -156,8 +164,9 @@ def test_a_type_that_no_label_begins_may_begin_inside(labels, allowed):
         assert broken(numbers, torch.tensor([len(numbers)]), rules).tolist() == [0]
 
 
+@pytest.mark.parametrize("counted", [False, True])
 @pytest.mark.parametrize("tags", [IOB2, SCHEMES["bioes"][0].split(), ["I-PER", "O", "I-LOC"]])
-def test_decoding_finds_the_best_of_all_allowed_sequences(tags):
+def test_decoding_finds_the_best_of_all_allowed_sequences(tags, counted):
     """Against every sequence; rows of one to five words, one without any."""
     labels = sorted({*tags})
     rules = rules_of(find_scheme(labels), tuple(labels))
@@ -165,7 +174,9 @@ def test_decoding_finds_the_best_of_all_allowed_sequences(tags):
     lengths = torch.tensor([1, 5, 3, 0, 4, 2])
     logits = 3 * torch.randn(int(lengths.sum()), len(labels), generator=generator)
     before = logits.clone()
-    found = decode(logits, lengths, rules)
+    affinity = 5 * affinities(labels, count_transitions([tags])) if counted else None
+    between = 0 * rules.between.double() if affinity is None else WEIGHT * affinity.double()
+    found = decode(logits, lengths, rules, affinity)
     assert torch.equal(logits, before)
     for length, scores, path in zip(
         lengths, logits.double().log_softmax(-1).split(lengths.tolist()),
@@ -175,7 +186,7 @@ def test_decoding_finds_the_best_of_all_allowed_sequences(tags):
         if length == 0:
             continue
         allowed = every[broken(every.flatten(), length.expand(len(every)), rules) == 0]
-        sums = scores.gather(1, allowed.T).sum(0)
+        sums = scores.gather(1, allowed.T).sum(0) + between[allowed[:, :-1], allowed[:, 1:]].sum(1)
         assert path.tolist() == allowed[sums.argmax()].tolist()
 
 
@@ -201,20 +212,41 @@ IOB1 = ["I-PER", "I-PER", "B-PER", "O", "I-LOC", "I-LOC", "O", "O"]
 
 
 @pytest.mark.parametrize(
-    ("tags", "decoding"),
+    ("tags", "keeps"),
     [
-        (IOB2, "viterbi"),
-        ([*IOB2, "I-LOC"], "viterbi"),  # an odd label
-        (SCHEMES["bilou"][0].split(), "viterbi"),
-        (["I-PER", "O", "I-LOC", "I-LOC"], "argmax"),  # IO, of which nothing is forbidden
-        (IOB1, "argmax"),
-        (["NOUN", "VERB"], None),
+        (IOB2, True),
+        ([*IOB2, "I-LOC"], True),  # an odd label
+        (SCHEMES["bilou"][0].split(), True),
+        (["I-PER", "O", "I-LOC", "I-LOC"], False),  # IO, of which nothing is forbidden
+        (IOB1, False),
+        (["NOUN", "VERB"], False),
     ],
 )
-def test_labels_that_keep_to_a_scheme_are_decoded_by_it(tmp_path, tags, decoding):
-    task = token_task()
-    examples = task.read(file_source(write_tags(tmp_path / "data.txt", tags)))
-    assert task.choose_decoding(examples, task.find_labels(examples)) == decoding
+def test_labels_that_keep_to_a_scheme_are_decoded_by_it(tmp_path, tags, keeps):
+    examples = token_task().read(file_source(write_tags(tmp_path / "data.txt", tags)))
+    for decoding, learns in ((None, keeps), ("argmax", False), ("viterbi", "NOUN" not in tags)):
+        task = token_task(decoding=decoding)
+        labels = task.find_labels(examples)
+        task.learn(examples, labels)
+        assert task.learnt == ({"transitions": count_transitions([tags])} if learns else {})
+        again = token_task(decoding=decoding)
+        again.remember({"labels": labels, **task.learnt})
+        assert (again.affinity is None) == (task.affinity is None) == (not learns)
+
+
+def test_affinities_say_how_much_likelier_a_label_is_after_another():
+    transitions = count_transitions([["O", "B", "I", "O", "O"], ["B"], []])
+    assert transitions == {"B": {"I": 1}, "I": {"O": 1}, "O": {"B": 1, "O": 1}}
+    found = affinities(["B", "I", "O", "never"], transitions)
+    # B is followed by I once of once, though a quarter of what follows is I.
+    assert found[0, 1] == pytest.approx(math.log((1 / (1 / 4) + 1) / (1 + 1)))
+    assert found[0, 2] == pytest.approx(math.log(1 / 2))
+    assert found[2, 2] == pytest.approx(math.log((1 / (2 / 4) + 1) / (2 + 1)))
+    assert not found[3].any() and not affinities(["B", "O"], count_transitions([["B"]])).any()
+    for wrong in ([], {"B": 1}, {"B": {"X": 1}}, {"B": {"I": "1"}}, {"B": {"I": -1}},
+                  {"B": {"I": float("nan")}}):  # fmt: skip
+        with pytest.raises(ValueError, match="transitions: expected counts"):
+            affinities(["B", "I", "O"], wrong)
 
 
 def test_predictions_keep_to_the_scheme_where_that_is_asked_for():
@@ -229,7 +261,11 @@ def test_predictions_keep_to_the_scheme_where_that_is_asked_for():
     assert found == [[0, 1], [2]]
     sure = task.certainty(outputs, batch, found)
     assert sure[0] == [logits[0, 1].softmax(0)[0], logits[0, 3].softmax(0)[1]]
-    for plain in (token_task(), token_task(decoding="argmax"),
-                  token_task(decoding="viterbi", tag_scheme="words")):  # fmt: skip
+    counted = token_task()
+    counted.remember({"labels": labels, "transitions": {"B-PER": {"I-PER": 1}}})
+    assert counted.predictions(outputs, batch, labels) == found
+    argmax = token_task(decoding="argmax")
+    argmax.affinity = counted.affinity
+    for plain in (token_task(), argmax, token_task(decoding="viterbi", tag_scheme="words")):
         assert plain.predictions(outputs, batch, labels) == [[2, 1], [2]]
     assert task.predictions(outputs, batch, ["ADJ", "NOUN", "VERB"]) == [[2, 1], [2]]

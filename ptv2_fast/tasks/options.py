@@ -157,9 +157,10 @@ class DataOptions(Options):
     )
     decoding: str | None = option(
         None,
-        "token tasks: how labels of chunks are chosen, each word's best (argmax) or the best "
-        "sequence that their scheme allows (viterbi; default: that, where the training labels keep "
-        "to the scheme; IOB1 does not)",
+        "token tasks: how labels of chunks are chosen, each word's best (argmax), or the best "
+        "sequence that their scheme allows, with some weight on how often labels follow each other "
+        "in the training data (viterbi; default: that, where these keep to the scheme; IOB1 does "
+        "not)",
         choices=DECODINGS,
     )
     max_length: int | None = option(

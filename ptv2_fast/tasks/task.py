@@ -139,6 +139,9 @@ class Task(Compared, ABC):
 
     Args:
         options: with the defaults of the published data set, if the task names one.
+
+    Attributes:
+        learnt: what predictions take from the training labels, JSON-ready.
     """
 
     name: ClassVar[str]
@@ -149,6 +152,7 @@ class Task(Compared, ABC):
 
     def __init__(self, options: DataOptions) -> None:
         self.options = options
+        self.learnt: dict[str, Any] = {}
 
     @property
     def benchmark(self) -> Benchmark | None:
@@ -279,9 +283,15 @@ class Task(Compared, ABC):
         """How often each label occurs."""
         return Counter(str(label) for _, label in self.labels_of(examples))
 
-    def choose_decoding(self, train: Examples, labels: list[str]) -> str | None:
-        """The option decoding for labels like those of the training examples; None = no matter."""
-        return None
+    def learn(self, train: Examples, labels: list[str]) -> None:
+        """Set `learnt` by the training labels."""
+
+    def remember(self, found: dict[str, Any]) -> None:
+        """Set `learnt` by what a run found at its start.
+
+        Raises:
+            ValueError: for what `learn` never gives.
+        """
 
     def check_labels(self, examples: Examples, labels: list[str]) -> None:
         """Check that every label is known.

@@ -32,7 +32,13 @@ from ptv2_fast.tasks.chunks import (
 )
 from ptv2_fast.tasks.comparison import label_figures
 from ptv2_fast.tasks.conll import holds_columns, read_conll
-from ptv2_fast.tasks.decoding import decode, keeps_to, rules_of
+from ptv2_fast.tasks.decoding import (
+    affinities,
+    count_transitions,
+    decode,
+    keeps_to,
+    rules_of,
+)
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_table
 from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
@@ -53,6 +59,7 @@ class TokenClassification(Task):
     columns: ClassVar[dict[str, str]] = {"words": "tokens", "tags": "ner_tags"}  # in tables
     model_class = "AutoModelForTokenClassification"
     default_metrics: ClassVar[tuple[str, ...]] = ("f1", "precision", "recall")
+    affinity: Tensor | None = None  # of labels, as `affinities` gives it
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
         if source.format == "other" or self._holds_columns(source):
@@ -208,23 +215,36 @@ class TokenClassification(Task):
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
 
-    def choose_decoding(self, train: Examples, labels: list[str]) -> str | None:
-        scheme = self.scheme(labels)
-        if scheme is None:
-            return None
-        return "viterbi" if keeps_to(scheme, labels, train.table["tags"][:]) else "argmax"
+    def learn(self, train: Examples, labels: list[str]) -> None:
+        """How often labels follow each other, where they are decoded as sequences."""
+        scheme, decoding = self.scheme(labels), self.options.decoding
+        if scheme is None or decoding == "argmax":
+            return
+        tags = train.table["tags"][:]
+        if decoding == "viterbi" or keeps_to(scheme, labels, tags):
+            self.remember({"labels": labels, "transitions": count_transitions(tags)})
+
+    def remember(self, found: dict[str, Any]) -> None:
+        if "transitions" in found:
+            self.affinity = affinities(found["labels"], found["transitions"])
+            self.learnt = {"transitions": found["transitions"]}
 
     def predictions(
         self, outputs: Any, batch: dict[str, Tensor], labels: Sequence[str]
     ) -> list[list[int]]:
-        """The numbers of the words' labels; without the option decoding each word's best."""
+        """The numbers of the words' labels.
+
+        Without the option decoding they are sequences where there is something to remember: runs
+        of earlier versions took each word's best.
+        """
         kept = batch["labels"] != IGNORED
         words, lengths = outputs.logits[kept].cpu(), kept.sum(1).cpu()  # [N, L], [B]
-        scheme = self.scheme(labels) if self.options.decoding == "viterbi" else None
+        chosen = self.options.decoding or ("argmax" if self.affinity is None else "viterbi")
+        scheme = self.scheme(labels) if chosen == "viterbi" else None
         if scheme is None:
             best = words.argmax(-1)
         else:
-            best = decode(words, lengths, rules_of(scheme, tuple(labels)))
+            best = decode(words, lengths, rules_of(scheme, tuple(labels)), self.affinity)
         return [row.tolist() for row in best.split(lengths.tolist())]
 
     def results(self, predicted: list, features: Features, labels: list[str]) -> list[list[str]]:

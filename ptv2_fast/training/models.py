@@ -204,10 +204,9 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
     config, found = run_folder.read_run_config(folder)
     # How the run was carried out is not what it is: its cache may be anywhere.
     own = {"feature_cache": None, "preprocessing_num_workers": 1}
-    # Runs of earlier versions found none, and take each word's best label.
-    own["decoding"] = config.data.decoding or found.get("decoding")
-    data = dataclasses.replace(config.data, **{**own, **(changes or {})})
+    data = dataclasses.replace(config.data, **own, **(changes or {}))
     task, labels, method = make_task(data), found["labels"], config.model.method
+    task.remember(found)
     tokenizer = load_tokenizer(folder / run_folder.TOKENIZER)
     if method == "fine-tuning":
         directory = checkpoint or folder / run_folder.MODEL

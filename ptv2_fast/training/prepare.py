@@ -51,9 +51,7 @@ class Prepared:
     @property
     def found(self) -> dict[str, Any]:
         """What config.json keeps beside the options."""
-        found: dict[str, Any] = {"labels": self.labels, "max_length": self.max_length}
-        if self.config.data.decoding is None and self.task.options.decoding is not None:
-            found["decoding"] = self.task.options.decoding
+        found = {"labels": self.labels, "max_length": self.max_length, **self.task.learnt}
         return found if self.started_from is None else {**found, "started_from": self.started_from}
 
 
@@ -123,13 +121,10 @@ def read_data(
     examples["train"] = dataclasses.replace(examples["train"], remarks=remarks)
     for part in examples.values():
         task.check_labels(part, labels)
-    if config.data.decoding is None:
-        decoding = (
-            task.choose_decoding(examples["train"], labels)
-            if begun is None
-            else begun.get("decoding")
-        )
-        task = make_task(dataclasses.replace(config.data, decoding=decoding))
+    if begun is None:
+        task.learn(examples["train"], labels)
+    else:
+        task.remember(begun)
     limits = {"train": config.data.max_train_examples, "test": None}
     for name, part in examples.items():
         kind = name.partition("_")[0]  # of "validation_mismatched", "test_wsj"
