@@ -13,6 +13,7 @@ from ptv2_fast import cli
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.chunks import find_scheme
 from ptv2_fast.tasks.decoding import (
+    MOST_LABELS,
     WEIGHT,
     affinities,
     broken,
@@ -232,6 +233,9 @@ def test_labels_that_keep_to_a_scheme_are_decoded_by_it(tmp_path, tags, keeps):
         again = token_task(decoding=decoding)
         again.remember({"labels": labels, **task.learnt})
         assert (again.affinity is None) == (task.affinity is None) == (not learns)
+    many = token_task()
+    many.learn(examples, [*labels, *(f"B-{number}" for number in range(MOST_LABELS))])
+    assert many.learnt == {}
 
 
 def test_affinities_say_how_much_likelier_a_label_is_after_another():

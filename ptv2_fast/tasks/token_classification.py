@@ -33,6 +33,7 @@ from ptv2_fast.tasks.chunks import (
 from ptv2_fast.tasks.comparison import label_figures
 from ptv2_fast.tasks.conll import holds_columns, read_conll
 from ptv2_fast.tasks.decoding import (
+    MOST_LABELS,
     affinities,
     count_transitions,
     decode,
@@ -221,7 +222,8 @@ class TokenClassification(Task):
         if scheme is None or decoding == "argmax":
             return
         tags = train.table["tags"][:]
-        if decoding == "viterbi" or keeps_to(scheme, labels, tags):
+        is_worth_it = len(labels) <= MOST_LABELS and keeps_to(scheme, labels, tags)
+        if decoding == "viterbi" or is_worth_it:
             self.remember({"labels": labels, "transitions": count_transitions(tags)})
 
     def remember(self, found: dict[str, Any]) -> None:
