@@ -199,6 +199,8 @@ def test_allowed_best_labels_stay_and_others_change_only_their_sentence():
     logits[3, 0] = 0.75
     found = decode(logits.bfloat16(), torch.tensor([3, 3, 1]), rules)
     assert found.tolist() == [0, 1, 2, 0, 1, 1, 0]
+    for affinity in (None, torch.zeros(3, 3)):
+        assert decode(logits[:0], torch.tensor([0, 0]), rules, affinity).tolist() == []
 
 
 def test_no_allowed_sequence_leaves_the_one_that_breaks_least():
