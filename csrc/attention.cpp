@@ -15,7 +15,7 @@ struct Options {
   int64_t window;
   std::optional<Tensor> prefix_index, prefix_lengths, cu_seqlens;
   int64_t max_seqlen;
-  std::optional<Tensor> bias, position_key, position_query, position_slots;
+  std::optional<Tensor> bias, position_key, position_query, position_slots, prefix_gate;
 };
 
 // Batch, queries and tokens of a padded or a packed call. Rows behind the last packed sequence are
@@ -95,6 +95,17 @@ void fill_positions(Problem& problem, const Tensor& query, const Options& option
   problem.position_reach = distances / 2;
 }
 
+void fill_gate(Problem& problem, const Options& options) {
+  problem.prefix_gate = Gate{};
+  if (!options.prefix_gate.has_value()) return;
+  const Tensor& gate = *options.prefix_gate;
+  check_shape("prefix_gate", gate, {problem.bank_rows, problem.heads});
+  STD_TORCH_CHECK(gate.is_cpu() && gate.scalar_type() == ScalarType::Float,
+                  "prefix_gate: expected a float32 tensor on the CPU");
+  problem.prefix_gate = {static_cast<const float*>(gate.const_data_ptr()), gate.stride(0),
+                         gate.stride(1)};
+}
+
 // Shape of [B, heads, rows, D] or [N, heads, D].
 std::vector<int64_t> token_shape(const Tensor& like, int64_t heads, int64_t rows) {
   if (like.dim() == 3) return {like.size(0), heads, like.size(2)};
@@ -151,6 +162,7 @@ void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, cons
   problem.window = options.window;
   fill_bias(problem, options);
   fill_positions(problem, query, options);
+  fill_gate(problem, options);
   problem.scale = static_cast<float>(options.scale);
   problem.attention_dropout = dropout_of(options.dropout_p, options.seed);
   problem.prefix_dropout = dropout_of(options.prefix_dropout_p, options.seed);
@@ -175,7 +187,7 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(
     std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
     std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
     std::optional<Tensor> position_key, std::optional<Tensor> position_query,
-    std::optional<Tensor> position_slots) {
+    std::optional<Tensor> position_slots, std::optional<Tensor> prefix_gate) {
   const Options options{key_mask,         seed,
                         scale,            dropout_p,
                         prefix_dropout_p, context_lengths,
@@ -183,7 +195,7 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(
                         prefix_lengths,   cu_seqlens,
                         max_seqlen,       bias,
                         position_key,     position_query,
-                        position_slots};
+                        position_slots,   prefix_gate};
   ForwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, options);
   Tensor out = empty_tokens(query, problem.heads);
@@ -197,7 +209,7 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(
   return {out, lse};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
     Tensor out, Tensor lse, std::optional<Tensor> grad_lse, bool needs_query, bool needs_key_value,
     bool needs_prefix, bool joint, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
@@ -205,7 +217,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     int64_t window, std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
     std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
     std::optional<Tensor> position_key, std::optional<Tensor> position_query,
-    std::optional<Tensor> position_slots) {
+    std::optional<Tensor> position_slots, std::optional<Tensor> prefix_gate) {
   const Options options{key_mask,         seed,
                         scale,            dropout_p,
                         prefix_dropout_p, context_lengths,
@@ -213,7 +225,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
                         prefix_lengths,   cu_seqlens,
                         max_seqlen,       bias,
                         position_key,     position_query,
-                        position_slots};
+                        position_slots,   prefix_gate};
   BackwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, options);
   const int64_t heads = problem.heads, kv_heads = problem.kv_heads();
@@ -236,7 +248,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     problem.grad_lse = statistics_of(*grad_lse);
   }
 
-  Tensor grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value;
+  Tensor grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_prefix_gate;
   if (joint) {
     STD_TORCH_CHECK(needs_query && needs_key_value && problem.queries == problem.tokens,
                     "joint: expected T = S and gradients of query, key and value");
@@ -260,18 +272,26 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     grad_prefix_value = torch::stable::new_empty(query, bank);
     problem.grad_prefix_key = grad_prefix_key.mutable_data_ptr();
     problem.grad_prefix_value = grad_prefix_value.mutable_data_ptr();
+    if (prefix_gate.has_value()) {
+      grad_prefix_gate = torch::stable::new_empty(*prefix_gate, {problem.bank_rows, heads});
+      problem.grad_prefix_gate = static_cast<float*>(grad_prefix_gate.mutable_data_ptr());
+    }
   }
   // One each: results of an operator may not share memory.
   for (Tensor* gradient :
        {&grad_query, &grad_key, &grad_value, &grad_prefix_key, &grad_prefix_value}) {
     if (!gradient->defined()) *gradient = torch::stable::new_empty(query, {0});
   }
+  if (!grad_prefix_gate.defined()) {
+    grad_prefix_gate = torch::stable::new_empty(query, {0}, ScalarType::Float);
+  }
   problem.needs_query = needs_query;
   problem.needs_key_value = needs_key_value;
   problem.needs_prefix = needs_prefix;
   TorchMachine machine(query);
   run_backward(problem, kernels_for(query), machine);
-  return {grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value};
+  return {grad_query,      grad_key,          grad_value,
+          grad_prefix_key, grad_prefix_value, grad_prefix_gate};
 }
 
 }  // namespace ptv2

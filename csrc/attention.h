@@ -18,9 +18,9 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(
     std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
     std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
     std::optional<Tensor> position_key, std::optional<Tensor> position_query,
-    std::optional<Tensor> position_slots);
+    std::optional<Tensor> position_slots, std::optional<Tensor> prefix_gate);
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
     Tensor out, Tensor lse, std::optional<Tensor> grad_lse, bool needs_query, bool needs_key_value,
     bool needs_prefix, bool joint, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
@@ -28,6 +28,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
     int64_t window, std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
     std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
     std::optional<Tensor> position_key, std::optional<Tensor> position_query,
-    std::optional<Tensor> position_slots);
+    std::optional<Tensor> position_slots, std::optional<Tensor> prefix_gate);
 
 }  // namespace ptv2

@@ -56,6 +56,7 @@ class Backward {
     grad_value_ = arena_.take<float>(problem.needs_key_value ? token_columns * width_ : 0);
     const bool drops_prefix = problem.needs_prefix && problem.prefix_dropout.drops;
     prefix_sums_ = arena_.take<float>(drops_prefix ? 2 * problem.prefix * width_ : 0);
+    gate_sums_ = arena_.take<float>(gated() ? problem.group * gate_columns() : 0);
     visible_ = arena_.take<int32_t>(tile_stride_);
     row_visible_ = arena_.take<int32_t>(has_row_limits(problem) ? 2 * tile_stride_ : 0);
     bias_ = arena_.take<float>(problem.bias.data != nullptr ? 2 * tile_stride_ : 0);
@@ -68,6 +69,10 @@ class Backward {
   static bool folds_rows(const BackwardProblem& problem) {
     return problem.needs_query && problem.position_key.data != nullptr;
   }
+
+  bool gated() const { return problem_.prefix_gate.data != nullptr; }
+
+  int64_t gate_columns() const { return round_up(problem_.prefix, kLanes); }
 
   void run_task(int64_t task) {
     // Heads lie side by side in memory: neighbouring tasks share pages.
@@ -82,10 +87,22 @@ class Backward {
       partial_value_ = partial_key_ + prefix_floats;
       if (part_ == 0) clear_rows(partial_key_, 2 * prefix_floats);
     }
+    if (gated()) clear_rows(gate_sums_, problem_.group * gate_columns());
     const BatchChunk& sequences = problem_.chunks[chunk];
     for (int64_t i = sequences.first; i < sequences.last; ++i) {
       sequence_ = problem_.sequence(problem_.order[i]);
       if (part_ < parts_of(problem_, sequence_)) run_sequence();
+    }
+    if (gated() && problem_.needs_prefix && part_ == 0) write_gate_sums(chunk);
+  }
+
+  // Column by column, so that the sum does not follow how these were cut into blocks.
+  void write_gate_sums(int64_t chunk) {
+    for (int64_t member = 0; member < problem_.group; ++member) {
+      const float* columns = gate_sums_ + member * gate_columns();
+      float sum = 0.0f;
+      for (int64_t i = 0; i < sequence_.prefix; ++i) sum += columns[i];
+      problem_.gate_partial[chunk * problem_.heads + query_head(member)] = sum;
     }
   }
 
@@ -172,6 +189,8 @@ class Backward {
     }
     for (int64_t member = 0; member < problem_.group; ++member) {
       head_ = query_head(member);
+      gate_ = {problem_.gate_of(sequence_.bank_row, head_), block.token_offset(),
+               gated() ? gate_sums_ + member * gate_columns() + block.prefix_first : nullptr};
       states_ = rows_ + member * sequence_.queries;
       head_grad_query_ =
           grad_query_ + (problem_.needs_query ? member * sequence_.queries * width_ : 0);
@@ -210,7 +229,11 @@ class Backward {
       compute_scores(tokens_, offset, block.token_count, rows, 1.0f, positions_.of_queries());
       positions_.add_of_keys(block, first, rows, probabilities_ + offset, tile_stride_);
     }
-    differentiate_tile(block, first, rows);
+    if (gated() && block.prefix_count > 0) {
+      differentiate_tile<true>(block, first, rows);
+    } else {
+      differentiate_tile<false>(block, first, rows);
+    }
     bool accumulate = !is_first_block_;
     if (block.prefix_count > 0) {
       const int64_t sums = block.prefix_first * width_;
@@ -251,6 +274,7 @@ class Backward {
   }
 
   // Turns scores and probability gradients into dropped probabilities and score gradients.
+  template <bool kGated>
   void differentiate_tile(const Block& block, int64_t first, int64_t rows) {
     const bool drops = problem_.attention_dropout.drops;
     const auto sequence_head = static_cast<uint32_t>(sequence_.index * problem_.heads + head_);
@@ -266,19 +290,21 @@ class Backward {
                             row_visible(block, first + row, 0),
                             row_bias(block, first + row, 0),
                             drops ? keep_ : nullptr,
-                            states_[first + row]};
+                            states_[first + row],
+                            gate_};
       if constexpr (kPairs) {
         const bool has_second = row + 1 < rows;
         const int64_t next = first + row + has_second;
         const ScoreRow second{
             scores.scores + tile_stride_,          scores.gradients + tile_stride_,
             row_visible(block, next, 1),           row_bias(block, next, 1),
-            drops ? keep_ + keep_stride : nullptr, states_[next]};
+            drops ? keep_ + keep_stride : nullptr, states_[next],
+            gate_};
         Bfloat16* pairs = score_gradient_pairs_ + at;
-        differentiate_pair({scores, second, has_second, pairs, pairs + tile_stride_},
+        differentiate_pair<kGated>({scores, second, has_second, pairs, pairs + tile_stride_},
                            block.width());
       } else {
-        differentiate_row(scores, block.width());
+        differentiate_row<kGated>(scores, block.width());
       }
     }
   }
@@ -440,6 +466,7 @@ class Backward {
   float* grad_key_;    // [columns, width], likewise grad_value_
   float* grad_value_;
   float* prefix_sums_;  // [2, P, width], prefix dropout only
+  float* gate_sums_;    // [group, gate_columns]
   int32_t* visible_;
   int32_t* row_visible_;  // of two rows
   float* bias_;           // of two rows
@@ -449,7 +476,8 @@ class Backward {
   Positions<Operand, Element> positions_;
   Sequence sequence_;
   int64_t kv_head_, head_, part_;
-  GradientRow* states_;  // of head_, likewise head_grad_query_
+  GradientRow* states_;  // of head_, likewise head_grad_query_ and gate_
+  RowGate gate_;
   float* head_grad_query_;
   float *partial_key_ = nullptr, *partial_value_ = nullptr;
   float *prefix_key_sums_ = nullptr, *prefix_value_sums_ = nullptr;

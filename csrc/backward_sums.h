@@ -92,6 +92,21 @@ void reduce_query(const BackwardProblem& problem, int64_t task) {
   }
 }
 
+// The gradient of the gates of the query heads that share a head of a row of the bank: the sums of
+// the chunks, added in order.
+inline void reduce_gates(const BackwardProblem& problem, int64_t bank_row, int64_t kv_head) {
+  if (problem.prefix_gate.data == nullptr) return;
+  for (int64_t member = 0; member < problem.group; ++member) {
+    const int64_t head = kv_head * problem.group + member;
+    float sum = 0.0f;
+    for (int64_t chunk = 0; chunk < problem.chunk_count; ++chunk) {
+      if (problem.chunks[chunk].slot != problem.slot_of_row[bank_row]) continue;
+      sum += problem.gate_partial[chunk * problem.heads + head];
+    }
+    problem.grad_prefix_gate[bank_row * problem.heads + head] = sum;
+  }
+}
+
 // The chunks' sums of one head of a row of the bank, added in the order of the chunks.
 template <class Operand, class Element>
 void reduce_prefix(const BackwardProblem& problem, int64_t bank_row, int64_t head) {
@@ -111,6 +126,7 @@ void reduce_prefix(const BackwardProblem& problem, int64_t bank_row, int64_t hea
     const int64_t prefix_row = first + (is_key ? row : row - problem.prefix);
     store_row(static_cast<Element*>(gradient) + prefix_row * head_dim, sums, head_dim, 1.0f);
   }
+  reduce_gates(problem, bank_row, head);
 }
 
 }  // namespace ptv2::PTV2_LEVEL

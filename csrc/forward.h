@@ -96,6 +96,9 @@ class Forward {
     rows_ = smaller(chunk, sequence_.queries - first_row_);
     if (rows_ <= 0) return;
     for (int64_t row = 0; row < rows_; ++row) states_[row] = {-kInfinity, 0.0f};
+    const float gate = problem_.gate_of(sequence_.bank_row, head_);
+    if (gate == 0.0f) sequence_.prefix = 0;  // to the bit as without one
+    log_gate_ = gate == 1.0f ? 0.0f : __builtin_logf(gate);
     prefix_.prepare(geometry_, problem_, sequence_, kv_head_, keep_, false);
     positions_.use_head(head_, false);
     BlockWalk walk(sequence_.prefix, visible_tokens(problem_, sequence_),
@@ -137,6 +140,7 @@ class Forward {
     multiply<Operand>(rows, block.prefix_count, geometry_.steps, query,
                       geometry_.transposed(prefix.keys_transposed),
                       {tile_, tile_stride_, scale * prefix_factor, false}, kScoreSteps);
+    if (log_gate_ != 0.0f) add_to_prefix(rows, block.prefix_count, log_gate_);
     multiply<Operand>(rows, block.token_count, geometry_.steps, query,
                       geometry_.transposed(tokens_.keys_transposed),
                       {tile_ + offset, tile_stride_, scale, positions_.of_queries()}, kScoreSteps);
@@ -156,6 +160,15 @@ class Forward {
       multiply<Operand>(rows, problem_.head_dim, geometry_.row_steps(block.token_count),
                         {probabilities, tile_stride_, 1}, geometry_.right(tokens_.values),
                         {sums, width, 1.0f, !is_first_block_ || block.prefix_count > 0});
+    }
+  }
+
+  void add_to_prefix(int64_t rows, int64_t columns, float offset) {
+    for (int64_t row = 0; row < rows; ++row) {
+      float* scores = tile_ + row * tile_stride_;
+      for (int64_t i = 0; i < columns; i += kLanes) {
+        store(scores + i, load<Floats>(scores + i) + offset);
+      }
     }
   }
 
@@ -216,6 +229,7 @@ class Forward {
   Positions<Operand, Element> positions_;
   Sequence sequence_;
   int64_t head_, kv_head_, first_row_, rows_;
+  float log_gate_;
   bool is_first_block_;
 };
 

@@ -5,9 +5,19 @@
 
 namespace ptv2::PTV2_LEVEL {
 
+// The largest exponent of a weight without its gate: of a gate of 0 nothing else bounds it.
+constexpr float kMostExponent = 80.0f;
+
 struct GradientRow {
   float pivot;  // lse; +inf for a row without a visible column
   float delta;  // sum of out * grad_out
+};
+
+// The gate on the first columns of a row, those of the prefix: a number of whole vectors.
+struct RowGate {
+  float factor;
+  int64_t width;
+  float* sums;  // [width]: the gate's gradient by column
 };
 
 // A row of the two tiles; bias and keep may be null.
@@ -18,17 +28,24 @@ struct ScoreRow {
   const float* bias;
   const int16_t* keep;
   GradientRow state;
+  RowGate gate;
 };
 
 struct Gradients {
   Floats dropped_probability, score_gradient;
 };
 
-// Probability P recomputed from lse, dS = P * (dropout(dP) - delta).
+// Probability P recomputed from lse, dS = P * (dropout(dP) - delta). Of a gated column P without
+// its gate comes first: then dS is the gate's gradient, whatever the gate is, and the gate times it
+// that of the score.
+template <bool kGated>
 PTV2_INLINE Gradients gradients_at(const ScoreRow& row, int64_t column) {
+  const bool gated = kGated && column < row.gate.width;
   Floats score = load<Floats>(row.scores + column);
   if (row.bias != nullptr) score += load<Floats>(row.bias + column);
-  Floats probability = exp(score - row.state.pivot);
+  Floats exponent = score - row.state.pivot;
+  if (gated) exponent = exponent > kMostExponent ? splat(kMostExponent) : exponent;
+  Floats probability = exp(exponent);
   probability = (Floats)((Ints)probability & load<Ints>(row.visible + column));
   Floats gradient = load<Floats>(row.gradients + column);
   Floats dropped = probability;
@@ -37,12 +54,20 @@ PTV2_INLINE Gradients gradients_at(const ScoreRow& row, int64_t column) {
     gradient = (Floats)((Ints)gradient & kept);
     dropped = (Floats)((Ints)probability & kept);
   }
-  return {dropped, probability * (gradient - row.state.delta)};
+  Floats score_gradient = probability * (gradient - row.state.delta);
+  if (gated) {
+    float* sums = row.gate.sums + column;
+    store(sums, load<Floats>(sums) + score_gradient);
+    score_gradient *= row.gate.factor;
+    dropped *= row.gate.factor;
+  }
+  return {dropped, score_gradient};
 }
 
-inline void differentiate_row(const ScoreRow& row, int64_t width) {
+template <bool kGated>
+void differentiate_row(const ScoreRow& row, int64_t width) {
   for (int64_t i = 0; i < width; i += kLanes) {
-    const Gradients result = gradients_at(row, i);
+    const Gradients result = gradients_at<kGated>(row, i);
     store(row.scores + i, result.dropped_probability);
     store(row.gradients + i, result.score_gradient);
   }
@@ -78,14 +103,15 @@ struct PairedColumns {
 };
 
 // Rows have room for width rounded up to two vectors.
-inline void differentiate_pair(const RowPair& pair, int64_t width) {
+template <bool kGated>
+void differentiate_pair(const RowPair& pair, int64_t width) {
   for (int64_t i = 0; i < width; i += 2 * kLanes) {
-    const Gradients even0 = gradients_at(pair.first, i);
-    const Gradients even1 = gradients_at(pair.first, i + kLanes);
+    const Gradients even0 = gradients_at<kGated>(pair.first, i);
+    const Gradients even1 = gradients_at<kGated>(pair.first, i + kLanes);
     Gradients odd0{}, odd1{};
     if (pair.has_second) {
-      odd0 = gradients_at(pair.second, i);
-      odd1 = gradients_at(pair.second, i + kLanes);
+      odd0 = gradients_at<kGated>(pair.second, i);
+      odd1 = gradients_at<kGated>(pair.second, i + kLanes);
     }
     const auto gradients = PairedColumns::round(even0.score_gradient, even1.score_gradient,
                                                 odd0.score_gradient, odd1.score_gradient);
@@ -98,14 +124,15 @@ inline void differentiate_pair(const RowPair& pair, int64_t width) {
   }
 }
 #else
-inline void differentiate_pair(const RowPair& pair, int64_t width) {
+template <bool kGated>
+void differentiate_pair(const RowPair& pair, int64_t width) {
   for (int64_t i = 0; i < width; i += kLanes) {
-    const Gradients even = gradients_at(pair.first, i);
+    const Gradients even = gradients_at<kGated>(pair.first, i);
     Words probability = round_to_bfloat16(even.dropped_probability);
     Words gradient = round_to_bfloat16(even.score_gradient);
     store_floats(pair.first_pairs + i, even.score_gradient);
     if (pair.has_second) {
-      const Gradients odd = gradients_at(pair.second, i);
+      const Gradients odd = gradients_at<kGated>(pair.second, i);
       probability |= round_to_bfloat16(odd.dropped_probability) << 16;
       gradient |= round_to_bfloat16(odd.score_gradient) << 16;
       store_floats(pair.second_pairs + i, odd.score_gradient);

@@ -38,6 +38,12 @@ struct Table {
   int64_t head_stride, row_stride;
 };
 
+// [R, H], 0 or more: by what the weights of prefix columns are multiplied.
+struct Gate {
+  const float* data;  // or null: 1
+  int64_t bank_stride, head_stride;
+};
+
 // Counter-based dropout (Philox-4x32-7): an element is dropped when its 16 bits are <=
 // last_dropped.
 struct Dropout {
@@ -77,6 +83,7 @@ struct Problem {
   Table position_key, position_query;
   const int32_t* position_slots;  // the slot of distance d at d + position_reach, or null
   int64_t position_reach;         // tokens - 1 or more
+  Gate prefix_gate;
   float scale;
   Dropout attention_dropout, prefix_dropout;
   Tokens out;
@@ -91,6 +98,11 @@ struct Problem {
 
   int64_t prefix_of_row(int64_t row) const {
     return prefix_lengths == nullptr ? prefix : prefix_lengths[row];
+  }
+
+  float gate_of(int64_t bank_row, int64_t head) const {
+    if (prefix_gate.data == nullptr) return 1.0f;
+    return prefix_gate.data[bank_row * prefix_gate.bank_stride + head * prefix_gate.head_stride];
   }
 
   Sequence sequence(int64_t index) const {
@@ -119,12 +131,14 @@ struct BackwardProblem : Problem {
   Tokens grad_out, grad_query, grad_key, grad_value;
   Statistics grad_lse;                        // data may be null
   void *grad_prefix_key, *grad_prefix_value;  // [R, H_kv, P, D] without gaps
+  float* grad_prefix_gate;                    // [R, H] without gaps
 
   // Filled by run.cpp.
   const int32_t* order;  // [B]: the sequences by slot, each slot's in the order of the batch
   const BatchChunk* chunks;
   int64_t chunk_count;
   float* partial;        // [chunks, H_kv] fp32 sums of the prefix gradient
+  float* gate_partial;   // [chunks, H] fp32 sums of the gate's gradient
   int64_t column_parts;  // tasks to a (chunk, head); 1 unless there are more threads than those
   float* query_partial;  // [column_parts] fp32 sums of grad_query, unused for one part
 };

@@ -109,6 +109,10 @@ void run_backward(BackwardProblem& problem, const Kernels& kernels, Machine& mac
   problem.chunks = plan.chunks.data();
   problem.chunk_count = static_cast<int64_t>(plan.chunks.size());
   problem.partial = reinterpret_cast<float*>(machine.allocate(kernels.partial_bytes(problem)));
+  if (problem.prefix_gate.data != nullptr && problem.needs_prefix) {
+    const int64_t sums = problem.chunk_count * problem.heads;
+    problem.gate_partial = reinterpret_cast<float*>(machine.allocate(sums * sizeof(float)));
+  }
   const int64_t heads = problem.kv_heads(), tasks = problem.chunk_count * heads;
   const int64_t parts = machine.threads() > tasks ? kernels.column_parts(problem) : 1;
   problem.column_parts = parts;

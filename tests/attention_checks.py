@@ -13,7 +13,7 @@ from torch import Tensor
 from ptv2_fast.ops.attention import prefix_attention_with_lse
 from tests.closeness import assert_close_to_oracle
 from tests.devices import device_of
-from tests.inputs import BIASES, MASKS, POSITIONS, ROWS, Inputs, Shape, make_inputs
+from tests.inputs import BIASES, GATES, MASKS, POSITIONS, ROWS, Inputs, Shape, make_inputs
 from tests.oracle import (
     Results,
     attention_of,
@@ -86,7 +86,9 @@ def random_case(generator: random.Random, largest: int, most: int = 3) -> dict:
         "seed": generator.randint(0, 2**20),
         "strides": generator.choice(["hf", "sliced"]),
     }
-    kind = random.Random(case["seed"]).choice(["none", "none", *POSITIONS])
+    drawn = random.Random(case["seed"])  # later options, which change no earlier case
+    kind = drawn.choice(["none", "none", *POSITIONS])
+    case["gate"] = drawn.choice(["none", "none", *GATES])
     if kind != "none":
         shape = dataclasses.replace(shape, heads=shape.kv_heads, group=1, queries=shape.tokens)
         case |= {"positions": kind, "rows": "all", "bias": "none", "shape": shape}
@@ -95,8 +97,7 @@ def random_case(generator: random.Random, largest: int, most: int = 3) -> dict:
 
 def packed_of(inputs: Inputs, padded: Results) -> Results:
     """What the packed call gives, from the results of the padded one."""
-    *of_tokens, grad_prefix_key, grad_prefix_value = padded
-    return Results(*map(inputs.pack_rows, of_tokens), grad_prefix_key, grad_prefix_value)
+    return Results(*map(inputs.pack_rows, padded[:-3]), *padded[-3:])
 
 
 def assert_equal_bits(actual: Results, wanted: Results, what: str = "") -> None:
@@ -104,9 +105,11 @@ def assert_equal_bits(actual: Results, wanted: Results, what: str = "") -> None:
         assert torch.equal(getattr(actual, name), getattr(wanted, name)), f"{name}: {what}"
 
 
-def check_packed_equals_padded(backend, dtype, device, shape=GROUPED, positions="none") -> None:
+def check_packed_equals_padded(
+    backend, dtype, device, shape=GROUPED, positions="none", **made
+) -> None:
     kinds = {"rows": "context", "bias": "shared"} if positions == "none" else {}
-    kinds |= {"positions": positions, "lse": True}
+    kinds |= {"positions": positions, "lse": True, **made}
     inputs = make_inputs(shape, dtype, device=device, packed=True, bank=3, **kinds)
     padded = run_backend(inputs.padded, backend, 0.1, 0.1)
     assert_equal_bits(run_backend(inputs, backend, 0.1, 0.1), packed_of(inputs, padded))
@@ -218,6 +221,28 @@ def check_runs_are_bit_equal(backend, dtype, device, runs=2, shape=SEVERAL_TILES
         assert_equal_bits(run_backend(inputs, backend, 0.1, 0.1), first, f"run {run}")
 
 
+def check_closed_gates_are_no_prefix(backend, device, shape) -> None:
+    """To the bit where the gate is 0, however large the prefix is; its gate has a gradient."""
+    inputs = make_inputs(shape, torch.float32, "right padding", gate="open", device=device)
+    inputs.prefix_key[0] *= 50  # scores that would be most of every softmax, and of some all
+    inputs.prefix_gate[::2] = 0
+    closed = inputs.prefix_gate == 0
+    prefix_key, prefix_value = (prefix[:, :0] for prefix in inputs.tensors[3:])
+    without = dataclasses.replace(
+        inputs, prefix_key=prefix_key, prefix_value=prefix_value, prefix_gate=None
+    )
+    actual, expected = (run_backend(each, backend, 0.1, 0.0) for each in (inputs, without))
+    for name in ("out", "lse"):
+        same = (getattr(actual, name) == getattr(expected, name)).flatten(2).all(dim=2)
+        assert torch.equal(same, closed.expand(same.shape)), name
+    assert all(torch.isfinite(result).all() for result in actual)
+    assert (actual.grad_prefix_gate[closed] != 0).all()
+    if shape.group == 1:
+        assert (
+            not actual.grad_prefix_key[closed].any() and not actual.grad_prefix_value[closed].any()
+        )
+
+
 def check_rows_without_a_visible_column(backend, device) -> None:
     """They and their gradients are 0, and lse is -inf."""
     inputs = make_inputs(Shape(2, 2, 6, 11, 0, 16), torch.float32, "empty rows", device=device)
@@ -234,8 +259,9 @@ def check_only_needed_gradients(backend, device, shape=SMALL, **made) -> None:
     """They equal those of a call that needs all."""
     inputs = make_inputs(shape, torch.float32, "right padding", device=device, **made)
     full = run_backend(inputs, backend, 0.0, 0.0)[2:]
-    for wanted in ([3, 4], [0], [1, 2], [2], [0, 3], [4]):
-        leaves = [tensor.detach().clone() for tensor in inputs.tensors]
+    gate = () if inputs.prefix_gate is None else (inputs.prefix_gate,)
+    for wanted in ([3, 4], [0], [1, 2], [2], [0, 3], [4], *([5], [0, 5])[: 2 * len(gate)]):
+        leaves = [tensor.detach().clone() for tensor in (*inputs.tensors, *gate)]
         for index in wanted:
             leaves[index].requires_grad_()
         out, _ = attention_of(inputs, backend, 0.0, 0.0, *leaves)
@@ -255,7 +281,8 @@ def check_prefix_only_backward_never_reads_the_tokens(backend, device, **made) -
     poisoned[1], poisoned[2] = (torch.full_like(tensor, float("nan")) for tensor in poisoned[1:3])
     again = backward(inputs.grad_out, *poisoned, *rest)
     assert [gradient.numel() for gradient in again[:3]] == [0, 0, 0]
-    assert torch.equal(whole[3], again[3]) and torch.equal(whole[4], again[4])
+    for gradient, expected in zip(again[3:], whole[3:], strict=True):
+        assert torch.equal(gradient, expected)
 
 
 def check_dispatch(backend, dtype, device, shape=GROUPED) -> None:

@@ -168,6 +168,8 @@ def options(precision: str) -> dict[str, dict[str, Check]]:
             "packed, everything": attention(grouped, dtype, **everything, **dropout),
             "sliced": attention(replace(square, head_dim=80), dtype, strides="sliced", **some),
             "grouped": attention(grouped, dtype, **dropout),
+            "gates": attention(square, dtype, gate="closed", **some),
+            "gates, everything": attention(grouped, dtype, gate="open", **everything, **dropout),
         },
     }
 
@@ -240,6 +242,9 @@ def bits() -> dict[str, dict[str, Check]]:
             "packed equals padded, positions": operator_check(
                 checks.check_packed_equals_padded, dtype, shape=distant, positions="both"
             ),
+            "packed equals padded, gates": operator_check(
+                checks.check_packed_equals_padded, dtype, shape=several, gate="open"
+            ),
             "10 runs, positions": operator_check(
                 checks.check_runs_are_bit_equal, dtype, **ten, positions="both"
             ),
@@ -252,6 +257,7 @@ def bits() -> dict[str, dict[str, Check]]:
         "only needed": operator_check(checks.check_only_needed_gradients, shape=one_group),
         "prefix only": operator_check(checks.check_prefix_only_backward_never_reads_the_tokens),
         "banks": operator_check(checks.check_bank_equals_separate_calls),
+        "closed gates": operator_check(checks.check_closed_gates_are_no_prefix, shape=one_group),
         "merged by lse": operator_check(checks.check_merging_by_lse, shape=one_group),
         "rows without columns": operator_check(checks.check_rows_without_a_visible_column),
         "prefix in bf16": operator_check(

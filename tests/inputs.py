@@ -15,6 +15,7 @@ from ptv2_fast.ops.options import Options
 ROWS = ("causal", "context", "window", "both")  # what rows see, beside the mask
 BIASES = ("none", "shared", "holes")  # shared by the batch; or its own, in fp32, hiding columns
 POSITIONS = ("both", "c2p", "p2c")  # of disentangled attention
+GATES = ("open", "closed")  # on the prefix: of very different sizes; or some of 0 among them
 MASKS = ("none", "right padding", "random", "single token", "empty rows")
 
 
@@ -60,6 +61,7 @@ class Inputs:
     position_key: Tensor | None = None  # [H, slots, D]
     position_query: Tensor | None = None
     position_slots: Tensor | None = None  # int32 [2 M - 1]
+    prefix_gate: Tensor | None = None  # [H], of a bank [R, H]
     padded: Inputs | None = None  # of packed inputs: the same call in the padded layout
 
     @property
@@ -82,18 +84,21 @@ class Inputs:
         """Keyword arguments of the public operator, dropout apart."""
         names = (
             "key_mask", "context_lengths", "window", "seed", "prefix_index", "prefix_lengths",
-            "bias", "cu_seqlens", "max_seqlen",
+            "bias", "cu_seqlens", "max_seqlen", "prefix_gate",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def raw_options(self, p: float = 0.0, prefix_p: float = 0.0) -> Options:
         """The options of the raw operators, whose prefixes have four dimensions."""
         window = -1 if self.window is None else self.window
+        gate = self.prefix_gate
+        if gate is not None and gate.dim() == 1:
+            gate = gate[None]
         return Options(
             self.key_mask, self.seed, self.scale, p, prefix_p,
             self.context_lengths, window, self.prefix_index, self.prefix_lengths,
             self.cu_seqlens, self.max_seqlen or 0, self.bias,
-            self.position_key, self.position_query, self.position_slots,
+            self.position_key, self.position_query, self.position_slots, gate,
         )  # fmt: skip
 
     @property
@@ -145,12 +150,14 @@ def make_inputs(
     bias: str = "none",
     packed: bool = False,
     positions: str = "none",
+    gate: str = "none",
 ) -> Inputs:
     """Inputs with HF's transposed strides, or "sliced" ones that are views into a larger buffer.
 
     `rows`: "all" tokens are seen by every row, or one of ROWS. `lse`: with a gradient of lse.
     `bank`: rows of a prefix bank of unequal lengths, 0 = one shared prefix. `bias`: one of BIASES.
     `packed`: the packed layout of right-padded sequences. `positions`: one of POSITIONS.
+    `gate`: one of GATES.
     """
     if packed:
         mask = "right padding"
@@ -193,10 +200,16 @@ def make_inputs(
         prefix_lengths = torch.randint(
             shape.prefix + 1, (bank,), generator=generator, dtype=torch.int32
         )
+    prefix_gate = None
+    if gate != "none":
+        size = (bank, shape.heads) if bank else (shape.heads,)
+        prefix_gate = torch.exp(4 * torch.randn(size, generator=generator) - 4)
+        if gate == "closed":
+            prefix_gate[torch.rand(size, generator=generator) < 0.5] = 0.0
     made = Inputs(
         query, key, value, *prefix, key_mask, dropout_seed, grad_out, context_lengths, window,
         grad_lse, prefix_index, prefix_lengths, _bias(bias, shape, dtype, generator),
-        **_positions(positions, shape, dtype, generator),
+        **_positions(positions, shape, dtype, generator), prefix_gate=prefix_gate,
     )  # fmt: skip
     return packed_inputs(made, device, strides) if packed else _to(made, device)
 

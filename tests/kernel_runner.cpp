@@ -32,8 +32,8 @@ struct Header {
 // clang-format off
 enum TensorName {
   kQuery, kKey, kValue, kPrefixKey, kPrefixValue, kGradOut, kGradLse, kBias, kMask, kStarts,
-  kPrefixIndex, kPrefixLengths, kContextLengths, kPositionKey, kPositionQuery, kSlots, kOut, kLse, kGradQuery, kGradKey, kGradValue,
-  kGradPrefixKey, kGradPrefixValue, kTensors
+  kPrefixIndex, kPrefixLengths, kContextLengths, kPositionKey, kPositionQuery, kSlots, kPrefixGate, kOut, kLse, kGradQuery, kGradKey, kGradValue,
+  kGradPrefixKey, kGradPrefixValue, kGradPrefixGate, kTensors
 };
 // clang-format on
 
@@ -114,6 +114,7 @@ class Call {
     backward.grad_value = tokens(kGradValue);
     backward.grad_prefix_key = data(kGradPrefixKey);
     backward.grad_prefix_value = data(kGradPrefixValue);
+    backward.grad_prefix_gate = static_cast<float*>(data(kGradPrefixGate));
     ThreadedMachine backward_machine(threads);
     ptv2::run_backward(backward, kernels, backward_machine);
     backward_machine.check();
@@ -159,6 +160,8 @@ class Call {
     problem.position_query = table(kPositionQuery);
     problem.position_slots = static_cast<const int32_t*>(data(kSlots));
     problem.position_reach = header.position_reach;
+    problem.prefix_gate = {static_cast<const float*>(data(kPrefixGate)), stride(kPrefixGate, 0),
+                           stride(kPrefixGate, 1)};
     problem.scale = static_cast<float>(header.scale);
     problem.attention_dropout =
         dropout_of(header.attention_threshold, header.attention_factor, header.seed);

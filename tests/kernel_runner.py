@@ -107,7 +107,7 @@ class Case:
 INPUTS = (
     "query", "key", "value", "prefix_key", "prefix_value", "grad_out", "grad_lse", "bias",
     "key_mask", "cu_seqlens", "prefix_index", "prefix_lengths", "context_lengths",
-    "position_key", "position_query", "position_slots",
+    "position_key", "position_query", "position_slots", "prefix_gate",
 )  # fmt: skip
 OUTPUTS = Results._fields
 NO_TENSOR = (-1, 0, 0, 0, 0, 0)
@@ -137,7 +137,8 @@ class CaseFile:
         self._add_outputs()
 
     def _add_input(self, name: str, tensor: Tensor) -> None:
-        if name.startswith("prefix_") and tensor.dim() == 3:
+        shared = tensor.dim() == 1 if name == "prefix_gate" else tensor.dim() == 3
+        if name.startswith("prefix_") and shared:
             tensor = tensor[None]
         if 0 in tensor.stride() or (tensor.dim() > 2 and tensor.stride(-1) != 1):
             tensor = tensor.contiguous()  # as the operator does with an expanded grad_out
@@ -208,6 +209,9 @@ class CaseFile:
             shape = tuple(inputs.raw_tensors[3].shape)
             for name in ("grad_prefix_key", "grad_prefix_value"):
                 self._add_contiguous_output(name, shape, query.dtype)
+            if inputs.prefix_gate is not None:
+                shape = (shape[0], heads)
+                self._add_contiguous_output("grad_prefix_gate", shape, torch.float32)
 
     def header(self) -> bytes:
         case, inputs = self.case, self.case.inputs
@@ -267,7 +271,7 @@ class CaseFile:
             ]
             assert (bits == -1).all(), "written between the rows of an output"
         results["lse"].masked_fill_(results["lse"].isinf(), 0.0)
-        for name in ("grad_prefix_key", "grad_prefix_value"):
+        for name in ("grad_prefix_key", "grad_prefix_value", "grad_prefix_gate"):
             if name in results and self.case.inputs.prefix_key.dim() == 3:
                 results[name] = results[name][0]
         return results, position

@@ -22,6 +22,7 @@ class Results(NamedTuple):
     grad_value: Tensor
     grad_prefix_key: Tensor
     grad_prefix_value: Tensor
+    grad_prefix_gate: Tensor  # empty without one
 
 
 def _in_padded_layout(function):
@@ -31,22 +32,26 @@ def _in_padded_layout(function):
     def wrapper(inputs: Inputs, *rest) -> Results:
         if inputs.padded is None:
             return function(inputs, *rest)
-        *of_tokens, grad_prefix_key, grad_prefix_value = function(inputs.padded, *rest)
-        packed = (inputs.pack_rows(result) for result in of_tokens)
-        return Results(*packed, grad_prefix_key, grad_prefix_value)
+        results = function(inputs.padded, *rest)
+        return Results(*map(inputs.pack_rows, results[:-3]), *results[-3:])
 
     return wrapper
 
 
 def _with_gradients(function, inputs: Inputs, dtype: torch.dtype) -> Results:
     leaves = [tensor.detach().to(dtype).requires_grad_() for tensor in inputs.tensors]
+    wide = torch.promote_types(dtype, torch.float32)
+    if inputs.prefix_gate is not None:
+        leaves.append(inputs.prefix_gate.detach().to(wide).requires_grad_())
     out, lse = function(*leaves)
     outputs, gradients = [out], [inputs.grad_out.to(out.dtype)]
     if inputs.grad_lse is not None:
         outputs, gradients = [out, lse], [*gradients, inputs.grad_lse.to(lse.dtype)]
     gradients = torch.autograd.grad(outputs, leaves, gradients, materialize_grads=True)
-    lse = lse.detach().masked_fill(lse.isinf(), 0.0)
-    lse = lse.to(torch.promote_types(lse.dtype, torch.float32))  # as every backend returns it
+    if inputs.prefix_gate is None:
+        gradients = (*gradients, out.new_empty(0, dtype=wide))
+    # As every backend returns it.
+    lse = lse.detach().masked_fill(lse.isinf(), 0.0).to(wide)
     return Results(out.detach(), lse, *gradients)
 
 
@@ -158,15 +163,50 @@ def _finite_bias(inputs: Inputs) -> Tensor:
     return inputs.bias.masked_fill(inputs.bias.isinf(), 0.0)
 
 
-def _lse(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
+def _gates(inputs: Inputs, gate: Tensor) -> Tensor:
+    """By what the weight of each column is multiplied, [1|B, H, 1, P + S]."""
+    if inputs.prefix_index is not None:
+        gate = gate[inputs.prefix_index.long()]
+    of_prefix = gate.reshape(-1, gate.shape[-1], 1, 1).expand(
+        -1, -1, 1, inputs.prefix_key.shape[-2]
+    )
+    return F.pad(of_prefix, (0, inputs.key.shape[2]), value=1.0)
+
+
+def _gated_weights(
+    inputs: Inputs, query: Tensor, keys: Tensor, gate: Tensor
+) -> tuple[Tensor, Tensor]:
+    """exp(scores - pivot) times the gates, hidden columns 0, and the pivot [B, H, T, 1]."""
+    scores, visible = _scores(inputs, query, keys)
+    scores, gates = scores.to(gate.dtype), _gates(inputs, gate)
+    counted = visible & (gates > 0)
+    offset = (scores + gates.log()).masked_fill(~counted, torch.finfo(scores.dtype).min).detach()
+    pivot = F.pad(offset, (0, 1), value=-1e4).amax(dim=-1, keepdim=True)
+    any_counted = counted.any(dim=-1, keepdim=True)
+    weights = torch.exp(scores.masked_fill(~(visible & any_counted), float("-inf")) - pivot)
+    return weights * gates, pivot
+
+
+def _lse(inputs: Inputs, query: Tensor, keys: Tensor, gate: Tensor | None = None) -> Tensor:
     """[B, H, T]; 0 for a row without a visible column."""
+    if gate is not None:
+        weights, pivot = _gated_weights(inputs, query, keys, gate)
+        total = weights.sum(dim=-1)
+        lse = pivot[..., 0] + total.masked_fill(total == 0, 1.0).log()
+        return lse.masked_fill(total == 0, 0.0)
     scores, visible = _scores(inputs, query, keys)
     if not scores.shape[-1]:
         return scores.sum(dim=-1)
     return scores.logsumexp(dim=-1).masked_fill(~visible.any(dim=-1), 0.0)
 
 
-def _probabilities(inputs: Inputs, query: Tensor, keys: Tensor) -> Tensor:
+def _probabilities(
+    inputs: Inputs, query: Tensor, keys: Tensor, gate: Tensor | None = None
+) -> Tensor:
+    if gate is not None:
+        weights, _ = _gated_weights(inputs, query, keys, gate)
+        total = weights.sum(dim=-1, keepdim=True)
+        return (weights / total.masked_fill(total == 0, 1.0)).to(query.dtype)
     scores, visible = _scores(inputs, query, keys)
     return scores.softmax(dim=-1) * visible
 
@@ -176,10 +216,11 @@ def concatenate_and_expand(inputs: Inputs, p: float, prefix_p: float) -> Results
     """What PEFT and the original compute, in the dtype of the inputs (eager attention)."""
 
     def attention(*tensors: Tensor) -> Tensor:
-        keys, values = _all_columns(inputs, tensors, prefix_p)
-        probabilities = _probabilities(inputs, tensors[0], keys)
+        keys, values = _all_columns(inputs, tensors[:5], prefix_p)
+        scored = (inputs, tensors[0], keys, *tensors[5:])
+        probabilities = _probabilities(*scored)
         out = probabilities * _column_multipliers(inputs, p, probabilities.dtype) @ values
-        return out, _lse(inputs, tensors[0], keys)
+        return out, _lse(*scored)
 
     return _with_gradients(attention, inputs, inputs.query.dtype)
 
@@ -194,13 +235,20 @@ def concatenate_and_sdpa(inputs: Inputs) -> Results:
     if inputs.key_mask is not None:
         ones = inputs.key_mask.new_ones(batch, prefix_length)
         visible = torch.cat((ones, inputs.key_mask), dim=1)[:, None, None]
+    if inputs.prefix_gate is not None:
+        offset = _gates(inputs, inputs.prefix_gate).log()
+        visible = offset if visible is None else offset.masked_fill(~visible, float("-inf"))
+        visible = visible.to(inputs.query.dtype)
 
     def attention(*tensors: Tensor) -> Tensor:
-        keys, values = _all_columns(inputs, tensors, 0.0)
+        keys, values = _all_columns(inputs, tensors[:5], 0.0)
         out = F.scaled_dot_product_attention(tensors[0], keys, values, visible)
-        return out, _lse(inputs, tensors[0], keys)
+        return out, _lse(inputs, tensors[0], keys, *tensors[5:])
 
-    return _with_gradients(attention, inputs, inputs.query.dtype)
+    results = _with_gradients(attention, inputs, inputs.query.dtype)
+    # Its mask has no gradient.
+    of_gate = concatenate_and_expand(inputs, 0.0, 0.0).grad_prefix_gate
+    return results._replace(grad_prefix_gate=of_gate)
 
 
 @_in_padded_layout
@@ -208,12 +256,13 @@ def oracle(inputs: Inputs, p: float, prefix_p: float) -> Results:
     """The reference in float64 on the same quantised inputs."""
 
     def attention(*tensors: Tensor) -> Tensor:
-        *tokens, prefix_key, prefix_value = tensors
+        of_prefix, options = tensors[3:], inputs.raw_options(p, prefix_p)
         if inputs.prefix_index is None:
-            prefix_key, prefix_value = prefix_key[None], prefix_value[None]
-        return reference_attention(
-            *tokens, prefix_key, prefix_value, inputs.raw_options(p, prefix_p)
-        )
+            of_prefix = [each[None] for each in of_prefix]
+        prefix_key, prefix_value, *gate = of_prefix
+        if gate:
+            options = options._replace(prefix_gate=gate[0])
+        return reference_attention(*tensors[:3], prefix_key, prefix_value, options)
 
     return _with_gradients(attention, inputs, torch.float64)
 
@@ -227,9 +276,11 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
     """
     tensors = [tensor.double() for tensor in inputs.tensors]
     keys, values = _all_columns(inputs, tensors, prefix_p)
-    probabilities = _probabilities(inputs, tensors[0], keys)
+    gate = None if inputs.prefix_gate is None else inputs.prefix_gate.double()
+    probabilities = _probabilities(inputs, tensors[0], keys, gate)
     multipliers = _column_multipliers(inputs, p, torch.float64)
-    signed_lse = _lse(inputs, tensors[0], keys)
+    signed_lse = _lse(inputs, tensors[0], keys, gate)
+    ungated = _ungated(inputs, tensors[0], keys, signed_lse, probabilities)
     # In rounding units of fp32, expressed in those of the inputs' dtype.
     lse_rounding = signed_lse.abs()[..., None] * torch.finfo(torch.float32).eps
     lse_rounding = lse_rounding / rounding_unit(inputs.query)
@@ -245,12 +296,19 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
         scores[..., of_tokens] += scale * by_distance
     if inputs.bias is not None:
         scores[..., of_tokens] += _finite_bias(inputs).double().abs()
+    if gate is not None:
+        scores += _gates(inputs, gate).log().abs().nan_to_num(posinf=0.0)
     lse = (probabilities * scores).sum(dim=-1) + signed_lse.abs()
     probabilities = probabilities * (1 + lse_rounding)
     delta = (out * grad_out).sum(dim=-1, keepdim=True)
     if inputs.grad_lse is not None:
         delta = delta + inputs.grad_lse.double().abs()[..., None]
-    grad_scores = probabilities * (multipliers * (grad_out @ values.transpose(-1, -2)) + delta)
+    grad_probabilities = multipliers * (grad_out @ values.transpose(-1, -2))
+    grad_scores = probabilities * (grad_probabilities + delta)
+    # In fp32; but delta comes of out as it was stored, and lse_rounding is in units of the dtype.
+    unit = rounding_unit(inputs.query) / torch.finfo(torch.float32).eps
+    grad_gate = ungated * (1 + unit * lse_rounding) * (grad_probabilities + unit * delta)
+    grad_gate = grad_gate[..., : of_tokens.start].sum(dim=(2, 3))
     grad_query = scale * grad_scores @ keys
     grad_keys = scale * grad_scores.transpose(-1, -2) @ query
     if inputs.position_slots is not None:
@@ -275,6 +333,9 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
         per_sequence = gradient[:, :, :prefix_length]
         ones = torch.ones_like(prefix, dtype=torch.float64)
         per_sequence = per_sequence * _expanded_prefix(inputs, ones, stream, prefix_p)
+        return total_by_row(per_sequence, prefix)
+
+    def total_by_row(per_sequence: Tensor, prefix: Tensor) -> Tensor:
         if inputs.prefix_index is None:
             return per_sequence.sum(dim=0)
         total = torch.zeros_like(prefix, dtype=torch.float64)
@@ -290,11 +351,21 @@ def magnitudes(inputs: Inputs, p: float, prefix_p: float) -> Results:
         grad_values[:, :, prefix_length:],
         prefix_gradient(grad_keys, inputs.prefix_key, dropout.PREFIX_KEY_STREAM),
         prefix_gradient(grad_values, inputs.prefix_value, dropout.PREFIX_VALUE_STREAM),
+        grad_gate.new_empty(0) if gate is None else total_by_row(grad_gate, gate),
     )
 
 
+def _ungated(
+    inputs: Inputs, query: Tensor, keys: Tensor, lse: Tensor, probabilities: Tensor
+) -> Tensor:
+    """exp(scores - lse), 0 for hidden columns and in rows without a probability."""
+    counts = (probabilities > 0).any(dim=-1, keepdim=True)
+    scores, visible = _scores(inputs, query, keys)
+    return torch.exp(scores.masked_fill(~(visible & counts), float("-inf")) - lse[..., None])
+
+
 def run_backend(inputs: Inputs, backend: str, p: float, prefix_p: float) -> Results:
-    """Forward and the five gradients through the public operator."""
+    """Forward and the gradients through the public operator."""
     attention = functools.partial(attention_of, inputs, backend, p, prefix_p)
     return _with_gradients(attention, inputs, inputs.query.dtype)
 
@@ -302,8 +373,11 @@ def run_backend(inputs: Inputs, backend: str, p: float, prefix_p: float) -> Resu
 def attention_of(
     inputs: Inputs, backend: str | None, p: float, prefix_p: float, *tensors: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The public operator on these tensors, with the options of `inputs`."""
+    """The public operator on these tensors, with the options of `inputs`; a sixth is the gate."""
     options = {**inputs.options, "dropout_p": p, "prefix_dropout_p": prefix_p}
+    tensors, gate = tensors[:5], tensors[5:]
+    if gate:
+        options["prefix_gate"] = gate[0]
     if inputs.positions is None:
         return prefix_attention_with_lse(*tensors, **options, backend=backend)
     return attend(

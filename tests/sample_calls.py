@@ -13,7 +13,7 @@ from ptv2_kernels import elementwise
 from ptv2_kernels.backward import launch_backward
 from ptv2_kernels.forward import launch_forward
 
-LAYOUTS = ("padded", "short_prefix", "rows", "packed", "biased", "positions")
+LAYOUTS = ("padded", "short_prefix", "rows", "packed", "biased", "positions", "gated")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -145,6 +145,9 @@ def layout_call(
         return padded_call(sizes, dtype, *dropout, context_lengths=context, window=50)
     if layout == "biased":
         return biased_call(Sizes(head_dim=head_dim), dtype, *dropout)
+    if layout == "gated":
+        sizes = Sizes(prefix=20, head_dim=head_dim)
+        return padded_call(sizes, dtype, *dropout, prefix_gate=torch.zeros(1, sizes.heads))
     if layout == "positions":
         return position_call(Sizes(head_dim=head_dim), dtype, *dropout)
     return packed_call([200, 7, 129], Sizes(rows_of_bank=2, head_dim=head_dim), dtype, *dropout)

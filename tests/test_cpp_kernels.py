@@ -35,7 +35,8 @@ def check_level(level: str) -> None:
         positions = "both" if shape in POSITION_SHAPES else "none"
         for dtype in (torch.float32, torch.bfloat16):
             for p, prefix_p, mask in ((0.0, 0.0, "random"), (0.2, 0.3, "right padding")):
-                inputs = make_inputs(shape, dtype, mask, seed=index, positions=positions)
+                gate = "closed" if p else "none"
+                inputs = make_inputs(shape, dtype, mask, seed=index, positions=positions, gate=gate)
                 actual = run_backend(inputs, "cpp", p, prefix_p)
                 plain, exact, sizes = (
                     function(inputs, p, prefix_p)
@@ -110,7 +111,7 @@ def test_bits_do_not_depend_on_the_number_of_threads(dtype, set_threads):
     for shape, options in (
         (Shape(11, 3, 20, 20, 6, 32), {"bank": 3}),
         (Shape(1, 1, 200, 500, 90, 64), {}),
-        (Shape(2, 2, 400, 400, 300, 32, group=2), {"packed": True, "rows": "both"}),
+        (Shape(2, 2, 400, 400, 300, 32, group=2), {"packed": True, "rows": "both", "gate": "open"}),
         (Shape(2, 1, 400, 400, 70, 32), {"packed": True, "positions": "both"}),
     ):
         inputs = make_inputs(shape, dtype, "random", **options)

@@ -57,8 +57,8 @@ def test_other_targets_are_sound():
     assert_sound(build(["sm_100", "gfx942"], "--dropout", "0.1"))
 
 
-def test_positions_and_packed_banks_are_sound_and_packed_sums_are_padded_ones(common_builds):
-    rows = build(["sm_80"], "--layouts", "positions", "packed")
+def test_positions_gates_and_packed_banks_are_sound_and_packed_sums_are_padded_ones(common_builds):
+    rows = build(["sm_80"], "--layouts", "positions", "packed", "gated")
     assert_sound(rows)
     packed = [row for row in rows if row["layout"] == "packed"]
     padded = {
@@ -106,5 +106,5 @@ def test_whole_matrix_is_sound(target, dtype):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_other_layouts_are_sound_on_every_target(target):
-    layouts = ("short_prefix", "rows", "packed", "biased", "positions")
+    layouts = ("short_prefix", "rows", "packed", "biased", "positions", "gated")
     assert_sound(build([target], "--layouts", *layouts, "--dropout", "0.0", "0.1", processes=2))

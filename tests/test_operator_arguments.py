@@ -75,6 +75,7 @@ TENSOR_LIKE = {
 OPERANDS = ("query", "key", "value", "prefix_key", "prefix_value")
 TENSORS = (
     "key_mask", "seed", "context_lengths", "cu_seqlens", "prefix_index", "prefix_lengths", "bias",
+    "prefix_gate",
 )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ from tests.attention_checks import (
     GROUPED_FEW,
     check,
     check_bank_equals_separate_calls,
+    check_closed_gates_are_no_prefix,
     check_joint_gradients,
     check_merging_by_lse,
     check_only_needed_gradients,
@@ -181,6 +182,67 @@ def test_zero_prefix_is_not_a_no_op():
     assert (with_zeros - without).abs().max() > 1e-2
 
 
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
+def test_gates_match_oracle(backend):
+    """Each query head has its own, for each row of a bank."""
+    shape = Shape(3, 4, 21, 21, 35, 32, group=2)
+    check([backend], shape, torch.float32, "random", 0.0, 0.0, gate="closed")
+    if backend != "split":
+        made = {"packed": True, "rows": "both", "lse": True, "bank": 2, "bias": "holes"}
+        check([backend], shape, torch.bfloat16, "none", 0.1, 0.2, gate="open", **made)
+
+
+@pytest.mark.usefixtures("nan_filled_empty")
+@pytest.mark.parametrize("backend", ["cpp", "triton"])
+def test_a_gate_of_zero_is_no_prefix_to_the_bit(backend):
+    """With more columns than a block of the C++ kernels has, too."""
+    device = device_of(backend)
+    check_closed_gates_are_no_prefix(backend, device, Shape(2, 3, 17, 17, 5, 16))
+    if backend == "cpp":
+        check_closed_gates_are_no_prefix(backend, device, Shape(2, 6, 9, 400, 150, 96, group=2))
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp", "triton", "split"])
+def test_bits_and_gradients_of_gates(backend):
+    """Whatever the layout, the run and the gradients that are wanted."""
+    made, device, shape = (
+        {"gate": "closed"},
+        device_of(backend),
+        Shape(2, 4, 23, 23, 35, 16, group=2),
+    )
+    check_only_needed_gradients(backend, device, shape, **made)
+    if backend != "split":
+        check_packed_equals_padded(backend, torch.float32, device, shape, **made)
+        check_joint_gradients(backend, device, shape, **made)
+        check_runs_are_bit_equal(backend, torch.float32, device, shape=shape, **made)
+    if backend in ("cpp", "triton"):
+        check_prefix_only_backward_never_reads_the_tokens(backend, device, **made)
+
+
+def test_a_gate_multiplies_the_weights_of_the_prefix():
+    """By definition, and its gradient at 0 by the difference that a small one makes."""
+    inputs = make_inputs(Shape(2, 2, 4, 4, 3, 8), torch.float64)
+    gate = torch.tensor([0.25, 0.0], dtype=torch.float64, requires_grad=True)
+    query, key, value, prefix_key, prefix_value = inputs.tensors
+
+    def weights(keys):
+        return (query @ keys.transpose(-1, -2) * 8**-0.5).exp()
+
+    of_prefix = gate.detach()[:, None, None] * weights(prefix_key)
+    total = of_prefix @ prefix_value + weights(key) @ value
+    expected = total / (of_prefix.sum(-1, True) + weights(key).sum(-1, True))
+    actual = prefix_attention(*inputs.tensors, prefix_gate=gate)
+    torch.testing.assert_close(actual, expected)
+    (gradient,) = torch.autograd.grad((actual * inputs.grad_out).sum(), gate)
+    for head in range(2):
+        step = torch.zeros(2, dtype=torch.float64)
+        step[head] = 1e-6
+        moved = prefix_attention(*inputs.tensors, prefix_gate=gate.detach() + step)
+        difference = ((moved - actual.detach()) * inputs.grad_out).sum() / 1e-6
+        torch.testing.assert_close(gradient[head], difference, rtol=1e-4, atol=1e-4)
+
+
 def test_seed_is_drawn_from_torch_generator():
     inputs = make_inputs(Shape(1, 2, 8, 8, 3, 8), torch.float32)
     draws = []
@@ -228,6 +290,12 @@ def test_bad_arguments_name_argument_expected_and_actual():
         ("prefix_dropout_p", inputs.tensors, {"prefix_dropout_p": -0.1}),
         ("dropout_p", inputs.tensors, {"dropout_p": 0.1, "backend": "split"}),
         ("seed", inputs.tensors, {"seed": torch.zeros(2, dtype=torch.int64)}),
+        ("prefix_gate", inputs.tensors, {"prefix_gate": torch.ones(3)}),
+        ("prefix_gate", inputs.tensors, {"prefix_gate": torch.ones(1, 2)}),
+        ("prefix_gate", inputs.tensors, {"prefix_gate": torch.ones(2, dtype=torch.int64)}),
+        ("prefix_gate", inputs.tensors, {"prefix_gate": torch.tensor([0.0, -0.5])}),
+        ("prefix_gate", inputs.tensors, {"prefix_gate": torch.tensor([1.0, float("inf")])}),
+        ("prefix_gate", bank, {**rows, "prefix_gate": torch.ones(2)}),
         ("window", inputs.tensors, {"window": -1}),
         ("window", inputs.tensors, {"window": 2.0}),
         ("window", (query[:, :, :2], *inputs.tensors[1:]), {"window": 2}),

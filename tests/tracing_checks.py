@@ -6,20 +6,20 @@ from ptv2_fast.ops.attention import prefix_attention, prefix_attention_with_lse
 from tests.devices import CPU, device_of
 from tests.inputs import Inputs, Shape, make_inputs
 
-NAMES = ("query", "key", "value", "prefix_key", "prefix_value")
+NAMES = ("query", "key", "value", "prefix_key", "prefix_value", "prefix_gate")
 
 
 def everything(packed: bool, device: torch.device = CPU) -> Inputs:
     """Every option at once, padded or packed."""
     return make_inputs(
         Shape(2, 2, 6, 6, 3, 16), torch.float32, "random", rows="both", lse=True, bank=3,
-        bias="shared", packed=packed, device=device,
+        bias="shared", packed=packed, device=device, gate="closed",
     )  # fmt: skip
 
 
 def plain() -> Inputs:
     """What the split serves."""
-    return make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random")
+    return make_inputs(Shape(2, 2, 6, 6, 3, 16), torch.float32, "random", gate="closed")
 
 
 def inputs_of(backend: str | None, packed: bool, device: torch.device | None) -> Inputs:
@@ -58,8 +58,11 @@ def check_compiles_as_one_graph(
     torch._dynamo.reset()  # every case compiles the same code object
     inputs = inputs_of(backend, packed, device)
 
-    def attention(*tensors):
-        options = {**inputs.options, "backend": backend}
+    trained = (*inputs.tensors, inputs.prefix_gate)
+
+    def attention(*tensors_and_gate):
+        *tensors, gate = tensors_and_gate
+        options = {**inputs.options, "prefix_gate": gate, "backend": backend}
         if backend == "split":
             return prefix_attention(*tensors, **options), None
         return prefix_attention_with_lse(*tensors, **options, dropout_p=0.2)
@@ -72,7 +75,7 @@ def check_compiles_as_one_graph(
     for grad_of in (lambda out, lse: out.sum(), weighted):
         results = []
         for function in (attention, torch.compile(attention, backend=compiler, fullgraph=True)):
-            leaves = [tensor.detach().clone().requires_grad_() for tensor in inputs.tensors]
+            leaves = [tensor.detach().clone().requires_grad_() for tensor in trained]
             results.append(torch.autograd.grad(grad_of(*function(*leaves)), leaves))
         for name, eager, compiled in zip(NAMES, *results, strict=True):
             assert torch.equal(eager, compiled), f"gradient of {name}"

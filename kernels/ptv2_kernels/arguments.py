@@ -47,6 +47,11 @@ class Extras(NamedTuple):
     position_query: Strided | None
     slots_ptr: Tensor | None  # int32 [2 M - 1], the distance 0 in the middle
     slot_count: int | None  # 2 M - 1: odd, hence of one kind to the compiler
+    gate_ptr: Tensor | None  # [R, H], contiguous: on the weights of prefix columns
+
+    def of_tokens(self) -> "Extras":
+        """Without what only the prefix has, likewise."""
+        return self._replace(gate_ptr=None)
 
     def of_prefix(self) -> "Extras":
         """Without what only tokens have, so that a kernel without tokens is not compiled anew."""
@@ -98,6 +103,7 @@ def describe_call(
     position_key: Tensor | None = None,  # [H, slots, D]
     position_query: Tensor | None = None,
     position_slots: Tensor | None = None,  # int32 [2 M - 1]
+    prefix_gate: Tensor | None = None,  # [R, H]
 ) -> Call:
     """The options of the raw operators, from key_mask on, in the form the kernels take."""
     heads, kv_heads = query.shape[1], key.shape[1]
@@ -124,6 +130,7 @@ def describe_call(
         None if position_query is None else strided(position_query[None]),
         None if position_slots is None else position_slots.contiguous(),
         None if position_slots is None else len(position_slots),
+        None if prefix_gate is None else prefix_gate.contiguous(),
     )
     if cu_seqlens is None:
         batch, longest, longest_key = query.shape[0], query.shape[2], key.shape[2]

@@ -117,7 +117,7 @@ def launch_backward(
     needs_prefix: bool,
     joint: bool,
     *call_options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients that are needed; an empty(0) stands for one that is not.
 
     `joint`: the first result holds those of query, key and value along the heads, and the next two
@@ -140,6 +140,7 @@ def launch_backward(
     lse, delta = lse.contiguous(), _launch_delta(extras_of_prefix, out, grad_out, grad_lse)
     tokens = (strided(query), strided(key), strided(value))
     shared = (lse, delta, call.extras)
+    of_tokens = (lse, delta, call.extras.of_tokens())
     if needs_query and targets[0].numel():
         options = launch_options("query", query, call.extras, prefix_key.shape[2])
         _grad_query(
@@ -163,7 +164,7 @@ def launch_backward(
             strided(grad_out),
             strided(targets[1]),
             strided(targets[2]),
-            *shared,
+            *of_tokens,
             *call.sizes.values(),
             call.scale * LOG2_E,
         )
@@ -178,5 +179,5 @@ def launch_backward(
             delta,
         )
     else:
-        of_prefix = (prefix_key.new_empty(0), prefix_key.new_empty(0))
+        of_prefix = (prefix_key.new_empty(0), prefix_key.new_empty(0), lse.new_empty(0))
     return *results, *of_prefix

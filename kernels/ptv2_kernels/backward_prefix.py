@@ -2,7 +2,8 @@
 
 Stage one splits the batch: the program of (prefix tile, head, row of the bank, split) adds up its
 sequences in order into float32 partials; of a bank it skips those that read another row. Stage two
-adds the partials in order and rounds once. The number of splits follows the number of processors,
+adds the partials in order and rounds once; gates, of which each tile, sequence and head leaves one
+sum, are added up by a kernel of their own. The number of splits follows the number of processors,
 not the batch. Keys and values of tokens are never read.
 """
 
@@ -20,6 +21,7 @@ from ptv2_kernels.launching import Launcher
 from ptv2_kernels.softmax import (
     LN_2,
     drop_pair,
+    load_gate,
     load_statistics,
     prefix_scores,
     recompute,
@@ -35,11 +37,13 @@ from ptv2_kernels.tiles import (
     locate_sequence,
     scale_tile,
     store_tile,
+    sum_rows,
     zero_tile,
 )
 
 REDUCE_BLOCK = 1024
 REDUCE_OPTIONS = {"BLOCK": REDUCE_BLOCK, **COMPILER_OPTIONS}
+GATE_OPTIONS = {"BLOCK": 256, **COMPILER_OPTIONS}
 
 
 @triton.jit
@@ -58,6 +62,7 @@ def _grad_prefix_kernel(
     prefix_value,
     grad_out,
     partial,
+    gate_partial_ptr,
     lse_ptr,
     delta_ptr,
     extras,
@@ -76,7 +81,9 @@ def _grad_prefix_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Partial sums [splits * 2 * R, H_kv, P, D]; grid (prefix tiles, H_kv, splits * R)."""
+    """Partial sums [splits * 2 * R, H_kv, P, D], and of the gates, where there are some, [H, B,
+    prefix tiles]; grid (prefix tiles, H_kv, splits * R).
+    """
     kv_head, split, bank_row = tl.program_id(1), tl.program_id(2), 0
     if extras.prefix_index_ptr is not None:
         split, bank_row = split // bank_rows, split % bank_rows
@@ -107,6 +114,8 @@ def _grad_prefix_kernel(
         tiles = tl.cdiv(reading_rows(extras, sequence, bank_row, row_count), BLOCK_QUERIES)
         for member in range(group):
             head = kv_head * group + member
+            gate = load_gate(extras, bank_row, head, heads)
+            gate_gradient = tl.zeros((BLOCK_QUERIES,), tl.float32)
             for tile in range(tiles):
                 first_row = tile * BLOCK_QUERIES
                 query_tile = load_tile(
@@ -127,12 +136,22 @@ def _grad_prefix_kernel(
                     sequence * heads + head, first_row, first_column, PREFIX_STREAM,
                     INPUT_PRECISION,
                 )  # fmt: skip
+                if extras.gate_ptr is not None:
+                    inside = (tl.arange(0, BLOCK_KEYS) < length - first_column)[None, :]
+                    gate_gradient += sum_rows(tl.where(inside, grad_scores, 0.0))
+                    dropped, grad_scores = dropped * gate, grad_scores * gate
                 value_gradient = add_product(
                     tl.trans(dropped), grad_out_tile, value_gradient, INPUT_PRECISION
                 )
                 key_gradient = add_product(
                     tl.trans(grad_scores), query_tile, key_gradient, INPUT_PRECISION
                 )
+            if extras.gate_ptr is not None:
+                # [H, B, prefix tiles]
+                slot = (tl.cast(head, tl.int64) * batch + sequence) * tl.num_programs(0)
+                slot += tl.program_id(0) + tl.arange(0, 1)
+                reads = reading_rows(extras, sequence, bank_row, tl.full((1,), 1, tl.int32)) > 0
+                tl.store(gate_partial_ptr + slot, sum_rows(gate_gradient[None, :]), mask=reads)
         if extras.prefix_threshold is not None:
             # Each sequence has a mask of its own, applied before the sum over the batch.
             key_gradient, value_gradient = drop_pair(
@@ -192,6 +211,25 @@ def _sum_partials_kernel(
         tl.store(grad_prefix_value_ptr + offsets, result, mask=in_range)
 
 
+@triton.jit(do_not_specialize=["batch", "tiles"])
+def _sum_gates_kernel(
+    partial_ptr, prefix_index_ptr, grad_prefix_gate_ptr, batch, tiles, BLOCK: tl.constexpr
+):
+    """Adds up [H, B, prefix tiles] by the row of the bank that each sequence reads; grid (H, R)."""
+    head, bank_row = tl.program_id(0), tl.program_id(1)
+    first_ptr = partial_ptr + tl.cast(head, tl.int64) * batch * tiles
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, batch * tiles, BLOCK):
+        offsets = first + tl.arange(0, BLOCK)
+        counts = offsets < batch * tiles
+        if prefix_index_ptr is not None:
+            index = tl.load(prefix_index_ptr + offsets // tiles, mask=counts, other=-1)
+            counts = counts & (index == bank_row)
+        total += tl.load(first_ptr + offsets, mask=counts, other=0.0)
+    result_ptr = grad_prefix_gate_ptr + bank_row * tl.num_programs(0) + head
+    tl.store(result_ptr + tl.arange(0, 1), sum_rows(total[None, :]))
+
+
 @functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if INTERPRETED or device.type != "cuda":
@@ -207,6 +245,7 @@ def count_splits(batch: int, programs: int, multiprocessors: int) -> int:
 
 _grad_prefix = Launcher(_grad_prefix_kernel)
 _sum_partials = Launcher(_sum_partials_kernel)
+_sum_gates = Launcher(_sum_gates_kernel)
 
 
 def launch_backward_prefix(
@@ -217,19 +256,26 @@ def launch_backward_prefix(
     grad_out: Tensor,  # as query, any strides
     lse: Tensor,  # [B, H, T]; packed: [N, H]
     delta: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """grad_prefix_key and grad_prefix_value [R, H_kv, P, D] in the dtype of the prefix."""
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_prefix_key and grad_prefix_value [R, H_kv, P, D] in the dtype of the prefix.
+
+    The third is that of the gate, float32 [R, H], or an empty(0).
+    """
     bank_rows, kv_heads, prefix_length, _ = prefix_key.shape
     grad_prefix_key, grad_prefix_value = (prefix_key.new_empty(prefix_key.shape) for _ in range(2))
-    size = grad_prefix_key.numel()
+    size, gate = grad_prefix_key.numel(), call.extras.gate_ptr
+    grad_gate = lse.new_empty(0) if gate is None else torch.zeros_like(gate)
     if size == 0:
-        return grad_prefix_key, grad_prefix_value
+        return grad_prefix_key, grad_prefix_value, grad_gate
     options = launch_options("prefix", query, call.extras, prefix_length)
     prefix_tiles = -(-prefix_length // options["BLOCK_KEYS"])
     programs = kv_heads * prefix_tiles * bank_rows
     splits = count_splits(call.batch, programs, _multiprocessors(query.device))
     shape = (splits, 2, *prefix_key.shape)
     partial = torch.empty(shape, dtype=torch.float32, device=query.device)
+    heads, gate_partial = query.shape[1], None
+    if gate is not None:
+        gate_partial = lse.new_empty(heads, call.batch, prefix_tiles)
 
     _grad_prefix(
         (prefix_tiles, kv_heads, splits * bank_rows),
@@ -239,6 +285,7 @@ def launch_backward_prefix(
         strided(prefix_value),
         strided(grad_out),
         Strided(partial, partial.stride()[2:]),
+        gate_partial,
         lse,
         delta,
         call.extras,
@@ -257,4 +304,14 @@ def launch_backward_prefix(
         size,
         splits,
     )
-    return grad_prefix_key, grad_prefix_value
+    if gate_partial is not None and grad_gate.numel():
+        _sum_gates(
+            (heads, bank_rows, 1),
+            GATE_OPTIONS,
+            gate_partial,
+            call.extras.prefix_index_ptr,
+            grad_gate,
+            call.batch,
+            prefix_tiles,
+        )
+    return grad_prefix_key, grad_prefix_value, grad_gate

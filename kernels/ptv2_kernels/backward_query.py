@@ -13,6 +13,7 @@ from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
 from ptv2_kernels.positions import add_position_gradient
 from ptv2_kernels.softmax import (
     LN_2,
+    load_gate,
     load_prefix,
     load_statistics,
     prefix_scores,
@@ -83,6 +84,7 @@ def _grad_query_kernel(
     accumulator = zero_tile(BLOCK_QUERIES, BLOCK_DIMS)
 
     bank_row, length = locate_prefix(extras, sequence, prefix_length)
+    gate = load_gate(extras, bank_row, head, heads)
     if BLOCK_PREFIX > 0:
         for first_column in range(
             0, prefix_end(length, BLOCK_PREFIX, ONE_PREFIX_TILE), BLOCK_PREFIX
@@ -99,6 +101,8 @@ def _grad_query_kernel(
                 scores, factor, value_tile, grad_out_tile, statistics, extras, seed,
                 sequence_head, first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
             )  # fmt: skip
+            if extras.gate_ptr is not None:
+                grad_scores *= gate
             accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
         accumulator = undropped_prefix(accumulator, extras)
 

@@ -27,6 +27,8 @@ from ptv2_kernels.launching import Launcher
 from ptv2_kernels.softmax import (
     LN_2,
     attend,
+    gated_scores,
+    load_gate,
     load_prefix,
     prefix_scores,
     token_scores,
@@ -92,6 +94,7 @@ def _prefix_attention_forward_kernel(
     )
 
     bank_row, length = locate_prefix(extras, sequence, prefix_length)
+    gate = load_gate(extras, bank_row, head, heads)
     if BLOCK_PREFIX > 0:
         for first_column in range(
             0, prefix_end(length, BLOCK_PREFIX, ONE_PREFIX_TILE), BLOCK_PREFIX
@@ -103,6 +106,7 @@ def _prefix_attention_forward_kernel(
             scores, factor = prefix_scores(
                 query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
             )
+            scores, factor = gated_scores(scores, factor, extras, gate)
             scores = hide_behind(scores, length - first_column)
             state = attend(
                 state, scores, factor, value_tile, extras, seed, sequence_head,

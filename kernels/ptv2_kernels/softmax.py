@@ -19,6 +19,8 @@ from ptv2_kernels.visibility import load_bias
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
+# The largest exponent of a weight without its gate: of a gate of 0 nothing else bounds it.
+MOST_EXPONENT_LOG2 = tl.constexpr(115.0)
 
 
 @triton.jit
@@ -47,11 +49,29 @@ def drop_pair(key, value, extras, seed, sequence_kv_head, first_column):
 
 
 @triton.jit
+def load_gate(extras, bank_row, head, heads):
+    """The gate of a head; without gates any number serves."""
+    if extras.gate_ptr is None:
+        return 1.0
+    else:
+        return tl.load(extras.gate_ptr + bank_row * heads + head)
+
+
+@triton.jit
 def prefix_scores(query, key, extras, scale_log2, INPUT_PRECISION: tl.constexpr):
     """(scores, factor > 0): their product is in base 2. A factor costs nothing inside exp2."""
     if extras.prefix_threshold is not None:
         scale_log2 = scale_log2 * extras.prefix_multiplier
     return scaled(inner_products(query, key, INPUT_PRECISION), extras, scale_log2)
+
+
+@triton.jit
+def gated_scores(scores, factor, extras, gate):
+    """What `prefix_scores` gives, with the logarithm of the gate: -inf for one of 0."""
+    if extras.gate_ptr is None:
+        return scores, factor
+    else:
+        return tl.fma(scores, factor, tl.log2(gate)), 1.0
 
 
 @triton.jit
@@ -119,10 +139,14 @@ def recompute(
     """Dropped probabilities and unscaled gradients of the scores of one tile, both float32.
 
     dP = keep * (grad_out @ value^T) / (1 - p);  dS = P * (dP - delta). Of the dropped ones the
-    factor 1 / (1 - p) is left to `undropped`.
+    factor 1 / (1 - p) is left to `undropped`. Of a prefix with gates, P is without its gate: the
+    gate times what is returned are those two, and dS the gradient of the gate.
     """
     lse_log2, delta = statistics
-    probabilities = tl.exp2(tl.fma(scores, factor, -lse_log2[:, None]))
+    exponents = tl.fma(scores, factor, -lse_log2[:, None])
+    if STREAM == PREFIX_STREAM and extras.gate_ptr is not None:
+        exponents = tl.where(exponents > MOST_EXPONENT_LOG2, MOST_EXPONENT_LOG2, exponents)
+    probabilities = tl.exp2(exponents)
     grad_probabilities = inner_products(grad_out, value, INPUT_PRECISION)
     if STREAM == PREFIX_STREAM and extras.prefix_threshold is not None:
         grad_probabilities = grad_probabilities * extras.prefix_multiplier
@@ -171,4 +195,8 @@ def load_statistics(
     delta_ptrs = row_pointers(delta_ptr, extras, start, head, first_row, heads, queries, ROWS)
     lse = tl.load(lse_ptrs, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptrs, mask=inside, other=0.0)
-    return tl.where(lse == float("-inf"), 0.0, lse * LOG2_E), delta
+    if extras.gate_ptr is None:
+        hidden = 0.0
+    else:
+        hidden = float("inf")  # a prefix whose gate is 0 has finite scores
+    return tl.where(lse == float("-inf"), hidden, lse * LOG2_E), delta

@@ -56,17 +56,19 @@ class _PrefixAttention(torch.autograd.Function):
         ]
         if grad_out is None:  # only lse was used
             grad_out = torch.zeros_like(out)
-        needs = ctx.needs_input_grad[:5]
-        needed = (needs[0], needs[1] or needs[2], needs[3] or needs[4])
+        # The gate is the last option.
+        needs = (*ctx.needs_input_grad[:5], ctx.needs_input_grad[4 + len(options)])
+        needed = (needs[0], needs[1] or needs[2], any(needs[3:]))
         grad_lse = grad_lse if ctx.lse_counts else None  # compiled graphs send zeros
         backward = _RAW_OPERATORS["backward", ctx.suffix]
         gradients = backward(
             grad_out, *_with_bank(*tensors), out, lse, grad_lse, *needed, False, *options
         )
         wanted = [grad if need else None for grad, need in zip(gradients, needs, strict=True)]
+        of_gate = wanted.pop()
         if tensors[3].dim() == 3:
             wanted[3:] = [None if grad is None else grad.squeeze(0) for grad in wanted[3:]]
-        return *wanted, *[None] * (len(options) + 2)
+        return *wanted, *[None] * (len(options) - 1), of_gate, None, None
 
 
 class Positions(NamedTuple):
@@ -91,6 +93,14 @@ def _with_bank(
     if prefix_key.dim() == 3:
         prefix_key, prefix_value = prefix_key.unsqueeze(0), prefix_value.unsqueeze(0)
     return query, key, value, prefix_key, prefix_value
+
+
+def _gate_of_bank(gate: Tensor | None, prefix_key: Tensor, dtype: torch.dtype) -> Tensor | None:
+    """The gate of the raw operators, [R, H] in the dtype of lse."""
+    if gate is None:
+        return None
+    gate = gate.to(torch.promote_types(dtype, torch.float32))
+    return gate.unsqueeze(0) if prefix_key.dim() == 3 else gate
 
 
 def _resolve_suffix(backend: str | None, query: Tensor, has_positions: bool) -> str:
@@ -137,6 +147,7 @@ def prefix_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     prefix_dropout_p: float = 0.0,
+    prefix_gate: Tensor | None = None,
     seed: Tensor | None = None,
     check: bool = False,
     backend: str | None = None,
@@ -171,6 +182,12 @@ def prefix_attention(
         scale: factor on the scores, a finite number, default D ** -0.5.
         dropout_p: dropout on probabilities, prefix columns included.
         prefix_dropout_p: element-wise dropout on prefix_key and prefix_value, a mask per sequence.
+        prefix_gate: [H], with a bank [R, H], numbers >= 0 that the weights of all prefix columns of
+            a query head are multiplied by before they are divided by their sum: the logit offset
+            log(prefix_gate) on their scores. It has a gradient. A head whose gate is 0 gives what
+            it gives without a prefix ("cpp" and "triton" to the bit), and its gate trains: the
+            gradient is that of the gate and not of its logarithm, which would be 0 there. Computed
+            in float32.
         seed: int64 tensor [1] that fixes the dropout masks; drawn from torch's generator when None.
         check: on a GPU too, check the values of cu_seqlens, prefix_index, prefix_lengths and
             context_lengths, which waits for the device; on a CPU they always are.
@@ -188,7 +205,7 @@ def prefix_attention(
     return attend(
         (query, key, value, prefix_key, prefix_value), False, check, backend,
         key_mask, cu_seqlens, max_seqlen, prefix_index, prefix_lengths, context_lengths, window,
-        bias, scale, dropout_p, prefix_dropout_p, seed,
+        bias, scale, dropout_p, prefix_dropout_p, prefix_gate, seed,
     )[0]  # fmt: skip
 
 
@@ -210,6 +227,7 @@ def prefix_attention_with_lse(
     scale: float | None = None,
     dropout_p: float = 0.0,
     prefix_dropout_p: float = 0.0,
+    prefix_gate: Tensor | None = None,
     seed: Tensor | None = None,
     check: bool = False,
     backend: str | None = None,
@@ -225,7 +243,7 @@ def prefix_attention_with_lse(
     return attend(
         (query, key, value, prefix_key, prefix_value), True, check, backend,
         key_mask, cu_seqlens, max_seqlen, prefix_index, prefix_lengths, context_lengths, window,
-        bias, scale, dropout_p, prefix_dropout_p, seed,
+        bias, scale, dropout_p, prefix_dropout_p, prefix_gate, seed,
     )  # fmt: skip
 
 
@@ -245,6 +263,7 @@ def attend(
     scale: float | None,
     dropout_p: float,
     prefix_dropout_p: float,
+    prefix_gate: Tensor | None,
     seed: Tensor | None,
     positions: Positions | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -253,19 +272,19 @@ def attend(
     sizes = validate_tensors(query, key, value, prefix_key, prefix_value, cu_seqlens, max_seqlen)
     validate_options(
         sizes, key_mask, prefix_index, prefix_lengths, context_lengths, window, bias,
-        scale, dropout_p, prefix_dropout_p, seed,
+        scale, dropout_p, prefix_dropout_p, prefix_gate, seed,
     )  # fmt: skip
-    slots, slot_count = None, 0
-    if positions is not None:
-        slots, slot_count = positions.slots, validate_positions(sizes, key, *positions)
+    of_key, of_query, slots = (None, None, None) if positions is None else positions
+    slot_count = 0 if positions is None else validate_positions(sizes, key, *positions)
     if not isinstance(check, bool):
         raise argument_error("check", "a bool", shown(check))
     if window is not None:  # a wider one hides nothing, and kernels add it to positions
         window = min(window, _MAX_WINDOW)
     if (check or query.device.type == "cpu") and values_are_known(query):
         validate_values(
-            sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths, slots, slot_count
-        )
+            sizes, cu_seqlens, prefix_index, prefix_lengths, context_lengths, prefix_gate,
+            slots, slot_count,
+        )  # fmt: skip
     # A generous bound would cost memory and time. To a bias or context lengths it means something.
     is_bound_only = bias is None and context_lengths is None
     if max_seqlen is not None and is_bound_only and values_are_known(query):
@@ -286,10 +305,14 @@ def attend(
         cu_seqlens,
         0 if max_seqlen is None else max_seqlen,
         bias,
-        *(() if positions is None else positions),
+        of_key,
+        of_query,
+        slots,
+        _gate_of_bank(prefix_gate, prefix_key, query.dtype),
     )
     prefix_key, prefix_value = prefix_key.to(query.dtype), prefix_value.to(query.dtype)
     tensors = (query, key, value, prefix_key, prefix_value)
-    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in tensors]):
+    trained = tensors if prefix_gate is None else (*tensors, prefix_gate)
+    if torch.is_grad_enabled() and any([tensor.requires_grad for tensor in trained]):
         return _PrefixAttention.apply(*tensors, *options, suffix, lse_counts)
     return _RAW_OPERATORS["forward", suffix](*_with_bank(*tensors), *options)

@@ -24,6 +24,7 @@ def disentangled_prefix_attention(
     scale: float | None = None,
     dropout_p: float = 0.0,
     prefix_dropout_p: float = 0.0,
+    prefix_gate: Tensor | None = None,
     seed: Tensor | None = None,
     check: bool = False,
     backend: str | None = None,
@@ -59,7 +60,7 @@ def disentangled_prefix_attention(
     return attend(
         (query, key, value, prefix_key, prefix_value), False, check, backend,
         key_mask, cu_seqlens, max_seqlen, prefix_index, prefix_lengths, None, None, None,
-        scale, dropout_p, prefix_dropout_p, seed,
+        scale, dropout_p, prefix_dropout_p, prefix_gate, seed,
         Positions(position_key, position_query, position_slots),
     )[0]  # fmt: skip
 

@@ -33,8 +33,9 @@ def empty_gradients(
     needs_key_value: bool,
     needs_prefix: bool,
     joint: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five uninitialised gradients; one that is not needed is an empty(0).
+    prefix_gate: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The six uninitialised gradients; one that is not needed is an empty(0), as without a gate.
 
     `joint`: the first holds those of query, key and value, along the heads; the next two are
     empty(0).
@@ -46,6 +47,8 @@ def empty_gradients(
     def prefix_gradient() -> Tensor:
         return prefix_key.new_empty(prefix_key.shape if needs_prefix else 0)
 
+    gate_dtype = torch.promote_types(query.dtype, torch.float32)
+    gate_shape = prefix_gate.shape if needs_prefix and prefix_gate is not None else 0
     together = query.shape[1] + 2 * key.shape[1]
     return (
         _empty_tokens(query, together) if joint else token_gradient(query, needs_query),
@@ -53,6 +56,7 @@ def empty_gradients(
         token_gradient(key, needs_key_value),
         prefix_gradient(),
         prefix_gradient(),
+        query.new_empty(gate_shape, dtype=gate_dtype),
     )
 
 

@@ -8,7 +8,8 @@ SCHEMA = (
     "Tensor? key_mask, Tensor? seed, float scale, float dropout_p, float prefix_dropout_p, "
     "Tensor? context_lengths=None, int window=-1, Tensor? prefix_index=None, "
     "Tensor? prefix_lengths=None, Tensor? cu_seqlens=None, SymInt max_seqlen=0, Tensor? bias=None, "
-    "Tensor? position_key=None, Tensor? position_query=None, Tensor? position_slots=None"
+    "Tensor? position_key=None, Tensor? position_query=None, Tensor? position_slots=None, "
+    "Tensor? prefix_gate=None"
 )
 
 
@@ -31,3 +32,4 @@ class Options(NamedTuple):
     position_key: Tensor | None = None  # [H, slots, D], in the dtype of query
     position_query: Tensor | None = None  # likewise
     position_slots: Tensor | None = None  # int32 [2 M - 1]: the slot of i - j at i - j + M - 1
+    prefix_gate: Tensor | None = None  # [R, H] in the dtype of lse; it has a gradient

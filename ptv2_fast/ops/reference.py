@@ -13,6 +13,9 @@ token column j, before the scale, with s = position_slots[i - j]
 
     query[i] . position_key[s] + key[j] . position_query[s]
 
+A prefix_gate multiplies the weights of prefix columns, exp(score), before they are divided by their
+sum: softmax(scores + log(gate)), written so that a gate of 0 has a gradient too.
+
 It runs in any floating dtype (float64 included), on any device, and is differentiable.
 """
 
@@ -30,6 +33,9 @@ from ptv2_fast.ops.dropout import (
 )
 from ptv2_fast.ops.options import Options
 from ptv2_fast.ops.packing import PackedRows
+
+# The largest exponent of a weight without its gate, which has no bound where the gate is 0.
+MOST_EXPONENT = 80.0
 
 
 def reference_attention(
@@ -63,6 +69,10 @@ def reference_attention(
     keys = _columns(query, key, prefix_key, options, PREFIX_KEY_STREAM)
     values = _columns(query, value, prefix_value, options, PREFIX_VALUE_STREAM)
     scores = _scores(query, keys, key.shape[2], options)
+    if options.prefix_gate is not None:
+        probabilities, lse = _gated_softmax(scores, _column_gates(scores, key.shape[2], options))
+        multiplier = _probability_multiplier(scores, key.shape[2], options)
+        return (probabilities * multiplier) @ values, lse
 
     # A row without a visible column: a finite pivot before the softmax keeps values and gradients
     # free of NaN; repairing NaN afterwards would leave it in the gradients.
@@ -87,11 +97,14 @@ def reference_gradients(
     lse: Tensor,  # [B, H, T]; packed: [N, H]
     grad_lse: Tensor | None,  # as lse
     options: Options,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five gradients by the formulas every backend implements, probabilities from lse."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients by the formulas every backend implements, probabilities from lse.
+
+    Of the five tensors, and of the gate, empty(0) without one.
+    """
     if options.cu_seqlens is not None:
         rows = PackedRows(options.cu_seqlens, options.max_seqlen, query.shape[0])
-        *of_tokens, grad_prefix_key, grad_prefix_value = reference_gradients(
+        of_query, of_key, of_value, of_prefix_key, of_prefix_value, of_gate = reference_gradients(
             rows.pad(grad_out),
             rows.pad(query),
             rows.pad(key),
@@ -103,20 +116,31 @@ def reference_gradients(
             None if grad_lse is None else rows.pad(grad_lse),
             rows.padded_options(options),
         )
-        grad_query, grad_key, grad_value = (rows.unpad(gradient) for gradient in of_tokens)
-        return grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value
+        of_tokens = (rows.unpad(of_query), rows.unpad(of_key), rows.unpad(of_value))
+        return *of_tokens, of_prefix_key, of_prefix_value, of_gate
     query, grad_out = _upcast(query), _upcast(grad_out)
     keys = _columns(query, key, prefix_key, options, PREFIX_KEY_STREAM)
     values = _columns(query, value, prefix_value, options, PREFIX_VALUE_STREAM)
     scores = _scores(query, keys, key.shape[2], options)
     pivot = lse.masked_fill(lse == float("-inf"), 0.0)[..., None]
-    probabilities = torch.exp(scores - pivot)
+    exponents, gates = scores - pivot, None
+    if options.prefix_gate is not None:
+        exponents = torch.where(lse[..., None] == float("-inf"), lse[..., None], exponents)
+        exponents = exponents.clamp(max=MOST_EXPONENT)
+        gates = _column_gates(scores, key.shape[2], options)
+    probabilities = torch.exp(exponents)
     multiplier = _probability_multiplier(scores, key.shape[2], options)
 
     delta = (_upcast(out) * grad_out).sum(dim=-1, keepdim=True)
     if grad_lse is not None:  # d lse / d scores = probabilities
         delta = delta - grad_lse[..., None]
     grad_probabilities = multiplier * (grad_out @ values.transpose(-1, -2))
+    prefix_length, grad_gate = prefix_key.shape[2], query.new_empty(0)
+    if gates is not None:
+        of_weights = probabilities * (grad_probabilities - delta)
+        per_head = of_weights[..., :prefix_length].sum(dim=(2, 3))  # [B, H]
+        grad_gate = _sum_of_rows(per_head, prefix_key.shape[0], options.prefix_index)
+        probabilities = probabilities * gates
     grad_scores = options.scale * probabilities * (grad_probabilities - delta)
     grad_query = grad_scores @ keys
     # Summed over the query heads that share a key/value head, [B, H_kv, P + S, D].
@@ -124,7 +148,6 @@ def reference_gradients(
     grad_keys = (grad_scores.transpose(-1, -2) @ query).unflatten(1, (-1, group)).sum(dim=2)
     grad_values = (probabilities * multiplier).transpose(-1, -2) @ grad_out
     grad_values = grad_values.unflatten(1, (-1, group)).sum(dim=2)
-    prefix_length = prefix_key.shape[2]
     grad_key = grad_keys[:, :, prefix_length:]
     if options.position_slots is not None:
         grad_tokens, slots = grad_scores[..., prefix_length:], _slots(key.shape[2], options)
@@ -145,6 +168,7 @@ def reference_gradients(
         grad_values[:, :, prefix_length:],
         prefix_gradient(grad_keys, PREFIX_KEY_STREAM),
         prefix_gradient(grad_values, PREFIX_VALUE_STREAM),
+        grad_gate,
     )
 
 
@@ -190,7 +214,7 @@ def _inside_prefix(prefix_length: int, options: Options) -> Tensor | None:
 
 
 def _sum_of_rows(per_sequence: Tensor, bank_rows: int, prefix_index: Tensor | None) -> Tensor:
-    """[B, H_kv, P, D] -> [R, H_kv, P, D]: the sum over the sequences of each row of the bank."""
+    """[B, ...] -> [R, ...]: the sum over the sequences of each row of the bank."""
     if prefix_index is None:
         return per_sequence.sum(dim=0, keepdim=True)
     rows = torch.arange(bank_rows, device=per_sequence.device)[:, None]
@@ -233,6 +257,32 @@ def _scores(query: Tensor, keys: Tensor, tokens: int, options: Options) -> Tenso
         shown = torch.nn.functional.pad(inside, (0, tokens), value=True)
         scores = scores.masked_fill(~shown[:, None, None], float("-inf"))
     return scores
+
+
+def _column_gates(scores: Tensor, tokens: int, options: Options) -> Tensor:
+    """By what the weight of each column is multiplied, [1|B, H, 1, P + S]."""
+    assert options.prefix_gate is not None
+    gates = options.prefix_gate.to(scores.dtype)
+    if options.prefix_index is not None:
+        gates = gates[options.prefix_index.long()]
+    gates = gates[:, :, None, None].expand(-1, -1, 1, scores.shape[-1] - tokens)
+    return torch.nn.functional.pad(gates, (0, tokens), value=1.0)
+
+
+def _gated_softmax(scores: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
+    """Probabilities and lse of scores [B, H, T, P + S] whose weights are multiplied by gates."""
+    counted = (scores != float("-inf")) & (gates > 0)
+    any_counted = counted.any(dim=-1, keepdim=True)
+    offset = scores.detach() + gates.detach().log()
+    offset = offset.masked_fill(~counted, float("-inf"))
+    # One column of 0 stands for rows without any.
+    pivot = torch.cat((offset, torch.where(any_counted, float("-inf"), 0.0)), dim=-1)
+    pivot = pivot.amax(dim=-1, keepdim=True)
+    weights = torch.exp((scores - pivot).clamp(max=MOST_EXPONENT)) * gates
+    weights = torch.where(any_counted, weights, 0.0)
+    total = torch.where(any_counted, weights.sum(dim=-1, keepdim=True), 1.0)
+    lse = (pivot + total.log())[..., 0].masked_fill(~any_counted[..., 0], float("-inf"))
+    return weights / total, lse
 
 
 def _slots(tokens: int, options: Options) -> Tensor:

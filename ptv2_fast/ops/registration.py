@@ -39,7 +39,8 @@ _FORWARD_SCHEMA = f"({_TENSORS}, {SCHEMA}) -> (Tensor out, Tensor lse)"
 _BACKWARD_SCHEMA = (
     f"(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, Tensor? grad_lse, bool needs_query, "
     f"bool needs_key_value, bool needs_prefix, bool joint, {SCHEMA}) -> (Tensor grad_query, "
-    "Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, Tensor grad_prefix_value)"
+    "Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, Tensor grad_prefix_value, "
+    "Tensor grad_prefix_gate)"
 )
 
 
@@ -50,7 +51,7 @@ def _fake_forward(query, *_):
 def _fake_backward(
     grad_out, query, key, value, prefix_key, prefix_value, out, lse, grad_lse, *rest
 ):
-    return empty_gradients(query, key, prefix_key, *rest[:4])
+    return empty_gradients(query, key, prefix_key, *rest[:4], Options(*rest[4:]).prefix_gate)
 
 
 def _reference_forward(query, key, value, prefix_key, prefix_value, *options):
@@ -64,13 +65,14 @@ def _reference_backward(
     needs_query, needs_key_value, needs_prefix, joint, *options,
 ):  # fmt: skip
     tensors = (query, key, value, prefix_key, prefix_value)
-    exact = reference_gradients(grad_out, *tensors, out, lse, grad_lse, Options(*options))
+    chosen = Options(*options)
+    exact = reference_gradients(grad_out, *tensors, out, lse, grad_lse, chosen)
     needs = (needs_query, needs_key_value, needs_prefix)
-    gradients = empty_gradients(query, key, prefix_key, *needs, joint)
+    gradients = empty_gradients(query, key, prefix_key, *needs, joint, chosen.prefix_gate)
     targets = gradients
     if joint:
         targets = (*split_joint(gradients[0], key.shape[1]), *gradients[3:])
-    needed = (needs_query, needs_key_value, needs_key_value, needs_prefix, needs_prefix)
+    needed = (needs_query, *[needs_key_value] * 2, *[needs_prefix] * 3)
     for target, result, need in zip(targets, exact, needed, strict=True):
         if need:
             target.copy_(result)

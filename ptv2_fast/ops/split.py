@@ -1,8 +1,9 @@
 """The two-call split: prefix attention from the SDPA kernels that torch installs.
 
 Attention over [prefix ; tokens] is the merge of two attentions by their log-sum-exps, and the flash
-backward of each segment is exact when it is given the output and lse of the whole. No
-dropout, no causal or windowed attention, no bank, packed layout or bias, no gradient of lse.
+backward of each segment is exact when it is given the output and lse of the whole. A gate on the
+prefix is an addend of its segment's lse. No dropout, no causal or windowed attention, no bank,
+packed layout or bias, no gradient of lse.
 """
 
 from typing import NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from ptv2_fast.ops.layout import empty_gradients, empty_lse, empty_token_major, split_joint
 from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.reference import MOST_EXPONENT
 
 _aten = torch.ops.aten
 
@@ -130,6 +132,17 @@ def _segment_backward(
     )[:3]  # fmt: skip
 
 
+def _gate_gradient(
+    grad_out: Tensor, query: Tensor, prefix: _Segment, out: Tensor, lse: Tensor, scale: float
+) -> Tensor:
+    """[H]: how the weight of the prefix's own output moves the whole one, summed over all rows."""
+    prefix_out, prefix_lse = _segment_forward(query, prefix, scale)
+    weight = torch.exp((prefix_lse - lse).clamp(max=MOST_EXPONENT))
+    weight = weight.masked_fill(lse == float("-inf"), 0.0)
+    moved = (prefix_out.to(lse.dtype) - out.to(lse.dtype)) * grad_out.to(lse.dtype)
+    return (weight * moved.sum(dim=-1)).sum(dim=(0, 2))
+
+
 def split_forward(
     query: Tensor,  # [B, H, T, D]
     key: Tensor,  # [B, H_kv, S, D]
@@ -145,10 +158,13 @@ def split_forward(
     if query.numel() == 0:
         return out, lse
     merged = torch.zeros_like(query, dtype=lse.dtype)
-    for segment in _segments(query, key, value, prefix_key, prefix_value, options.key_mask):
+    segments = _segments(query, key, value, prefix_key, prefix_value, options.key_mask)
+    for segment, gate in zip(segments, (options.prefix_gate, None), strict=True):
         if segment is None:
             continue
         segment_out, segment_lse = _segment_forward(query, segment, options.scale)
+        if gate is not None:
+            segment_lse = segment_lse + gate.log()[..., None]
         total = torch.logaddexp(lse, segment_lse)
         pivot = total.masked_fill(total == float("-inf"), 0.0)
         merged = (
@@ -174,26 +190,34 @@ def split_backward(
     needs_key_value: bool,
     needs_prefix: bool,
     joint: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The five gradients, segment by segment; the batch is summed in fp32 for the prefix."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients, segment by segment; the batch is summed in fp32 for the prefix."""
     _refuse(options, grad_lse)
     scale = options.scale
     gradients = empty_gradients(
-        query, key, prefix_key, needs_query, needs_key_value, needs_prefix, joint
-    )
+        query, key, prefix_key, needs_query, needs_key_value, needs_prefix, joint,
+        options.prefix_gate,
+    )  # fmt: skip
     for gradient in gradients:
         gradient.zero_()
-    grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value = gradients
+    grad_query, grad_key, grad_value, grad_prefix_key, grad_prefix_value, grad_gate = gradients
     if joint:
         grad_query, grad_key, grad_value = split_joint(grad_query, key.shape[1])
     prefix, tokens = _segments(query, key, value, prefix_key, prefix_value, options.key_mask)
+    gate, gated_lse = options.prefix_gate, lse
+    if gate is not None and prefix is not None:
+        if needs_prefix and query.numel():
+            grad_gate.copy_(_gate_gradient(grad_out, query, prefix, out, lse, scale))
+        # exp(score - gated_lse) is gate * exp(score - lse).
+        gated_lse = (lse - gate.log()[..., None]).masked_fill(lse == float("-inf"), float("inf"))
     # With lse 0 a row without a visible column has probabilities exp(-inf - 0) = 0.
+    gated_lse = gated_lse.masked_fill(gated_lse == float("-inf"), 0.0)
     lse = lse.masked_fill(lse == float("-inf"), 0.0)
     grad_out = grad_out.contiguous()
     query_parts = []
     if query.numel() and prefix is not None and (needs_query or needs_prefix):
         part, per_sequence_key, per_sequence_value = _segment_backward(
-            grad_out, query, prefix, out, lse, scale
+            grad_out, query, prefix, out, gated_lse, scale
         )
         query_parts.append(part)
         if needs_prefix:

@@ -172,6 +172,7 @@ def validate_options(
     scale: float | None,
     dropout_p: float,
     prefix_dropout_p: float,
+    prefix_gate: Tensor | None,
     seed: Tensor | None,
 ) -> None:
     """Checks types, shapes, dtypes and devices of everything beside the five tensors."""
@@ -181,6 +182,7 @@ def validate_options(
         ("prefix_lengths", prefix_lengths),
         ("context_lengths", context_lengths),
         ("bias", bias),
+        ("prefix_gate", prefix_gate),
         ("seed", seed),
     ):
         if given is not None:
@@ -209,6 +211,13 @@ def validate_options(
     for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
         if not (_is_number(p) and 0.0 <= p < 1.0):
             raise argument_error(name, "a probability in [0, 1)", shown(p))
+    if prefix_gate is not None:
+        if not prefix_gate.is_floating_point():
+            raise argument_error("prefix_gate", "a floating dtype", prefix_gate.dtype)
+        shared = sizes.bank_rows is None
+        shape = (sizes.heads,) if shared else (sizes.bank_rows or 0, sizes.heads)
+        _check_shape("prefix_gate", prefix_gate, "[H]" if shared else "[R, H]", shape)
+        _check_device("prefix_gate", prefix_gate, sizes.device)
     if seed is not None:
         _check_vector("seed", seed, "[1]", 1, torch.int64, sizes.device)
 
@@ -306,10 +315,11 @@ def validate_values(
     prefix_index: Tensor | None,
     prefix_lengths: Tensor | None,
     context_lengths: Tensor | None,
+    prefix_gate: Tensor | None,
     position_slots: Tensor | None = None,
     slot_count: int = 0,
 ) -> None:
-    """Checks what the integer tensors hold; on a GPU this waits for the device."""
+    """Checks what the integer tensors and the gate hold; on a GPU this waits for the device."""
     if cu_seqlens is not None:
         starts = cu_seqlens.tolist()
         lengths = [end - start for start, end in itertools.pairwise(starts)]
@@ -330,3 +340,7 @@ def validate_values(
             outside = [number for number in tensor.tolist() if not 0 <= number <= most]
             if outside:
                 raise argument_error(name, f"values in 0..{most}", outside)
+    if prefix_gate is not None:
+        outside = [x for x in prefix_gate.flatten().tolist() if not 0 <= x <= sys.float_info.max]
+        if outside:
+            raise argument_error("prefix_gate", "finite numbers >= 0", outside)
