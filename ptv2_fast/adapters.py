@@ -36,6 +36,7 @@ _MATCHED_FIELDS = (
     "encoder_hidden_size",
     "layers",
     "position_offset",
+    "prefix_gate",
     "modules_to_save",
     "train_biases",
     "train_norms",

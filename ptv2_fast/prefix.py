@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -55,6 +55,11 @@ class PTuningV2Config:
         position_offset: "none", or "prefix" = the first token stands at position P, as in the
             authors' code and in PEFT.
         init: "normal" = N(0, 0.02), or "tokens" = keys and values of real tokens.
+        prefix_gate: train a gate beside the prefix, one number for each layer and head of keys, by
+            which the weights of all prefix columns are multiplied in the softmax: the logit offset
+            log(gate). It starts at 0, so that before the first step the model is the one without a
+            prefix (a prefix of zeros is not: it takes its share of the softmax). Like the zero-init
+            attention of LLaMA-Adapter (Zhang et al. 2023), but inside of one softmax.
         train_biases: train the biases of the linear layers inside the prefixed encoder layers too
             (BitFit, Ben Zaken et al. 2022; not part of P-Tuning v2). The backbone keeps its own:
             the trained ones are float32 copies that lie with the prefix and stand in for them.
@@ -90,6 +95,7 @@ class PTuningV2Config:
     layers: tuple[int, ...] | None = None
     position_offset: str = "none"
     init: str = "normal"
+    prefix_gate: bool = False
     train_biases: bool = False
     train_norms: bool = False
     low_rank: int | None = None
@@ -110,8 +116,8 @@ class PTuningV2Config:
         has_more = self.train_biases or self.train_norms or self.low_rank is not None
         least = "an integer >= 1" if not has_more else "an integer >= 0"
         _expect(_is_int(length) and length >= (not has_more), "num_virtual_tokens", least, length)
-        flags = ("prefix_projection", "inference_mode", "train_biases", "train_norms", "strict")
-        for name in flags:
+        for name in ("prefix_projection", "inference_mode", "prefix_gate", "train_biases",
+                     "train_norms", "strict"):  # fmt: skip
             value = getattr(self, name)
             _expect(isinstance(value, bool), name, "True or False", value)
         _expect(width is None or (_is_int(width) and width >= 1), "encoder_hidden_size",
@@ -190,11 +196,14 @@ class PTuningV2Config:
             ValueError: when `layers` is out of range.
         """
         hidden = num_heads * head_dim
-        table_width = 2 * len(self.resolve_layers(num_layers)) * hidden
+        num_prefixed = len(self.resolve_layers(num_layers))
+        table_width = 2 * num_prefixed * hidden
+        gate = {"gate": (num_prefixed, num_heads)} if self.prefix_gate else {}
         if not self.prefix_projection:
-            return {"embedding.weight": (self.num_virtual_tokens, table_width)}
+            return {**gate, "embedding.weight": (self.num_virtual_tokens, table_width)}
         width = self.encoder_hidden_size or hidden
         return {
+            **gate,
             "embedding.weight": (self.num_virtual_tokens, hidden),
             "projection.0.weight": (width, hidden),
             "projection.0.bias": (width,),
@@ -216,6 +225,20 @@ class PTuningV2Config:
         return cls(**values)
 
 
+class LayerPrefix(NamedTuple):
+    """The prefix of one layer."""
+
+    key: Tensor  # [H, P, D]
+    value: Tensor  # [H, P, D]
+    gate: Tensor | None = None  # [H], at least 0
+
+    def query_gate(self, heads: int) -> Tensor | None:
+        """The gate of each of `heads` query heads, which share those of keys: [heads]."""
+        if self.gate is None or len(self.gate) == heads:
+            return self.gate
+        return self.gate.repeat_interleave(heads // len(self.gate))
+
+
 class PrefixEncoder(nn.Module):
     """The trainable prefix of L' layers: a table, or an embedding and an MLP that compute it.
 
@@ -223,6 +246,14 @@ class PrefixEncoder(nn.Module):
     the authors' code and of PEFT. Only the prefixed layers are stored. Weights are drawn from
     N(0, 0.02), biases are 0, all in float32; conversions to a narrower dtype move the module but
     leave it in its dtype, so that a float32 master survives `model.to(torch.bfloat16)`.
+
+    With `config.prefix_gate` there is also the parameter `gate` [L', H], zeros, whose size is the
+    gate. An offset itself would not train: where exp(offset) vanishes beside the text's weights,
+    so does its gradient, 1e-13 at -30, beside Adam's epsilon of 1e-8, and 30 units are thousands
+    of steps. The gate's own gradient is of the size of every other one at 0, and steps of a
+    learning rate of 0.01 open it within tens of them. The gradient of the prefix is that of an open
+    one times the gate, which Adam's scaling takes out again. A gate that is pushed below 0 comes up
+    on the other side, so that none stays shut with its prefix out of reach of any gradient.
 
     Args:
         config: see `PTuningV2Config`.
@@ -250,13 +281,16 @@ class PrefixEncoder(nn.Module):
                 nn.Linear(hidden, width), nn.Tanh(), nn.Linear(width, table_width)
             )
         self.embedding = nn.Embedding(config.num_virtual_tokens, embedding_width)
+        self.gate: nn.Parameter | None = None
+        if config.prefix_gate:
+            self.gate = nn.Parameter(torch.empty(len(self.layers), num_heads))
         self.to(torch.float32)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every weight from N(0, 0.02) and zero the biases."""
+        """Draw every weight from N(0, 0.02) and zero the biases and the gate."""
         for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith(("bias", "gate")):
                 nn.init.zeros_(parameter)
             else:
                 nn.init.normal_(parameter, std=_INIT_STD)
@@ -272,11 +306,18 @@ class PrefixEncoder(nn.Module):
         rows = self.table().view(length, len(self.layers), 2, self.num_heads, self.head_dim)
         return rows.permute(1, 2, 3, 0, 4).contiguous()
 
-    def layer_prefixes(self) -> dict[int, tuple[Tensor, Tensor]]:
-        """Layer index -> (prefix_key, prefix_value), each [H, P, D]; computed once for all."""
+    def layer_prefixes(self) -> dict[int, LayerPrefix]:
+        """Layer index -> its prefix; computed once for all."""
         # One unbind has one stack as its backward; indexing would add up 2 L' zero-filled tensors.
         parts = self().flatten(0, 1).unbind(0)
-        return {layer: (parts[2 * i], parts[2 * i + 1]) for i, layer in enumerate(self.layers)}
+        gates: tuple[Tensor | None, ...] = (None,) * len(self.layers)
+        if self.gate is not None:
+            # Not abs(), whose gradient at 0 is 0.
+            gates = torch.where(self.gate < 0, -self.gate, self.gate).unbind(0)
+        return {
+            layer: LayerPrefix(parts[2 * i], parts[2 * i + 1], gates[i])
+            for i, layer in enumerate(self.layers)
+        }
 
     @torch.no_grad()
     def set_layers(self, prefix: Tensor) -> None:
@@ -303,6 +344,8 @@ class PrefixEncoder(nn.Module):
         folded.to(device=table.device)
         with torch.no_grad():
             folded.embedding.weight.copy_(table)
+            if self.gate is not None and folded.gate is not None:
+                folded.gate.copy_(self.gate)
         folded.requires_grad_(self.embedding.weight.requires_grad)
         return folded
 

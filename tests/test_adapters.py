@@ -64,7 +64,7 @@ def test_only_the_trained_tensors_are_written(saved):
 @pytest.mark.parametrize(
     "fields",
     [
-        {"prefix_projection": True, "encoder_hidden_size": 12},
+        {"prefix_projection": True, "encoder_hidden_size": 12, "prefix_gate": True},
         {"layers": [0, 2], "position_offset": "prefix", "prefix_dropout": 0.1},
         {"modules_to_save": ["LayerNorm"], "init": "tokens"},
     ],
@@ -285,7 +285,11 @@ def numbers(last: float):
 
 
 @pytest.mark.parametrize(
-    "fields", [{}, {"prefix_projection": True, "encoder_hidden_size": 12, "layers": [0, 2]}]
+    "fields",
+    [
+        {"prefix_gate": True},
+        {"prefix_projection": True, "encoder_hidden_size": 12, "layers": [0, 2]},
+    ],
 )
 def test_the_shapes_of_a_prefix_are_known_without_one(fields):
     config = PTuningV2Config(num_virtual_tokens=5, **fields)

@@ -4,6 +4,7 @@ import copy
 import functools
 import inspect
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ from tests.models import (
     one_thread,  # noqa: F401
     outputs_of,
     real_tokens,
+    step_results,
     tiny_config,
     tiny_model,
 )
@@ -129,6 +131,46 @@ def test_disabled_is_the_plain_model(position_offset):
     assert_close_to_model((without,), lambda plain: (plain(**batch).logits,), plain)
     assert torch.equal(model(**batch).logits, with_prefix)
     assert not torch.equal(without, with_prefix)
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+@pytest.mark.parametrize(
+    ("model_type", "head"), [("bert", "sequence"), ("deberta-v2", "token"), ("llama", "token")]
+)
+def test_a_gated_prefix_starts_as_the_model_without_one_and_trains(model_type, head, backbone):
+    """To the bit of the same kernels, with dropout too; the gates leave 0, the prefix its start."""
+    model = tiny_model(model_type, head)
+    config = PTuningV2Config(num_virtual_tokens=5, prefix_gate=True, backbone=backbone)
+    encoder = ptv2_fast.attach(model, config).train().prefix_encoder
+    before, batch, outputs = encoder().clone(), make_batch(head), []
+    for context in (nullcontext(), ptv2_fast.disabled(model)):
+        torch.manual_seed(3)
+        with context:
+            outputs.append(model(**batch).logits.detach())
+    assert torch.equal(*outputs)
+    labels = torch.arange(outputs[0][..., 0].numel()).view(outputs[0].shape[:-1]) % 2
+    optimizer, losses = torch.optim.AdamW(encoder.parameters(), lr=0.05, weight_decay=0.0), []
+    for _ in range(12):
+        loss = model(**batch, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert (encoder.gate != 0).all() and encoder.gate.abs().max() > 0.1
+    assert not (encoder() == before).flatten(2).all(dim=2).any()
+    assert losses[-1] < losses[0]
+
+
+def test_gates_are_those_of_the_hook_path():
+    """Of heads that query heads share, and of the first token's row alone."""
+    batch = make_batch()
+    results = []
+    for backbone in ("frozen", "hook"):
+        torch.manual_seed(0)
+        model = attached("sequence", "eurobert", prefix_gate=True, backbone=backbone)
+        results.append(step_results(model, batch))
+    for frozen, hook in zip(*results, strict=True):
+        torch.testing.assert_close(frozen, hook)
 
 
 def test_two_forwards_before_one_backward_add_up():
@@ -359,7 +401,7 @@ def test_tokens_init_is_the_keys_and_values_of_the_given_tokens(model_type, laye
     assert model.training and all(layer.training for layer in layers_of(model))
 
     hidden_states = plain(input_ids[None, :P], output_hidden_states=True).hidden_states
-    for layer, (key, value) in model.prefix_encoder.layer_prefixes().items():
+    for layer, (key, value, _) in model.prefix_encoder.layer_prefixes().items():
         family = FAMILIES[model_type]
         attention = layers_of(plain)[layer].get_submodule(family.attention)
         for actual, name in ((key, family.key), (value, family.value)):

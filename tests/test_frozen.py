@@ -42,6 +42,7 @@ def test_policies_give_the_same_bits(head, precision, layers, monkeypatch):
     if precision == "bfloat16":
         plain.to(torch.bfloat16)
     fields = {"layers": layers, "prefix_dropout": 0.2, **WITHOUT_FALLBACK}
+    fields["prefix_gate"] = layers == [1]
     model = attached(head, model=plain, **fields).train()
     batch, all_results = make_batch(head), {}
     for policy in POLICIES:
@@ -54,8 +55,10 @@ def test_policies_give_the_same_bits(head, precision, layers, monkeypatch):
     assert all(tensor.abs().max() > 0 for tensor in all_results["none"])
 
 
-def reference_forward(plain, prefix: Tensor, batch, seeds: Tensor, prefix_dropout: float) -> Tensor:
-    """The logits of a BERT with a prefix [L, 2, H, P, D], padded, by definition."""
+def reference_forward(
+    plain, prefix: Tensor, gate: Tensor, batch, seeds: Tensor, prefix_dropout: float
+) -> Tensor:
+    """The logits of a BERT with a prefix [L, 2, H, P, D] and a gate [L, H], by definition."""
     hidden = plain.bert.embeddings(batch["input_ids"])
     rows, tokens, width = hidden.shape
     mask = batch["attention_mask"].bool()
@@ -66,7 +69,10 @@ def reference_forward(plain, prefix: Tensor, batch, seeds: Tensor, prefix_dropou
             linear(hidden).unflatten(-1, (2, 8)).transpose(1, 2)
             for linear in (attention.query, attention.key, attention.value)
         )
-        options = Options(mask, seed, 8**-0.5, attention.dropout.p, prefix_dropout)
+        options = Options(
+            mask, seed, 8**-0.5, attention.dropout.p, prefix_dropout,
+            prefix_gate=gate[index : index + 1],
+        )  # fmt: skip
         out, _ = reference_attention(
             query, key, value, prefix[index, :1], prefix[index, 1:], options
         )
@@ -90,24 +96,29 @@ def test_outputs_and_gradients_equal_a_reference_that_draws_the_same_counters(p,
     plain = tiny_model(head="token", hidden_dropout_prob=p, attention_probs_dropout_prob=p)
     plain.to(dtype)
     plain.bert.embeddings.dropout.p = 0.0  # the blocks' draws are the first
-    model = attached("token", model=copy.deepcopy(plain), prefix_dropout=p, **WITHOUT_FALLBACK)
+    model = attached("token", model=copy.deepcopy(plain), prefix_dropout=p, prefix_gate=True,
+                     **WITHOUT_FALLBACK)  # fmt: skip
     batch, table = make_batch("token"), model.prefix_encoder.embedding.weight
+    gate = model.prefix_encoder.gate
+    gate.data.abs_()[0] = 0.0
     table.data = table.data.to(dtype).float()  # the oracle starts from the same values
     grad_out = torch.randn(3, 11, 3).to(dtype)
     torch.manual_seed(5)
     seeds = torch.randint(2**63 - 1, (3,))
     torch.manual_seed(5)
     logits = model.train()(**batch).logits * batch["attention_mask"][..., None]
-    actual = (logits.detach(), torch.autograd.grad(logits, table, grad_out)[0].to(dtype))
+    of_table, of_gate = torch.autograd.grad(logits, (table, gate), grad_out)
+    actual = (logits.detach(), of_table.to(dtype), of_gate.to(dtype))
 
-    def reference(plain, prefix: Tensor) -> tuple[Tensor, Tensor]:
-        prefix.requires_grad_()
-        output = reference_forward(plain, prefix, batch, seeds, p)
-        (gradient,) = torch.autograd.grad(output, prefix, grad_out.to(output.dtype))
-        return output.detach(), gradient.permute(3, 0, 1, 2, 4).reshape(table.shape)
+    def reference(plain, prefix: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        leaves = (prefix.requires_grad_(), gate.requires_grad_())
+        output = reference_forward(plain, *leaves, batch, seeds, p)
+        of_prefix, of_gate = torch.autograd.grad(output, leaves, grad_out.to(output.dtype))
+        of_table = of_prefix.permute(3, 0, 1, 2, 4).reshape(table.shape)
+        return output.detach(), of_table, of_gate
 
-    prefix = model.prefix_encoder().detach()
-    assert_close_to_model(actual, reference, plain.eval(), prefix, dtype=dtype)
+    start = (model.prefix_encoder().detach(), gate.detach())
+    assert_close_to_model(actual, reference, plain.eval(), *start, dtype=dtype)
 
 
 @pytest.mark.parametrize("head", ["sequence", "token"])

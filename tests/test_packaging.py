@@ -30,7 +30,7 @@ ALLOWED = {
     "ptv2_fast.adapters": {"encoders", "files", "prefix"},
     "ptv2_fast.encoders": {"encoders", "frozen", "prefix", "ops", "files"},
     "ptv2_fast.files": set(),
-    "ptv2_fast.frozen": {"frozen", "ops"},
+    "ptv2_fast.frozen": {"frozen", "prefix", "ops"},
     "ptv2_fast.prefix": set(),
     "ptv2_fast.ops": {"ops", "_C"},
 }

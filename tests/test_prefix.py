@@ -52,7 +52,8 @@ def test_row_p_of_the_table_is_layers_key_value_heads_head_dim():
     row = encoder.embedding.weight[4].view(2, 2, 3, 8)
     assert torch.equal(prefix[:, :, :, 4], row)
     for index, layer in enumerate((1, 3)):
-        key, value = encoder.layer_prefixes()[layer]
+        key, value, gate = encoder.layer_prefixes()[layer]
+        assert gate is None
         assert torch.equal(key[:, 4], row[index, 0]) and torch.equal(value[:, 4], row[index, 1])
         assert key.is_contiguous() and value.is_contiguous()
 
@@ -83,10 +84,25 @@ def test_gradients_of_all_layers_reach_their_place_in_the_table():
     weights = torch.randn(2, 2, 3, 5, 8)
     loss = sum(
         (key * weights[i, 0]).sum() + (value * weights[i, 1]).sum()
-        for i, (key, value) in enumerate(encoder.layer_prefixes().values())
+        for i, (key, value, _) in enumerate(encoder.layer_prefixes().values())
     )
     loss.backward()
     assert torch.equal(encoder.embedding.weight.grad, weights.permute(3, 0, 1, 2, 4).reshape(5, -1))
+
+
+def test_a_gate_is_the_size_of_a_number_that_starts_at_zero_and_leaves_it():
+    """At 0 it has a gradient, and below 0 one that brings it up."""
+    encoder = PrefixEncoder(PTuningV2Config(5, layers=[1, 3], prefix_gate=True), **SIZES)
+    assert encoder.gate.shape == (2, 3) and encoder.gate.dtype == torch.float32
+    assert not encoder.gate.any()
+    with torch.no_grad():
+        encoder.gate[1] = torch.tensor([0.5, -0.25, 0.0])
+    gates = {layer: prefix.gate for layer, prefix in encoder.layer_prefixes().items()}
+    assert gates[1].tolist() == [0.0] * 3 and gates[3].tolist() == [0.5, 0.25, 0.0]
+    sum(gate.sum() for gate in gates.values()).backward()
+    assert encoder.gate.grad.tolist() == [[1.0] * 3, [1.0, -1.0, 1.0]]
+    assert torch.equal(encoder.fold().gate, encoder.gate)
+    assert encoder.layer_prefixes()[3].query_gate(6).tolist() == [0.5, 0.5, 0.25, 0.25, 0.0, 0.0]
 
 
 def test_a_narrow_dtype_moves_the_module_but_keeps_its_float32_master():

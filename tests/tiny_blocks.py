@@ -17,6 +17,7 @@ from ptv2_fast.ops.dropout import (
 )
 from ptv2_fast.ops.options import Options
 from ptv2_fast.ops.reference import reference_attention
+from ptv2_fast.prefix import LayerPrefix
 
 HIDDEN, HEADS, HEAD_DIM, INTERMEDIATE, LAYERS, P = 24, 4, 8, 40, 3, 5
 ACTIVATIONS = {
@@ -173,7 +174,7 @@ class TinyEncoder(nn.ModuleList):
         run = FrozenRun(masked_layout(mask), LAYERS, lowest, self[0].dropout.p, **options)
         blocks = [Block(modules, WeightReader(modules)) for modules in self._roles()]
         for i, block in enumerate(blocks):
-            prefix = tuple(prefixes[i]) if i >= lowest else None
+            prefix = LayerPrefix(*prefixes[i]) if i >= lowest else None
             above = blocks[i + 1].modules if i + 1 < LAYERS else None
             hidden = run.run_layer(i, hidden, prefix, block, above, inputs)
         return hidden

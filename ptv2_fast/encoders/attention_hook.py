@@ -17,6 +17,7 @@ from ptv2_fast.encoders.disentangled import RelativePositions
 from ptv2_fast.frozen.engine import Block, FrozenRun
 from ptv2_fast.ops import disentangled_prefix_attention, prefix_attention
 from ptv2_fast.ops.attention import Positions
+from ptv2_fast.prefix import LayerPrefix
 
 ATTENTION_NAME = "ptv2_prefix"
 STATE_ARGUMENT = "ptv2_prefix_state"
@@ -59,13 +60,13 @@ class RowMask(NamedTuple):
 class PrefixState:
     """What one forward of the backbone hands to its attention modules.
 
-    `layers` maps a layer index to (prefix_key, prefix_value), each [H, P, D]; a layer that is not
-    in it runs without a prefix. `key_shape`: number and width of its heads. With `run` the layers
-    are frozen `blocks` and call no attention function. Whoever used the prefix of a layer notes the
-    layer in `called`. `relative`: the position tables of an encoder that has some.
+    `layers` maps a layer index to its prefix; a layer that is not in it runs without one.
+    `key_shape`: number and width of its heads. With `run` the layers are frozen `blocks` and call
+    no attention function. Whoever used the prefix of a layer notes the layer in `called`.
+    `relative`: the position tables of an encoder that has some.
     """
 
-    layers: dict[int, tuple[Tensor, Tensor]]
+    layers: dict[int, LayerPrefix]
     prefix_dropout: float
     keep_input_gradient: bool
     num_layers: int
@@ -148,9 +149,11 @@ def attention_with_prefix(
         )
     prefix = state.layers.get(layer)
     if prefix is None:
-        prefix_key = prefix_value = query.new_empty(heads, 0, head_dim)
+        empty = query.new_empty(heads, 0, head_dim)
+        prefix_key, prefix_value, gate = empty, empty, None
     else:
-        prefix_key, prefix_value = prefix
+        prefix_key, prefix_value, _ = prefix
+        gate = prefix.query_gate(query.shape[1])
     state.called.append(layer)
     # What is rotated may have the dtype of the model's input.
     operands = (query.to(value.dtype), key.to(value.dtype), value, prefix_key, prefix_value)
@@ -161,6 +164,7 @@ def attention_with_prefix(
         "prefix_dropout_p": (
             state.prefix_dropout if prefix is not None and module.training else 0.0
         ),
+        "prefix_gate": gate,
         "backend": state.backend,
     }
     if positions is not None:

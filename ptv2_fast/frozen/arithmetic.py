@@ -44,6 +44,7 @@ class BlockArithmetic:
         tensors: BlockTensors,
         prefix_key: Tensor,  # [1, key_value_heads, P, head_dim], the products' dtype
         prefix_value: Tensor,
+        prefix_gate: Tensor | None,  # [1, heads], the dtype of lse
         residual_dtype: torch.dtype,
     ) -> None:
         self.call, self.tensors, self.weights = call, tensors, call.weights
@@ -52,7 +53,8 @@ class BlockArithmetic:
         has_kernels = self.weights.dtype in served and residual_dtype in served
         self.ops = torch.ops.ptv2 if has_kernels else elementwise
         suffix = "" if has_kernels or not served else "_reference"
-        self.attention = BlockAttention(call, tensors, prefix_key, prefix_value, self.ops, suffix)
+        prefix = (prefix_key, prefix_value, prefix_gate)
+        self.attention = BlockAttention(call, tensors, *prefix, self.ops, suffix)
         self.rows = self.attention.rows
         self.coordinates = tensors.coordinates
         if self.rows is not None:

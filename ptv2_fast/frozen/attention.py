@@ -37,6 +37,7 @@ class BlockAttention:
         tensors: BlockTensors,
         prefix_key: Tensor,  # [1, key_value_heads, P, head_dim]
         prefix_value: Tensor,
+        prefix_gate: Tensor | None,  # [1, heads]
         ops: Any,
         suffix: str,
     ) -> None:
@@ -44,7 +45,7 @@ class BlockAttention:
         self.spec, modules = call.weights.spec, call.weights.modules
         self.heads, self.key_value_heads = modules.heads, modules.key_value_heads
         self.head_dim = modules.head_dim
-        self.prefix = (prefix_key, prefix_value)
+        self.prefix, self.gate = (prefix_key, prefix_value), prefix_gate
         self.ops: ModuleType = ops
         self._forward = getattr(torch.ops.ptv2, "prefix_attention_forward" + suffix)
         self._backward = getattr(torch.ops.ptv2, "prefix_attention_backward" + suffix)
@@ -95,8 +96,8 @@ class BlockAttention:
         needs_input: bool,
         needs_prefix: bool,
         vectors: VectorGradients,
-    ) -> tuple[Tensor | None, Tensor, Tensor]:
-        """The gradient of the input through query, key and value, and those of the prefix.
+    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
+        """The gradient of the input through query, key and value; those of the prefix and its gate.
 
         Those of what trains of the projections and of the heads' norms go to `vectors`, for which
         `input` is what was projected.
@@ -133,7 +134,7 @@ class BlockAttention:
                 self._add_update(input, self._joined(grad_query, grad_key_value), vectors)
             if needs_input:
                 grad_input = self._first_token_input_gradient(grad_query, grad_key_value)
-        return grad_input, gradients[3], gradients[4]
+        return grad_input, *gradients[3:]
 
     def _add_update(self, input: Tensor | None, gradient: Tensor, vectors: VectorGradients) -> None:
         if input is not None:
@@ -235,7 +236,7 @@ class BlockAttention:
                 window=-1 if spec.window is None else spec.window, bias=self.tensors.bias,
                 position_key=self.tensors.position_key,
                 position_query=self.tensors.position_query,
-                position_slots=self.tensors.position_slots,
+                position_slots=self.tensors.position_slots, prefix_gate=self.gate,
             )  # fmt: skip
             # Without keys the prefix alone has a gradient, and nothing is read from these.
             if key is None or value is None:
@@ -250,7 +251,7 @@ class BlockAttention:
             if context is not None:
                 mask &= columns < context.clamp(min=1)[:, None]
             bias = None if self.tensors.bias is None else self.tensors.bias[:, :, :1]
-            options = Options(mask, self.tensors.seed, *dropout, bias=bias)
+            options = Options(mask, self.tensors.seed, *dropout, bias=bias, prefix_gate=self.gate)
             query = query.unsqueeze(2)
             if key is None or value is None:
                 part = query[:, : self.key_value_heads]

@@ -63,6 +63,7 @@ def run_block(
     input: Tensor | None,
     prefix_key: Tensor,
     prefix_value: Tensor,
+    prefix_gate: Tensor | None,
     call: BlockCall,
     tensors: BlockTensors,
     vectors: BlockVectors = NO_VECTORS,
@@ -74,20 +75,23 @@ def run_block(
         input: of the attention, likewise; None = the residual.
         prefix_key, prefix_value: [key_value_heads, P, head_dim]; P may be 0. Cast to the products'
             dtype.
+        prefix_gate: [heads], as `prefix_attention` takes it, or None.
         call, tensors: see there.
         vectors: that train; their values are those of the call's weights and norms.
     """
     dtype = call.weights.dtype
     call = call._replace(weights=call.weights.for_forward())
     prefix_key, prefix_value = prefix_key.to(dtype)[None], prefix_value.to(dtype)[None]
-    arguments = (residual, input, prefix_key, prefix_value)
+    if prefix_gate is not None:
+        prefix_gate = prefix_gate.to(torch.promote_types(dtype, torch.float32))[None]
+    arguments = (residual, input, prefix_key, prefix_value, prefix_gate)
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (*arguments, *vectors)
     ):
         results = _FrozenBlock.apply(*arguments, call, *tensors, *vectors)
     else:
         with _without_autocast(residual):
-            block = BlockArithmetic(call, tensors, prefix_key, prefix_value, residual.dtype)
+            block = BlockArithmetic(call, tensors, *arguments[2:], residual.dtype)
             end = block.forward(residual, residual if input is None else input).output_end
         results = (end.out, end.sum, end.stats)
     out, sum, stats = results
@@ -102,7 +106,7 @@ def _without_autocast(tensor: Tensor) -> torch.autocast:
 
 class _FrozenBlock(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, residual, input, prefix_key, prefix_value, call, *rest):
+    def forward(ctx, residual, input, prefix_key, prefix_value, prefix_gate, call, *rest):
         tensors, vectors = BlockTensors(*rest[:_TENSORS]), BlockVectors(*rest[_TENSORS:])
         gradients = _vector_gradients(ctx.needs_input_grad, call)
         around = Surroundings(
@@ -115,7 +119,8 @@ class _FrozenBlock(torch.autograd.Function):
         )
         names = kept_names(call.policy, around)
         with _without_autocast(residual):
-            block = BlockArithmetic(call, tensors, prefix_key, prefix_value, residual.dtype)
+            prefix = (prefix_key, prefix_value, prefix_gate)
+            block = BlockArithmetic(call, tensors, *prefix, residual.dtype)
             result = block.forward(
                 residual, residual if input is None else input, "expanded" in names
             )
@@ -131,7 +136,7 @@ class _FrozenBlock(torch.autograd.Function):
         )
         reads_previous = "query" not in names or gradients.want_input_matrix
         ctx.save_for_backward(
-            prefix_key, prefix_value, tensors.cu_seqlens, tensors.coordinates, tensors.seed,
+            *prefix, tensors.cu_seqlens, tensors.coordinates, tensors.seed,
             tensors.previous_sum if reads_previous else None,
             tensors.previous_stats if reads_previous else None,
             *tensors[5:],
@@ -154,14 +159,15 @@ class _FrozenBlock(torch.autograd.Function):
     def backward(ctx, grad_out, grad_sum, _):
         if grad_out is None and grad_sum is None:
             return (None,) * len(ctx.needs_input_grad)
-        prefix_key, prefix_value, *saved = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        prefix, saved = saved[:3], saved[3:]
         tensors, saved = BlockTensors(*saved[:_TENSORS]), saved[_TENSORS:]
         kept = dict(zip(_KEPT, saved[: len(_KEPT)], strict=True))
         expanded = saved[len(_KEPT) + len(BlockVectors._fields) :]
         vectors = _vector_gradients(ctx.needs_input_grad, ctx.call)
-        needs_residual, needs_input, *needs_prefix = ctx.needs_input_grad[:4]
-        with _without_autocast(prefix_key):
-            block = BlockArithmetic(ctx.call, tensors, prefix_key, prefix_value, ctx.residual_dtype)
+        needs_residual, needs_input, *needs_prefix = ctx.needs_input_grad[:5]
+        with _without_autocast(prefix[0]):
+            block = BlockArithmetic(ctx.call, tensors, *prefix, ctx.residual_dtype)
             attention, attention_end, input = _recompute(block, kept, vectors.want_input_matrix)
             output_end = BranchEnd(None, kept["output_sum"], kept["output_stats"])
             del kept, saved
@@ -174,7 +180,7 @@ class _FrozenBlock(torch.autograd.Function):
                 grad_residual, grad_input, attention_end, attention.out, vectors
             )
             del grad_input
-            grad_input, grad_prefix_key, grad_prefix_value = block.attention.gradient(
+            grad_input, *of_prefix = block.attention.gradient(
                 grad_heads, attention, input, needs_residual or needs_input, any(needs_prefix),
                 vectors,
             )  # fmt: skip
@@ -185,7 +191,7 @@ class _FrozenBlock(torch.autograd.Function):
         wanted = (
             gradient if need else None
             for gradient, need in zip(
-                (grad_residual, grad_input, grad_prefix_key, grad_prefix_value),
+                (grad_residual, grad_input, *of_prefix),
                 ctx.needs_input_grad,
                 strict=False,
             )

@@ -22,6 +22,7 @@ from ptv2_fast.frozen.vectors import (
     trains_projections,
 )
 from ptv2_fast.frozen.weights import BlockWeights, WeightReader
+from ptv2_fast.prefix import LayerPrefix
 
 # Tokens that go through a feed-forward network at a time: its 4 x hidden activations neither set
 # the peak of memory nor leave the last cache, and the products are as fast as whole ones.
@@ -91,7 +92,7 @@ class FrozenRun:
         self,
         index: int,
         hidden: Tensor,
-        prefix: tuple[Tensor, Tensor] | None,
+        prefix: LayerPrefix | None,
         block: Block,
         above: BlockModules | None,
         inputs: AttentionInputs,
@@ -102,7 +103,7 @@ class FrozenRun:
             index: of the layer.
             hidden: [B, T, hidden] for layer 0, above `padded_above` and with `unpack_each`, else
                 [rows, hidden].
-            prefix: (prefix_key, prefix_value), each [key_value_heads, P, head_dim], or None.
+            prefix: of this layer, or None.
             block: of this layer.
             above: modules of the next layer, or None.
             inputs: of the attention, as transformers gives them: cosine and sine [1 or B, T, D'].
@@ -132,7 +133,7 @@ class FrozenRun:
         dropout = _dropout_of(modules, self.prefix_dropout if prefix is not None else 0.0)
         if prefix is None:
             empty = hidden.new_empty(modules.key_value_heads, 0, modules.head_dim)
-            prefix = (empty, empty)
+            prefix = LayerPrefix(empty, empty)
         previous = handed if handed is not None and index > self.lowest else None
         next_norm = None
         output_norm = None if spec.pre_norm else modules.second_norm
@@ -171,7 +172,8 @@ class FrozenRun:
             self.context_lengths,
             *(inputs.positions or ()),
         )
-        result = run_block(hidden, attention_input, *prefix, call, tensors, vectors)
+        gate = prefix.query_gate(modules.heads)
+        result = run_block(hidden, attention_input, *prefix[:2], gate, call, tensors, vectors)
         out = result.residual
         if call.first_token_only:
             return self.layout.unpack_first_tokens(out)

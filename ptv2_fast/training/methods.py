@@ -39,6 +39,7 @@ def prefix_config(options: ModelOptions) -> PTuningV2Config:
         layers=None if options.depth is None else parse_depth(options.depth),
         position_offset=options.position_offset,
         init=options.init,
+        prefix_gate=options.prefix_gate,
         train_biases=options.train_biases,
         train_norms=options.train_norms,
         low_rank=options.low_rank,

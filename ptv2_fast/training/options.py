@@ -40,9 +40,10 @@ METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
     "prompt_encoder": ("p-tuning-v1",),
     **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora",)),
     **dict.fromkeys(
-        ("prefix_projection", "prefix_dropout", "position_offset", "train_biases", "train_norms",
-         "low_rank", "low_rank_alpha", "low_rank_targets", "low_rank_learning_rate",
-         "bias_learning_rate", "backbone", "recompute", "memory_budget", "backbone_dtype"),
+        ("prefix_projection", "prefix_dropout", "position_offset", "prefix_gate", "train_biases",
+         "train_norms", "low_rank", "low_rank_alpha", "low_rank_targets",
+         "low_rank_learning_rate", "bias_learning_rate", "backbone", "recompute", "memory_budget",
+         "backbone_dtype"),
         ("p-tuning-v2",),
     ),
 }  # fmt: skip
@@ -80,6 +81,9 @@ class ModelOptions(Options):
         "normal",
         "start the prefix or prompt from N(0, 0.02) or from tokens of the training examples",
         choices=("normal", "tokens"),
+    )
+    prefix_gate: bool = option(
+        False, "start as the model without a prefix: a gate for each layer and head, from 0 on"
     )
     train_biases: bool = option(
         False, "p-tuning-v2: train the biases of the layers with a prefix too (BitFit)"
