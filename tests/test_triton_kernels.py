@@ -23,7 +23,7 @@ from tests.triton_interpreter import bounds_checked
 @pytest.mark.parametrize("shape", [Shape(2, 2, 35, 33, 7, 24), Shape(1, 1, 3, 0, 2, 8)], ids=str)
 def test_kernels_stay_inside_their_tensors(shape):
     with bounds_checked():
-        check(["triton"], shape, torch.float32, "random", 0.2, 0.2)
+        check(["triton"], shape, torch.float32, "random", 0.2, 0.2, gate="closed")
         check(["triton"], shape, torch.bfloat16, "none", 0.0, 0.0, strides="sliced")
 
 
