@@ -1,6 +1,6 @@
 """Forward pass.
 
-    scores = scale * (query @ [prefix_key ; key]^T + [0 ; those by distance]) + [0 ; bias]
+    scores = scale * (query @ [prefix_key ; key]^T + [0 ; those by distance]) + [log(gate) ; bias]
     out = dropout(softmax(scores)) @ [prefix_value ; value]
 
 One program computes one tile of query rows of one head of one sequence. It walks the prefix tiles,

@@ -185,9 +185,9 @@ def prefix_attention(
         prefix_gate: [H], with a bank [R, H], numbers >= 0 that the weights of all prefix columns of
             a query head are multiplied by before they are divided by their sum: the logit offset
             log(prefix_gate) on their scores. It has a gradient. A head whose gate is 0 gives what
-            it gives without a prefix ("cpp" and "triton" to the bit), and its gate trains: the
-            gradient is that of the gate and not of its logarithm, which would be 0 there. Computed
-            in float32.
+            it gives without a prefix ("cpp" to the bit, "triton" too where tiles are the same), and
+            its gate trains: the gradient is that of the gate and not of its logarithm, which would
+            be 0 there. Computed in float32.
         seed: int64 tensor [1] that fixes the dropout masks; drawn from torch's generator when None.
         check: on a GPU too, check the values of cu_seqlens, prefix_index, prefix_lengths and
             context_lengths, which waits for the device; on a CPU they always are.
