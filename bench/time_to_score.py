@@ -265,8 +265,10 @@ def read_plan(data: Path, output: Path) -> dict[str, Task]:
     tasks = {}
     for name, entry in plan["tasks"].items():
         experiment = known[entry.get("experiment", name)]
-        own = {k: str(data / v) for k, v in entry.get("options", {}).items()}
-        base = experiment.base.flat() | own | {"max_eval_examples": plan["max_eval_examples"]}
+        own: dict[str, Any] = {k: str(data / v) for k, v in entry.get("options", {}).items()}
+        # Decoded as by default, which not all experiments are.
+        own |= {"decoding": None, "max_eval_examples": plan["max_eval_examples"]}
+        base = experiment.base.flat() | own
         recipes = {
             recipe: make_recipe(dict(options), base, experiment.variants)
             for recipe, options in plan["recipes"][entry["recipes"]].items()

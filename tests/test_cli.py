@@ -16,14 +16,12 @@ import pytest
 
 from ptv2_fast import cli
 from ptv2_fast.tasks.decoding import affinities
-from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import (
     METHODS_OF_OPTION,
     ModelOptions,
     TrainingOptions,
     read_config_file,
 )
-from ptv2_fast.training.prepare import prepare
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
@@ -90,6 +88,10 @@ def test_the_config_file_of_a_run_repeats_it(trained, tmp_path):
 
 def test_runs_of_earlier_versions_take_the_best_label_of_each_word(trained, tmp_path):
     """Also where they are repeated or go on; others do as they began."""
+    # Not above: they need datasets, and other files take names from this one without it.
+    from ptv2_fast.training.models import load_run
+    from ptv2_fast.training.prepare import prepare
+
     folder = tmp_path / "run"
     shutil.copytree(trained, folder)
     content = json.loads((folder / "config.json").read_text())
