@@ -1,6 +1,7 @@
 """GLM (2021): published sizes and files, and the memory that they take."""
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -205,8 +206,14 @@ def test_a_folder_with_the_published_code_is_opened_without_it(tmp_path):
         GLMModel.from_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("more", [{}, {"train_biases": True, "train_norms": True}], ids=str)
-@pytest.mark.parametrize("policy", [*POLICIES, "hook"])
+@pytest.mark.parametrize(
+    ("policy", "more"),
+    [
+        *itertools.product((*POLICIES, "hook"), ({}, {"train_biases": True, "train_norms": True})),
+        *((policy, {"low_rank": 2}) for policy in POLICIES),
+    ],
+    ids=str,
+)
 def test_memory_is_predicted_from_a_model_without_weights(policy, more):
     """What the last norm and the head keep is not counted."""
     changes = {"hidden_size": 64, "num_attention_heads": 4}

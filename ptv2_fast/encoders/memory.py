@@ -96,7 +96,7 @@ def predict_step(
     trained = sum(size for name, size in sizes.items() if name in saved)
     trained += sum(parameter.numel() for parameter in encoder.parameters())
     vectors = find_vectors(model.base_model, family, config)
-    trained += sum(p.numel() for each in vectors for p in each.parameters.values())
+    trained += sum(each.count(config.low_rank) for each in vectors)
     frozen = sum(size for name, size in sizes.items() if name not in saved) * dtype.itemsize
     largest = max(sum(p.numel() for p in layer.parameters()) for layer in layers)
     embeddings = cast(nn.Embedding, model.get_input_embeddings()).weight.numel()
@@ -126,6 +126,9 @@ def predict_step(
             has_separate_input=modules.spec.pre_norm,
             trains_projections=trains_projections(of_lowest, training),
             trains_input_norm=trains_input_norm(of_lowest, training),
+            trains_input_matrix=any(
+                each.module in of_lowest.inputs and "low_rank" in each.fields for each in vectors
+            ),
         )
         policies = (config.recompute,) * (len(layers) - lowest)
         places = (around.of_lowest(), *(around for _ in policies[1:]))

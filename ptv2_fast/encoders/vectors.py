@@ -52,6 +52,13 @@ class Found(NamedTuple):
             return own
         return {"bias": own["bias"]} if "train_biases" in self.fields else {}
 
+    def count(self, rank: int | None) -> int:
+        """Numbers that train, with low-rank updates of this rank."""
+        count = sum(parameter.numel() for parameter in self.parameters.values())
+        if rank is not None and "low_rank" in self.fields:
+            count += rank * sum(cast(Tensor, self.module.weight).shape)
+        return count
+
 
 def find_vectors(
     backbone: nn.Module,
