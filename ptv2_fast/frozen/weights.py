@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_fast.frozen.called import CalledLinears
+from ptv2_fast.frozen.linear import linear
 from ptv2_fast.frozen.low_rank import LowRankUpdate
 from ptv2_fast.frozen.modules import BiasSource, BlockModules, Norm, read_norm
 from ptv2_fast.frozen.vectors import LAYERS, BlockVectors, norm_with
@@ -31,14 +32,6 @@ class FrozenLinear:
         self.weight, self.update = weight, update
         self.bias = None if bias is None else widened(bias)  # for what is fused with the bias
         self._bias = None if bias is None else bias.to(weight.dtype)
-        # Straight to oneDNN: torch sends fp32 to MKL, which is slower on processors of AMD, and
-        # adds the bias of bf16 in a pass of its own.
-        self._by_onednn = (
-            weight.device.type == "cpu"
-            and weight.dtype in (torch.float32, torch.bfloat16)
-            and torch.backends.mkldnn.is_available()
-            and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-        )
 
     def rows(self, first: int, last: int) -> "FrozenLinear":
         """The part that computes the outputs first to last - 1, sharing memory."""
@@ -53,15 +46,15 @@ class FrozenLinear:
 
     def biased(self, input: Tensor, chunk_index: int = 0) -> Tensor:
         """input @ weight^T + bias, [R, in] -> [R, out]; `chunk_index` is for `CalledLinears`."""
-        return self._updated(self._product(input, self.weight, self._bias), input)
+        return self._updated(linear(input, self.weight, self._bias), input)
 
     def unbiased(self, input: Tensor, chunk_index: int = 0) -> Tensor:
         """input @ weight^T, for a caller that fuses the bias with what follows."""
-        return self._updated(self._product(input, self.weight, None), input)
+        return self._updated(linear(input, self.weight), input)
 
     def input_gradient(self, grad_out: Tensor, chunk_index: int = 0) -> Tensor:
         """grad_out @ weight, [R, out] -> [R, in]."""
-        gradient = self._product(grad_out, self.weight.t(), None)
+        gradient = linear(grad_out, self.weight.t())
         if self.update is not None:
             self.update.add_input_gradient(gradient, grad_out)
         return gradient
@@ -70,11 +63,6 @@ class FrozenLinear:
         if self.update is not None:
             self.update.add_output(out, input)
         return out
-
-    def _product(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        if self._by_onednn and input.shape[0] > 0:
-            return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
-        return nn.functional.linear(input, weight, bias)
 
 
 AnyLinear = FrozenLinear | CalledLinears

@@ -1,0 +1,19 @@
+"""Products with a frozen matrix."""
+
+import torch
+from torch import Tensor, nn
+
+_OF_ONEDNN = (torch.float32, torch.bfloat16)
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """input @ weight^T + bias, [R, in] -> [R, out], without a graph.
+
+    On a CPU straight to oneDNN: torch sends fp32 to MKL, which is slower on processors of AMD (with
+    the few columns of a low-rank update up to 4 times), and adds the bias of bf16 in a pass of its
+    own.
+    """
+    if weight.device.type == "cpu" and weight.dtype in _OF_ONEDNN and input.shape[0] > 0:
+        if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+            return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+    return nn.functional.linear(input, weight, bias)
