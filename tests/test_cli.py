@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from ptv2_fast import cli
-from ptv2_fast.tasks.decoding import affinities
 from ptv2_fast.training.options import (
     METHODS_OF_OPTION,
     ModelOptions,
@@ -88,7 +87,8 @@ def test_the_config_file_of_a_run_repeats_it(trained, tmp_path):
 
 def test_runs_of_earlier_versions_take_the_best_label_of_each_word(trained, tmp_path):
     """Also where they are repeated or go on; others do as they began."""
-    # Not above: they need datasets, and other files take names from this one without it.
+    # Not above: they need datasets and seqeval; other files take names from this one without them.
+    from ptv2_fast.tasks.decoding import affinities
     from ptv2_fast.training.models import load_run
     from ptv2_fast.training.prepare import prepare
 
