@@ -10,18 +10,15 @@ from torch import Tensor, nn
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.encoders.attachment import find_attachment
-from tests.concatenation import concatenating_attention
 from tests.models import (
     BACKBONES,
     P,
-    assert_close_to_model,
     make_batch,
     one_thread,  # noqa: F401
-    outputs_of,
     real_tokens,
     tiny_model,
 )
-from tests.test_vectors import VECTORS, head_of
+from tests.test_vectors import VECTORS, check_gradients, head_of, vectors_of
 
 RANK = 3
 # Layers of three inputs, of one, gated, grouped-query, by head; with dropout in one place or more.
@@ -63,70 +60,31 @@ def updated(model_type: str = "bert", dtype: torch.dtype = torch.float32, **fiel
     return plain, model
 
 
-def leaves_of(model) -> dict[str, nn.Parameter]:
-    """By the names that they have in the layers."""
-    return {
-        name.removeprefix(VECTORS): parameter
-        for name, parameter in model.named_parameters()
-        if name.startswith(VECTORS)
-    }
-
-
 def with_updates(plain, model):
     """The plain model with updated matrices."""
-    changed, attachment = copy.deepcopy(plain), find_attachment(model)
-    layers = attachment.family.layer_modules(changed.base_model)
-    scale = (
-        2.0 if attachment.config.low_rank_alpha is None else attachment.config.low_rank_alpha / RANK
-    )
-    for name, parameter in leaves_of(model).items():
-        index, path, kind = name.split(".", 1)[0], *name.split(".", 1)[1].rsplit(".", 1)
-        linear = layers[int(index)].get_submodule(path)
-        linear.__class__, linear.scale = UpdatedLinear, scale
+    changed, alpha = copy.deepcopy(plain), find_attachment(model).config.low_rank_alpha
+    for name, parameter in vectors_of(model).items():
+        place, _, kind = name.rpartition(".")
+        linear = changed.get_submodule(place)
+        linear.__class__, linear.scale = UpdatedLinear, 2.0 if alpha is None else alpha / RANK
         setattr(linear, kind, nn.Parameter(parameter.detach().to(linear.weight.dtype)))
     return changed
 
 
-def check_gradients(model_type: str, dtype: torch.dtype, **fields) -> None:
-    head = head_of(model_type)
+def check_updates(model_type: str, dtype: torch.dtype, **fields) -> None:
     plain, model = updated(model_type, dtype, **fields)
-    batch, table = make_batch(head), model.prefix_encoder.embedding.weight
-    real, leaves = real_tokens(head, batch), leaves_of(model)
-
-    def results(output: Tensor, *leaves: Tensor) -> tuple[Tensor, ...]:
-        output = output * real
-        gradients = torch.autograd.grad(output, leaves, grad_out.to(output.dtype))
-        return output.detach(), *gradients
-
-    output = outputs_of(head, model(**batch))
-    grad_out = torch.randn(output.shape)
-    actual = results(output, table, *leaves.values())
-    assert all(gradient.dtype == torch.float32 for gradient in actual[1:])
-    assert all(gradient.abs().max() > 0 for gradient in actual[1:])
-
-    def concatenated(plain, prefix: Tensor) -> tuple[Tensor, ...]:
-        prefix.requires_grad_()
-        layers = find_attachment(model).family.layer_modules(plain.base_model)
-        own = [layers[int(n.split(".", 1)[0])].get_parameter(n.split(".", 1)[1]) for n in leaves]
-        with concatenating_attention(plain, dict(enumerate(prefix))):
-            output = outputs_of(head, plain(**batch))
-        output, gradient, *others = results(output, prefix, *own)
-        return output, gradient.permute(3, 0, 1, 2, 4).reshape(table.shape), *others
-
-    prefix = model.prefix_encoder().detach()
-    actual = tuple(each.to(dtype) for each in actual)
-    assert_close_to_model(actual, concatenated, with_updates(plain, model), prefix, dtype=dtype)
+    check_gradients(with_updates(plain, model), model, head_of(model_type), dtype)
 
 
 @pytest.mark.parametrize(("model_type", "backbone"), CASES)
 def test_outputs_and_gradients_equal_updated_layers(model_type, backbone):
-    check_gradients(model_type, torch.float32, backbone=backbone, low_rank_alpha=4.5)
+    check_updates(model_type, torch.float32, backbone=backbone, low_rank_alpha=4.5)
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "hook"])
 @pytest.mark.parametrize("model_type", ["bert", "esm", "llama"])
 def test_bfloat16_gradients_equal_updated_layers(model_type, backbone):
-    check_gradients(model_type, torch.bfloat16, backbone=backbone)
+    check_updates(model_type, torch.bfloat16, backbone=backbone)
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "hook"])
@@ -134,7 +92,7 @@ def test_bfloat16_gradients_equal_updated_layers(model_type, backbone):
     "targets", [["query", "value"], ["attention.output.dense"], ["key", "dense"]]
 )
 def test_some_layers_alone(targets, backbone):
-    check_gradients("bert", torch.float32, backbone=backbone, low_rank_targets=targets)
+    check_updates("bert", torch.float32, backbone=backbone, low_rank_targets=targets)
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "hook"])
@@ -145,7 +103,7 @@ def test_updates_stand_without_a_prefix(backbone, tmp_path):
     expected = with_updates(plain, model)(**batch).logits
     torch.testing.assert_close(logits * real, expected * real)
     logits.square().sum().backward()
-    assert all(leaf.grad.abs().max() > 0 for leaf in leaves_of(model).values())
+    assert all(leaf.grad.abs().max() > 0 for leaf in vectors_of(model).values())
     ptv2_fast.save_adapter(model, tmp_path)
     twin = ptv2_fast.load_adapter(plain, tmp_path)
     torch.testing.assert_close(twin(**batch).logits * real, logits * real)

@@ -21,7 +21,8 @@ def attach(
 
     The backbone (embeddings and encoder layers) is frozen; the prefix, registered as
     `prefix_encoder` with float32 weights, and everything outside the backbone are trainable; so are
-    copies of biases and norms, where the configuration says so, which lie with the prefix. The
+    copies of biases and norms and updates of matrices, where the configuration says so, which lie
+    with the prefix. The
     class of the model and the signature of its forward do not change.
 
     At the end two tokens run through the backbone to prove that every layer calls the attention
@@ -73,7 +74,7 @@ def detach(model: PreTrainedModel) -> PreTrainedModel:
 def disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     """Within the context the model runs without its prefix and without its position offset.
 
-    Its backbone has the biases and norms that it had before `attach`. The head stays the trained
+    Its layers have the biases, norms and matrices of before `attach`. The head stays the trained
     one. Other threads keep their prefix.
 
     Raises:

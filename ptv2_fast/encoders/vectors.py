@@ -246,7 +246,7 @@ class TrainedVectors:
             if not any(module is each.module for module in self._layers[each.layer].modules()):
                 raise ValueError(
                     f"model: expected the {each.path} of layer {each.layer} that was attached, "
-                    "since its biases or norm train, got another one; attach after replacing it"
+                    "since something of it trains, got another one; attach after replacing it"
                 )
 
 

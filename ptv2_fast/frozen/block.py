@@ -12,12 +12,12 @@ tokens of all sequences; in a post-norm block X is R):
 R2 is Y in a post-norm block, which hands up norm(S2), and S1 in a pre-norm block, which hands up S2
 and that in the norm which the block above starts with.
 
-Backward gives the gradients of R, X, the prefix and the vectors that train (biases and norms, see
-vectors.py), and none of a matrix. A frozen linear layer needs nothing kept for that, a norm its sum
-and two statistics, an activation its input Y Wup, attention q, k, v, out and lse, dropout a seed.
-What of it is kept, and what is computed again from what is kept below, says the policy (spec.py).
-All policies give the same bits, since the same products of the same shapes are computed again from
-the same bits.
+Backward gives the gradients of R, X, the prefix and what else trains (biases, norms and low-rank
+updates of matrices, see vectors.py), and none of a whole matrix. A frozen linear layer needs
+nothing kept for that, an update the layer's input, a norm its sum and two statistics, an activation
+its input Y Wup, attention q, k, v, out and lse, dropout a seed. What of it is kept, and what is
+computed again from what is kept below, says the policy (spec.py). All policies give the same bits,
+since the same products of the same shapes are computed again from the same bits.
 """
 
 from typing import NamedTuple, cast

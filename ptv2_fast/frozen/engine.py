@@ -18,6 +18,7 @@ from ptv2_fast.frozen.vectors import (
     read_updates,
     read_vectors,
     trained_norm,
+    trains_input_matrix,
     trains_input_norm,
     trains_projections,
 )
@@ -69,7 +70,7 @@ class FrozenRun:
         padded_above: a layer whose output is padded, and the input of the next one, or None.
         context_lengths: int32 [B], of rows that all of a sequence see, or None: see
             `prefix_attention`.
-        stand_ins: biases and norms that train, of the prefixed layers.
+        stand_ins: what trains of the prefixed layers.
     """
 
     layout: Layout
@@ -234,7 +235,7 @@ class FrozenRun:
                     has_next_norm=hands_up,
                     trains_projections=trains_projections(modules, self.stand_ins),
                     trains_input_norm=trains_input_norm(modules, self.stand_ins),
-                    trains_input_matrix="query_key_value" in read_updates(modules, self.stand_ins),
+                    trains_input_matrix=trains_input_matrix(modules, self.stand_ins),
                 ),
             )
         return self._policies[index - self.lowest]

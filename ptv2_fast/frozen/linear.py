@@ -3,7 +3,12 @@
 import torch
 from torch import Tensor, nn
 
-_OF_ONEDNN = (torch.float32, torch.bfloat16)
+# What goes straight to oneDNN on a CPU, where this torch has it.
+_OF_ONEDNN = (
+    (torch.float32, torch.bfloat16)
+    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    else ()
+)
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -14,6 +19,5 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     own.
     """
     if weight.device.type == "cpu" and weight.dtype in _OF_ONEDNN and input.shape[0] > 0:
-        if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-            return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
+        return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return nn.functional.linear(input, weight, bias)

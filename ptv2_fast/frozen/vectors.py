@@ -1,8 +1,9 @@
-"""Biases and norm weights that train beside the prefix of frozen blocks, and their gradients.
+"""What trains beside the prefix of frozen blocks, and its gradients.
 
-They are few and their gradients are sums over rows of what the backward pass of a block has anyway:
-of the gradients of its products and, for norms, of the sums that were normalised. All are float32
-(float64 for a float64 model), whatever the products are.
+Biases and norm weights are few and their gradients are sums over rows of what the backward pass of
+a block has anyway: of the gradients of its products and, for norms, of the sums that were
+normalised. So are those of low-rank updates (low_rank.py), as products with the inputs. All are
+float32 (float64 for a float64 model), whatever the products are.
 """
 
 from collections.abc import Callable, Container, Mapping
@@ -145,6 +146,11 @@ def _joined_bias(linears: tuple[nn.Linear, ...], stand_ins: StandIns) -> Tensor 
 def trains_projections(modules: BlockModules, stand_ins: Container[nn.Module]) -> bool:
     """Whether a block trains something of query, key and value, or the norms of their heads."""
     return any(module in stand_ins for module in (*modules.inputs, *modules.head_norms))
+
+
+def trains_input_matrix(modules: BlockModules, stand_ins: StandIns) -> bool:
+    """Whether a block trains an update of a matrix of query, key and value."""
+    return any(_of(linear, "lora_A", stand_ins) is not None for linear in modules.inputs)
 
 
 def trains_input_norm(modules: BlockModules, stand_ins: Container[nn.Module]) -> bool:
