@@ -19,7 +19,7 @@ from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import MultiTaskOrder, batches_per_epoch
 from ptv2_fast.training.multitask.train import MultiTaskTrainer, prepare_tasks, train_tasks
-from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.options import RunConfig, options_of_run
 from ptv2_fast.training.order import Batching
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import pace
@@ -355,7 +355,12 @@ def test_a_configuration_repeats_itself_and_shares_data_options(tiny):
     config = multi_config(tiny, long_input="error", temperature=2)
     assert [task.long_input for task in config.tasks] == ["error", "error"]
     assert [task.max_length for task in config.tasks] == [None, 20]
-    assert MultiTaskConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+    content = json.loads(json.dumps(config.to_dict()))
+    assert MultiTaskConfig.from_dict(content) == config
+    # A run of a version without --decoding.
+    del content["tasks"][1]["decoding"]
+    again = MultiTaskConfig.from_dict(options_of_run(content | {"found": {}}))
+    assert [task.decoding for task in again.tasks] == [None, "argmax"]
 
 
 def test_bad_configurations_name_what_is_wrong(tiny):

@@ -121,6 +121,9 @@ def test_a_study_of_a_version_with_fewer_options_goes_on():
     _check_same_search(study, {"seed": 3, "adam_beta1": 0.9})
     with pytest.raises(ValueError, match=r"adam_beta1 0\.9 against 0\.8$"):
         _check_same_search(study, {"seed": 3, "adam_beta1": 0.8})
+    _check_same_search(study, {"seed": 3, "decoding": "argmax"})
+    with pytest.raises(ValueError, match=r"decoding 'argmax' against None$"):
+        _check_same_search(study, {"seed": 3, "decoding": None})
 
 
 def test_evaluations_are_reported_but_for_those_that_are_no_number():

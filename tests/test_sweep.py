@@ -101,6 +101,12 @@ def test_an_interrupted_sweep_keeps_what_is_done_and_goes_on(base, alone, tmp_pa
     assert list(read_sweep(folder).joined_with(seeds_sweep(base, [7])).axes) == [
         "seed-7", "seed-11", "seed-12",
     ]  # fmt: skip
+    # One of a version without --decoding goes on by the best label of each word, not half of it.
+    content = json.loads((folder / "sweep.json").read_text())
+    del content["base"]["decoding"]
+    (folder / "sweep.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="decoding 'argmax' against None"):
+        run_sweep(sweep, folder, resume=True)
 
 
 def rows(folder) -> list[dict[str, str]]:

@@ -352,8 +352,8 @@ _MOST_VALUES = 100_000  # in a YAML file
 # Options of earlier versions, which their runs' config.json names even where nobody gave them.
 _TAKEN_OUT = ("cache_frozen_layers",)
 
-# What they did where their config.json does not name an option.
-_OF_EARLIER_RUNS = {"decoding": "argmax"}
+# What they did with data where their files do not name an option.
+OF_EARLIER_RUNS = {"decoding": "argmax"}
 
 SECTIONS: dict[str, type[Options]] = {
     "data": DataOptions,
@@ -429,10 +429,21 @@ def read_table(path: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ValueError(f"config: expected a table of options in {path}, got {values!r:.100}")
     # What a run's config.json keeps beside the options.
-    if "found" in values and isinstance(values.get("data"), dict):
-        values["data"] = _OF_EARLIER_RUNS | values["data"]
-    values.pop("found", None)
+    if "found" in values:
+        values = options_of_run(values)
     return without_word(values)
+
+
+def options_of_run(content: dict[str, Any]) -> dict[str, Any]:
+    """The options in a run's config.json, or in that of a multi-task run; an option of data that
+    an earlier version did not know is what that version did."""
+    values = {name: value for name, value in content.items() if name != "found"}
+    if isinstance(values.get("data"), dict):
+        values["data"] = OF_EARLIER_RUNS | values["data"]
+    if isinstance(values.get("tasks"), list):
+        tables = values["tasks"]
+        values["tasks"] = [OF_EARLIER_RUNS | t if isinstance(t, dict) else t for t in tables]
+    return values
 
 
 def _parsers(suffix: str) -> Any:

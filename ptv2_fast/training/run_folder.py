@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from ptv2_fast.files import NO_MODEL, plain_name, read_json_object, without_word
 from ptv2_fast.training import output
-from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig, options_of_run
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -185,9 +185,8 @@ def read_run_config(folder: Path, kind: type[Config] = RunConfig) -> tuple[Any, 
         raise ValueError(f"{folder / CONFIG}: expected the key 'found' with labels and max_length")
     if kind is RunConfig:
         _check_facts(facts, folder / CONFIG)
-    options = {name: value for name, value in content.items() if name != "found"}
     try:
-        return kind.from_dict(options), facts
+        return kind.from_dict(options_of_run(content)), facts
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
 

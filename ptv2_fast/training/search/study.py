@@ -15,7 +15,13 @@ import optuna
 from optuna.trial import TrialState
 
 from ptv2_fast.training import output, run_folder
-from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig, defaults, with_changes
+from ptv2_fast.training.options import (
+    NEUTRAL_OPTIONS,
+    OF_EARLIER_RUNS,
+    RunConfig,
+    defaults,
+    with_changes,
+)
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.search.results import tidy, write_results
 from ptv2_fast.training.search.space import values_of
@@ -126,8 +132,9 @@ def _check_same_search(study: optuna.Study, facts: dict[str, Any]) -> None:
             raise ValueError(f"study: expected one of this program, got another in {STUDY}")
         study.set_user_attr("facts", facts)
         return
-    # A version without an option did as with its default.
-    before = {name: value for name, value in defaults().items() if name in facts} | before
+    # A version without an option did as with its default, or what is said of it.
+    known = defaults() | OF_EARLIER_RUNS
+    before = {name: value for name, value in known.items() if name in facts} | before
     differences = [
         f"{name} {before.get(name)!r} against {facts.get(name)!r}"
         for name in {**before, **facts}

@@ -22,7 +22,7 @@ from typing import Any
 
 from ptv2_fast.files import plain_name
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig, with_changes
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, OF_EARLIER_RUNS, RunConfig, with_changes
 
 SWEEP = "sweep.json"
 
@@ -135,7 +135,7 @@ def read_sweep(folder: Path) -> Sweep:
         parts = {name: content[name] for name in ("base", "runs", "changes")}
         if not all(isinstance(part, dict) for part in parts.values()):
             raise ValueError("expected tables under base, runs and changes")
-        base = RunConfig.from_dict(parts["base"])
+        base = RunConfig.from_dict(OF_EARLIER_RUNS | parts["base"])
         return Sweep(str(content["kind"]), base, parts["changes"], parts["runs"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: no readable sweep ({error})") from error
