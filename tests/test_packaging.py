@@ -27,7 +27,7 @@ ALLOWED = {
     "ptv2_fast.recipes": {"training", "tasks"},
     "ptv2_fast.training": {"training", "tasks", "encoders", "adapters", "prefix", "ops", "files"},
     "ptv2_fast.tasks": {"tasks", "files"},
-    "ptv2_fast.adapters": {"encoders", "files", "prefix"},
+    "ptv2_fast.adapters": {"adapters", "encoders", "files", "prefix"},
     "ptv2_fast.encoders": {"encoders", "frozen", "prefix", "ops", "files"},
     "ptv2_fast.files": set(),
     "ptv2_fast.frozen": {"frozen", "prefix", "ops"},
