@@ -14,6 +14,7 @@ from ptv2_fast.adapters.convert.foreign import (
     ForeignAdapter,
     head_of_class,
     labels_of,
+    projection_fields,
     read_count,
 )
 from ptv2_fast.adapters.convert.tensor_files import (
@@ -71,13 +72,6 @@ def read_adapter_hub(folder: Path, content: dict[str, Any], allow_pickle: bool) 
     length = read_count(config, "prefix_length", place)
     file = open_tensors(find_tensors(folder, "adapter", "pytorch_adapter"), allow_pickle)
     prefix = _read_prefix(file, length)
-    fields: dict[str, Any] = {
-        "num_virtual_tokens": length,
-        "prefix_dropout": config.get("dropout", 0.0),
-    }
-    if "projection.0.weight" in prefix:
-        width = prefix["projection.0.weight"].shape[0]
-        fields.update(prefix_projection=True, encoder_hidden_size=width)
     head, labels, others = _read_head(folder, allow_pickle)
     base = content.get("model_name")
     return ForeignAdapter(
@@ -85,7 +79,11 @@ def read_adapter_hub(folder: Path, content: dict[str, Any], allow_pickle: bool) 
         place=folder,
         prefix=prefix,
         others=others,
-        fields=fields,
+        fields={
+            "num_virtual_tokens": length,
+            "prefix_dropout": config.get("dropout", 0.0),
+            **projection_fields(prefix),
+        },
         facts={name: content[name] for name in ("model_type", "hidden_size") if name in content},
         counts_prefix=False,
         left_out=_left_out(config, place),
@@ -143,8 +141,10 @@ def _read_head(
                          "layer, or two with a tanh between them for classification and multiple "
                          f"choice, got {config!r:.200}")  # fmt: skip
     if pools and bool(config.get("use_pooler")) != (layers == 1):
-        raise ValueError(f"{path}: config.use_pooler: expected a pooler with one layer, or none "
-                         f"with two, got {config.get('use_pooler')!r:.100} with {layers}")  # fmt: skip
+        raise ValueError(
+            f"{path}: config.use_pooler: expected a pooler with one layer, or none with two, got "
+            f"{config.get('use_pooler')!r:.100} with {layers}"
+        )
     out = "qa_outputs" if head == "question" else "classifier"
     names = {1: FIRST_TOKEN_DENSE, 4: out} if layers == 2 else {1: out}
     others = {}

@@ -1,14 +1,13 @@
 """Our adapters for others: in PEFT's layout, and with the projection of the prefix folded."""
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.adapters.convert.foreign import HEADS
+from ptv2_fast.adapters.convert.foreign import head_of
 from ptv2_fast.adapters.convert.importing import check_has_cache
 from ptv2_fast.adapters.convert.peft_layout import (
     BASE,
@@ -59,7 +58,11 @@ def export_peft(model: PreTrainedModel, target: str | os.PathLike) -> None:
         raise ValueError(
             "model: expected the vocabulary of the base model for PEFT, got added tokens"
         )
-    head = _head(model)
+    head = head_of(model)
+    if head not in TASKS:
+        raise ValueError(
+            f"model: expected one of the heads {[*TASKS]} for PEFT, got a {type(model).__name__}"
+        )
     for name in ("prefix_gate", "train_biases", "train_norms", "modules_to_save"):
         if getattr(config, name):
             raise ValueError(f"{name}: expected none of it for PEFT, got {getattr(config, name)!r}")
@@ -87,15 +90,13 @@ def fold_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
 
     Args:
         source: folder of an adapter of ours; one without a projection is written as it is.
-        target: another folder; created when missing.
+        target: folder; created when missing.
 
     Raises:
         ValueError: for files that are missing or corrupt, and sizes that contradict each other.
     """
     description, tensors = read_adapter(source)
     config = read_config(description, source)
-    if Path(target).resolve() == Path(source).resolve():
-        raise ValueError(f"target: expected another folder than the source, got {str(target)!r}")
     if config.prefix_projection:
         names = [f"{ENCODER_NAME}.{part}" for part in _PARTS]
         missing = [name for name in names if name not in tensors]
@@ -107,14 +108,14 @@ def fold_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
                     (out,)]  # fmt: skip
         got = [tuple(tensor.shape) for tensor in (rows, down, down_bias, up, up_bias)]
         if got != expected:
-            raise ValueError(
-                f"{source}: expected a projection of the shapes {expected}, got {got}"
-            )
+            raise ValueError(f"{source}: expected a projection of the shapes {expected}, got {got}")
         states = nn.functional.linear(rows, down, down_bias).tanh()
         tensors[names[0]] = nn.functional.linear(states, up, up_bias)
     fields = {**description["prefix_config"], "prefix_projection": False,
               "encoder_hidden_size": None}  # fmt: skip
-    kept = {name: value for name, value in description.items() if name not in (FORMAT_KEY, WEIGHTS_KEY)}
+    kept = {
+        name: value for name, value in description.items() if name not in (FORMAT_KEY, WEIGHTS_KEY)
+    }
     write_adapter(target, {**kept, "prefix_config": fields}, tensors)
 
 
@@ -122,19 +123,6 @@ def _sizes(matrix: Tensor, place: object) -> tuple[int, int]:
     if matrix.dim() != 2:
         raise ValueError(f"{place}: expected matrices in a projection, got {list(matrix.shape)}")
     return matrix.shape[0], matrix.shape[1]
-
-
-def _head(model: PreTrainedModel) -> str:
-    """The head of a model, by the name that HEADS has for it."""
-    if model.base_model is model:
-        return "bare"
-    names = [base.__name__ for base in type(model).__mro__]
-    for head in TASKS:
-        if any(name.endswith(HEADS[head]) for name in names) and head != "bare":
-            return head
-    raise ValueError(
-        f"model: expected one of the heads {[*TASKS]} for PEFT, got a {type(model).__name__}"
-    )
 
 
 def _module_of(name: str, model: PreTrainedModel) -> str:

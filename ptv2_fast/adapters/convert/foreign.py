@@ -4,6 +4,8 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from ptv2_fast.adapters.convert.tensor_files import Stored
 
 # The heads of encoders, by the names that `ptv2-fast models` shows, and how classes of transformers
@@ -15,7 +17,7 @@ HEADS = {
     "choice": "ForMultipleChoice",
     "bare": "Model",
 }
-# A dense layer and tanh behind the first token: BERT's pooler, or the first layer of RoBERTa's head.
+# A dense layer and tanh behind the first token, as BERT's pooler is and RoBERTa's head begins.
 FIRST_TOKEN_DENSE = "first_token.dense"
 _LABELLED = ("classifier.out_proj.weight", "classifier.weight", "score.weight")
 
@@ -67,11 +69,34 @@ def head_of_class(name: str) -> str | None:
     return next((head for head, ending in HEADS.items() if name.endswith(ending)), None)
 
 
+def head_of(model: PreTrainedModel) -> str | None:
+    """The head of a model, also where its class is a user's own; None = none of HEADS."""
+    if model.base_model is model:
+        return "bare"
+    heads = (head_of_class(kind.__name__) for kind in type(model).__mro__)
+    return next((head for head in heads if head not in (None, "bare")), None)
+
+
+def projection_fields(prefix: dict[str, Stored]) -> dict[str, Any]:
+    """What a PTuningV2Config says of a prefix' projection, where the prefix has one.
+
+    Raises:
+        ValueError: for one that is no matrix.
+    """
+    stored = prefix.get("projection.0.weight")
+    if stored is None:
+        return {}
+    if len(stored.shape) != 2:
+        raise ValueError(f"{stored.file.path}: expected a matrix {stored.name}, got the shape "
+                         f"{list(stored.shape)}")  # fmt: skip
+    return {"prefix_projection": True, "encoder_hidden_size": stored.shape[0]}
+
+
 def labels_of(id2label: object, place: Path) -> tuple[str, ...] | None:
     """The labels of a configuration by number; None where it does not say.
 
     Raises:
-        ValueError: for numbers that are not those below their count, or labels that are no text.
+        ValueError: for numbers that are not those below their count.
     """
     if id2label is None or id2label == {}:
         return None

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapters.convert.adapter_hub import read_adapter_hub
-from ptv2_fast.adapters.convert.foreign import FIRST_TOKEN_DENSE, ForeignAdapter
+from ptv2_fast.adapters.convert.foreign import FIRST_TOKEN_DENSE, ForeignAdapter, head_of
 from ptv2_fast.adapters.convert.peft_layout import CONFIG_NAME, read_peft
 from ptv2_fast.adapters.convert.rotation import rotates, turn_keys, warn_of_windows
 from ptv2_fast.adapters.convert.state_dicts import read_state_dict
@@ -73,8 +73,10 @@ def read_foreign(source: str | os.PathLike, allow_pickle: bool = False) -> Forei
             return read_peft(source, content, allow_pickle)
         if "config" in content:
             return read_adapter_hub(source, content, allow_pickle)
-        raise ValueError(f"{path}: expected an adapter of PEFT (key 'peft_type') or of the package "
-                         f"adapters (key 'config'), got the keys {sorted(content)!r:.200}")  # fmt: skip
+        raise ValueError(
+            f"{path}: expected an adapter of PEFT (key 'peft_type') or of the package adapters "
+            f"(key 'config'), got the keys {sorted(content)!r:.200}"
+        )
     return read_state_dict(source, allow_pickle)
 
 
@@ -162,6 +164,12 @@ def _check_facts(model: PreTrainedModel, family: Family, foreign: ForeignAdapter
         raise ValueError(
             f"model: expected the model that the adapter {foreign.place} was trained on; adapter "
             f"against model: {', '.join(differences)}"
+        )
+    head = head_of(model)
+    if None not in (head, foreign.head) and head != foreign.head:
+        raise ValueError(
+            f"model: expected one with the head of the adapter {foreign.place}, "
+            f"{foreign.head!r}, got a {type(model).__name__}"
         )
     if foreign.needs_cache:
         check_has_cache(model)

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.adapters.convert.foreign import ForeignAdapter, read_count
+from ptv2_fast.adapters.convert.foreign import ForeignAdapter, projection_fields, read_count
 from ptv2_fast.adapters.convert.tensor_files import Stored, find_tensors, open_tensors
 
 CONFIG_NAME = "adapter_config.json"
@@ -67,11 +67,9 @@ def read_peft(folder: Path, content: dict[str, Any], allow_pickle: bool) -> Fore
         if match and match[1] in _PARTS:
             prefix.setdefault(_PARTS[match[1]], stored.pop(name))
     if "embedding.weight" not in prefix:
-        raise ValueError(f"{file.path}: expected a tensor {TABLE_NAME}, got {sorted(stored)!r:.200}")
-    fields: dict[str, Any] = {"num_virtual_tokens": length, "task_type": content["task_type"]}
-    if "projection.0.weight" in prefix:
-        width = prefix["projection.0.weight"].shape[0]
-        fields.update(prefix_projection=True, encoder_hidden_size=width)
+        raise ValueError(
+            f"{file.path}: expected a tensor {TABLE_NAME}, got {sorted(stored)!r:.200}"
+        )
     named = ("num_layers", "num_attention_heads", "token_dim")
     base = content.get("base_model_name_or_path")
     return ForeignAdapter(
@@ -83,11 +81,14 @@ def read_peft(folder: Path, content: dict[str, Any], allow_pickle: bool) -> Fore
             for name, tensor in stored.items()
             if not _DUPLICATE.fullmatch(name)
         },
-        fields=fields,
+        fields={
+            "num_virtual_tokens": length,
+            "task_type": content["task_type"],
+            **projection_fields(prefix),
+        },
         facts={name: content[name] for name in named if content.get(name) is not None},
         counts_prefix=True,
         needs_cache=True,
         head=heads[0],
         base_model=base if isinstance(base, str) and base else None,
     )
-

@@ -1,8 +1,8 @@
 """Prefix keys of a decoder that rotates keys, with tokens counted from P and from 0.
 
-PEFT's tokens stand at P, P + 1, ..., and its prefix keys are not rotated. A score depends on how far
-query and key are turned against each other, so that turning the prefix keys back by P gives the
-same scores with tokens at 0, 1, ...
+PEFT's tokens stand at P, P + 1, ..., and its prefix keys are not rotated. A score depends on how
+far query and key are turned against each other, so that turning the prefix keys back by P gives
+the same scores with tokens at 0, 1, ...
 """
 
 import inspect

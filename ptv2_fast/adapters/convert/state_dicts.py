@@ -9,7 +9,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.adapters.convert.foreign import ForeignAdapter, head_of_class, labels_of
+from ptv2_fast.adapters.convert.foreign import (
+    ForeignAdapter,
+    head_of_class,
+    labels_of,
+    projection_fields,
+)
 from ptv2_fast.adapters.convert.tensor_files import Stored, check_inside, find_tensors, open_tensors
 from ptv2_fast.files import read_json_object
 
@@ -59,24 +64,21 @@ def read_state_dict(source: Path, allow_pickle: bool) -> ForeignAdapter:
     if len(shape) != 2:
         raise ValueError(f"{path}: expected a prefix_encoder.embedding.weight [P, width], got the "
                          f"shape {list(shape)}")  # fmt: skip
-    fields: dict[str, Any] = {"num_virtual_tokens": shape[0]}
-    if "projection.0.weight" in prefix:
-        width = prefix["projection.0.weight"].shape[0]
-        fields.update(prefix_projection=True, encoder_hidden_size=width)
     of_chatglm = owners == {_CHATGLM}
     config = _read_config(source)
     head = None if any(name.startswith(_HEAD_NAMES) for name in others) else "bare"
     if any(name.startswith("qa_outputs.") for name in others):
         head = "question"
-    for name in config.get("architectures") or ():
-        head = head_of_class(str(name)) or head
+    classes = config.get("architectures")
+    if isinstance(classes, list) and len(classes) == 1:
+        head = head_of_class(str(classes[0])) or head
     base = config.get("_name_or_path")
     return ForeignAdapter(
         kind="ChatGLM" if of_chatglm else "P-Tuning v2",
         place=source,
         prefix=prefix,
         others=others,
-        fields=fields,
+        fields={"num_virtual_tokens": shape[0], **projection_fields(prefix)},
         facts={name: config[name] for name in ("model_type", "hidden_size") if name in config},
         counts_prefix=not of_chatglm,
         head=head,

@@ -190,7 +190,9 @@ def _open_pickle(path: Path) -> TensorFile:
 
 
 def _is_plain(name: object, value: object) -> bool:
-    """Whether an entry is a named tensor whose numbers are in the file."""
+    """Whether an entry is a named tensor, each of whose numbers is in the file."""
     if not isinstance(name, str) or not isinstance(value, Tensor):
         return False
-    return value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+    if value.layout != torch.strided or value.device.type != "cpu" or value.is_quantized:
+        return False
+    return value.numel() * value.element_size() <= value.untyped_storage().nbytes()
