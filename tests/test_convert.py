@@ -6,6 +6,7 @@ import json
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -46,6 +47,9 @@ def made_model(model_type: str, head: str = "sequence"):
 
 
 def peft_serves(model_type: str) -> bool:
+    # PEFT 0.18 takes the layers of Gemma 3 for its keys and values.
+    if model_type == "gemma3_text" and Version(peft.__version__) < Version("0.21"):
+        return False
     return cache_argument(tiny_model(model_type, "bare")) is not None
 
 
@@ -350,7 +354,7 @@ def test_low_rank_updates_are_a_lora_of_peft(model_type, head, tmp_path):
         ("bert", "token", {"train_norms": True}, "train_norms: expected none"),
         ("bert", "token", {"low_rank": 2}, "updates or a prefix for PEFT, got both"),
         ("albert", "token", {"position_offset": "prefix"}, "takes past keys and values"),
-        ("eurobert", "token", {}, "takes past keys and values"),
+        ("esm", "token", {}, "takes past keys and values"),
     ],
 )
 def test_what_peft_cannot_hold_is_not_exported(model_type, head, fields, message, tmp_path):

@@ -75,8 +75,16 @@ def test_a_run_is_folded_and_goes_out_to_peft(made, tmp_path):
 
 def test_what_a_state_dict_does_not_say_is_asked_for(made, tmp_path, capsys):
     base = load_file(made / "model" / "model.safetensors")
-    tensors = {"prefix_encoder.embedding.weight": torch.ones(4, 64)}
-    tensors |= {"classifier.weight": torch.ones(2, 16), "classifier.bias": torch.ones(2)}
+    shapes = {
+        "prefix_encoder.embedding.weight": (4, 16),
+        "prefix_encoder.trans.0.weight": (8, 16),
+        "prefix_encoder.trans.0.bias": (8,),
+        "prefix_encoder.trans.2.weight": (64, 8),
+        "prefix_encoder.trans.2.bias": (64,),
+        "classifier.weight": (2, 16),
+        "classifier.bias": (2,),
+    }
+    tensors = {name: torch.randn(shape) for name, shape in shapes.items()}
     source, target = tmp_path / "trained.safetensors", tmp_path / "ours"
     save_file(tensors, source)
     words = ["convert", str(source), str(target)]
@@ -91,8 +99,11 @@ def test_what_a_state_dict_does_not_say_is_asked_for(made, tmp_path, capsys):
     save_file(rest, poor / "model.safetensors", {"format": "pt"})
     message = fails_with_one_line([*words, "--model", str(poor)], capsys)
     assert "missing ['bert.pooler.dense.bias'" in message and not target.exists()
-    convert(*words[1:])
-    assert ptv2_fast.load(target).labels == ["LABEL_0", "LABEL_1"]
+    convert(*words[1:], "--fold")
+    loaded = ptv2_fast.load(target)
+    assert (
+        loaded.labels == ["LABEL_0", "LABEL_1"] and loaded.model.prefix_encoder.projection is None
+    )
     capsys.readouterr()
     assert "a new or empty folder" in fails_with_one_line(words, capsys)
 
