@@ -108,14 +108,21 @@ def our_results(model, head: str, batch: dict[str, Tensor]) -> tuple[Tensor]:
     return (real_outputs(head, model(**batch), batch),)
 
 
-@pytest.mark.parametrize(("model_type", "head"), CASES)
+@pytest.mark.parametrize(
+    ("model_type", "head", "trained"),
+    [*((*case, None) for case in CASES), ("bert", "sequence", ["pooler", "output.LayerNorm"])],
+)
 @pytest.mark.filterwarnings("ignore:the model has windows")
-def test_an_adapter_of_peft_has_its_logits_there_and_back(model_type, head, tmp_path):
+def test_an_adapter_of_peft_has_its_logits_there_and_back(model_type, head, trained, tmp_path):
     plain, batch = made_model(model_type, head), make_batch(head)
-    original = peft_model(plain, head)
+    original = peft_model(plain, head, modules_to_save=trained)
     original.save_pretrained(tmp_path / "peft")
     ours = import_adapter(copy.deepcopy(plain), tmp_path / "peft")
     expected = plain_results(results_of_peft(head, batch), original)
+    # A pooler and a head are of an adapter anyway.
+    assert ours.prefix_encoder.config.modules_to_save == (
+        ("output.LayerNorm",) if trained else None
+    )
     assert_close_to_plain(our_results(ours, head, batch), expected)
     export_peft(ours, tmp_path / "back")
     back = peft.PeftModel.from_pretrained(copy.deepcopy(plain), tmp_path / "back")

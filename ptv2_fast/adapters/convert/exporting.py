@@ -63,7 +63,7 @@ def export_peft(model: PreTrainedModel, target: str | os.PathLike) -> None:
         raise ValueError(
             f"model: expected one of the heads {[*TASKS]} for PEFT, got a {type(model).__name__}"
         )
-    for name in ("prefix_gate", "train_biases", "train_norms", "modules_to_save"):
+    for name in ("prefix_gate", "train_biases", "train_norms"):
         if getattr(config, name):
             raise ValueError(f"{name}: expected none of it for PEFT, got {getattr(config, name)!r}")
     if config.low_rank is not None:
@@ -72,10 +72,12 @@ def export_peft(model: PreTrainedModel, target: str | os.PathLike) -> None:
         content, exported = _prefix(attachment)
     base = LORA_BASE if config.low_rank is not None else BASE
     trained = [name for name in tensors if not name.startswith(f"{ENCODER_NAME}.")]
+    modules = list(config.modules_to_save or ())
+    rest = [name for name in trained if not any(f".{m}." in f".{name}" for m in modules)]
     content |= {
         "base_model_name_or_path": model.config.name_or_path or None,
         "inference_mode": True,
-        "modules_to_save": sorted({_module_of(name, model) for name in trained}) or None,
+        "modules_to_save": sorted({*modules, *(_module_of(name, model) for name in rest)}) or None,
         "revision": None,
         "task_type": TASKS[head],
     }

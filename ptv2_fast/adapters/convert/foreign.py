@@ -36,6 +36,7 @@ class ForeignAdapter:
         counts_prefix: whether the first token stands at position P there.
         needs_cache: whether the prefix reaches the attention as past keys and values of a cache.
         left_out: the layers without a prefix.
+        trained: names of modules that were trained whole, or ends of them.
         head: a key of HEADS; None = not said.
         labels: by number; None = not said.
         base_model: the name of the pretrained model; None = not said.
@@ -50,6 +51,7 @@ class ForeignAdapter:
     counts_prefix: bool
     needs_cache: bool = False
     left_out: tuple[int, ...] = ()
+    trained: tuple[str, ...] = ()
     head: str | None = None
     labels: tuple[str, ...] | None = None
     base_model: str | None = None

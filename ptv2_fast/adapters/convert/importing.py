@@ -86,9 +86,9 @@ def load_foreign(
     """The second half of `import_adapter`."""
     family = find_family(model.config)
     _check_facts(model, family, foreign)
-    config = _config(model, family, foreign)
-    saved = find_saved_names(model, family, None)
     others = named_for(model, foreign)
+    config = _config(model, family, foreign, others)
+    saved = find_saved_names(model, family, config.modules_to_save)
     _check_shapes(model, family, foreign, config)
     _check_others(model, foreign, others, saved)
     tensors = {
@@ -190,7 +190,15 @@ def check_has_cache(model: PreTrainedModel) -> None:
         )
 
 
-def _config(model: PreTrainedModel, family: Family, foreign: ForeignAdapter) -> PTuningV2Config:
+def _config(
+    model: PreTrainedModel, family: Family, foreign: ForeignAdapter, others: dict[str, Stored]
+) -> PTuningV2Config:
+    frozen = set(model.state_dict()) - set(find_saved_names(model, family, None))
+    modules = sorted(
+        module
+        for module in set(foreign.trained)
+        if any(f".{module}." in f".{name}" for name in frozen & set(others))
+    )
     shifts = (
         foreign.counts_prefix
         and not family.keeps_positions
@@ -199,6 +207,7 @@ def _config(model: PreTrainedModel, family: Family, foreign: ForeignAdapter) -> 
     fields: dict[str, Any] = {
         **foreign.fields,
         "position_offset": "prefix" if shifts else "none",
+        "modules_to_save": modules or None,
     }
     if foreign.left_out:
         count = model.config.num_hidden_layers

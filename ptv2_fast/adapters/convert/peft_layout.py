@@ -71,6 +71,7 @@ def read_peft(folder: Path, content: dict[str, Any], allow_pickle: bool) -> Fore
             f"{file.path}: expected a tensor {TABLE_NAME}, got {sorted(stored)!r:.200}"
         )
     named = ("num_layers", "num_attention_heads", "token_dim")
+    trained = content.get("modules_to_save")
     base = content.get("base_model_name_or_path")
     return ForeignAdapter(
         kind="PEFT",
@@ -89,6 +90,7 @@ def read_peft(folder: Path, content: dict[str, Any], allow_pickle: bool) -> Fore
         facts={name: content[name] for name in named if content.get(name) is not None},
         counts_prefix=True,
         needs_cache=True,
+        trained=tuple(map(str, trained)) if isinstance(trained, list) else (),
         head=heads[0],
         base_model=base if isinstance(base, str) and base else None,
     )
