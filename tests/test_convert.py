@@ -329,9 +329,14 @@ def test_folding_a_projection_changes_no_bit(tmp_path):
     for name in FILES:
         first, second = (tmp_path / folder / name for folder in ("folded", "again"))
         assert first.read_bytes() == second.read_bytes()
-    edit_tensors(tmp_path / "whole", **{"prefix_encoder.projection.2.bias": torch.zeros(3)})
-    with pytest.raises(ValueError, match="expected a projection of the shapes"):
-        fold_adapter(tmp_path / "whole", tmp_path / "bad")
+    for bias, message in (
+        (torch.zeros(3), "expected a projection of the shapes"),
+        (torch.zeros(96).half(), "2.bias of dtype torch.float32"),
+        (torch.ones(96) / 0, "finite numbers in prefix_encoder.projection.2.bias"),
+    ):
+        edit_tensors(tmp_path / "whole", **{"prefix_encoder.projection.2.bias": bias})
+        with pytest.raises(ValueError, match=message):
+            fold_adapter(tmp_path / "whole", tmp_path / "bad")
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("bert", "sequence"), ("distilbert", "token")])

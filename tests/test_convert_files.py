@@ -88,7 +88,10 @@ DAMAGE = {
     ),
     "infinite": (lambda d: change_tensors(d, **{BIAS: torch.ones(3) / 0}), f"numbers in {BIAS}"),
     "integers": (
-        lambda d: change_tensors(d, prompt_embeddings=table().long()), "floating-point numbers in"
+        lambda d: change_tensors(d, prompt_embeddings=table().long()), "embeddings, got torch.int64"
+    ),
+    "eight bits": (
+        lambda d: change_tensors(d, **{BIAS: torch.ones(3).to(torch.float8_e4m3fn)}), "torch.float8"
     ),
     "a longer table": (
         lambda d: change_tensors(d, prompt_embeddings=table(rows=6)), r"\[5, 96\].*got \[6, 96\]"

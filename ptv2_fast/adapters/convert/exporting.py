@@ -95,7 +95,8 @@ def fold_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
         target: folder; created when missing.
 
     Raises:
-        ValueError: for files that are missing or corrupt, and sizes that contradict each other.
+        ValueError: for files that are missing or corrupt, sizes that contradict each other, and a
+            projection of another dtype, or with infinite or NaN numbers.
     """
     description, tensors = read_adapter(source)
     config = read_config(description, source)
@@ -111,6 +112,13 @@ def fold_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
         got = [tuple(tensor.shape) for tensor in (rows, down, down_bias, up, up_bias)]
         if got != expected:
             raise ValueError(f"{source}: expected a projection of the shapes {expected}, got {got}")
+        for name, tensor in zip(names, (rows, down, down_bias, up, up_bias), strict=True):
+            if tensor.dtype != rows.dtype or tensor.dtype not in (torch.float32, torch.float64):
+                raise ValueError(f"{source}: expected {name} of dtype torch.float32, got "
+                                 f"{tensor.dtype}")  # fmt: skip
+            if not tensor.isfinite().all():
+                raise ValueError(f"{source}: expected finite numbers in {name}, got some that are "
+                                 "infinite or NaN")  # fmt: skip
         states = nn.functional.linear(rows, down, down_bias).tanh()
         tensors[names[0]] = nn.functional.linear(states, up, up_bias)
     fields = {**description["prefix_config"], "prefix_projection": False,

@@ -13,6 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 _LONGEST_HEADER = 10_000_000  # bytes; 100 bytes a tensor are usual
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PICKLES = (".bin", ".pt", ".pth")
 # Where a training framework puts the state dict beside other things.
 _NESTED = ("state_dict", "model", "module")
@@ -75,12 +76,13 @@ class Stored(NamedTuple):
         """The numbers.
 
         Raises:
-            ValueError: for others than floating-point numbers, or infinite or NaN ones.
+            ValueError: for others than floating-point numbers of 16 to 64 bits, and infinite or
+                NaN ones.
         """
         place = f"{self.file.path}: expected"
         tensor = self.file.read(self.name)
-        if not tensor.is_floating_point():
-            raise ValueError(f"{place} floating-point numbers in {self.name}, got {tensor.dtype}")
+        if tensor.dtype not in _DTYPES:
+            raise ValueError(f"{place} one of {_DTYPES} in {self.name}, got {tensor.dtype}")
         if not tensor.isfinite().all():
             raise ValueError(
                 f"{place} finite numbers in {self.name}, got some that are infinite or NaN"
