@@ -157,7 +157,7 @@ def _prefix(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"of tokens, got {config.position_offset!r}; train with position_offset='prefix'"
         )
     with torch.no_grad():
-        table = encoder.table().float()  # type: ignore[operator]
+        table = encoder.table().float().cpu()  # type: ignore[operator]
     if rotates(family):
         length = config.num_virtual_tokens
         table = turn_keys(table, attachment.backbone, family, length)
