@@ -217,6 +217,30 @@ def plot_time_to_score(path: Path) -> Path:
     return _save(figure, path.with_suffix(".png"))
 
 
+def plot_serving(path: Path) -> Path:
+    """A panel for each case: texts a second over the number of adapters, a line for each way."""
+    rows = read(path)
+    cases = list(dict.fromkeys(row["case"] for row in rows))
+    figure, axes = plt.subplots(
+        1, len(cases), squeeze=False, layout="constrained", figsize=(5 * len(cases), 4)
+    )
+    for axis, case in zip(axes[0], cases, strict=True):
+        chosen = [row for row in rows if row["case"] == case]
+        for way in dict.fromkeys(row["way"] for row in chosen):
+            points = [(int(r["adapters"]), float(r["texts/s"])) for r in chosen if r["way"] == way]
+            axis.plot(*zip(*sorted(points), strict=True), marker="o", label=way)
+        axis.set_xscale("log", base=2)
+        axis.set_ylim(bottom=0)
+        axis.set_title(case, fontsize="medium")
+        axis.set_xlabel("adapters in the batch")
+        axis.grid(linewidth=0.3)
+    axes[0, 0].set_ylabel("texts a second")
+    figure.suptitle(f"many adapters, one batch: {rows[0]['machine']}")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    return _save(figure, path.with_suffix(".png"))
+
+
 def _method_panels(
     rows: list[dict[str, str]],
 ) -> tuple[plt.Figure, list[tuple[plt.Axes, list[dict[str, str]]]]]:
@@ -251,6 +275,7 @@ PLOTS = {
     "training-step-*.csv": (plot_training_step, plot_training_memory),
     "memory-*.csv": (plot_training_memory,),
     "time-to-score.csv": (plot_time_to_score,),
+    "serving-cpu.csv": (plot_serving,),
     "gpu-*/attention.csv": (plot_attention, plot_roofline),
     "gpu-*/step.csv": (plot_training_step,),
     "gpu-*/memory.csv": (plot_training_memory,),
