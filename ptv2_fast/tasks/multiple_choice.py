@@ -72,12 +72,12 @@ class MultipleChoice(OneLabel):
         }
         return keep_columns(table, source, names, optional=() if labelled else ("label",))
 
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """A text and its choices, with tabs between."""
-        check_not_empty(TYPED, len(texts))
+        check_not_empty(source, len(texts))
         parts = [text.split("\t") for text in texts]
         columns = {"text": [part[0] for part in parts], "choices": [part[1:] for part in parts]}
-        examples = Examples(TYPED, Dataset.from_dict(columns), unit="text")
+        examples = Examples(source, Dataset.from_dict(columns), unit="text")
         _check_texts(examples)
         return examples
 

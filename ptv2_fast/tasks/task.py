@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 import json
 import math
 import re
@@ -24,7 +25,9 @@ import ptv2_fast
 from ptv2_fast.tasks.benchmarks import Benchmark
 from ptv2_fast.tasks.comparison import Compared
 from ptv2_fast.tasks.options import DataOptions
-from ptv2_fast.tasks.sources import Source
+from ptv2_fast.tasks.sources import TYPED, Source
+from ptv2_fast.tasks.table_parts import joined, table_parts
+from ptv2_fast.tasks.tables import check_not_empty, read_table
 
 # Makes a padded batch of rows: a BatchEncoding (transformers annotates it as a dict).
 Collator = Callable[[list[dict[str, Any]]], Any]
@@ -57,7 +60,7 @@ class Examples:
 
     def where(self, index: int) -> str:
         """How messages call one example."""
-        return f"{self.source.name} {self.unit} {index + 1}"
+        return f"{self.source.name} {self.unit} {self.source.number(index)}"
 
     def select(self, indices: list[int]) -> "Examples":
         """Some of the examples, in the given order."""
@@ -149,6 +152,7 @@ class Task(Compared, ABC):
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)  # of the features
     default_metrics: ClassVar[tuple[str, ...]]
     head_is_new: ClassVar[bool] = True  # no pretrained model has one
+    part_rows: ClassVar[int] = 1000  # of a table that is read in parts
 
     def __init__(self, options: DataOptions) -> None:
         self.options = options
@@ -177,13 +181,47 @@ class Task(Compared, ABC):
             ValueError: for what is missing or malformed there, or when it is empty.
         """
 
+    def read_parts(self, source: Source) -> Iterator[Examples]:
+        """What `read` gives without labels, a part after the other: of a long table of which each
+        row is an example, `part_rows` at a time are held; anything else comes whole.
+
+        Raises:
+            ValueError: as `read`, when it comes to what is wrong.
+        """
+        parts = table_parts(source, self.benchmark.table if self.benchmark else {}, self.part_rows)
+        try:
+            begun = [*itertools.islice(parts, 2)]
+        except ValueError:  # a file of columns rather than a table, perhaps
+            if source.path is None:
+                raise
+            begun = []
+        if source.path is not None and len(begun) < 2:
+            yield self.read(source, labelled=False)
+            return
+        check_not_empty(source, len(begun))
+        if self.has_example_rows(begun[0]):
+            for part in itertools.chain(begun, parts):
+                yield self.read(part, labelled=False)
+        elif source.path is not None:
+            parts.close()
+            yield self.read(source, labelled=False)
+        else:
+            yield self.read(joined(source, [*begun, *parts]), labelled=False)
+
+    def has_example_rows(self, part: Source) -> bool:
+        """Whether the rows of a table can be read apart, by its first part."""
+        return len(self.read(part, labelled=False)) == len(read_table(part))
+
     def trainable(self, examples: Examples) -> Examples:
         """The labelled examples that training can use; remarks say which are left out."""
         return examples
 
     @abstractmethod
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Examples without labels from typed texts.
+
+        Args:
+            source: numbers the texts, where they are a part of more.
 
         Raises:
             ValueError: when there is none, or one does not fit the task.

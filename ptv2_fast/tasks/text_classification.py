@@ -40,10 +40,10 @@ class TextClassification(OneLabel):
             return self.options.template in self.benchmark.pairs
         return self.options.text_pair_column is not None
 
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Pairs have a tab between the two texts."""
-        check_not_empty(TYPED, len(texts))
-        examples = Examples(TYPED, Dataset.from_dict({"text": list(texts)}), unit="text")
+        check_not_empty(source, len(texts))
+        examples = Examples(source, Dataset.from_dict({"text": list(texts)}), unit="text")
         if not self._takes_pairs:
             return _checked(examples)
         pairs = [text.split("\t") for text in texts]
@@ -55,7 +55,7 @@ class TextClassification(OneLabel):
                 )
         first, second = zip(*pairs, strict=True)
         table = Dataset.from_dict({"text": first, "text_pair": second})
-        return _checked(Examples(TYPED, table, unit="text"))
+        return _checked(Examples(source, table, unit="text"))
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         return enumerate(examples.table["label"][:])
