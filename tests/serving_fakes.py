@@ -48,7 +48,7 @@ class WordCounts:
             words = text.split()
             if len(words) > LIMIT and not truncate:
                 raise RequestError(413, "validation", f"inputs: expected at most {LIMIT} tokens")
-            rows.append(Row(name, len(words[:LIMIT]), (text, self.loaded[name])))
+            rows.append(Row(name, [len(words[:LIMIT])], (text, self.loaded[name])))
         return rows
 
     def run(self, rows: Sequence[Row]) -> list:

@@ -60,32 +60,35 @@ def test_batches_take_what_fits_in_order_and_do_not_wait_for_what_is_full():
     free, begun, batches = threading.Event(), threading.Semaphore(0), []
 
     def run(rows):
-        batches.append([row.tokens for row in rows])
+        batches.append([row.lengths for row in rows])
         begun.release()
         assert free.wait(30)
         return [row.tokens for row in rows]
 
     batcher = Batcher(run, max_batch_tokens=10, max_wait=60)
-    first = batcher.submit([Row("a", 11)])  # longer than a batch: alone
+    first = batcher.submit([Row("a", [11])])  # longer than a batch: alone
     assert begun.acquire(timeout=30)
-    answers = [batcher.submit([Row("a", tokens) for tokens in row]) for row in ([4, 5], [2], [9])]
-    gone = batcher.submit([Row("a", 1)])
+    requests = [[[4], [5]], [[1], [1]], [[2, 3]], [[9]]]
+    answers = [batcher.submit([Row("a", lengths) for lengths in rows]) for rows in requests]
+    gone = batcher.submit([Row("a", [1])])
     gone.cancel()
-    late = batcher.submit([Row("a", 1)])
+    late = batcher.submit([Row("a", [1])])
     free.set()
     assert first.result(30) == [11]
-    assert [answer.result(30) for answer in answers] == [[4, 5], [2], [9]]
+    assert [answer.result(30) for answer in answers] == [[4, 5], [1, 1], [5], [9]]
     batcher.close()
     assert late.result(0) == [1]
-    assert batches == [[11], [4, 5], [2], [9, 1]] and batcher.waiting == 0
+    # What is padded counts: [5] and [1] take 10 tokens together.
+    assert batches == [[[11]], [[4], [5]], [[1], [1]], [[2, 3]], [[9]], [[1]]]
+    assert batcher.waiting == 0
     with pytest.raises(RequestError, match="no more requests"):
-        batcher.submit([Row("a", 1)])
+        batcher.submit([Row("a", [1])])
 
 
 def test_a_lone_text_waits_for_others_no_longer_than_it_is_told():
     batcher = Batcher(lambda rows: [len(rows)] * len(rows), max_batch_tokens=100, max_wait=0.3)
     begun = time.monotonic()
-    answers = [batcher.submit([Row("a", 1)]) for _ in range(3)]
+    answers = [batcher.submit([Row("a", [1])]) for _ in range(3)]
     assert [answer.result(30) for answer in answers] == [[3]] * 3
     assert time.monotonic() - begun >= 0.3
     batcher.close()

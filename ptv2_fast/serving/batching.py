@@ -17,13 +17,18 @@ class Row:
     """One text for one adapter.
 
     Attributes:
-        tokens: how many the encoder sees for it.
+        lengths: tokens of what the encoder reads for it: one, or its windows or choices.
         content: what the model takes, known to who makes and runs rows.
     """
 
     adapter: str
-    tokens: int
+    lengths: Sequence[int]
     content: Any = None
+
+    @property
+    def tokens(self) -> int:
+        """Of all that the encoder reads for it."""
+        return sum(self.lengths)
 
 
 @dataclass(eq=False)
@@ -59,7 +64,7 @@ class Batcher:
     Args:
         run: gives a result for each row, an exception for one that cannot be served; called by one
             thread. When it raises for several rows, each is run once more alone.
-        max_batch_tokens: of the rows of a batch; a longer row runs alone.
+        max_batch_tokens: of the rows of a batch, padding included; a longer row runs alone.
         max_wait: seconds.
         observe: is told of each batch.
     """
@@ -160,15 +165,15 @@ class Batcher:
     def _take(self) -> list[tuple[_Request, int]]:
         """The first rows of the queue, as many as fit into a batch and one at least."""
         batch: list[tuple[_Request, int]] = []
-        tokens = 0
+        count = longest = 0
         while self._queue:
             request, number = self._queue[0]
-            more = request.rows[number].tokens
-            if batch and tokens + more > self.max_batch_tokens:
+            row = request.rows[number]
+            count, longest = count + len(row.lengths), max(longest, *row.lengths)
+            if batch and count * longest > self.max_batch_tokens:
                 break
-            tokens += more
+            self._tokens -= row.tokens
             batch.append(self._queue.popleft())
-        self._tokens -= tokens
         return batch
 
     def _results(self, rows: Sequence[Row]) -> Sequence[Any]:

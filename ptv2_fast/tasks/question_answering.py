@@ -16,7 +16,8 @@ from ptv2_fast.tasks.answer_spans import (
     find_answers,
     with_probabilities,
 )
-from ptv2_fast.tasks.question_files import question_table, read_questions, trainable
+from ptv2_fast.tasks.columns import Columns
+from ptv2_fast.tasks.question_files import read_questions, trainable
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, read_table
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task
@@ -54,7 +55,7 @@ class QuestionAnswering(Task):
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Each text is a question and its context with a tab between."""
         check_not_empty(source, len(texts))
-        rows = []
+        columns: dict[str, list] = {"id": [], "question": [], "context": []}
         for index, text in enumerate(texts):
             question, _, context = text.partition("\t")
             if not question.strip() or not context.strip():
@@ -62,8 +63,10 @@ class QuestionAnswering(Task):
                     f"{source.name} text {source.number(index)}: expected a question and its "
                     f"context with a tab between, got {text!r}"
                 )
-            rows.append({"id": str(source.number(index)), "question": question, "context": context})
-        return Examples(source, question_table(rows), unit="text")
+            row = (str(source.number(index)), question, context)
+            for values, value in zip(columns.values(), row, strict=True):
+                values.append(value)
+        return Examples(source, Columns(columns), unit="text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         return iter(())

@@ -23,6 +23,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ptv2_fast
 from ptv2_fast.tasks.benchmarks import Benchmark
+from ptv2_fast.tasks.columns import Columns
 from ptv2_fast.tasks.comparison import Compared
 from ptv2_fast.tasks.options import DataOptions
 from ptv2_fast.tasks.sources import TYPED, Source
@@ -50,7 +51,7 @@ class Examples:
     """
 
     source: Source
-    table: Dataset
+    table: Dataset | Columns
     unit: str = "row"
     remarks: dict[str, Any] = field(default_factory=dict)
     drawn_from: int | None = None
@@ -98,7 +99,7 @@ class Features:
         truncated: how many examples were cut to fit.
     """
 
-    table: Dataset
+    table: Dataset | Columns
     examples: Examples
     truncated: int
 
@@ -121,7 +122,7 @@ class Features:
             for ids in self.table["input_ids"][:]
         ]
 
-    def model_inputs(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Dataset:
+    def model_inputs(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Any:
         """The columns that the collator takes; `labels` are the task's label columns."""
         wanted = (*tokenizer.model_input_names, *labels)
         return self.table.select_columns([n for n in wanted if n in self.table.column_names])
@@ -366,18 +367,13 @@ class Task(Compared, ABC):
             self.check_labels(examples, labels)
             numbers = {label: number for number, label in enumerate(labels)}
         settings = (numbers, max_length)
-        workers = min(self.options.preprocessing_num_workers, len(examples))
-        table = examples.table.map(
-            functools.partial(_tokenize_batch, self, tokenizer, *settings),
-            with_indices=True,
-            batched=True,
-            batch_size=_MAP_BATCH,
-            remove_columns=examples.table.column_names,
-            num_proc=workers if workers > 1 else None,  # 1 would start a process of its own
-            cache_file_name=self._cache_file(examples, tokenizer, settings),
-            new_fingerprint="0",  # of no use to us, and slow to compute from the tokenizer
-            desc=f"tokenizing {examples.source.name}",
-        )
+        if isinstance(examples.table, Columns):
+            rows = examples.table.to_dict()
+            table: Any = Columns(
+                _tokenize_batch(self, tokenizer, *settings, rows, [*range(len(examples))])
+            )
+        else:
+            table = self._tokenize_dataset(examples, tokenizer, settings)
         cut = {
             index
             for index, flag in zip(table["example"][:], table["was_cut"][:], strict=True)
@@ -389,6 +385,23 @@ class Task(Compared, ABC):
                 "more (long_input='truncate' would cut it)"
             )
         return Features(table.remove_columns("was_cut"), examples, len(cut))
+
+    def _tokenize_dataset(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, settings: tuple
+    ) -> Dataset:
+        table: Any = examples.table
+        workers = min(self.options.preprocessing_num_workers, len(examples))
+        return table.map(
+            functools.partial(_tokenize_batch, self, tokenizer, *settings),
+            with_indices=True,
+            batched=True,
+            batch_size=_MAP_BATCH,
+            remove_columns=table.column_names,
+            num_proc=workers if workers > 1 else None,  # 1 would start a process of its own
+            cache_file_name=self._cache_file(examples, tokenizer, settings),
+            new_fingerprint="0",  # of no use to us, and slow to compute from the tokenizer
+            desc=f"tokenizing {examples.source.name}",
+        )
 
     def _cache_file(
         self, examples: Examples, tokenizer: PreTrainedTokenizerBase, settings: tuple

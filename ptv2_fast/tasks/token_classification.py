@@ -30,6 +30,7 @@ from ptv2_fast.tasks.chunks import (
     odd_labels,
     spans,
 )
+from ptv2_fast.tasks.columns import Columns
 from ptv2_fast.tasks.comparison import label_figures
 from ptv2_fast.tasks.conll import holds_columns, read_conll
 from ptv2_fast.tasks.decoding import (
@@ -167,7 +168,7 @@ class TokenClassification(Task):
         """Words are cut at blanks and around punctuation."""
         check_not_empty(source, len(texts))
         words, offsets = typed_words(texts, source.number)
-        table = Dataset.from_dict({"words": words, "offsets": offsets})
+        table = Columns({"words": words, "offsets": offsets})
         return Examples(source, table, unit="text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
