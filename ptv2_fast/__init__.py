@@ -24,12 +24,14 @@ if TYPE_CHECKING:
     )
     from ptv2_fast.ops.backends import backends
     from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
+    from ptv2_fast.training.bank import AdapterBank
     from ptv2_fast.training.opening import load
 
 __version__ = "0.1.0"
 
 # Imported on first use: torch and transformers take seconds, and the help of a command needs none.
 _LAZY = {
+    "AdapterBank": "ptv2_fast.training.bank",
     "PTuningV2Config": "ptv2_fast.prefix",
     "PrefixEncoder": "ptv2_fast.prefix",
     "attach": "ptv2_fast.encoders",
@@ -47,6 +49,7 @@ _LAZY = {
 }
 
 __all__ = [
+    "AdapterBank",
     "PTuningV2Config",
     "PrefixEncoder",
     "attach",

@@ -234,9 +234,37 @@ class LayerPrefix(NamedTuple):
 
     def query_gate(self, heads: int) -> Tensor | None:
         """The gate of each of `heads` query heads, which share those of keys: [heads]."""
-        if self.gate is None or len(self.gate) == heads:
-            return self.gate
-        return self.gate.repeat_interleave(heads // len(self.gate))
+        return _of_query_heads(self.gate, heads)
+
+    @property
+    def prefix_index(self) -> None:
+        """Every sequence reads this prefix."""
+        return None
+
+    @property
+    def prefix_lengths(self) -> None:
+        """All of its columns exist."""
+        return None
+
+
+class BankPrefix(NamedTuple):
+    """The prefixes of one layer of which each sequence of a batch reads one."""
+
+    key: Tensor  # [R, H, P, D]
+    value: Tensor  # [R, H, P, D]
+    gate: Tensor | None  # [R, H], at least 0
+    prefix_index: Tensor  # int32 [B], the row that each sequence reads
+    prefix_lengths: Tensor  # int32 [R], the columns that exist
+
+    def query_gate(self, heads: int) -> Tensor | None:
+        """The gate of each of `heads` query heads, which share those of keys: [R, heads]."""
+        return _of_query_heads(self.gate, heads)
+
+
+def _of_query_heads(gate: Tensor | None, heads: int) -> Tensor | None:
+    if gate is None or gate.shape[-1] == heads:
+        return gate
+    return gate.repeat_interleave(heads // gate.shape[-1], dim=-1)
 
 
 class PrefixEncoder(nn.Module):
@@ -302,14 +330,25 @@ class PrefixEncoder(nn.Module):
 
     def forward(self) -> Tensor:
         """The prefix [L', 2, H, P, D]; the key or value of one layer is a contiguous view."""
-        length = self.config.num_virtual_tokens
-        rows = self.table().view(length, len(self.layers), 2, self.num_heads, self.head_dim)
-        return rows.permute(1, 2, 3, 0, 4).contiguous()
+        return self._rows().permute(1, 2, 3, 0, 4).contiguous()
 
     def layer_prefixes(self) -> dict[int, LayerPrefix]:
         """Layer index -> its prefix; computed once for all."""
+        return self._by_layer(self())
+
+    def layer_views(self) -> dict[int, LayerPrefix]:
+        """The same as views of the table, whose columns lie apart: nothing is copied."""
+        return self._by_layer(self._rows().permute(1, 2, 3, 0, 4))
+
+    def _rows(self) -> Tensor:
+        """The table as [P, L', 2, H, D]."""
+        length, layers = self.config.num_virtual_tokens, len(self.layers)
+        return self.table().view(length, layers, 2, self.num_heads, self.head_dim)
+
+    def _by_layer(self, prefix: Tensor) -> dict[int, LayerPrefix]:
+        """Of the prefix [L', 2, H, P, D]."""
         # One unbind has one stack as its backward; indexing would add up 2 L' zero-filled tensors.
-        parts = self().flatten(0, 1).unbind(0)
+        parts = prefix.flatten(0, 1).unbind(0)
         gates: tuple[Tensor | None, ...] = (None,) * len(self.layers)
         if self.gate is not None:
             # Not abs(), whose gradient at 0 is 0.

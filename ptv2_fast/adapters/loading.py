@@ -104,9 +104,28 @@ def load_adapter(
             infinite or NaN.
     """
     description, tensors = read_adapter(directory)
+    return put_adapter(model, description, tensors, directory, is_trainable)
+
+
+def put_adapter(
+    model: PreTrainedModel,
+    description: dict[str, Any],
+    tensors: dict[str, Tensor],
+    directory: str | os.PathLike,
+    is_trainable: bool = False,
+) -> PreTrainedModel:
+    """As `load_adapter`, of what was read.
+
+    Args:
+        model: see there.
+        description: what the adapter says about itself.
+        tensors: of the adapter, by name; those of added tokens are taken out.
+        directory: where it is from, for messages.
+        is_trainable: see there.
+    """
     config = read_config(description, directory)
     labels = read_labels(description, directory)
-    _check_same_model(description, model, with_head=True)
+    check_same_model(description, model, with_head=True)
     rows = _take_added_rows(description, tensors, model)
     attachment, size = find_attachment(model), vocabulary_size(model)
     if attachment is not None:
@@ -174,7 +193,7 @@ def load_prefix(model: PreTrainedModel, directory: str | os.PathLike) -> PreTrai
     attachment = require_attachment(model)
     description, tensors = read_adapter(directory)
     config = read_config(description, directory)
-    _check_same_model(description, model, with_head=False)
+    check_same_model(description, model, with_head=False)
     _check_same_config(config, attachment.config)
     rows = _take_added_rows(description, tensors, model, may_resize=False)
     inside = (f"{ENCODER_NAME}.", f"{model.base_model_prefix}.")
@@ -261,8 +280,12 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], place: str =
         )
 
 
-def _check_same_model(description: dict[str, Any], model: PreTrainedModel, with_head: bool) -> None:
-    """Compare sizes and, with the head, its class and number of labels."""
+def check_same_model(description: dict[str, Any], model: PreTrainedModel, with_head: bool) -> None:
+    """Compare sizes and, with the head, its class and number of labels.
+
+    Raises:
+        ValueError: naming each that differs.
+    """
     differences = _differences(description, model, _MATCHED_SIZES)
     heads = _head_differences(description, model) if with_head else []
     if differences or heads:

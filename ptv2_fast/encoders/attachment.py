@@ -6,7 +6,7 @@ import inspect
 import os
 import threading
 import warnings
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -47,7 +47,8 @@ from ptv2_fast.encoders.vocabulary import (
     check_vocabulary,
     restore_rows,
 )
-from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
+from ptv2_fast.frozen.layout import Repeat
+from ptv2_fast.prefix import BankPrefix, LayerPrefix, PrefixEncoder, PTuningV2Config
 
 ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
 IGNORED_KEYS = "_keys_to_ignore_on_save"
@@ -70,6 +71,17 @@ def _is_disabled(attachment: "Attachment") -> bool:
 def find_attachment(model: nn.Module) -> "Attachment | None":
     """The attachment of a model, or of the model that a part of a backbone serves, or None."""
     return getattr(model, ATTACHMENT_ATTRIBUTE, None)
+
+
+class Given(NamedTuple):
+    """What one forward has in front of its tokens.
+
+    `layers`: layer index -> prefix. `dropout`: on it, in training. `repeat`: see `PrefixState`.
+    """
+
+    layers: dict[int, LayerPrefix] | dict[int, BankPrefix]
+    dropout: float
+    repeat: Repeat | None = None
 
 
 class Attachment:
@@ -226,6 +238,19 @@ class Attachment:
         shifted = self.enabled and self.config.position_offset == "prefix"
         return self.config.num_virtual_tokens if shifted else 0
 
+    @property
+    def offset(self) -> int | Tensor:
+        """By how many positions the tokens of the running forward are shifted; [B, 1] or one."""
+        return self.positions_taken
+
+    def given(self) -> Given:
+        """What a forward that starts now has in front of its tokens."""
+        layers = self.encoder.layer_prefixes() if self.enabled else {}
+        return Given(layers, self.config.prefix_dropout)
+
+    def repeat_inputs(self, rows: Tensor) -> None:
+        """Note that the running forward starts with the texts `rows`, int64 [B'], of its batch."""
+
     def set_trainable(self, trainable: bool) -> None:
         """Freeze the backbone; train, or freeze as well, everything that an adapter holds."""
         names = set(self.saved_names)
@@ -312,14 +337,19 @@ class Attachment:
         """Shift the positions of real tokens by P, unless the caller gave position_ids."""
         # zip is not strict: positional arguments are the first of the names.
         arguments = {**dict(zip(self._embeddings_names, args, strict=False)), **kwargs}
-        if self.positions_taken == 0 or arguments.get("position_ids") is not None:
+        offset = self.offset
+        if (isinstance(offset, int) and offset == 0) or arguments.get("position_ids") is not None:
             return None
         ids = arguments.get("input_ids")
         # Some versions of transformers leave an s out.
         names = ("input_ids", "inputs_embeds", "input_embeds")
         tokens = next(arguments[name] for name in names if arguments.get(name) is not None)
-        config, taken = self.model.config, self.positions_taken
-        arguments["position_ids"] = self.family.positions(config, ids, tokens, taken)
+        family, config = self.family, self.model.config
+        positions = family.positions(config, ids, tokens, offset)
+        if isinstance(offset, Tensor):  # pads of a shorter text may stand behind the last one
+            last = family.max_positions(config) + family.first_position(config) - 1
+            positions = positions.clamp(max=last)
+        arguments["position_ids"] = positions
         return (), arguments
 
     def before_encoder(

@@ -15,9 +15,10 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirection
 
 from ptv2_fast.encoders.disentangled import RelativePositions
 from ptv2_fast.frozen.engine import Block, FrozenRun
+from ptv2_fast.frozen.layout import Repeat
 from ptv2_fast.ops import disentangled_prefix_attention, prefix_attention
 from ptv2_fast.ops.attention import Positions
-from ptv2_fast.prefix import LayerPrefix
+from ptv2_fast.prefix import BankPrefix, LayerPrefix
 
 ATTENTION_NAME = "ptv2_prefix"
 STATE_ARGUMENT = "ptv2_prefix_state"
@@ -61,12 +62,13 @@ class PrefixState:
     """What one forward of the backbone hands to its attention modules.
 
     `layers` maps a layer index to its prefix; a layer that is not in it runs without one.
+    `repeat`: the rows that each text becomes, in frozen blocks from some layer on.
     `key_shape`: number and width of its heads. With `run` the layers are frozen `blocks` and call
     no attention function. Whoever used the prefix of a layer notes the layer in `called`.
     `relative`: the position tables of an encoder that has some.
     """
 
-    layers: dict[int, LayerPrefix]
+    layers: dict[int, LayerPrefix] | dict[int, BankPrefix]
     prefix_dropout: float
     keep_input_gradient: bool
     num_layers: int
@@ -76,6 +78,7 @@ class PrefixState:
     called: list[int] = field(default_factory=list)
     backend: str | None = None
     relative: RelativePositions | None = None
+    repeat: Repeat | None = None
     # A bias as transformers has it, and its copy.
     _bias: tuple[Tensor, Tensor] | None = None
 
@@ -147,24 +150,21 @@ def attention_with_prefix(
             f"model: expected {heads} heads of width {head_dim} as keys of layer {layer}, by its "
             f"configuration, got {key.shape[1]} of width {key.shape[3]}"
         )
-    prefix = state.layers.get(layer)
+    prefix, has_prefix = state.layers.get(layer), layer in state.layers
     if prefix is None:
         empty = query.new_empty(heads, 0, head_dim)
-        prefix_key, prefix_value, gate = empty, empty, None
-    else:
-        prefix_key, prefix_value, _ = prefix
-        gate = prefix.query_gate(query.shape[1])
+        prefix = LayerPrefix(empty, empty)
     state.called.append(layer)
     # What is rotated may have the dtype of the model's input.
-    operands = (query.to(value.dtype), key.to(value.dtype), value, prefix_key, prefix_value)
+    operands = (query.to(value.dtype), key.to(value.dtype), value, prefix.key, prefix.value)
     options: dict[str, Any] = {
         "key_mask": mask.tokens,
         "scale": scaling,
         "dropout_p": dropout,
-        "prefix_dropout_p": (
-            state.prefix_dropout if prefix is not None and module.training else 0.0
-        ),
-        "prefix_gate": gate,
+        "prefix_dropout_p": state.prefix_dropout if has_prefix and module.training else 0.0,
+        "prefix_gate": prefix.query_gate(query.shape[1]),
+        "prefix_index": prefix.prefix_index,
+        "prefix_lengths": prefix.prefix_lengths,
         "backend": state.backend,
     }
     if positions is not None:

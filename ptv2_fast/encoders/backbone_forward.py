@@ -97,6 +97,11 @@ class BackboneForward:
         arguments = {**dict(zip(self._names, args, strict=False)), **kwargs}
         arguments = self.attachment.family.read_arguments(arguments)
         state = _start(self.attachment, arguments, first_token_only)
+        if state.repeat is not None:
+            arguments = {n: _repeated(value, state.repeat.rows) for n, value in arguments.items()}
+            if state.run is None:  # the layers' own code knows one batch
+                self.attachment.repeat_inputs(state.repeat.rows)
+                args, kwargs = (), dict(arguments)
         if self.attachment.family.is_decoder:
             kwargs |= _known_mask(arguments, self._names[: len(args)])
         output = self._run(state, *args, **kwargs)
@@ -221,21 +226,23 @@ def _start(
     attachment: "Attachment", arguments: dict[str, Any], first_token_only: bool
 ) -> PrefixState:
     """Check the arguments of a forward, by name, and make what it hands to the layers."""
-    backbone, config = attachment.backbone, attachment.config
+    backbone = attachment.backbone
     check_arguments(arguments, attachment.model, attachment.family, attachment.positions_taken)
     if backbone.training and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         attachment.check_training()
     if not torch.compiler.is_compiling():
         attachment.vectors.check()
     embeds = arguments.get("inputs_embeds")
+    given = attachment.given()
     state = PrefixState(
-        layers=attachment.encoder.layer_prefixes() if attachment.enabled else {},
-        prefix_dropout=config.prefix_dropout,
+        layers=given.layers,
+        prefix_dropout=given.dropout,
         keep_input_gradient=(embeds is not None and embeds.requires_grad)
         or _gradient_below_layers(attachment),
         num_layers=len(attachment.layers),
         key_shape=(attachment.encoder.num_heads, attachment.encoder.head_dim),
         relative=attachment.relative,
+        repeat=given.repeat,
     )
     state.run = _start_blocks(attachment, arguments, state, first_token_only)
     if state.run is None and backbone.training:
@@ -243,6 +250,11 @@ def _start(
             checkpoint_unless_frozen(attachment.layers)
         refuse_reentrant_checkpointing(attachment.layers)
     return state
+
+
+def _repeated(value: Any, rows: Tensor) -> Any:
+    """An argument for the texts `rows`, int64 [B'], of its batch."""
+    return value[rows] if isinstance(value, Tensor) else value
 
 
 def _known_mask(arguments: dict[str, Any], positional: tuple[str, ...]) -> dict[str, Tensor]:

@@ -114,7 +114,11 @@ class Family:
             )
 
     def positions(
-        self, config: PretrainedConfig, input_ids: Tensor | None, tokens: Tensor, offset: int
+        self,
+        config: PretrainedConfig,
+        input_ids: Tensor | None,
+        tokens: Tensor,
+        offset: int | Tensor,
     ) -> Tensor:
         """Rows of the position table, [B, T], when the first token stands `offset` further.
 
@@ -122,14 +126,19 @@ class Family:
             config: of the backbone.
             input_ids: [B, T]; None for embedded input, whose pads are not known.
             tokens: [B, T, ...], for the shape.
-            offset: number of positions.
+            offset: number of positions; int64 [B, 1] where it differs from text to text.
         """
         first = self.first_position(config)
         if self.pads_keep_position and input_ids is not None:
             is_token = input_ids.ne(first - 1).long()
             return (is_token.cumsum(dim=1) + offset) * is_token + first - 1
-        positions = torch.arange(first + offset, first + offset + tokens.shape[1])
-        return positions.to(tokens.device).expand(tokens.shape[:2])
+        positions = torch.arange(tokens.shape[1], device=tokens.device) + (first + offset)
+        return positions.expand(tokens.shape[:2])
+
+    def pooled(self, backbone: Any, states: Tensor) -> Tensor | None:
+        """What a backbone makes of its last states [B, T, C] besides, [B, C], if anything."""
+        pooler = getattr(backbone, "pooler", None)
+        return None if pooler is None else pooler(states)
 
     def read_arguments(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """The arguments of a backbone's forward, by name, as what follows reads them.
@@ -172,6 +181,12 @@ class AlbertFamily(Family):
         # The quotient of floats, as transformers computes it.
         called = [groups[int(i / (count / len(groups)))] for i in range(count)]
         return [layer for group in called for layer in group.get_submodule("albert_layers")]  # type: ignore[attr-defined]
+
+    def pooled(self, backbone: Any, states: Tensor) -> Tensor | None:
+        """As that of `Family`."""
+        if backbone.pooler is None:
+            return None
+        return backbone.pooler_activation(backbone.pooler(states[:, 0]))
 
 
 class DebertaFamily(Family):

@@ -220,7 +220,21 @@ class FrozenBackbone:
             first_token_only=first_token_only and not shows_layers and not reads_all,
             padded_above=0 if has_convolution else None,
             stand_ins=stand_ins,
+            repeat=state.repeat,
         )
+
+    def share_weights(self, other: "FrozenBackbone") -> None:
+        """Read the weights where another one does whose layers have the same parameters.
+
+        Both would join those of layers with a common input, each in memory of its own.
+        """
+        for own, others in zip(self._forwards, other._forwards, strict=False):
+            own.block = own.block._replace(reader=others.block.reader)
+
+    def join_weights(self) -> None:
+        """Do now, and not in the first forward, what rearranges parameters in memory."""
+        for forward in self._forwards:
+            forward.block.reader.read(forward.block.modules.dtype)
 
     def _dynamic_fallback_reason(self) -> str | None:
         for index, forward in enumerate(self._forwards):

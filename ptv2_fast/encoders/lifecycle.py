@@ -44,8 +44,8 @@ def attach(
     """
     if init_input_ids is not None and config.init != "tokens":
         raise ValueError(f"init_input_ids: expected None with init={config.init!r}, got token ids")
-    family = _check_model(model, config)
-    encoder = _make_encoder(model, family, config)
+    family = check_model(model, config)
+    encoder = make_encoder(model, family, config)
     if config.init == "tokens":
         encoder.set_layers(token_prefix(model, family, encoder, init_input_ids))
     Attachment(model, family, encoder)
@@ -54,8 +54,8 @@ def attach(
 
 def attach_uninitialised(model: PreTrainedModel, config: PTuningV2Config) -> Attachment:
     """Attach a prefix whose values the caller is about to overwrite."""
-    family = _check_model(model, config)
-    return Attachment(model, family, _make_encoder(model, family, config))
+    family = check_model(model, config)
+    return Attachment(model, family, make_encoder(model, family, config))
 
 
 def detach(model: PreTrainedModel) -> PreTrainedModel:
@@ -131,7 +131,12 @@ def require_attachment(model: nn.Module) -> Attachment:
     return attachment
 
 
-def _check_model(model: PreTrainedModel, config: PTuningV2Config) -> Family:
+def check_model(model: PreTrainedModel, config: PTuningV2Config) -> Family:
+    """The family of a model that can carry this prefix.
+
+    Raises:
+        ValueError: as `attach`.
+    """
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             "model: expected a transformers PreTrainedModel (attach before compiling or wrapping "
@@ -160,7 +165,12 @@ def _check_model(model: PreTrainedModel, config: PTuningV2Config) -> Family:
     return family
 
 
-def _make_encoder(model: PreTrainedModel, family: Family, config: PTuningV2Config) -> PrefixEncoder:
+def make_encoder(model: PreTrainedModel, family: Family, config: PTuningV2Config) -> PrefixEncoder:
+    """A new prefix on a model's device.
+
+    Raises:
+        ValueError: for heads that the operator does not serve.
+    """
     heads, head_dim = family.key_shape(model.config)
     if head_dim % 8 != 0 or head_dim > 256:
         raise ValueError(

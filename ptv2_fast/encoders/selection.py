@@ -107,3 +107,8 @@ def _qualified(model: PreTrainedModel, names: list[str] | tuple[str, ...]) -> tu
     """Prefixes of the state dict's keys below the named parts of the backbone."""
     base = "" if model.base_model is model else model.base_model_prefix + "."
     return tuple(f"{base}{name}." for name in names)
+
+
+def frozen_stems(model: PreTrainedModel, family: Family) -> tuple[str, ...]:
+    """What the names of tensors begin with that no adapter holds, but by `modules_to_save`."""
+    return _qualified(model, family.frozen)

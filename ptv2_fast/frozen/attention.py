@@ -35,9 +35,9 @@ class BlockAttention:
         self,
         call: BlockCall,
         tensors: BlockTensors,
-        prefix_key: Tensor,  # [1, key_value_heads, P, head_dim]
+        prefix_key: Tensor,  # [R, key_value_heads, P, head_dim]
         prefix_value: Tensor,
-        prefix_gate: Tensor | None,  # [1, heads]
+        prefix_gate: Tensor | None,  # [R, heads]
         ops: Any,
         suffix: str,
     ) -> None:
@@ -229,6 +229,10 @@ class BlockAttention:
             query = self._normalised(query, query_norm, self.rows)
             key = None if key is None else self._normalised(key, key_norm)
         context = self.tensors.context_lengths
+        bank: dict[str, Any] = {
+            "prefix_index": self.tensors.prefix_index,
+            "prefix_lengths": self.tensors.prefix_lengths,
+        }
         if self.rows is None:
             options = Options(
                 None, self.tensors.seed, *dropout, cu_seqlens=starts, max_seqlen=call.max_seqlen,
@@ -236,7 +240,7 @@ class BlockAttention:
                 window=-1 if spec.window is None else spec.window, bias=self.tensors.bias,
                 position_key=self.tensors.position_key,
                 position_query=self.tensors.position_query,
-                position_slots=self.tensors.position_slots, prefix_gate=self.gate,
+                position_slots=self.tensors.position_slots, prefix_gate=self.gate, **bank,
             )  # fmt: skip
             # Without keys the prefix alone has a gradient, and nothing is read from these.
             if key is None or value is None:
@@ -251,7 +255,9 @@ class BlockAttention:
             if context is not None:
                 mask &= columns < context.clamp(min=1)[:, None]
             bias = None if self.tensors.bias is None else self.tensors.bias[:, :, :1]
-            options = Options(mask, self.tensors.seed, *dropout, bias=bias, prefix_gate=self.gate)
+            options = Options(
+                mask, self.tensors.seed, *dropout, bias=bias, prefix_gate=self.gate, **bank
+            )
             query = query.unsqueeze(2)
             if key is None or value is None:
                 part = query[:, : self.key_value_heads]

@@ -74,16 +74,19 @@ def run_block(
         residual: [N, hidden] in the dtype of the residual stream.
         input: of the attention, likewise; None = the residual.
         prefix_key, prefix_value: [key_value_heads, P, head_dim]; P may be 0. Cast to the products'
-            dtype.
-        prefix_gate: [heads], as `prefix_attention` takes it, or None.
+            dtype. With `tensors.prefix_index` a bank, [R, key_value_heads, P, head_dim].
+        prefix_gate: [heads] or [R, heads], as `prefix_attention` takes it, or None.
         call, tensors: see there.
         vectors: that train; their values are those of the call's weights and norms.
     """
     dtype = call.weights.dtype
     call = call._replace(weights=call.weights.for_forward())
-    prefix_key, prefix_value = prefix_key.to(dtype)[None], prefix_value.to(dtype)[None]
+    prefix_key, prefix_value = prefix_key.to(dtype), prefix_value.to(dtype)
     if prefix_gate is not None:
-        prefix_gate = prefix_gate.to(torch.promote_types(dtype, torch.float32))[None]
+        prefix_gate = prefix_gate.to(torch.promote_types(dtype, torch.float32))
+    if tensors.prefix_index is None:  # a bank of one row
+        prefix_key, prefix_value = prefix_key[None], prefix_value[None]
+        prefix_gate = None if prefix_gate is None else prefix_gate[None]
     arguments = (residual, input, prefix_key, prefix_value, prefix_gate)
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (*arguments, *vectors)

@@ -68,3 +68,5 @@ class BlockTensors(NamedTuple):
     position_key: Tensor | None = None  # as in `Positions`
     position_query: Tensor | None = None
     position_slots: Tensor | None = None
+    prefix_index: Tensor | None = None  # int32 [B] and [R], of a bank of prefixes
+    prefix_lengths: Tensor | None = None

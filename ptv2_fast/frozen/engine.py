@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ptv2_fast.frozen.block import BlockResult, run_block
 from ptv2_fast.frozen.call import AttentionInputs, BlockCall, BlockTensors, Dropout
-from ptv2_fast.frozen.layout import Layout
+from ptv2_fast.frozen.layout import Layout, Repeat, repeat_sequences
 from ptv2_fast.frozen.memory import choose_policies
 from ptv2_fast.frozen.modules import BlockModules, Norm, read_norm
 from ptv2_fast.frozen.spec import Surroundings
@@ -23,7 +23,7 @@ from ptv2_fast.frozen.vectors import (
     trains_projections,
 )
 from ptv2_fast.frozen.weights import BlockWeights, WeightReader
-from ptv2_fast.prefix import LayerPrefix
+from ptv2_fast.prefix import BankPrefix, LayerPrefix
 
 # Tokens that go through a feed-forward network at a time: its 4 x hidden activations neither set
 # the peak of memory nor leave the last cache, and the products are as fast as whole ones.
@@ -71,6 +71,8 @@ class FrozenRun:
         context_lengths: int32 [B], of rows that all of a sequence see, or None: see
             `prefix_attention`.
         stand_ins: what trains of the prefixed layers.
+        repeat: from a layer on the batch is another one, whose rows read the texts of this one; not
+            with `padded_above` in front of that layer.
     """
 
     layout: Layout
@@ -84,6 +86,7 @@ class FrozenRun:
     context_lengths: Tensor | None = None
     padded_above: int | None = None
     stand_ins: StandIns = field(default_factory=dict)
+    repeat: Repeat | None = None
     _seeds: Tensor | None = None
     _policies: tuple[str, ...] | None = None
     _handover: Handover | None = field(default=None, repr=False)
@@ -93,7 +96,7 @@ class FrozenRun:
         self,
         index: int,
         hidden: Tensor,
-        prefix: LayerPrefix | None,
+        prefix: LayerPrefix | BankPrefix | None,
         block: Block,
         above: BlockModules | None,
         inputs: AttentionInputs,
@@ -122,6 +125,8 @@ class FrozenRun:
         is_padded_below = self.padded_above is not None and index == self.padded_above + 1
         if index == 0 or self.unpack_each or is_padded_below:
             hidden = self.layout.pack(hidden)
+        if self.repeat is not None and index == self.repeat.layer:
+            hidden, handed = self._repeat(hidden, self.repeat.rows), None
         weights = block.reader.read(products_dtype(hidden, modules))
         # Under autocast the products have its dtype and the rest has the weights' own.
         hidden = hidden.to(modules.dtype)
@@ -162,6 +167,7 @@ class FrozenRun:
             next_norm=next_norm,
             previous_norm=None if previous is None else previous.norm,
         )
+        position_key, position_query, position_slots = inputs.positions or (None, None, None)
         tensors = BlockTensors(
             self.layout.cu_seqlens,
             self.layout.coordinates,
@@ -171,10 +177,16 @@ class FrozenRun:
             *self._rotary_rows(inputs, spec.rotary),
             inputs.bias,
             self.context_lengths,
-            *(inputs.positions or ()),
+            position_key,
+            position_query,
+            position_slots,
+            prefix.prefix_index,
+            prefix.prefix_lengths,
         )
         gate = prefix.query_gate(modules.heads)
-        result = run_block(hidden, attention_input, *prefix[:2], gate, call, tensors, vectors)
+        result = run_block(
+            hidden, attention_input, prefix.key, prefix.value, gate, call, tensors, vectors
+        )
         out = result.residual
         if call.first_token_only:
             return self.layout.unpack_first_tokens(out)
@@ -183,6 +195,14 @@ class FrozenRun:
         if not is_last and result.stats is not None:
             self._handover = Handover(out, _version(out), result)
         return out
+
+    def _repeat(self, hidden: Tensor, rows: Tensor) -> Tensor:
+        """The input of a layer and all that follows for the sequences `rows`, int64 [B']."""
+        self.layout, hidden = repeat_sequences(self.layout, hidden, rows)
+        self._angles.clear()
+        if self.context_lengths is not None:
+            self.context_lengths = self.context_lengths[rows]
+        return hidden
 
     def _first_norm(self, hidden: Tensor, modules: BlockModules, weights: BlockWeights) -> Tensor:
         """The attention's input in a pre-norm block that no block below hands one to."""
@@ -205,14 +225,19 @@ class FrozenRun:
         if id(given) not in self._angles:
             once = slice(given.shape[-1] // 2) if pairs == "half" else slice(None, None, 2)
             rows = (
-                self.layout.pack(
-                    cast(Tensor, angle)[..., once].float().expand(self.layout.shape[0], -1, -1)
-                )
+                self.layout.pack(self._of_sequences(cast(Tensor, angle)[..., once].float()))
                 for angle in (given, inputs.sine)
             )
             self._angles[id(given)] = (given, *rows)  # kept, so that its id stays its own
         _, cosine, sine = self._angles[id(given)]
         return cosine, sine
+
+    def _of_sequences(self, given: Tensor) -> Tensor:
+        """[1 or number of texts, T, C], as transformers gives it, for each sequence of now."""
+        batch = self.layout.shape[0]
+        if self.repeat is not None and len(given) not in (1, batch):
+            given = given[self.repeat.rows]
+        return given.expand(batch, -1, -1)
 
     def _policy(self, index: int, hidden: Tensor, dtype: torch.dtype, modules: BlockModules) -> str:
         if self.memory_budget is None:

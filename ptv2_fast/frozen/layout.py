@@ -1,6 +1,7 @@
 """The packed layout of one batch: which tokens are attended, one behind the other, and back."""
 
 from dataclasses import dataclass
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +58,43 @@ class Layout:
         """[B, C], one row of each sequence -> [B, T, C], zeros behind the first token."""
         zeros = rows.new_zeros(self.shape[0], self.shape[1] - 1, rows.shape[1])
         return torch.cat((rows[:, None], zeros), dim=1)
+
+
+class Repeat(NamedTuple):
+    """Several rows that read one text: it runs once below a layer, and each row from there on.
+
+    `layer`: the lowest one that differs from row to row. `rows`: int64 [B'], the text of each row.
+    """
+
+    layer: int
+    rows: Tensor
+
+
+def repeat_sequences(layout: Layout, packed: Tensor, rows: Tensor) -> tuple[Layout, Tensor]:
+    """The layout and the packed rows of a batch whose sequences are `rows`, int64 [B'], of another.
+
+    Args:
+        layout: of the texts.
+        packed: [rows, C] in it.
+    """
+    batch, tokens = layout.shape
+    if layout.index is None:
+        repeated = full_layout(len(rows), tokens, rows.device)
+        return repeated, _with_rows(
+            packed[: layout.tokens].view(batch, tokens, -1)[rows].flatten(0, 1)
+        )
+    is_token = torch.zeros(batch * tokens, dtype=torch.bool, device=rows.device)
+    is_token[layout.index] = True
+    # Every text has a first token, as those of `layout` have.
+    repeated = cast(Layout, masked_layout(is_token.view(batch, tokens)[rows]))
+    if repeated.index is None:  # no text with padding is among them
+        places = torch.arange(repeated.tokens, device=rows.device)
+    else:
+        places = repeated.index
+    row_of = torch.zeros_like(is_token, dtype=torch.int64)
+    row_of[layout.index] = torch.arange(layout.tokens, device=rows.device)
+    source = row_of[rows[places // tokens] * tokens + places % tokens]
+    return repeated, _with_rows(packed[source])
 
 
 def full_layout(batch: int, tokens: int, device: torch.device) -> Layout:

@@ -7,7 +7,7 @@ import shutil
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import transformers
@@ -189,6 +189,46 @@ class TrainedRun:
     max_length: int
 
 
+class OpenedRun(NamedTuple):
+    """What a finished run says about itself.
+
+    Attributes:
+        folder: of the run.
+        checkpoint: the one that is named instead of what the run ended with, or None.
+    """
+
+    folder: Path
+    checkpoint: Path | None
+    config: RunConfig
+    task: Task
+    labels: list[str]
+    max_length: int
+
+    @property
+    def adapter(self) -> Path:
+        """The folder of the adapter that a run of P-Tuning v2 trained."""
+        return self.checkpoint or self.folder / run_folder.ADAPTER
+
+
+def open_run(folder: Path, changes: dict[str, Any] | None = None) -> OpenedRun:
+    """Read what a run is, without its model.
+
+    Args:
+        folder: of the run, or of one of its checkpoints.
+        changes: data options to use instead of the run's, such as other columns.
+
+    Raises:
+        ValueError, OSError: for a folder without a run.
+    """
+    folder, checkpoint = find_run(folder)
+    config, found = run_folder.read_run_config(folder)
+    # How the run was carried out is not what it is: its cache may be anywhere.
+    own = {"feature_cache": None, "preprocessing_num_workers": 1}
+    task = make_task(dataclasses.replace(config.data, **own, **(changes or {})))
+    task.remember(found)
+    return OpenedRun(folder, checkpoint, config, task, found["labels"], found["max_length"])
+
+
 def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
     """Load what a run trained, in eval mode; the folder runs no code and names no place to write.
 
@@ -200,13 +240,9 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
         ValueError, OSError: for a folder without a finished run, a corrupt or foreign adapter, or
             a pretrained model that is gone.
     """
-    folder, checkpoint = find_run(folder)
-    config, found = run_folder.read_run_config(folder)
-    # How the run was carried out is not what it is: its cache may be anywhere.
-    own = {"feature_cache": None, "preprocessing_num_workers": 1}
-    data = dataclasses.replace(config.data, **own, **(changes or {}))
-    task, labels, method = make_task(data), found["labels"], config.model.method
-    task.remember(found)
+    opened = open_run(folder, changes)
+    folder, checkpoint, config, task, labels, max_length = opened
+    method = config.model.method
     tokenizer = load_tokenizer(folder / run_folder.TOKENIZER)
     if method == "fine-tuning":
         directory = checkpoint or folder / run_folder.MODEL
@@ -234,14 +270,14 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
         fit_padding(model.config, tokenizer)
         drop_unknown_inputs(tokenizer, model)
         if method == "p-tuning-v2":
-            load_adapter(model, checkpoint or folder / run_folder.ADAPTER)
+            load_adapter(model, opened.adapter)
         elif checkpoint is not None:
             raise ValueError(f"run: expected a finished run of {method}, got its {checkpoint.name}")
         else:
             _load_tensors(model, config.model, folder / run_folder.TRAINED)
     if torch.cuda.is_available():
         model.cuda()
-    return TrainedRun(config, task, model.eval(), tokenizer, labels, found["max_length"])
+    return TrainedRun(config, task, model.eval(), tokenizer, labels, max_length)
 
 
 def _model_class(task: Task) -> Any:

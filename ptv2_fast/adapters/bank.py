@@ -1,0 +1,391 @@
+"""Many adapters on one encoder: each row of a batch reads the prefix of its own, in one pass."""
+
+import json
+import os
+import re
+import threading
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.adapters.bank_members import Adapt, Member, Place
+from ptv2_fast.adapters.bank_models import check_same_weights, find_class
+from ptv2_fast.adapters.bank_prefixes import stack_prefixes
+from ptv2_fast.adapters.loading import check_same_model, read_config, read_labels
+from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
+from ptv2_fast.encoders.adapter_files import read_adapter
+from ptv2_fast.encoders.bank_attachment import BankCall, Repeat, attach_bank
+from ptv2_fast.encoders.lifecycle import require_attachment
+
+BASE = "__base__"
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+
+
+class Row(NamedTuple):
+    """One result of a batch: the text that it is of, and its adapter, None for the bare encoder."""
+
+    text: int
+    member: Member | None
+
+
+class PrefixBank:
+    """Adapters that share one encoder, without what runs know of their tasks; see `AdapterBank`."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        backbone: str = "auto",
+    ) -> None:
+        if not isinstance(model, PreTrainedModel):
+            raise ValueError(
+                f"model: expected a model of transformers, got a {type(model).__name__}"
+            )
+        moves = {name: to for name, to in (("device", device), ("dtype", dtype)) if to is not None}
+        nn.Module.to(model, **moves)  # type: ignore[call-overload]
+        model.requires_grad_(False).eval()
+        self._plain: PreTrainedModel = model.base_model  # type: ignore[assignment]
+        self._shared = attach_bank(self._plain, backbone)
+        # Replaced, never changed: a forward reads the one that is there when it starts.
+        self._members: dict[str, Member] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters, in the order in which they came."""
+        return tuple(self._members)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the encoder is, and its inputs have to be."""
+        return self._plain.device
+
+    def labels(self, name: str) -> list[str] | None:
+        """The labels of an adapter by number; None for numbers, places, choices and states.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        return self._find(self._members, name).labels
+
+    def load(self, name: str, folder: str | os.PathLike, is_trainable: bool = False) -> None:
+        """Load the adapter in a folder that `save_adapter` or Trainer wrote.
+
+        Args:
+            name: by which rows ask for it.
+            folder: of the adapter.
+            is_trainable: keep the MLP of a prefix that has one, so that it can train; otherwise it
+                is folded into a table.
+
+        Raises:
+            ValueError: for a bad name, or one that is there already; and as `load_adapter`.
+        """
+        self._check_new(name)
+        description, tensors = read_adapter(folder)
+        self._put(name, description, tensors, folder, is_trainable)
+
+    def add(self, name: str, attached_model: PreTrainedModel) -> None:
+        """Take a copy of the adapter of an attached model.
+
+        Raises:
+            ValueError: for a bad name, or one that is there already; a model that is not attached,
+                or differs from the bank's encoder in its sizes or frozen weights.
+        """
+        self._check_new(name)
+        attachment = require_attachment(attached_model)
+        description = json.loads(json.dumps(describe_adapter(attachment)))
+        tensors = {n: t.detach() for n, t in written_tensors(attachment).items()}
+        check_same_model(description, self._plain, with_head=False)
+        check_same_weights(attached_model, self._plain, tensors)
+        is_trainable = not attachment.config.inference_mode
+        self._put(name, description, tensors, f"model {name}", is_trainable, type(attached_model))
+
+    def unload(self, name: str) -> None:
+        """Forget an adapter; forwards that run already finish with it.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        with self._lock:
+            self._find(self._members, name)
+            self._members = {n: member for n, member in self._members.items() if n != name}
+
+    def save(self, name: str, folder: str | os.PathLike) -> None:
+        """Write an adapter as `save_adapter` does; a folded projection as the table that it gave.
+
+        Raises:
+            ValueError: for an unknown name, or a file in the place of the folder.
+        """
+        self._find(self._members, name).save(folder)
+
+    def train_mode(self, names: Iterable[str] = ()) -> None:
+        """Train these adapters, prefix and head, and no others; the encoder's dropout is on.
+
+        Without names all is as before: nothing trains and there is no dropout.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        members, wanted = self._members, list(names)
+        chosen = [self._find(members, name) for name in wanted]
+        for member in members.values():
+            member.train(any(member is each for each in chosen))
+        self._shared.model.train(bool(chosen))
+
+    def parameters_of(self, name: str) -> list[nn.Parameter]:
+        """The parameters of an adapter: of its prefix and of its head.
+
+        Raises:
+            ValueError: for an unknown name.
+        """
+        return self._find(self._members, name).parameters
+
+    def __call__(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        adapter_names: Sequence[str | Sequence[str]] | None = None,
+        token_type_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        **more: Tensor | None,
+    ) -> list[Any]:
+        """Run each text with its adapter, all in one pass of the encoder.
+
+        Adapters whose layers differ from the encoder's (trained biases, norms, low-rank updates,
+        `modules_to_save` inside it, added tokens) run in a pass of their own.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], 0 for padding.
+            adapter_names: the adapter of each text, "__base__" for the encoder alone; or a list of
+                adapters, which all read this text: what is below the lowest layer with a prefix
+                runs once for it.
+            token_type_ids: [B, T].
+            inputs_embeds: [B, T, C], instead of `input_ids`.
+            more: tensors [B, ...] that the encoder takes besides.
+
+        Returns:
+            One result for each text, or a list of them where it has a list of adapters: logits
+            [labels] (a regression's has one), of each token [tokens, labels], of the start and the
+            end of an answer [tokens, 2], or hidden states [tokens, C], without padding. A row for
+            an adapter of multiple choice is one choice of an example, and gives its score, [].
+
+        Raises:
+            ValueError: for an unknown adapter, before anything runs; for bad inputs.
+        """
+        given = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "inputs_embeds": inputs_embeds,
+            **more,
+        }
+        inputs = {name: tensor for name, tensor in given.items() if tensor is not None}
+        return self._forward(self._members, inputs, adapter_names)
+
+    def _forward(
+        self,
+        members: dict[str, Member],
+        inputs: dict[str, Tensor],
+        adapter_names: Sequence[str | Sequence[str]] | None,
+    ) -> list[Any]:
+        """A call, with the adapters that were there at its start."""
+        batch = _check_inputs(inputs)
+        if adapter_names is None or isinstance(adapter_names, str) or len(adapter_names) != batch:
+            raise ValueError(
+                f"adapter_names: expected one for each of {batch} texts, got {adapter_names!r:.100}"
+            )
+        each = [[names] if isinstance(names, str) else list(names) for names in adapter_names]
+        rows = [
+            Row(text, None if name == BASE else self._find(members, name))
+            for text, names in enumerate(each)
+            for name in names
+        ]
+        self._check_lengths(inputs, rows)
+        places = _places_of(inputs.get("attention_mask"), batch)
+        results: list[Any] = [None] * len(rows)
+        for group in _passes(rows, self._shared.model.training):
+            chosen = [rows[number] for number in group]
+            for number, result in zip(group, self._run(chosen, inputs, places), strict=True):
+                results[number] = result
+        found = iter(results)
+        return [
+            next(found) if isinstance(names, str) else [next(found) for _ in names]
+            for names in adapter_names
+        ]
+
+    def _find(self, members: dict[str, Member], name: str) -> Member:
+        if not isinstance(name, str) or name not in members:
+            raise ValueError(
+                f"adapter_names: expected {BASE!r} or one of {list(members)!r:.300}, got "
+                f"{name!r:.100}"
+            )
+        return members[name]
+
+    def _check_new(self, name: str) -> None:
+        if not isinstance(name, str) or not _NAME.fullmatch(name) or name == BASE:
+            raise ValueError(
+                f"name: expected 1 to 128 letters, digits, dots, hyphens and underscores, and not "
+                f"{BASE!r}, got {name!r:.200}"
+            )
+        if name in self._members:
+            raise ValueError(f"name: expected a new one, got {name!r}; unload that one first")
+
+    def _put(
+        self,
+        name: str,
+        description: dict[str, Any],
+        tensors: dict[str, Tensor],
+        place: str | os.PathLike,
+        is_trainable: bool,
+        kind: type[PreTrainedModel] | None = None,
+        adapt: Adapt | None = None,
+        run: Any = None,
+    ) -> None:
+        read_config(description, place)
+        read_labels(description, place)
+        check_same_model(description, self._plain, with_head=False)
+        kind = kind or find_class(self._plain, description["model_class"], place)
+        member = Member(self._shared, self._plain, kind, description, tensors, place, is_trainable,
+                        adapt)  # fmt: skip
+        member.train(False)
+        member.run_of = run
+        with self._lock:
+            self._check_new(name)
+            self._members = {**self._members, name: member}
+
+    def _check_lengths(self, inputs: dict[str, Tensor], rows: list[Row]) -> None:
+        """Check that each text and the positions in front of it fit into the encoder's table.
+
+        Raises:
+            ValueError: naming the first that does not.
+        """
+        family, config = self._shared.family, self._plain.config
+        offsets = [0 if row.member is None else row.member.offset for row in rows]
+        tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
+        limit = family.max_positions(config) if family.has_position_table(config) else None
+        if limit is None or tokens.shape[1] + max(offsets, default=0) <= limit:
+            return
+        if "position_ids" in inputs:
+            return
+        if family.pads_keep_position and "input_ids" in inputs:
+            lengths = tokens.ne(config.pad_token_id).sum(dim=1).tolist()
+        elif "attention_mask" in inputs:
+            columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+            lengths = (inputs["attention_mask"].bool() * columns).amax(dim=1).tolist()
+        else:
+            lengths = [tokens.shape[1]] * len(tokens)
+        for row, offset in zip(rows, offsets, strict=True):
+            if lengths[row.text] + offset > limit:
+                raise ValueError(
+                    f"input_ids: expected at most {limit - offset} tokens in text {row.text}, got "
+                    f"{lengths[row.text]}; the encoder has {limit} positions, and the prefix of "
+                    f"its adapter takes {offset} of them"
+                )
+
+    def _run(self, rows: list[Row], inputs: dict[str, Tensor], places: list[Place]) -> list[Tensor]:
+        """The results of rows that share a pass."""
+        texts = [row.text for row in rows]
+        first = rows[0].member
+        if first is not None and first.runs_alone:
+            return first.run(_select(inputs, texts), [places[text] for text in texts])
+        states = self._states(rows, inputs)
+        results: list[Any] = [None] * len(rows)
+        for member in dict.fromkeys(row.member for row in rows):
+            numbers = [number for number, row in enumerate(rows) if row.member is member]
+            own, cut = [texts[number] for number in numbers], [places[texts[n]] for n in numbers]
+            chosen = states if len(numbers) == len(rows) else states[numbers]
+            if member is None:
+                found = [state[place] for state, place in zip(chosen, cut, strict=True)]
+            else:
+                found = member.read(chosen, _select(inputs, own), cut)
+            for number, result in zip(numbers, found, strict=True):
+                results[number] = result
+        return results
+
+    def _states(self, rows: list[Row], inputs: dict[str, Tensor]) -> Tensor:
+        """The encoder's last states of each row, [rows, T, C], in one pass."""
+        shared = self._shared
+        members = list(dict.fromkeys(row.member for row in rows))
+        number_of = {member: number for number, member in enumerate(members)}
+        layers = stack_prefixes(
+            [{} if member is None else member.layers() for member in members],
+            [number_of[row.member] for row in rows],
+            self.device,
+            self._plain.dtype,
+        )
+        # Texts that start at the same position are the same below the lowest prefix.
+        starts = [(row.text, 0 if row.member is None else row.member.offset) for row in rows]
+        once = list(dict.fromkeys(starts))
+        lowest = min(layers, default=len(shared.layers) - 1)
+        # A convolution behind the first layer reads the batch of the embeddings.
+        has_convolution = shared.relative is not None and shared.relative.has_convolution
+        repeat = None
+        if len(once) < len(starts) and not (has_convolution and lowest == 0):
+            places = {start: place for place, start in enumerate(once)}
+            texts = torch.tensor([places[start] for start in starts], device=self.device)
+            repeat, starts = Repeat(lowest, texts), once
+        offsets = [offset for _, offset in starts]
+        call = BankCall(
+            layers,
+            torch.tensor(offsets, device=self.device)[:, None] if any(offsets) else None,
+            0.0 if rows[0].member is None else rows[0].member.prefix_dropout,
+            repeat,
+            all(row.member is not None and row.member.first_token_only for row in rows),
+        )
+        return shared.run(call, **_select(inputs, [text for text, _ in starts]))
+
+
+def _check_inputs(inputs: dict[str, Tensor]) -> int:
+    """The number of texts.
+
+    Raises:
+        ValueError: for what is no tensor of as many texts as the others.
+    """
+    tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
+    if len(tokens) != 1:
+        raise ValueError("input_ids: expected these or inputs_embeds, got both or neither")
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor) or tensor.dim() < 1 or len(tensor) != len(tokens[0]):
+            shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: expected a tensor of {len(tokens[0])} texts, got {shape}")
+    return len(tokens[0])
+
+
+def _select(inputs: dict[str, Tensor], texts: list[int]) -> dict[str, Tensor]:
+    if all(len(tensor) == len(texts) for tensor in inputs.values()) and texts == [
+        *range(len(texts))
+    ]:
+        return inputs
+    return {name: tensor[texts] for name, tensor in inputs.items()}
+
+
+def _places_of(mask: Tensor | None, batch: int) -> list[Place]:
+    """Where the tokens of each text are."""
+    if mask is None:
+        return [slice(None)] * batch
+    mask = mask.bool()
+    is_right_padded = (mask[:, 1:] <= mask[:, :-1]).all()
+    # One copy to the host for all.
+    *lengths, is_right = torch.cat((mask.sum(dim=1), is_right_padded.long()[None])).tolist()
+    return [slice(length) for length in lengths] if is_right else list(mask.unbind(0))
+
+
+def _passes(rows: list[Row], is_training: bool) -> list[list[int]]:
+    """The numbers of the rows of each pass.
+
+    In training, adapters of one pass have one probability of dropout on their prefix.
+    """
+    passes: dict[Any, list[int]] = {}
+    for number, (_, member) in enumerate(rows):
+        key: Any = 0.0
+        if member is not None and member.runs_alone:
+            key = member
+        elif member is not None and is_training:
+            key = member.prefix_dropout
+        passes.setdefault(key, []).append(number)
+    return list(passes.values())

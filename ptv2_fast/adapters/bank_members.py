@@ -1,0 +1,221 @@
+"""The adapters of a bank, each with its prefix and its head, and what heads make of states."""
+
+import contextlib
+import inspect
+import os
+import threading
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ptv2_fast.adapters.bank_models import model_around
+from ptv2_fast.adapters.loading import put_adapter, read_labels, save_adapter
+from ptv2_fast.encoders.adapter_content import describe_adapter
+from ptv2_fast.encoders.adapter_files import write_adapter
+from ptv2_fast.encoders.attachment import Attachment
+from ptv2_fast.encoders.bank_attachment import BankAttachment, GivenStates
+from ptv2_fast.encoders.first_token import reads_first_token_only
+from ptv2_fast.encoders.lifecycle import require_attachment
+from ptv2_fast.encoders.pads import reads_pads
+from ptv2_fast.encoders.selection import ENCODER_NAME, frozen_stems
+from ptv2_fast.encoders.vocabulary import ROWS_NAME
+from ptv2_fast.prefix import LayerPrefix
+
+# What is done to a model of an adapter's class before the adapter is loaded.
+Adapt = Callable[[PreTrainedModel], None]
+# Where the tokens of a row are in its columns.
+Place = slice | Tensor
+
+
+class Member:
+    """One adapter of a bank.
+
+    Args:
+        shared: the bank's backbone.
+        backbone: the same without prefixes.
+        kind: class of the adapter's model.
+        description: what the adapter says about itself.
+        tensors: of the adapter.
+        place: where it is from, for messages.
+        keep_projection: do not fold that of its prefix, so that it can train.
+        adapt: see there.
+
+    Attributes:
+        model: of its class, without encoder layers where it shares the bank's pass.
+        encoder: its prefix.
+        runs_alone: its layers differ from those of the bank.
+        offset: positions in front of its first token.
+        prefix_dropout: in training.
+        first_token_only: its head reads the first token's state and no other.
+        labels: by number; None where the results are numbers, places or states.
+        run_of: what is known of the run that trained it, if anything.
+
+    Raises:
+        ValueError: as `load_adapter`.
+    """
+
+    run_of: Any = None
+
+    def __init__(
+        self,
+        shared: BankAttachment,
+        backbone: PreTrainedModel,
+        kind: type[PreTrainedModel],
+        description: dict[str, Any],
+        tensors: dict[str, Tensor],
+        place: str | os.PathLike,
+        keep_projection: bool,
+        adapt: Adapt | None,
+    ) -> None:
+        labels = read_labels(description, place)
+        has_rows = ROWS_NAME in tensors
+        model = model_around(backbone, kind, tensors, labels)
+        if adapt is not None:
+            adapt(model)
+        put_adapter(model, description, tensors, place)
+        attachment = require_attachment(model)
+        self.model, self.encoder = model, attachment.encoder
+        self.offset = attachment.positions_taken
+        self.prefix_dropout = attachment.config.prefix_dropout
+        self.first_token_only = _reads_first_token_only(attachment)
+        self.labels = _labels_of(model)
+        self._has_choices = type(model).__name__.endswith("ForMultipleChoice")
+        self._reads_pads = reads_pads(model)
+        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._head_names = [n for n in attachment.saved_names if not n.startswith(ENCODER_NAME)]
+        self.runs_alone = has_rows or _differs_inside(attachment)
+        if self.runs_alone:
+            attachment.frozen.share_weights(shared.frozen)
+            for name, parameter in model.named_parameters():
+                if name in self._head_names:
+                    parameter.data = parameter.data.to(backbone.dtype)
+        else:
+            self._take_apart(attachment, keep_projection)
+        # Hooks of a task may keep something from one part of the model to the next.
+        has_hooks = bool(model._forward_pre_hooks)
+        self._lock: Any = threading.Lock() if has_hooks else contextlib.nullcontext()
+
+    def _take_apart(self, attachment: Attachment, keep_projection: bool) -> None:
+        """Leave nothing of the model but its head."""
+        if self.encoder.projection is not None and not keep_projection:
+            self.encoder = self.encoder.fold()
+        self._description = describe_adapter(attachment)
+        has_projection = self.encoder.projection is not None
+        self._description["prefix_config"]["prefix_projection"] = has_projection
+        attachment.undo()
+        self.model.config.return_dict = True
+        self._is_bare = self.model.base_model is self.model
+        self._given = GivenStates(cast(Any, self.model.base_model), attachment.family)
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the prefix and of the head."""
+        encoder = {id(parameter) for parameter in self.encoder.parameters()}
+        of_head = [
+            parameter
+            for name, parameter in self.model.named_parameters()
+            if name in self._head_names and id(parameter) not in encoder
+        ]
+        return [*self.encoder.parameters(), *of_head]
+
+    def train(self, mode: bool) -> None:
+        """Train what the adapter holds, or freeze it."""
+        self.model.train(mode)
+        for parameter in self.parameters:
+            parameter.requires_grad_(mode)
+        if self.runs_alone:
+            require_attachment(self.model).set_trainable(mode)
+
+    def save(self, directory: str | os.PathLike) -> None:
+        """Write the adapter as `save_adapter` does."""
+        if self.runs_alone:
+            save_adapter(self.model, directory)
+            return
+        state = self.model.state_dict()
+        tensors = {name: state[name] for name in self._head_names}
+        tensors |= {f"{ENCODER_NAME}.{n}": t for n, t in self.encoder.state_dict().items()}
+        write_adapter(directory, self._description, tensors)
+
+    def layers(self) -> dict[int, LayerPrefix]:
+        """Layer index -> its prefix."""
+        trains = torch.is_grad_enabled() and any(
+            parameter.requires_grad for parameter in self.encoder.parameters()
+        )
+        return self.encoder.layer_prefixes() if trains else self.encoder.layer_views()
+
+    def read(self, states: Tensor, inputs: dict[str, Tensor], places: list[Place]) -> list[Tensor]:
+        """What the head makes of the backbone's last states, for each row.
+
+        Args:
+            states: [B, T, C].
+            inputs: of these rows.
+            places: of their tokens.
+        """
+        if self._is_bare:
+            return _cut(states, places)
+        states = states.to(self._head_dtype(states.dtype))
+        if not self._reads_pads:
+            with self._given.of(states):
+                return self.run(inputs, places)
+        results = []
+        for row, place in enumerate(places):
+            own = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+            length = states.shape[1]
+            own = {n: t[:, place] if t.shape[1:2] == (length,) else t for n, t in own.items()}
+            with self._given.of(states[row : row + 1, place]):
+                results += self.run(own, [slice(None)])
+        return results
+
+    def run(self, inputs: dict[str, Tensor], places: list[Place]) -> list[Tensor]:
+        """What the model makes of rows, for each."""
+        known = {name: tensor for name, tensor in inputs.items() if name in self._names}
+        if self._has_choices:  # each row is one choice of one example
+            known = {name: tensor[:, None] for name, tensor in known.items()}
+        with self._lock:
+            output = self.model(**known, return_dict=True)
+        if "start_logits" in output:
+            return _cut(torch.stack((output.start_logits, output.end_logits), dim=-1), places)
+        if "logits" not in output:
+            return _cut(output.last_hidden_state, places)
+        logits = output.logits
+        if self._has_choices:
+            return list(logits.squeeze(1).unbind(0))
+        return _cut(logits, places) if logits.dim() == 3 else list(logits.unbind(0))
+
+    def _head_dtype(self, default: torch.dtype) -> torch.dtype:
+        names = set(self._head_names)
+        dtypes = (p.dtype for n, p in self.model.named_parameters() if n in names)
+        return next(dtypes, default)
+
+
+def _cut(rows: Tensor, places: list[Place]) -> list[Tensor]:
+    """[B, T, ...] -> what belongs to the tokens of each row."""
+    return [row[place] for row, place in zip(rows.unbind(0), places, strict=True)]
+
+
+def _differs_inside(attachment: Attachment) -> bool:
+    """Whether something trains, or has trained, inside the frozen part of a model."""
+    config, model = attachment.config, attachment.model
+    stems = frozen_stems(model, attachment.family)
+    inside = any(name.startswith(stems) for name in attachment.saved_names)
+    return inside or config.train_biases or config.train_norms or config.low_rank is not None
+
+
+def _reads_first_token_only(attachment: Attachment) -> bool:
+    model, backbone, family = attachment.model, attachment.backbone, attachment.family
+    if model is backbone:
+        return False
+    exit = backbone.get_submodule(family.exit) if family.exit else None
+    return reads_first_token_only(model, backbone, backbone.get_submodule(family.encoder), exit)
+
+
+def _labels_of(model: PreTrainedModel) -> list[str] | None:
+    config, kind = cast(Any, model.config), type(model).__name__
+    is_number = config.problem_type == "regression" or config.num_labels == 1
+    has_labels = kind.endswith(("ForSequenceClassification", "ForTokenClassification"))
+    if not has_labels or is_number:
+        return None
+    return [config.id2label[number] for number in range(config.num_labels)]

@@ -1,0 +1,133 @@
+"""Texts of several adapters in one batch, and what each task makes of its part of the results."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from ptv2_fast.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class AdapterRun:
+    """What the run of an adapter says about its texts.
+
+    Attributes:
+        max_length: tokens of the longest text.
+    """
+
+    task: Task
+    labels: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    max_length: int
+
+
+class Batch(NamedTuple):
+    """Rows of one adapter.
+
+    `columns`: as the task's collator makes them. `inputs`: those that a model takes, [rows, T],
+    with a row for each choice. `choices`: of each row, None where there are none.
+    """
+
+    columns: dict[str, Tensor]
+    inputs: dict[str, Tensor]
+    choices: int | None
+
+
+class Pooled:
+    """The texts of one adapter among those of others.
+
+    Args:
+        name: of the adapter.
+        run: it comes from.
+        texts: as they were typed.
+
+    Raises:
+        ValueError: for a text that does not fit the task.
+    """
+
+    def __init__(self, name: str, run: AdapterRun, texts: Sequence[str]) -> None:
+        self.name, self.run = name, run
+        task, tokenizer = run.task, run.tokenizer
+        self._features = task.featurize(task.from_texts(texts), tokenizer, None, run.max_length)
+        self.rows = list(self._features.model_inputs(tokenizer, task.label_columns))
+        self._collate = task.collator(tokenizer)
+        self._predicted: list[Any] = [None] * len(self.rows)
+        self._certain: list[Any] = [None] * len(self.rows)
+
+    def sort_key(self, number: int) -> tuple[int, list[int]]:
+        """By length, then by tokens."""
+        ids = self.rows[number]["input_ids"]
+        if ids and isinstance(ids[0], list):
+            return max(map(len, ids)), [token for choice in ids for token in choice]
+        return len(ids), ids
+
+    def batch(self, numbers: list[int]) -> Batch:
+        """Some of the rows."""
+        columns = dict(self._collate([self.rows[number] for number in numbers]))
+        names = [name for name in columns if name not in self.run.task.label_columns]
+        inputs = {name: columns[name] for name in names}
+        choices = None
+        if inputs["input_ids"].dim() == 3:
+            choices = inputs["input_ids"].shape[1]
+            inputs = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
+        return Batch(columns, inputs, choices)
+
+    def take(self, numbers: list[int], batch: Batch, results: list[Tensor]) -> None:
+        """Keep what the task reads in the results of a batch, one for each row of its inputs."""
+        task, labels = self.run.task, self.run.labels
+        outputs = _as_outputs(results, batch)
+        found = task.predictions(outputs, batch.columns, labels)
+        certain = task.certainty(outputs, batch.columns, found)
+        for number, prediction, how in zip(numbers, found, certain, strict=True):
+            self._predicted[number], self._certain[number] = prediction, how
+
+    def lines(self) -> list[dict[str, Any]]:
+        """One result for each text, as it is printed."""
+        task, labels, features = self.run.task, self.run.labels, self._features
+        results = task.results(self._predicted, features, labels)
+        scores = task.scores(self._certain, features)
+        rows = zip(features.examples.table, results, scores, strict=True)
+        return [task.describe(row, one, labels, sure) for row, one, sure in rows]
+
+
+def join_batches(
+    batches: Sequence[tuple[Pooled, list[int], Batch]],
+) -> tuple[dict[str, Tensor], list[str]]:
+    """The inputs of all batches as one, padded on the right, and the adapter of each row."""
+    names = dict.fromkeys(name for _, _, batch in batches for name in batch.inputs)
+    longest = max(batch.inputs["input_ids"].shape[1] for _, _, batch in batches)
+    joined = {}
+    for name in names:
+        parts = []
+        for pooled, _, batch in batches:
+            ids = batch.inputs["input_ids"]
+            part = batch.inputs.get(name, torch.zeros_like(ids))
+            pad = pooled.run.tokenizer.pad_token_id if name == "input_ids" else 0
+            parts.append(nn.functional.pad(part, (0, longest - ids.shape[1]), value=pad))
+        joined[name] = torch.cat(parts)
+    owners = [
+        pooled.name for pooled, _, batch in batches for _ in range(len(batch.inputs["input_ids"]))
+    ]
+    return joined, owners
+
+
+def _as_outputs(results: list[Tensor], batch: Batch) -> Any:
+    """The results of rows as a model gives them for their batch, with padding."""
+    results = [result.cpu() for result in results]
+    if results[0].dim() < 2:
+        logits = torch.stack(results)
+        return SimpleNamespace(
+            logits=logits if batch.choices is None else logits.view(-1, batch.choices)
+        )
+    length = batch.inputs["input_ids"].shape[1]
+    lowest = torch.finfo(results[0].dtype).min
+    logits = torch.stack(
+        [nn.functional.pad(row, (0, 0, 0, length - len(row)), value=lowest) for row in results]
+    )
+    start, end = logits[..., 0], logits[..., -1]
+    return SimpleNamespace(logits=logits, start_logits=start, end_logits=end)
