@@ -73,6 +73,10 @@ class MultipleChoice(OneLabel):
         }
         return keep_columns(table, source, names, optional=() if labelled else ("label",))
 
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return ("text", "choices")
+
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """A text and its choices, with tabs between."""
         check_not_empty(source, len(texts))

@@ -52,6 +52,10 @@ class QuestionAnswering(Task):
         """Not those of the official files, which are one object."""
         return "question" in read_table(part).column_names and super().has_example_rows(part)
 
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return ("question", "context")
+
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Each text is a question and its context with a tab between."""
         check_not_empty(source, len(texts))

@@ -59,6 +59,10 @@ class SemanticRoleLabeling(TokenClassification):
                     f"{tags!r}"
                 )
 
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return ("sentence", "verb")
+
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Words are cut at blanks and around punctuation; the verb follows after a tab."""
         sentences = super().from_texts([text.rpartition("\t")[0] for text in texts], source)

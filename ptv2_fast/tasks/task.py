@@ -213,6 +213,11 @@ class Task(Compared, ABC):
         """Whether the rows of a table can be read apart, by its first part."""
         return len(self.read(part, labelled=False)) == len(read_table(part))
 
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """What the texts are that a typed text has, with tabs between; the last may be several."""
+        return ("text",)
+
     def trainable(self, examples: Examples) -> Examples:
         """The labelled examples that training can use; remarks say which are left out."""
         return examples

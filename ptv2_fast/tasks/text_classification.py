@@ -40,6 +40,10 @@ class TextClassification(OneLabel):
             return self.options.template in self.benchmark.pairs
         return self.options.text_pair_column is not None
 
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return ("text", "second text") if self._takes_pairs else ("text",)
+
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Pairs have a tab between the two texts."""
         check_not_empty(source, len(texts))
