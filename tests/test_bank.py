@@ -1,15 +1,25 @@
 """A bank of adapters: each row of a mixed batch gives what its adapter gives alone."""
 
 import copy
+import json
+import threading
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
+from transformers import AutoModel
 
 import ptv2_fast
 from ptv2_fast import AdapterBank, PTuningV2Config, load_adapter, save_adapter
 from ptv2_fast.encoders.families import FAMILIES
+from ptv2_fast.training.models import load_run
+from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.run import train
+from ptv2_fast.training.scoring import predict_texts
 from tests.models import (
+    HEADS,
     assert_close_to_plain,
     auto_class,
     has_class,
@@ -19,8 +29,12 @@ from tests.models import (
     tiny_config,
     tiny_model,
 )
+from tests.squad_files import question, write_squad
+from tests.tiny_run import save_tiny_model, write_conll, write_reviews
 
-MODEL_TYPES = [name for name in ("bert", "roberta", "modernbert", "deberta-v2") if is_served(name)]
+WHOLE = [name for name in ("bert", "roberta", "modernbert", "deberta-v2") if is_served(name)]
+# Whose heads, or what their backbones hand to them, are each of another kind.
+KINDS = ("albert", "electra", "glm2021", "llama", "t5", "xmod")
 SIZES = {"max_position_embeddings": 130}
 # Name -> head, labels, and what the prefix is.
 ADAPTERS = {
@@ -51,7 +65,7 @@ def with_adapter(plain, head: str, num_labels: int, fields: dict):
     return model.eval()
 
 
-@pytest.fixture(scope="module", params=MODEL_TYPES)
+@pytest.fixture(scope="module", params=WHOLE)
 def case(request, tmp_path_factory):
     """A plain encoder, and models with adapters on it, each saved in a folder of its name."""
     torch.manual_seed(0)
@@ -85,14 +99,36 @@ def texts_of(lengths) -> tuple[Tensor, Tensor]:
     return ids.masked_fill(~mask, 1), mask.long()
 
 
-def result_of(model, ids: Tensor) -> Tensor:
-    """What a model makes of one text, [1, T]."""
-    if type(model).__name__.endswith("ForMultipleChoice"):
-        return model(input_ids=ids[:, None]).logits[0, 0]
-    output = model(input_ids=ids)
+def results_of(model, ids: Tensor, lengths) -> list[Tensor]:
+    """What a model makes of each of some texts, [B, T]."""
+    has_choices = type(model).__name__.endswith("ForMultipleChoice")
+    mask = (torch.arange(ids.shape[1]) < torch.tensor(lengths)[:, None]).long()
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    output = model(**({n: t[:, None] for n, t in inputs.items()} if has_choices else inputs))
+    if has_choices:
+        return list(output.logits[:, 0])
     if "start_logits" in output:
-        return torch.stack((output.start_logits[0], output.end_logits[0]), dim=-1)
-    return output.logits[0] if "logits" in output else output.last_hidden_state[0]
+        whole = torch.stack((output.start_logits, output.end_logits), dim=-1)
+    else:
+        whole = output.logits if "logits" in output else output.last_hidden_state
+    if whole.dim() == 2:
+        return list(whole)
+    return [row[:length] for row, length in zip(whole, lengths, strict=True)]
+
+
+def alone(found: dict, asked: list[str], ids: Tensor, lengths) -> tuple[Tensor, ...]:
+    """What each text's model gives for it, each model run by itself on its own texts."""
+    results: list = [None] * len(asked)
+    for name in dict.fromkeys(asked):
+        own = [number for number, each in enumerate(asked) if each == name]
+        if name == "__base__":  # in ModernBERT's windows, pads of plain transformers are NaN
+            parts = [results_of(found[name], ids[[n], : lengths[n]], [lengths[n]]) for n in own]
+        else:
+            parts = [results_of(found[name], ids[own], [lengths[n] for n in own])]
+        rows = (row for part in parts for row in part)
+        for number, row in zip(own, rows, strict=True):
+            results[number] = row
+    return tuple(results)
 
 
 def test_every_row_equals_its_adapter_alone(case):
@@ -103,16 +139,310 @@ def test_every_row_equals_its_adapter_alone(case):
     ids, mask = texts_of(lengths)
     assert len(set(asked)) == len(names)
 
-    def alone(*copies) -> tuple[Tensor, ...]:
-        found = dict(zip(names, copies, strict=True))
+    def separate(*copies) -> tuple[Tensor, ...]:
         with torch.no_grad():
-            rows = zip(asked, ids, lengths, strict=True)
-            return tuple(result_of(found[name], row[None, :n]) for name, row, n in rows)
+            return alone(dict(zip(names, copies, strict=True)), asked, ids, lengths)
 
-    expected = plain_results(alone, *models.values(), plain)
+    expected = plain_results(separate, *models.values(), plain)
     for how in ("frozen", "hook"):
         bank = bank_of(case, how)
         with torch.no_grad():
             assert_close_to_plain(bank(ids, mask, asked), expected, how)
             reordered = bank(ids.flip(0), mask.flip(0), asked[::-1])[::-1]
             assert_close_to_plain(reordered, expected, f"{how}, another order")
+
+
+def trained_parts(model) -> list[Tensor]:
+    """In the order of `parameters_of`."""
+    head = [p for n, p in model.named_parameters() if p.requires_grad and "prefix_enc" not in n]
+    return [*model.prefix_encoder.parameters(), *head]
+
+
+@pytest.mark.parametrize("model_type", [name for name in KINDS if is_served(name)])
+def test_heads_of_every_kind_read_the_shared_states(model_type):
+    plain = tiny_model(model_type, "bare", **SIZES)
+    bank = AdapterBank(copy.deepcopy(plain))
+    models = {}
+    for number, head in enumerate(head for head in HEADS if has_class(model_type, head)):
+        fields = {"num_virtual_tokens": 1 + 3 * number, "layers": (1, 2) if number else None}
+        num_labels = 2 if head == "question" else 3 + number
+        models[head] = with_adapter(plain, head, num_labels, fields)
+        bank.add(head, models[head])
+    names, lengths = [*models, "__base__"], [9, 5, 7, 3, 8, 6][: len(models) + 1]
+    ids, mask = texts_of(lengths)
+
+    def separate(*copies) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return alone(dict(zip(names, copies, strict=True)), names, ids, lengths)
+
+    with torch.no_grad():
+        actual = bank(ids, mask, names)
+    assert_close_to_plain(actual, plain_results(separate, *models.values(), plain), model_type)
+
+
+@pytest.mark.parametrize("how", ["frozen", "hook"])
+def test_a_mixed_batch_gives_the_gradients_of_separate_runs(how):
+    plain = tiny_model("bert", "bare", **SIZES)
+    chosen = {
+        "pair": ("sequence", 2, {"num_virtual_tokens": 3, "layers": (1, 2)}),
+        "grade": ("sequence", 1, {"num_virtual_tokens": 2, "prefix_projection": True}),
+        "tags": ("token", 4, {"num_virtual_tokens": 9, "prefix_gate": True}),
+        "alone": ("token", 3, {"num_virtual_tokens": 2, "train_biases": True}),
+    }
+    models = {name: with_adapter(plain, *values) for name, values in chosen.items()}
+    bank = AdapterBank(copy.deepcopy(plain), backbone=how)
+    for name, model in models.items():
+        bank.add(name, model)
+    lengths, asked = (7, 3, 9, 4, 6), ["tags", "pair", "grade", "tags", "alone"]
+    ids, mask = texts_of(lengths)
+    bank.train_mode(models)
+    results = bank(ids, mask, asked)
+    grads = [torch.randn(result.shape) for result in results]
+
+    def separate(*copies) -> tuple[Tensor, ...]:
+        found = dict(zip(models, copies, strict=True))
+        results = alone(found, asked, ids, lengths)
+        sum((r * grad).sum() for r, grad in zip(results, grads, strict=True)).backward()
+        return tuple(p.grad for name in models for p in trained_parts(found[name]))
+
+    sum((result * grad).sum() for result, grad in zip(results, grads, strict=True)).backward()
+    actual = tuple(p.grad for name in models for p in bank.parameters_of(name))
+    assert_close_to_plain(actual, plain_results(separate, *models.values()), how)
+    bank.train_mode(["pair"])
+    assert [p.requires_grad for p in bank.parameters_of("tags")].count(True) == 0
+    assert not any(r.requires_grad for r in bank(ids[:2], mask[:2], ["tags", "__base__"]))
+    bank.train_mode()
+    assert not bank(ids, mask, asked)[1].requires_grad
+
+
+@pytest.mark.parametrize("how", ["frozen", "hook"])
+def test_texts_of_several_adapters_run_the_lower_layers_once(how):
+    plain = tiny_model("bert", "bare", **SIZES)
+    bank = AdapterBank(copy.deepcopy(plain), backbone=how)
+    for number, layers in enumerate([(2,), (1, 2), None]):
+        fields = {"num_virtual_tokens": 3, **({"layers": layers} if layers else {})}
+        bank.add(f"a{number}", with_adapter(plain, "token", 3, fields))
+    tokens: list[int] = []  # in each layer
+
+    def count(module, args):
+        states = args[0]
+        tokens.append(states.shape[0] * (states.shape[1] if states.dim() == 3 else 1))
+
+    ids, mask = texts_of((11, 7, 4))
+    expected = [bank(ids, mask, [f"a{n}"] * 3) for n in range(2)]
+    for layer in bank._shared.layers:
+        layer.register_forward_pre_hook(count)
+    results = bank(ids, mask, [["a0", "a1"], "a1", ["a0", "a1"]])
+    # Hooks see padded batches: 3 texts below layer 1, and then 5 rows.
+    assert tokens == ([33, 33, 55] if how == "frozen" else [55, 55, 55])
+    for text, (first, second) in ((0, results[0]), (2, results[2])):
+        torch.testing.assert_close(first, expected[0][text])
+        torch.testing.assert_close(second, expected[1][text])
+    torch.testing.assert_close(results[1], expected[1][1])
+
+
+def test_saved_adapters_load_again(case, tmp_path):
+    plain, models, folder = case
+    bank = bank_of(case)
+    ids, _ = texts_of((9, 5))
+    for name, model in models.items():
+        bank.save(name, tmp_path / name)
+        before = load_file(folder / name / "ptv2_adapter.safetensors")
+        after = load_file(tmp_path / name / "ptv2_adapter.safetensors")
+        if name != "grade":  # whose projection is folded
+            assert before.keys() == after.keys()
+            assert all(torch.equal(before[key], after[key]) for key in before)
+        fresh = type(model)(copy.deepcopy(model.config)).eval()
+        fresh.base_model.load_state_dict(
+            {n: t for n, t in plain.state_dict().items() if n in fresh.base_model.state_dict()},
+            strict=False,
+        )
+        load_adapter(fresh, tmp_path / name)
+        torch.testing.assert_close(results_of(fresh, ids, (9, 5)), results_of(model, ids, (9, 5)))
+    assert bank.labels("pair") == ["LABEL_0", "LABEL_1"]
+    assert len(bank.labels("tags")) == 17
+    assert [bank.labels(name) for name in ("answers", "grade")] == [None, None]
+    assert bank.names == tuple(models)
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """A plain BERT and the folder of an adapter of it."""
+    torch.manual_seed(0)
+    plain, folder = tiny_model("bert", "bare", **SIZES), tmp_path_factory.mktemp("small") / "good"
+    save_adapter(with_adapter(plain, "sequence", 3, {"num_virtual_tokens": 4}), folder)
+    return plain, folder
+
+
+def changed(folder, target, **tensors):
+    """A copy of an adapter with other tensors."""
+    target.mkdir()
+    for file in folder.iterdir():
+        (target / file.name).write_bytes(file.read_bytes())
+    weights = target / "ptv2_adapter.safetensors"
+    save_file({**load_file(weights), **tensors}, weights)
+    return target
+
+
+def test_bad_adapters_are_refused_and_leave_the_bank_as_it_was(small, tmp_path):
+    plain, good = small
+    bank = AdapterBank(copy.deepcopy(plain))
+    bank.load("good", good)
+    others = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    other = tiny_model("bert", "sequence", **others, **SIZES)
+    ptv2_fast.attach(other, PTuningV2Config(num_virtual_tokens=4))
+    save_adapter(other, tmp_path / "other")
+    with pytest.raises(ValueError, match="num_hidden_layers 2 against 3, hidden_size 32 against "
+                                         "16, num_attention_heads 4 against 2"):  # fmt: skip
+        bank.load("other", tmp_path / "other")
+    with pytest.raises(ValueError, match="hidden_size 32 against 16"):
+        bank.add("other", other)
+    roberta = with_adapter(tiny_model("roberta", "bare", **SIZES), "token", 2, {})
+    save_adapter(roberta, tmp_path / "roberta")
+    with pytest.raises(ValueError, match="model_type 'roberta' against 'bert'"):
+        bank.load("roberta", tmp_path / "roberta")
+    wider = tiny_model("bert", "sequence", vocab_size=70, **SIZES)
+    ptv2_fast.attach(wider, PTuningV2Config(num_virtual_tokens=4))
+    save_adapter(wider, tmp_path / "wider")
+    with pytest.raises(ValueError, match=r"vocabulary of 70 tokens .* got 60"):
+        bank.load("wider", tmp_path / "wider")
+    with pytest.raises(ValueError, match="weights of the bank's BertModel, got others in"):
+        bank.add("strange", with_adapter(tiny_model("bert", "bare", **SIZES), "token", 2, {}))
+    weight = load_file(good / "ptv2_adapter.safetensors")["classifier.weight"]
+    for value in (torch.nan, torch.inf):
+        weight[0, 0] = value
+        folder = changed(good, tmp_path / str(value), **{"classifier.weight": weight})
+        with pytest.raises(ValueError, match=r"finite numbers in classifier\.weight"):
+            bank.load("infinite", folder)
+    for name, content in (("short", lambda b: b[:-9]), ("long", lambda b: b + b"more")):
+        folder = changed(good, tmp_path / name)
+        file = folder / "ptv2_adapter.safetensors"
+        file.write_bytes(content(file.read_bytes()))
+        with pytest.raises(ValueError, match="corrupt or truncated safetensors"):
+            bank.load(name, folder)
+    with pytest.raises(ValueError, match="expected a run folder"):
+        bank.load("nothing", tmp_path / "nothing")
+    for name in ("__base__", "", "a b", "../a", "x" * 129, "ä", 3):
+        with pytest.raises(ValueError, match="name: expected 1 to 128 letters"):
+            bank.load(name, good)
+    with pytest.raises(ValueError, match="name: expected a new one, got 'good'"):
+        bank.load("good", good)
+    with pytest.raises(ValueError, match="expected an attached model"):
+        bank.add("plain", plain)
+    with pytest.raises(ValueError, match="expected a model of transformers"):
+        AdapterBank(torch.nn.Linear(2, 2))
+    assert bank.names == ("good",)
+    bank.unload("good")
+    assert bank.names == ()
+    with pytest.raises(ValueError, match="one of \\[\\], got 'good'"):
+        bank.unload("good")
+
+
+def test_bad_calls_are_refused_before_anything_runs(small):
+    plain, good = small
+    bank = AdapterBank(copy.deepcopy(plain))
+    bank.load("good", good)
+    shifted = {"num_virtual_tokens": 100, "position_offset": "prefix"}
+    bank.add("shifted", with_adapter(plain, "sequence", 2, shifted))
+    bank._shared.run = None  # nothing below runs
+    ids, mask = texts_of((40, 20))
+    for inputs, names, message in (
+        ((ids, mask), ["good", "gone"], "adapter_names: expected '__base__' or one of .*'gone'"),
+        ((ids, mask), ["good", ["good", "gone"]], "adapter_names: expected .*'gone'"),
+        ((ids, mask), ["good"], "adapter_names: expected one for each of 2 texts"),
+        ((ids, mask), "good", "adapter_names: expected one for each of 2 texts"),
+        ((ids, mask), None, "adapter_names: expected one for each of 2 texts"),
+        ((None, mask), ["good"] * 2, "input_ids: expected these or inputs_embeds"),
+        ((ids, mask[:1]), ["good"] * 2, "attention_mask: expected a tensor of 2 texts"),
+        ((ids, mask), ["shifted", "good"], "at most 30 tokens in text 0, got 40"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bank(*inputs, names)
+    with pytest.raises(ValueError, match="those of runs, got 'good'"):
+        bank.predict(["a"], "good")
+
+
+def test_a_short_text_may_stand_beside_a_long_one_behind_a_prefix_in_the_positions(small):
+    plain, _ = small
+    bank = AdapterBank(copy.deepcopy(plain))
+    shifted = {"num_virtual_tokens": 100, "position_offset": "prefix"}
+    model = with_adapter(plain, "sequence", 2, shifted)
+    bank.add("shifted", model)
+    ids, mask = texts_of((20, 120))
+    result, _ = bank(ids, mask, ["shifted", "__base__"])
+    torch.testing.assert_close(result, results_of(model, ids[:1, :20], (20,))[0])
+
+
+def test_adapters_come_and_go_while_forwards_run(small):
+    plain, good = small
+    bank = AdapterBank(copy.deepcopy(plain))
+    bank.load("good", good)
+    ids, mask = texts_of((9, 4))
+    with torch.no_grad():
+        expected = bank(ids, mask, ["good", "__base__"])
+    errors: list[BaseException] = []
+
+    def forwards() -> None:
+        try:
+            for _ in range(15):
+                with torch.no_grad():
+                    results = bank(ids, mask, ["good", "__base__"])
+                assert all(map(torch.equal, results, expected))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=forwards) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for number in range(5):
+        bank.load(f"other{number}", good)
+        bank.unload(f"other{number}")
+    for thread in threads:
+        thread.join()
+    assert not errors and bank.names == ("good",)
+
+
+def leaves(value) -> list:
+    """What nested lists and dictionaries hold, with the names in dictionaries."""
+    if isinstance(value, dict):
+        return [leaf for name, part in value.items() for leaf in (name, *leaves(part))]
+    return [leaf for part in value for leaf in leaves(part)] if isinstance(value, list) else [value]
+
+
+def about(value) -> list:
+    return [pytest.approx(v, rel=1e-4) if isinstance(v, float) else v for v in leaves(value)]
+
+
+def test_predictions_of_pooled_runs_are_those_of_each_run(tmp_path):
+    model = save_tiny_model(tmp_path / "model")
+    squad = write_squad(tmp_path / "squad.json", [question(number) for number in range(4)])
+    choices = [
+        {"text": "Anna loves it.", "choices": ["It was good.", "bad"], "label": n % 2}
+        for n in range(4)
+    ]
+    (tmp_path / "choices.jsonl").write_text("\n".join(map(json.dumps, choices)))
+    film = write_reviews(tmp_path / "film.csv", 8)
+    runs = {
+        "tags": {"task": "token-classification", "train_file": write_conll(tmp_path / "t.txt", 8)},
+        "film": {"task": "text-classification", "train_file": film, "depth": "2"},
+        "answers": {"task": "question-answering", "train_file": squad, "doc_stride": 4},
+        "choices": {"task": "multiple-choice", "train_file": str(tmp_path / "choices.jsonl")},
+    }
+    bank = AdapterBank(AutoModel.from_pretrained(model))
+    for name, values in runs.items():
+        common = {"model": model, "num_virtual_tokens": 4, "max_steps": 1, "progress": False}
+        train(prepare(RunConfig.from_dict({**common, **values}), tmp_path / name))
+        bank.load(name, tmp_path / name)
+    assert bank.labels("tags") == ["B-LOC", "B-PER", "O"] and bank.labels("answers") is None
+    assert len(bank._tokenizers) == 1
+    texts = ["Anna lives in Oslo .", "the film was good and bad", "in\tAnna lives in Oslo.",
+             "Bob sleeps.\tbad\tThe film was good."]  # fmt: skip
+    asked = [["tags", "film"], "film", "answers", "choices"]
+    alone = {name: load_run(tmp_path / name) for name in runs}
+    expected = [
+        [predict_texts(alone[name], [text]) for name in ([n] if isinstance(n, str) else n)]
+        for text, n in zip(texts, asked, strict=True)
+    ]
+    found = bank.predict(texts, asked, batch_size=3)
+    assert leaves(found) == about(expected)
+    assert leaves(bank.predict(texts[:2], "film")) == about([found[0][1], found[1]])

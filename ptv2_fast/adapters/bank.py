@@ -1,11 +1,12 @@
 """Many adapters on one encoder: each row of a batch reads the prefix of its own, in one pass."""
 
+import inspect
 import json
 import os
 import re
 import threading
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,14 @@ from transformers import PreTrainedModel
 from ptv2_fast.adapters.bank_members import Adapt, Member, Place
 from ptv2_fast.adapters.bank_models import check_same_weights, find_class
 from ptv2_fast.adapters.bank_prefixes import stack_prefixes
+from ptv2_fast.adapters.bank_rows import (
+    Row,
+    check_inputs,
+    check_lengths,
+    passes,
+    places_of,
+    select,
+)
 from ptv2_fast.adapters.loading import check_same_model, read_config, read_labels
 from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import read_adapter
@@ -22,13 +31,6 @@ from ptv2_fast.encoders.lifecycle import require_attachment
 
 BASE = "__base__"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
-
-
-class Row(NamedTuple):
-    """One result of a batch: the text that it is of, and its adapter, None for the bare encoder."""
-
-    text: int
-    member: Member | None
 
 
 class PrefixBank:
@@ -50,6 +52,7 @@ class PrefixBank:
         model.requires_grad_(False).eval()
         self._plain: PreTrainedModel = model.base_model  # type: ignore[assignment]
         self._shared = attach_bank(self._plain, backbone)
+        self._input_names = tuple(inspect.signature(self._plain.forward).parameters)
         # Replaced, never changed: a forward reads the one that is there when it starts.
         self._members: dict[str, Member] = {}
         self._lock = threading.Lock()
@@ -166,7 +169,8 @@ class PrefixBank:
                 runs once for it.
             token_type_ids: [B, T].
             inputs_embeds: [B, T, C], instead of `input_ids`.
-            more: tensors [B, ...] that the encoder takes besides.
+            more: tensors [B, ...] that the encoder takes besides (`position_ids` hold for all
+                rows as they are, whatever an adapter's `position_offset` is).
 
         Returns:
             One result for each text, or a list of them where it has a list of adapters: logits
@@ -194,7 +198,7 @@ class PrefixBank:
         adapter_names: Sequence[str | Sequence[str]] | None,
     ) -> list[Any]:
         """A call, with the adapters that were there at its start."""
-        batch = _check_inputs(inputs)
+        batch = check_inputs(inputs, self._input_names)
         if adapter_names is None or isinstance(adapter_names, str) or len(adapter_names) != batch:
             raise ValueError(
                 f"adapter_names: expected one for each of {batch} texts, got {adapter_names!r:.100}"
@@ -205,10 +209,10 @@ class PrefixBank:
             for text, names in enumerate(each)
             for name in names
         ]
-        self._check_lengths(inputs, rows)
-        places = _places_of(inputs.get("attention_mask"), batch)
+        check_lengths(inputs, rows, self._shared.family, self._plain.config)
+        places = places_of(inputs.get("attention_mask"), batch)
         results: list[Any] = [None] * len(rows)
-        for group in _passes(rows, self._shared.model.training):
+        for group in passes(rows, self._shared.model.training):
             chosen = [rows[number] for number in group]
             for number, result in zip(group, self._run(chosen, inputs, places), strict=True):
                 results[number] = result
@@ -258,41 +262,12 @@ class PrefixBank:
             self._check_new(name)
             self._members = {**self._members, name: member}
 
-    def _check_lengths(self, inputs: dict[str, Tensor], rows: list[Row]) -> None:
-        """Check that each text and the positions in front of it fit into the encoder's table.
-
-        Raises:
-            ValueError: naming the first that does not.
-        """
-        family, config = self._shared.family, self._plain.config
-        offsets = [0 if row.member is None else row.member.offset for row in rows]
-        tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
-        limit = family.max_positions(config) if family.has_position_table(config) else None
-        if limit is None or tokens.shape[1] + max(offsets, default=0) <= limit:
-            return
-        if "position_ids" in inputs:
-            return
-        if family.pads_keep_position and "input_ids" in inputs:
-            lengths = tokens.ne(config.pad_token_id).sum(dim=1).tolist()
-        elif "attention_mask" in inputs:
-            columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
-            lengths = (inputs["attention_mask"].bool() * columns).amax(dim=1).tolist()
-        else:
-            lengths = [tokens.shape[1]] * len(tokens)
-        for row, offset in zip(rows, offsets, strict=True):
-            if lengths[row.text] + offset > limit:
-                raise ValueError(
-                    f"input_ids: expected at most {limit - offset} tokens in text {row.text}, got "
-                    f"{lengths[row.text]}; the encoder has {limit} positions, and the prefix of "
-                    f"its adapter takes {offset} of them"
-                )
-
     def _run(self, rows: list[Row], inputs: dict[str, Tensor], places: list[Place]) -> list[Tensor]:
         """The results of rows that share a pass."""
         texts = [row.text for row in rows]
         first = rows[0].member
         if first is not None and first.runs_alone:
-            return first.run(_select(inputs, texts), [places[text] for text in texts])
+            return first.run(select(inputs, texts), [places[text] for text in texts])
         states = self._states(rows, inputs)
         results: list[Any] = [None] * len(rows)
         for member in dict.fromkeys(row.member for row in rows):
@@ -302,7 +277,7 @@ class PrefixBank:
             if member is None:
                 found = [state[place] for state, place in zip(chosen, cut, strict=True)]
             else:
-                found = member.read(chosen, _select(inputs, own), cut)
+                found = member.read(chosen, select(inputs, own), cut)
             for number, result in zip(numbers, found, strict=True):
                 results[number] = result
         return results
@@ -337,55 +312,4 @@ class PrefixBank:
             repeat,
             all(row.member is not None and row.member.first_token_only for row in rows),
         )
-        return shared.run(call, **_select(inputs, [text for text, _ in starts]))
-
-
-def _check_inputs(inputs: dict[str, Tensor]) -> int:
-    """The number of texts.
-
-    Raises:
-        ValueError: for what is no tensor of as many texts as the others.
-    """
-    tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
-    if len(tokens) != 1:
-        raise ValueError("input_ids: expected these or inputs_embeds, got both or neither")
-    for name, tensor in inputs.items():
-        if not isinstance(tensor, Tensor) or tensor.dim() < 1 or len(tensor) != len(tokens[0]):
-            shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
-            raise ValueError(f"{name}: expected a tensor of {len(tokens[0])} texts, got {shape}")
-    return len(tokens[0])
-
-
-def _select(inputs: dict[str, Tensor], texts: list[int]) -> dict[str, Tensor]:
-    if all(len(tensor) == len(texts) for tensor in inputs.values()) and texts == [
-        *range(len(texts))
-    ]:
-        return inputs
-    return {name: tensor[texts] for name, tensor in inputs.items()}
-
-
-def _places_of(mask: Tensor | None, batch: int) -> list[Place]:
-    """Where the tokens of each text are."""
-    if mask is None:
-        return [slice(None)] * batch
-    mask = mask.bool()
-    is_right_padded = (mask[:, 1:] <= mask[:, :-1]).all()
-    # One copy to the host for all.
-    *lengths, is_right = torch.cat((mask.sum(dim=1), is_right_padded.long()[None])).tolist()
-    return [slice(length) for length in lengths] if is_right else list(mask.unbind(0))
-
-
-def _passes(rows: list[Row], is_training: bool) -> list[list[int]]:
-    """The numbers of the rows of each pass.
-
-    In training, adapters of one pass have one probability of dropout on their prefix.
-    """
-    passes: dict[Any, list[int]] = {}
-    for number, (_, member) in enumerate(rows):
-        key: Any = 0.0
-        if member is not None and member.runs_alone:
-            key = member
-        elif member is not None and is_training:
-            key = member.prefix_dropout
-        passes.setdefault(key, []).append(number)
-    return list(passes.values())
+        return shared.run(call, **select(inputs, [text for text, _ in starts]))

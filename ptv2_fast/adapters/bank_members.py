@@ -173,7 +173,7 @@ class Member:
         """What the model makes of rows, for each."""
         known = {name: tensor for name, tensor in inputs.items() if name in self._names}
         if self._has_choices:  # each row is one choice of one example
-            known = {name: tensor[:, None] for name, tensor in known.items()}
+            known = {n: t[:, None] if t.dim() > 1 else t for n, t in known.items()}
         with self._lock:
             output = self.model(**known, return_dict=True)
         if "start_logits" in output:

@@ -118,6 +118,14 @@ class _Handed(threading.local):
     states: Tensor | None = None
 
 
+class _Output(BaseModelOutputWithPooling):
+    """States; what else the backbones of some families give, such as a cache, is None."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("_"):
+            raise AttributeError(name)
+
+
 class GivenStates:
     """Takes the place of the `forward` of a backbone: what it makes of states that are there.
 
@@ -137,7 +145,7 @@ class GivenStates:
         """As the backbone's own forward, whatever it is given."""
         states = cast(Tensor, self._handed.states)
         pooled = self.family.pooled(self.backbone, states)
-        return BaseModelOutputWithPooling(last_hidden_state=states, pooler_output=pooled)
+        return _Output(last_hidden_state=states, pooler_output=pooled)
 
     @contextlib.contextmanager
     def of(self, states: Tensor) -> Iterator[None]:

@@ -1,7 +1,9 @@
 """Many trained adapters on one encoder, with what their runs know of tasks, labels and texts."""
 
 import hashlib
+import json
 import os
+import threading
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ptv2_fast.adapters.bank import PrefixBank
 from ptv2_fast.adapters.bank_members import Member
 from ptv2_fast.encoders.adapter_files import read_adapter
+from ptv2_fast.files import read_json_object
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.fitting import drop_unknown_inputs, fit_padding
 from ptv2_fast.training.models import load_tokenizer, open_run
@@ -49,6 +52,7 @@ class AdapterBank(PrefixBank):
         # Runs on one encoder have the same tokenizer, which takes more memory than an adapter.
         self._tokenizers: weakref.WeakValueDictionary[str, PreTrainedTokenizerBase]
         self._tokenizers = weakref.WeakValueDictionary()
+        self._tokenizing = threading.Lock()  # a call sets how a tokenizer cuts texts
 
     def load(self, name: str, folder: str | os.PathLike, is_trainable: bool = False) -> None:
         """Load the adapter in a folder.
@@ -96,11 +100,15 @@ class AdapterBank(PrefixBank):
         self._put(name, description, tensors, opened.adapter, is_trainable, None, adapt, run)
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
-        """That of a run, shared with the runs that have the same files."""
-        files = sorted(folder.glob("*")) if folder.is_dir() else []
+        """That of a run, shared with the runs that have the same one."""
         digest = hashlib.sha256()
-        for file in files:
-            digest.update(f"{file.name} {file.stat().st_size}\n".encode() + file.read_bytes())
+        for file in sorted(folder.glob("*")) if folder.is_dir() else []:
+            content = file.read_bytes()
+            if file.name == "tokenizer.json":
+                whole = read_json_object(file)  # truncation and padding are those of its last call
+                kept = {n: part for n, part in whole.items() if n not in ("truncation", "padding")}
+                content = json.dumps(kept).encode()
+            digest.update(f"{file.name} {len(content)}\n".encode() + content)
         key = digest.hexdigest()
         found = self._tokenizers.get(key)
         if found is None:
@@ -159,10 +167,11 @@ class AdapterBank(PrefixBank):
                 asked.setdefault(name, []).append(number)
         if self._shared.model.training:
             raise ValueError("adapters: expected a bank that does not train; call train_mode()")
-        parts = [
-            _pooled(name, members[name].run_of, [texts[number] for number in numbers])
-            for name, numbers in asked.items()
-        ]
+        with self._tokenizing:
+            parts = [
+                _pooled(name, members[name].run_of, [texts[number] for number in numbers])
+                for name, numbers in asked.items()
+            ]
         self._run_parts(members, parts, batch_size)
         lines = {
             part.name: dict(zip(asked[part.name], part.lines(), strict=True)) for part in parts

@@ -1,0 +1,109 @@
+"""The rows of a mixed batch: what they are, what is expected of them, which share a pass."""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from ptv2_fast.adapters.bank_members import Member, Place
+from ptv2_fast.encoders.family import Family
+
+
+class Row(NamedTuple):
+    """One result of a batch: the text that it is of, and its adapter, None for the bare encoder."""
+
+    text: int
+    member: Member | None
+
+
+def check_inputs(inputs: dict[str, Tensor], known: tuple[str, ...]) -> int:
+    """The number of texts.
+
+    Args:
+        inputs: by name.
+        known: names that the encoder takes.
+
+    Raises:
+        ValueError: for a name that the encoder does not know, and what is no tensor of as many
+            texts as the others.
+    """
+    unknown = [name for name in inputs if name not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: expected None, which this encoder does not take, got one")
+    tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
+    if len(tokens) != 1:
+        raise ValueError("input_ids: expected these or inputs_embeds, got both or neither")
+    for name, tensor in inputs.items():
+        if not isinstance(tensor, Tensor) or tensor.dim() < 1 or len(tensor) != len(tokens[0]):
+            shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
+            raise ValueError(f"{name}: expected a tensor of {len(tokens[0])} texts, got {shape}")
+    mask, expected = inputs.get("attention_mask"), tokens[0].shape[:2]
+    if mask is not None and mask.shape != expected:
+        raise ValueError(
+            f"attention_mask: expected shape [B, T] = {list(expected)}, got {list(mask.shape)}"
+        )
+    return len(tokens[0])
+
+
+def select(inputs: dict[str, Tensor], texts: list[int]) -> dict[str, Tensor]:
+    """The inputs of some texts, in this order."""
+    if texts == [*range(len(next(iter(inputs.values()))))]:
+        return inputs
+    return {name: tensor[texts] for name, tensor in inputs.items()}
+
+
+def places_of(mask: Tensor | None, batch: int) -> list[Place]:
+    """Where the tokens of each text are."""
+    if mask is None:
+        return [slice(None)] * batch
+    mask = mask.bool()
+    is_right_padded = (mask[:, 1:] <= mask[:, :-1]).all()
+    # One copy to the host for all.
+    *lengths, is_right = torch.cat((mask.sum(dim=1), is_right_padded.long()[None])).tolist()
+    return [slice(length) for length in lengths] if is_right else list(mask.unbind(0))
+
+
+def passes(rows: list[Row], is_training: bool) -> list[list[int]]:
+    """The numbers of the rows of each pass.
+
+    In training, adapters of one pass have one probability of dropout on their prefix.
+    """
+    found: dict[Any, list[int]] = {}
+    for number, (_, member) in enumerate(rows):
+        key: Any = 0.0
+        if member is not None and member.runs_alone:
+            key = member
+        elif member is not None and is_training:
+            key = member.prefix_dropout
+        found.setdefault(key, []).append(number)
+    return list(found.values())
+
+
+def check_lengths(
+    inputs: dict[str, Tensor], rows: list[Row], family: Family, config: PretrainedConfig
+) -> None:
+    """Check that each text and the positions in front of it fit into the encoder's table.
+
+    Raises:
+        ValueError: naming the first that does not.
+    """
+    offsets = [0 if row.member is None else row.member.offset for row in rows]
+    tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
+    limit = family.max_positions(config) if family.has_position_table(config) else None
+    if limit is None or tokens.shape[1] + max(offsets, default=0) <= limit:
+        return
+    if family.pads_keep_position and "input_ids" in inputs:
+        lengths = tokens.ne(config.pad_token_id).sum(dim=1).tolist()
+    elif "attention_mask" in inputs:
+        columns = torch.arange(1, tokens.shape[1] + 1, device=tokens.device)
+        lengths = (inputs["attention_mask"].bool() * columns).amax(dim=1).tolist()
+    else:
+        lengths = [tokens.shape[1]] * len(tokens)
+    for row, offset in zip(rows, offsets, strict=True):
+        if lengths[row.text] + offset > limit:
+            raise ValueError(
+                f"input_ids: expected at most {limit - offset} tokens in text {row.text}, got "
+                f"{lengths[row.text]}; the encoder has {limit} positions, and the prefix of "
+                f"its adapter takes {offset} of them"
+            )
