@@ -20,6 +20,7 @@ from ptv2_fast.cli import (
     report,
     score,
     search,
+    serve,
     tasks,
     train,
 )
@@ -27,7 +28,19 @@ from ptv2_fast.cli.parser import BAD_INPUT, INTERRUPTED, BadInput, Parser, with_
 
 __all__ = ["BAD_INPUT", "INTERRUPTED", "main"]
 
-_COMMANDS = (train, multitask, score, predict, ablate, search, report, tasks, models, environment)
+_COMMANDS = (
+    train,
+    multitask,
+    score,
+    predict,
+    serve,
+    ablate,
+    search,
+    report,
+    tasks,
+    models,
+    environment,
+)
 
 _LONGEST = 2000  # characters of a message: what it quotes may be a file of one line
 

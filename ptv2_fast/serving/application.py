@@ -6,6 +6,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.resources import files
+from pathlib import Path
 from typing import Any, Protocol
 
 from fastapi import Depends, FastAPI, HTTPException, Request
@@ -69,7 +70,7 @@ class Engine(Protocol):
     def run(self, rows: Sequence[Row]) -> list[Prediction | Exception]:
         """A result for each row; of a row whose adapter went, a RequestError."""
 
-    def load(self, name: str, folder: Any) -> None:
+    def load(self, name: str, folder: Path) -> None:
         """Load an adapter; raises ValueError or OSError when it cannot be."""
 
     def unload(self, name: str) -> None:
@@ -333,7 +334,7 @@ def _add_state(app: FastAPI, service: Service) -> None:
         engine = service.engine
         listed = []
         for name in engine.names:
-            with contextlib.suppress(KeyError):  # of one that goes at this moment
+            with contextlib.suppress(RequestError):  # of one that goes at this moment
                 about = engine.facts(name)
                 listed.append({"id": name, "object": "model", "owned_by": "ptv2-fast", **about})
         return JSONResponse({"object": "list", "data": listed})

@@ -96,6 +96,7 @@ class LabelScore(BaseModel):
 
     label: str
     score: float
+    choice: str | None = Field(None, description="the text that the label numbers, of choices")
 
 
 class Span(BaseModel):
@@ -268,7 +269,12 @@ def _labels(prediction: Prediction, raw: bool) -> list[dict[str, Any]]:
     assert prediction.logits is not None
     scores = list(prediction.logits) if raw else softmax(prediction.logits)
     pairs = sorted(zip(prediction.labels, scores, strict=True), key=lambda pair: -pair[1])
-    return [{"label": label, "score": score} for label, score in pairs]
+    choices = prediction.line.get("choices")
+    return [
+        {"label": label, "score": score}
+        | ({} if choices is None else {"choice": choices[int(label)]})
+        for label, score in pairs
+    ]
 
 
 def _spans(line: dict[str, Any]) -> list[dict[str, Any]] | None:

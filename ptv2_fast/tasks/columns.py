@@ -18,6 +18,16 @@ class Columns:
         self._columns = {name: list(values) for name, values in columns.items()}
         self._length = len(next(iter(self._columns.values()), []))
 
+    @classmethod
+    def joined(cls, tables: Sequence[Any]) -> "Columns":
+        """The rows of tables with the same columns, one behind the other."""
+        return cls(
+            {
+                name: [value for table in tables for value in table[name][:]]
+                for name in tables[0].column_names
+            }
+        )
+
     @property
     def column_names(self) -> list[str]:
         return list(self._columns)
