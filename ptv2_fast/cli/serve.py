@@ -49,11 +49,11 @@ def add(commands: Any) -> None:
 
 def _serve(options: dict[str, Any]) -> None:
     adapters = checked(read_adapters, options["adapter"])
-    model = checked(find_encoder, adapters, options["model"])
     if options["allow_adapter_updates"] != (options["adapter_root"] is not None):
         raise BadInput("adapter_root: expected together with --allow-adapter-updates")
     if not adapters and not options["allow_adapter_updates"]:
         raise BadInput("adapter: expected at least one, or --allow-adapter-updates")
+    model = checked(find_encoder, adapters, options["model"])
     if not 0 <= options["port"] < 65536:
         raise BadInput(f"port: expected a number below 65536, got {options['port']}")
     from ptv2_fast.serving.options import ServeOptions

@@ -75,14 +75,21 @@ class BankEngine:
         Raises:
             RequestError: for an unknown adapter, and a text that cannot be served.
         """
-        places: dict[str, list[int]] = {}
+        runs = {name: self._run_of(name) for name in adapters}
+        typed = [
+            _typed(text, runs[name], place)
+            for place, (text, name) in enumerate(zip(texts, adapters, strict=True))
+        ]
+        places: dict[Any, list[int]] = {}
         for place, name in enumerate(adapters):
-            places.setdefault(name, []).append(place)
+            # The examples of a table have as many choices each.
+            is_choice = isinstance(runs[name].task, MultipleChoice)
+            key = (name, typed[place].count("\t") if is_choice else 0)
+            places.setdefault(key, []).append(place)
         rows: dict[int, Row] = {}
-        for name, own in places.items():
-            run = self._run_of(name)
-            typed = [_typed(texts[place], run, place) for place in own]
-            features = _features(typed, run, own, truncate)
+        for (name, _), own in places.items():
+            run = runs[name]
+            features = _features([typed[place] for place in own], run, own, truncate)
             for index, place in enumerate(own):
                 one = features.take([index])
                 rows[place] = Row(name, _lengths(one), _Content(run, one))
@@ -90,12 +97,14 @@ class BankEngine:
 
     def run(self, rows: Sequence[Row]) -> list[Prediction | Exception]:
         """A result for each row; of a row whose adapter went, a RequestError."""
-        groups: dict[tuple[str, int], list[int]] = {}
+        groups: dict[Any, list[int]] = {}
         for number, row in enumerate(rows):
-            groups.setdefault((row.adapter, id(row.content.run)), []).append(number)
+            is_choice = isinstance(row.content.run.task, MultipleChoice)
+            key = (row.adapter, id(row.content.run), len(row.lengths) if is_choice else 0)
+            groups.setdefault(key, []).append(number)
         parts: list[tuple[Pooled, list[int]]] = []
         found: dict[int, Prediction | Exception] = {}
-        for (name, _), numbers in groups.items():
+        for (name, *_), numbers in groups.items():
             run = rows[numbers[0]].content.run
             if not self._is_current(name, run):
                 found |= dict.fromkeys(numbers, unloaded(name))
