@@ -17,6 +17,7 @@ from ptv2_fast.serving.application import make_app
 from ptv2_fast.serving.engine import BankEngine
 from ptv2_fast.serving.errors import RequestError
 from ptv2_fast.serving.options import ServeOptions
+from ptv2_fast.tasks.task import Task
 from ptv2_fast.training.bank import AdapterBank
 from ptv2_fast.training.models import load_encoder, load_run
 from ptv2_fast.training.options import RunConfig
@@ -229,6 +230,49 @@ def test_the_command_serves_what_it_is_told(runs, monkeypatch, capsys, expected)
         assert cli.main(["serve", *words]) == cli.BAD_INPUT
         line = capsys.readouterr().err.splitlines()[-1]
         assert message in line and line.startswith("ptv2-fast serve: error:")
+
+
+def test_predict_serves_rows_of_several_adapters(runs, monkeypatch, capsys, expected, tmp_path):
+    """In the order of the rows, each by the adapter that it names, or by all."""
+    monkeypatch.setattr(Task, "part_rows", 2)
+    named = ["predict"]
+    for name in ("film", "grade", "tags"):
+        named += ["--adapter", f"{name}={runs / name}"]
+    bad, words = {"text": "bad", "tokens": None}, {"text": None, "tokens": ["Berlin"]}
+    rows = [
+        {**bad, "adapter": "grade"},
+        {**words, "adapter": "tags"},
+        {**bad, "adapter": ["grade", "film"]},
+        {"text": "bad", "tokens": ["Berlin"]},
+    ]
+    file = tmp_path / "rows.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    assert cli.main([*named, "--data", str(file)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    order = ["grade", "tags", "grade", "film", "film", "grade", "tags"]
+    assert [line.pop("adapter") for line in lines] == order
+    for name, line in zip(order, lines, strict=True):
+        wanted = expected[name][2 if name == "tags" else 1]
+        assert list(line) == list(wanted)
+        assert line.get("label") == wanted.get("label") and line.get("tags") == wanted.get("tags")
+        assert line.get("score") == (close(wanted["score"]) if "score" in wanted else None)
+    assert cli.main([*named, "--text", "bad", "--text", "Berlin"]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["adapter"] for line in lines] == ["film", "grade", "tags"] * 2
+    table = tmp_path / "rows.csv"
+    table.write_text("text,adapter\nbad,film\nbad,\n")
+    assert cli.main(["predict", *named[1:5], "--data", str(table)]) == 0
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [line["adapter"] for line in lines] == ["film", "film", "grade"]
+    file.write_text("\n".join(json.dumps({"text": "bad", "adapter": n}) for n in ("film", "gone")))
+    for words, message in (
+        ([*named, "--data", str(file)], "rows.jsonl row 2: expected some of"),
+        ([*named, "--run", str(runs / "film"), "--text", "a"], "--run or --adapter"),
+        (["predict", "--text", "a"], "expected --run"),
+        ([*named, "--text", " "], "typed text 1: expected text"),
+    ):
+        assert cli.main(words) == cli.BAD_INPUT
+        assert message in capsys.readouterr().err.splitlines()[-1]
 
 
 class Load:

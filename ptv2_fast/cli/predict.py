@@ -6,18 +6,35 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from ptv2_fast.cli.parser import add_command, checked
-from ptv2_fast.cli.score import add_scoring_options, as_json, check_batch_size, check_new, load
+from ptv2_fast.cli.parser import BadInput, add_command, checked, quieten
+from ptv2_fast.cli.score import (
+    add_scoring_options,
+    as_json,
+    check_batch_size,
+    check_new,
+    column_changes,
+    load,
+)
 from ptv2_fast.tasks.sources import Source, Stream, file_source
 from ptv2_fast.training import output
+from ptv2_fast.training.adapter_lists import find_encoder, read_adapters
 
 _FORMATS = {"jsonl": "json", "csv": "csv", "tsv": "tsv"}
 
 
 def add(commands: Any) -> None:
     """Add the command."""
-    predict = add_command(commands, "predict", _predict, "print predictions as JSON lines")
-    predict.add_argument("--run", required=True, help="folder of the run")
+    predict = add_command(
+        commands, "predict", _predict, "print predictions as JSON lines",
+        epilog="Of several adapters, a row names in its field `adapter` the one, or the list of "
+        "those,\nthat it is for; others are for all.",
+    )  # fmt: skip
+    predict.add_argument("--run", help="folder of the run")
+    predict.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=FOLDER",
+        help="a run of p-tuning-v2 and its name, instead of --run; may be repeated",
+    )  # fmt: skip
+    predict.add_argument("--model", help="encoder of the adapters; default: that the runs name")
     add_scoring_options(predict)
     source = predict.add_mutually_exclusive_group()
     source.add_argument(
@@ -40,6 +57,24 @@ def _predict(options: dict[str, Any]) -> None:
         checked(check_new, file)
     check_batch_size(options)
     source = _source(options)
+    # Lines that are printed on the same terminal show how far it is.
+    shown = False if file is None and sys.stdout.isatty() else None
+    if options["adapter"]:
+        if options["run"] is not None:
+            raise BadInput("run: expected --run or --adapter, got both")
+        found = _of_adapters(options, source, shown)
+    elif options["run"] is None:
+        raise BadInput("run: expected --run, or --adapter name=folder")
+    else:
+        found = _of_run(options, source, shown)
+    with _writing(file) as lines:
+        _write(found, lines)
+
+
+def _of_run(
+    options: dict[str, Any], source: Source | None, shown: bool | None
+) -> Iterator[list[dict[str, Any]]]:
+    """The predictions of one run."""
     run = load(Path(options["run"]), options)
     from ptv2_fast.training.progress import reading_bar
     from ptv2_fast.training.scoring import predict_parts, typed_parts
@@ -48,12 +83,28 @@ def _predict(options: dict[str, Any]) -> None:
         parts = typed_parts(run.task, options["text"] or _lines_of_stdin())
     else:
         parts = run.task.read_parts(source)
-    # Lines that are printed on the same terminal show how far it is.
-    shown = False if file is None and sys.stdout.isatty() else None
     path = None if source is None else source.path
-    with _writing(file) as lines:
-        found = predict_parts(run, reading_bar(parts, path, shown), options["batch_size"])
-        _write(found, lines)
+    return predict_parts(run, reading_bar(parts, path, shown), options["batch_size"])
+
+
+def _of_adapters(
+    options: dict[str, Any], source: Source | None, shown: bool | None
+) -> Iterator[list[dict[str, Any]]]:
+    """The predictions of several adapters."""
+    adapters = checked(read_adapters, options["adapter"])
+    model = checked(find_encoder, adapters, options["model"])
+    quieten()
+    from ptv2_fast.training.bank import AdapterBank
+    from ptv2_fast.training.models import load_encoder
+    from ptv2_fast.training.pooled_files import predict_rows, predict_typed
+
+    bank = checked(AdapterBank, checked(load_encoder, model))
+    changes = column_changes(options)
+    for name, folder in adapters.items():
+        checked(bank.load, name, folder, changes=changes)
+    if source is None:
+        return predict_typed(bank, options["text"] or _lines_of_stdin(), options["batch_size"])
+    return predict_rows(bank, source, options["batch_size"], shown)
 
 
 def _source(options: dict[str, Any]) -> Source | None:

@@ -80,8 +80,12 @@ def load(folder: Path, options: dict[str, Any]) -> Any:
     quieten()
     from ptv2_fast.training.models import load_run
 
-    changes = {name: options[name] for name in _COLUMN_OPTIONS if name in options}
-    return checked(load_run, folder, changes)
+    return checked(load_run, folder, column_changes(options))
+
+
+def column_changes(options: dict[str, Any]) -> dict[str, Any]:
+    """The options by which data differ from what a run was trained on."""
+    return {name: options[name] for name in _COLUMN_OPTIONS if name in options}
 
 
 def _check_run(folder: Path) -> None:

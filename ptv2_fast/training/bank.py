@@ -54,7 +54,13 @@ class AdapterBank(PrefixBank):
         self._tokenizers = weakref.WeakValueDictionary()
         self._tokenizing = threading.Lock()  # a call sets how a tokenizer cuts texts
 
-    def load(self, name: str, folder: str | os.PathLike, is_trainable: bool = False) -> None:
+    def load(
+        self,
+        name: str,
+        folder: str | os.PathLike,
+        is_trainable: bool = False,
+        changes: dict[str, Any] | None = None,
+    ) -> None:
         """Load the adapter in a folder.
 
         Args:
@@ -63,6 +69,7 @@ class AdapterBank(PrefixBank):
                 (its labels, lengths and decoding come along, for `predict`).
             is_trainable: keep the MLP of a prefix that has one, so that it can train; otherwise it
                 is folded into a table.
+            changes: data options to use instead of the run's, as for `load_run`.
 
         Raises:
             ValueError: for a bad name, or one that is there already; for missing, corrupt or
@@ -77,12 +84,14 @@ class AdapterBank(PrefixBank):
             if find_place(folder).run is None:
                 super().load(name, folder, is_trainable)
             else:
-                self._load_run(name, folder, is_trainable)
+                self._load_run(name, folder, is_trainable, changes)
         except OSError as error:
             raise ValueError(f"{folder}: {error}") from error
 
-    def _load_run(self, name: str, folder: Path, is_trainable: bool) -> None:
-        opened = open_run(folder)
+    def _load_run(
+        self, name: str, folder: Path, is_trainable: bool, changes: dict[str, Any] | None
+    ) -> None:
+        opened = open_run(folder, changes)
         task, labels = opened.task, opened.labels
         if opened.config.model.method != "p-tuning-v2":
             raise ValueError(
