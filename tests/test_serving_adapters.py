@@ -4,9 +4,13 @@ import itertools
 import json
 import os
 import random
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -282,12 +286,13 @@ class Load:
         answered: how many requests got what was expected of them, by kind.
         wrong: what was not.
         seconds: of each good answer.
+        texts: in good answers.
     """
 
     def __init__(self, address, expected):
         self.address, self.expected = address, expected
         self.ended, self.answered, self.wrong = threading.Event(), {}, []
-        self.seconds = []
+        self.seconds, self.texts = [], 0
 
     def run(self, seconds, clients):
         kinds = itertools.cycle([self.good, self.good, self.good, self.bad, self.killed])
@@ -318,6 +323,7 @@ class Load:
         begun = time.monotonic()
         status, found = ask(client, inputs=inputs, adapter=names)
         self.seconds.append(time.monotonic() - begun)
+        self.texts += len(inputs)
         assert status == 200, found
         for name, place, one in zip(names, places, found, strict=True):
             check(name, one, self.expected[name][place])
@@ -358,26 +364,52 @@ class Load:
         assert answers[0].status_code in (200, 404), answers[0].text
 
 
-def resident() -> int:
-    """MiB of this process."""
-    with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") // 2**20
-
-
-@pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_mixed_load_is_answered_once_and_right(runs, expected, client, seconds, capsys):
-    load = Load(str(client.base_url), expected)
-    Load(str(client.base_url), expected).run(seconds / 3, 16)  # memory in its usual place
-    before = resident()
-    load.run(seconds, 16)
+def check_load(load, client):
     assert load.wrong == []
     assert set(load.answered) == {"good", "bad", "killed", "change"}
     text = client.get("/metrics").text
     assert "ptv2_queue_texts 0.0" in text and 'status="500"' not in text
     assert ask(client, inputs=["bad"] * 64, adapter="film")[0] == 200
-    waits = sorted(load.seconds)
+
+
+def test_mixed_load_is_answered_once_and_right(client, expected):
+    load = Load(str(client.base_url), expected)
+    load.run(3, 16)
+    check_load(load, client)
+
+
+@pytest.mark.slow
+def test_a_minute_of_mixed_load_takes_no_more_memory(runs, expected, capsys):
+    """The command itself; a signal ends it when what it took is answered."""
+    command = [sys.executable, "-m", "ptv2_fast.cli", "serve", "--port", "0",
+               "--allow-adapter-updates", "--adapter-root", str(runs)]  # fmt: skip
+    for name in TEXTS:
+        command += ["--adapter", f"{name}={runs / name}"]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        address = next(line.split()[-1] for line in process.stderr if "serving on" in line)
+
+        def resident() -> float:
+            pages = Path(f"/proc/{process.pid}/statm").read_text().split()[1]
+            return int(pages) * os.sysconf("SC_PAGE_SIZE") / 2**20  # MiB
+
+        with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
+            Load(address, expected).run(20, 16)
+            before, load = resident(), Load(address, expected)
+            load.run(60, 16)
+            after, waits = resident(), sorted(load.seconds)
+            check_load(load, client)
+            body = {"inputs": ["a film"] * 64, "adapter": "film"}
+            asked = []
+            asking = threading.Thread(target=lambda: asked.append(ask(client, **body)))
+            asking.start()
+            time.sleep(0.02)
+            process.send_signal(signal.SIGTERM)
+            asking.join(60)
+        assert process.wait(60) == -signal.SIGTERM and asked[0][0] == 200
+        assert process.stderr.read() == ""
+    p50, p99 = (waits[int(len(waits) * part)] for part in (0.5, 0.99))
     with capsys.disabled():
-        p50, p99 = (waits[int(len(waits) * part)] for part in (0.5, 0.99))
-        print(f"\n{load.answered}, p50 {p50:.3f} s, p99 {p99:.3f} s, {before} -> {resident()} MiB")
-    if seconds >= 60:
-        assert resident() <= 1.05 * before
+        print(f"\n{load.answered}, {load.texts / 60:.0f} texts/s, p50 {p50:.3f} s, p99 {p99:.3f} s")
+        print(f"{before:.0f} -> {after:.0f} MiB")
+    assert after <= 1.05 * before
