@@ -66,6 +66,8 @@ def _serve(options: dict[str, Any]) -> None:
         adapter_root=None if root is None else Path(root),
         api_key=os.environ.get(_KEY),
     )
+    # oneDNN keeps 1024 kernels, each for one number of tokens, and nearly each batch has another.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     quieten()
     # Of scripts without blanks, for each text that comes.
     warnings.filterwarnings("ignore", message="typed text")

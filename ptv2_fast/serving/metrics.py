@@ -1,5 +1,6 @@
 """What /metrics tells Prometheus."""
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +53,8 @@ class Metrics:
 
     def forget(self, adapter: str) -> None:
         """An adapter was unloaded: names that come and go would stay for ever."""
-        self._texts.remove(adapter)
+        with contextlib.suppress(KeyError):  # where it read no text; newer versions say nothing
+            self._texts.remove(adapter)
 
     def text(self) -> bytes:
         """In Prometheus' format."""
