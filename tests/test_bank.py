@@ -150,6 +150,12 @@ def test_every_row_equals_its_adapter_alone(case):
             assert_close_to_plain(bank(ids, mask, asked), expected, how)
             reordered = bank(ids.flip(0), mask.flip(0), asked[::-1])[::-1]
             assert_close_to_plain(reordered, expected, f"{how}, another order")
+            # Without a prefix in layer 0.
+            several, texts = ["grade", "answers", "__base__"], range(4)
+            shared = bank(ids[:4], mask[:4], [several for _ in texts])
+            single = [bank(ids[:4], mask[:4], [name] * 4) for name in several]
+            for text in texts:
+                torch.testing.assert_close(shared[text], [each[text] for each in single])
 
 
 def trained_parts(model) -> list[Tensor]:
@@ -288,12 +294,17 @@ def test_bad_adapters_are_refused_and_leave_the_bank_as_it_was(small, tmp_path):
     plain, good = small
     bank = AdapterBank(copy.deepcopy(plain))
     bank.load("good", good)
-    others = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    others = {
+        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 61,
+    }  # fmt: skip
     other = tiny_model("bert", "sequence", **others, **SIZES)
     ptv2_fast.attach(other, PTuningV2Config(num_virtual_tokens=4))
     save_adapter(other, tmp_path / "other")
-    with pytest.raises(ValueError, match="num_hidden_layers 2 against 3, hidden_size 32 against "
-                                         "16, num_attention_heads 4 against 2"):  # fmt: skip
+    differences = (
+        "num_hidden_layers 2 against 3, hidden_size 32 against 16, "
+        "num_attention_heads 4 against 2, vocab_size 61 against 60"
+    )
+    with pytest.raises(ValueError, match=differences):
         bank.load("other", tmp_path / "other")
     with pytest.raises(ValueError, match="hidden_size 32 against 16"):
         bank.add("other", other)

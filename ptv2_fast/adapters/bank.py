@@ -133,7 +133,7 @@ class PrefixBank:
         Raises:
             ValueError: for an unknown name.
         """
-        members, wanted = self._members, list(names)
+        members, wanted = self._members, [names] if isinstance(names, str) else list(names)
         chosen = [self._find(members, name) for name in wanted]
         for member in members.values():
             member.train(any(member is each for each in chosen))
