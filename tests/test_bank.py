@@ -247,6 +247,12 @@ def test_texts_of_several_adapters_run_the_lower_layers_once(how):
     torch.testing.assert_close(results[1], expected[1][1])
 
 
+def without_mode(description: dict) -> dict:
+    """What an adapter says, but for whether it trained when it was saved."""
+    fields = {**description["prefix_config"], "inference_mode": None}
+    return {**description, "prefix_config": fields}
+
+
 def test_saved_adapters_load_again(case, tmp_path):
     plain, models, folder = case
     bank = bank_of(case)
@@ -257,6 +263,9 @@ def test_saved_adapters_load_again(case, tmp_path):
         after = load_file(tmp_path / name / "ptv2_adapter.safetensors")
         if name != "grade":  # whose projection is folded
             assert before.keys() == after.keys()
+            descriptions = [json.loads((place / name / "ptv2_config.json").read_text())
+                            for place in (folder, tmp_path)]  # fmt: skip
+            assert without_mode(descriptions[0]) == without_mode(descriptions[1])
             assert all(torch.equal(before[key], after[key]) for key in before)
         fresh = type(model)(copy.deepcopy(model.config)).eval()
         fresh.base_model.load_state_dict(
@@ -340,8 +349,11 @@ def test_bad_adapters_are_refused_and_leave_the_bank_as_it_was(small, tmp_path):
         bank.load("good", good)
     with pytest.raises(ValueError, match="expected an attached model"):
         bank.add("plain", plain)
-    with pytest.raises(ValueError, match="expected a model of transformers"):
+    with pytest.raises(ValueError, match="expected a transformers PreTrainedModel"):
         AdapterBank(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected a model without a prefix"):
+        AdapterBank(other, dtype=torch.bfloat16)
+    assert other.dtype == torch.float32
     assert bank.names == ("good",)
     bank.unload("good")
     assert bank.names == ()
