@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import datasets
-import pyarrow
 import torch
 from datasets import Dataset
 from datasets.fingerprint import Hasher
@@ -330,24 +329,17 @@ class Task(Compared, ABC):
             numbers = {label: number for number, label in enumerate(labels)}
         settings = (numbers, max_length)
         workers = min(self.options.preprocessing_num_workers, len(examples))
-        make = functools.partial(_tokenize_batch, self, tokenizer, *settings)
-        cache, fingerprint = self._cache_file(examples, tokenizer, settings), "0"
-        if cache is None and workers <= 1 and len(examples) <= _MAP_BATCH:
-            # As below, without what that costs beside the few texts of one answer.
-            columns = make(examples.table[:], list(range(len(examples))))
-            table = Dataset(pyarrow.table(columns), fingerprint=fingerprint)
-        else:
-            table = examples.table.map(
-                make,
-                with_indices=True,
-                batched=True,
-                batch_size=_MAP_BATCH,
-                remove_columns=examples.table.column_names,
-                num_proc=workers if workers > 1 else None,  # 1 would start a process of its own
-                cache_file_name=cache,
-                new_fingerprint=fingerprint,  # of no use, and slow to compute from the tokenizer
-                desc=f"tokenizing {examples.source.name}",
-            )
+        table = examples.table.map(
+            functools.partial(_tokenize_batch, self, tokenizer, *settings),
+            with_indices=True,
+            batched=True,
+            batch_size=_MAP_BATCH,
+            remove_columns=examples.table.column_names,
+            num_proc=workers if workers > 1 else None,  # 1 would start a process of its own
+            cache_file_name=self._cache_file(examples, tokenizer, settings),
+            new_fingerprint="0",  # of no use to us, and slow to compute from the tokenizer
+            desc=f"tokenizing {examples.source.name}",
+        )
         cut = {
             index
             for index, flag in zip(table["example"][:], table["was_cut"][:], strict=True)
