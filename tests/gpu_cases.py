@@ -402,6 +402,11 @@ def models() -> dict[str, dict[str, Check]]:
             }
             for precision, dtype in (("fp32", FP32), ("bf16", BF16))
         },
+        "model-bank": {
+            f"{backbone} {precision}": model("check_bank", dtype, backbone=backbone)
+            for backbone in ("frozen", "hook")
+            for precision, dtype in (("fp32", FP32), ("bf16", BF16))
+        },
         "model-policies": {
             precision: model("check_policies_give_equal_bits", precision)
             for precision in ("float32", "bfloat16", "autocast")

@@ -5,10 +5,12 @@ import warnings
 
 import torch
 
+from ptv2_fast import AdapterBank
 from ptv2_fast.frozen.spec import POLICIES
 from tests.models import (
     DROPOUT,
     WITHOUT_FALLBACK,
+    assert_close_to_model,
     attached,
     check_equals_concatenation,
     make_batch,
@@ -43,6 +45,36 @@ def check_model(device: torch.device, dtype: torch.dtype, **fields) -> float:
     with warnings.catch_warnings():
         warnings.simplefilter("error", RuntimeWarning)
         return check_equals_concatenation(plain, model, batch, HEAD, dtype=dtype)
+
+
+def check_bank(device: torch.device, dtype: torch.dtype, backbone: str) -> float:
+    """A mixed batch and its gradients against each adapter in a model of its own."""
+    plain, batch = made_on(device, dtype)
+    lengths = batch["attention_mask"].sum(dim=1).tolist()
+    ways = ({"num_virtual_tokens": 1}, {"num_virtual_tokens": 37}, {"layers": (1, 2)})
+    models = [
+        attached(HEAD, model=copy.deepcopy(plain), backbone=backbone, **fields) for fields in ways
+    ]
+    bank = AdapterBank(copy.deepcopy(plain), backbone=backbone)
+    for number, model in enumerate(models):
+        bank.add(f"adapter-{number}", model)
+    rows = [(text, number) for text in range(len(lengths)) for number in range(len(models))]
+    grads = [torch.randn(lengths[text], plain.config.num_labels).to(device) for text, _ in rows]
+
+    def results(logits: list, parameters: list) -> tuple[torch.Tensor, ...]:
+        loss = sum((row * grad.to(row)).sum() for row, grad in zip(logits, grads, strict=True))
+        return (*(row.detach() for row in logits), *torch.autograd.grad(loss, parameters))
+
+    def separate(*models) -> tuple[torch.Tensor, ...]:
+        whole = [model(**batch).logits for model in models]
+        logits = [whole[number][text, : lengths[text]] for text, number in rows]
+        return results(logits, [model.prefix_encoder.embedding.weight for model in models])
+
+    bank.train_mode(bank.names)
+    asked = [list(bank.names) for _ in lengths]
+    logits = [row for text in bank(adapter_names=asked, **batch) for row in text]
+    actual = results(logits, [bank.parameters_of(name)[0] for name in bank.names])
+    return assert_close_to_model(actual, separate, *models, dtype=dtype)
 
 
 def check_policies_give_equal_bits(device: torch.device, precision: str) -> None:

@@ -150,6 +150,12 @@ def test_every_row_equals_its_adapter_alone(case):
             assert_close_to_plain(bank(ids, mask, asked), expected, how)
             reordered = bank(ids.flip(0), mask.flip(0), asked[::-1])[::-1]
             assert_close_to_plain(reordered, expected, f"{how}, another order")
+            # Without a prefix in layer 0.
+            several, texts = ["grade", "answers", "__base__"], range(4)
+            shared = bank(ids[:4], mask[:4], [several for _ in texts])
+            single = [bank(ids[:4], mask[:4], [name] * 4) for name in several]
+            for text in texts:
+                torch.testing.assert_close(shared[text], [each[text] for each in single])
 
 
 def trained_parts(model) -> list[Tensor]:
@@ -241,6 +247,12 @@ def test_texts_of_several_adapters_run_the_lower_layers_once(how):
     torch.testing.assert_close(results[1], expected[1][1])
 
 
+def without_mode(description: dict) -> dict:
+    """What an adapter says, but for whether it trained when it was saved."""
+    fields = {**description["prefix_config"], "inference_mode": None}
+    return {**description, "prefix_config": fields}
+
+
 def test_saved_adapters_load_again(case, tmp_path):
     plain, models, folder = case
     bank = bank_of(case)
@@ -251,6 +263,9 @@ def test_saved_adapters_load_again(case, tmp_path):
         after = load_file(tmp_path / name / "ptv2_adapter.safetensors")
         if name != "grade":  # whose projection is folded
             assert before.keys() == after.keys()
+            descriptions = [json.loads((place / name / "ptv2_config.json").read_text())
+                            for place in (folder, tmp_path)]  # fmt: skip
+            assert without_mode(descriptions[0]) == without_mode(descriptions[1])
             assert all(torch.equal(before[key], after[key]) for key in before)
         fresh = type(model)(copy.deepcopy(model.config)).eval()
         fresh.base_model.load_state_dict(
@@ -288,12 +303,17 @@ def test_bad_adapters_are_refused_and_leave_the_bank_as_it_was(small, tmp_path):
     plain, good = small
     bank = AdapterBank(copy.deepcopy(plain))
     bank.load("good", good)
-    others = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4}
+    others = {
+        "num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "vocab_size": 61,
+    }  # fmt: skip
     other = tiny_model("bert", "sequence", **others, **SIZES)
     ptv2_fast.attach(other, PTuningV2Config(num_virtual_tokens=4))
     save_adapter(other, tmp_path / "other")
-    with pytest.raises(ValueError, match="num_hidden_layers 2 against 3, hidden_size 32 against "
-                                         "16, num_attention_heads 4 against 2"):  # fmt: skip
+    differences = (
+        "num_hidden_layers 2 against 3, hidden_size 32 against 16, "
+        "num_attention_heads 4 against 2, vocab_size 61 against 60"
+    )
+    with pytest.raises(ValueError, match=differences):
         bank.load("other", tmp_path / "other")
     with pytest.raises(ValueError, match="hidden_size 32 against 16"):
         bank.add("other", other)
@@ -329,8 +349,11 @@ def test_bad_adapters_are_refused_and_leave_the_bank_as_it_was(small, tmp_path):
         bank.load("good", good)
     with pytest.raises(ValueError, match="expected an attached model"):
         bank.add("plain", plain)
-    with pytest.raises(ValueError, match="expected a model of transformers"):
+    with pytest.raises(ValueError, match="expected a transformers PreTrainedModel"):
         AdapterBank(torch.nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="expected a model without a prefix"):
+        AdapterBank(other, dtype=torch.bfloat16)
+    assert other.dtype == torch.float32
     assert bank.names == ("good",)
     bank.unload("good")
     assert bank.names == ()

@@ -27,7 +27,8 @@ from ptv2_fast.adapters.loading import check_same_model, read_config, read_label
 from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import read_adapter
 from ptv2_fast.encoders.bank_attachment import BankCall, Repeat, attach_bank
-from ptv2_fast.encoders.lifecycle import require_attachment
+from ptv2_fast.encoders.lifecycle import check_model, require_attachment
+from ptv2_fast.prefix import PTuningV2Config
 
 BASE = "__base__"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
@@ -43,12 +44,10 @@ class PrefixBank:
         dtype: torch.dtype | None = None,
         backbone: str = "auto",
     ) -> None:
-        if not isinstance(model, PreTrainedModel):
-            raise ValueError(
-                f"model: expected a model of transformers, got a {type(model).__name__}"
-            )
-        moves = {name: to for name, to in (("device", device), ("dtype", dtype)) if to is not None}
-        nn.Module.to(model, **moves)  # type: ignore[call-overload]
+        check_model(model, PTuningV2Config(num_virtual_tokens=1))  # before it is changed
+        for where in (device, dtype):
+            if where is not None:
+                model.to(where)  # type: ignore[arg-type]
         model.requires_grad_(False).eval()
         self._plain: PreTrainedModel = model.base_model  # type: ignore[assignment]
         self._shared = attach_bank(self._plain, backbone)
@@ -133,7 +132,7 @@ class PrefixBank:
         Raises:
             ValueError: for an unknown name.
         """
-        members, wanted = self._members, list(names)
+        members, wanted = self._members, [names] if isinstance(names, str) else list(names)
         chosen = [self._find(members, name) for name in wanted]
         for member in members.values():
             member.train(any(member is each for each in chosen))

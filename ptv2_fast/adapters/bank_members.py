@@ -94,6 +94,7 @@ class Member:
                     parameter.data = parameter.data.to(backbone.dtype)
         else:
             self._take_apart(attachment, keep_projection)
+            self._description["base_model"] = description.get("base_model")
         # Hooks of a task may keep something from one part of the model to the next.
         has_hooks = bool(model._forward_pre_hooks)
         self._lock: Any = threading.Lock() if has_hooks else contextlib.nullcontext()

@@ -287,6 +287,10 @@ def check_same_model(description: dict[str, Any], model: PreTrainedModel, with_h
         ValueError: naming each that differs.
     """
     differences = _differences(description, model, _MATCHED_SIZES)
+    size, own = description.get("vocab_size"), vocabulary_size(model)
+    # Where it alone differs, `check_vocabulary` says what to do.
+    if differences and size is not None and own not in (size, description.get("base_vocab_size")):
+        differences.append(f"vocab_size {size!r} against {own}")
     heads = _head_differences(description, model) if with_head else []
     if differences or heads:
         raise ValueError(

@@ -6,6 +6,7 @@ import inspect
 import os
 import threading
 import warnings
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -79,7 +80,7 @@ class Given(NamedTuple):
     `layers`: layer index -> prefix. `dropout`: on it, in training. `repeat`: see `PrefixState`.
     """
 
-    layers: dict[int, LayerPrefix] | dict[int, BankPrefix]
+    layers: Mapping[int, LayerPrefix] | Mapping[int, BankPrefix]
     dropout: float
     repeat: Repeat | None = None
 

@@ -4,7 +4,7 @@ The prefixes of one forward travel as a keyword argument from the backbone to ev
 call, so that checkpointing recomputes with the prefix of the forward it belongs to.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -68,7 +68,7 @@ class PrefixState:
     `relative`: the position tables of an encoder that has some.
     """
 
-    layers: dict[int, LayerPrefix] | dict[int, BankPrefix]
+    layers: Mapping[int, LayerPrefix] | Mapping[int, BankPrefix]
     prefix_dropout: float
     keep_input_gradient: bool
     num_layers: int

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -31,7 +31,7 @@ class BankCall:
         first_token_only: nothing but the first token's state is read.
     """
 
-    layers: dict[int, LayerPrefix] | dict[int, BankPrefix]
+    layers: Mapping[int, LayerPrefix] | Mapping[int, BankPrefix]
     offset: Tensor | None = None
     prefix_dropout: float = 0.0
     repeat: Repeat | None = None
