@@ -404,7 +404,7 @@ def test_a_minute_of_mixed_load_takes_no_more_memory(command, expected, capsys):
 
     with httpx.Client(base_url=address, timeout=60, trust_env=False) as client:
         # Libraries keep what they made for shapes that they have met.
-        Load(address, expected).run(40, 16)
+        Load(address, expected).run(60, 16)
         before, load = resident(), Load(address, expected)
         load.run(60, 16)
         after, waits = resident(), sorted(load.seconds)
