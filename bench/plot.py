@@ -182,11 +182,13 @@ def plot_training_memory(path: Path) -> Path:
 
 
 def plot_time_to_score(path: Path) -> Path:
-    """A panel for each task: the validation score over seconds of training steps, of every recipe.
+    """A panel for each task: the validation score over seconds of training steps, of every recipe
+    whose steps were timed.
 
     A line for each seed. Dashed: 90, 95 and 98 % of what fine-tuning ends with, mean over seeds.
     """
     rows = [row for row in read(path) if row["curve"] and row["chosen"] == "True"]
+    rows = [row for row in rows if row["step seconds"]]
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     recipes = list(dict.fromkeys(row["recipe"] for row in rows))
     lines, columns = -(-len(tasks) // 3), min(3, len(tasks))
@@ -201,7 +203,8 @@ def plot_time_to_score(path: Path) -> Path:
         for part in (0.9, 0.95, 0.98) if goals else ():
             axis.axhline(part * mean(goals), color="black", linewidth=0.6, linestyle="--")
         for row in chosen:
-            seconds, scores = zip(*json.loads(row["curve"]), strict=True)
+            steps, scores = zip(*json.loads(row["curve"]), strict=True)
+            seconds = [count * float(row["step seconds"]) for count in steps]
             axis.plot(seconds, scores, color=f"C{recipes.index(row['recipe'])}", linewidth=1)
         axis.set_title(f"{task} ({chosen[0]['metric']})", fontsize="medium")
         axis.set_xlabel("seconds of training steps")

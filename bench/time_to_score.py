@@ -5,20 +5,21 @@ held out runs only when it is named. Each run is a folder OUTPUT/TASK/RUN: a fin
 repeated, one that was interrupted goes on. After each run results/time-to-score.csv is written from
 all that is in OUTPUT, beside the rows of other runs that it holds already.
 
-Seconds are those of training steps; scoring and saving are not counted. A recipe reaches a mark, a
-part of the validation score that fine-tuning with the same seed ends with, where the straight line
-between two evaluations does. The row with the seed "mean" has the means of a recipe's seeds, and
-of a mark only where all have reached it.
+With --time nothing is trained: the seconds of a step of each recipe are measured, the recipes in
+turn, on a machine that does nothing else. Seconds to a score are steps to it times those: whole
+runs take hours, and scores, unlike seconds, do not depend on what else a machine does meanwhile.
+Scoring and saving are not counted. A recipe reaches a mark, a part of the validation score that
+fine-tuning with the same seed ends with, where the straight line between two evaluations does. The
+row with the seed "mean" has the means of a recipe's seeds, and of a mark only where all have
+reached it.
 """
 
 import argparse
 import dataclasses
 import itertools
 import json
-import os
 import shutil
 import statistics
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,23 +32,22 @@ import yaml
 from bench import experiments
 from bench.experiments import best_rate, command, variant_name
 from bench.measure import RESULTS, merge_csv
+from bench.step_times import TIMES, size_of_epoch, time_steps
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.dry_run import steps
 from ptv2_fast.training.options import RunConfig, with_changes
-from ptv2_fast.training.order import Batching
 from ptv2_fast.training.prepare import Prepared, prepare, training_arguments
 from ptv2_fast.training.run import train
 
 PLAN = Path(__file__).with_suffix(".yaml")
 CSV = RESULTS / "time-to-score.csv"
-LOAD = "load.json"  # in the folder of a run
 REFERENCE = "fine-tuning"
 MARKS = (90, 95, 98)
 KEY = ("task", "recipe", "learning rate", "seed")
 _MEANS = ("validation", "test", "train seconds", "step seconds", "kept bytes")
 
-Curve = list[tuple[float, float]]  # (seconds, score) of each evaluation
+Curve = list[tuple[float, float]]  # (steps, score) of each evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,23 +106,8 @@ def train_scored(config: RunConfig, folder: Path, evaluations: int) -> None:
     prepared = prepare(config, folder, resume=begun)
     if not begun:
         _score_evenly(prepared, evaluations)
-    started, busy, own = time.monotonic(), _busy_seconds(), time.process_time()
     train(prepared)
-    if busy is not None:
-        others = (_busy_seconds() or busy) - busy - (time.process_time() - own)
-        used = max(0.0, others / (time.monotonic() - started))
-        run_folder.write_json(folder / LOAD, {"cores used by others": round(used, 2)})
     shutil.rmtree(folder / run_folder.MODEL, ignore_errors=True)  # of fine-tuning: large
-
-
-def _busy_seconds() -> float | None:
-    """Seconds that all cores of the machine have worked; None where the system does not tell."""
-    try:
-        ticks = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
-    except OSError:
-        return None
-    user, nice, system, _, _, *others = map(int, ticks)
-    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
 
 
 def _scored_every(config: RunConfig, count: int | None) -> RunConfig:
@@ -131,27 +116,25 @@ def _scored_every(config: RunConfig, count: int | None) -> RunConfig:
 
 
 def _score_evenly(prepared: Prepared, evaluations: int) -> None:
-    batching = Batching.of(prepared.config.training)
-    lengths = batching.lengths_of(prepared.features["train"])
-    batches = batching.count(lengths)
+    examples, batches = size_of_epoch(prepared)
     total = steps(prepared, batches)
     if total is None:
         raise ValueError("num_train_epochs: expected a run that ends by its steps")
     prepared.config = _scored_every(prepared.config, max(1, round(total / evaluations)))
     prepared.arguments = training_arguments(
-        prepared.config, prepared.folder, len(lengths), batches, prepared.task.metric
+        prepared.config, prepared.folder, examples, batches, prepared.task.metric
     )
 
 
 def curve_of(folder: Path, metric: str) -> Curve:
-    """The validation score over the seconds of training steps."""
+    """The validation score over training steps."""
     text = (folder / run_folder.METRICS).read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     name = f"eval_{metric}"
-    return [(line["train_seconds"], line[name]) for line in lines if name in line]
+    return [(line["step"], line[name]) for line in lines if name in line]
 
 
-def seconds_to(curve: Curve, mark: float) -> float | None:
+def steps_to(curve: Curve, mark: float) -> float | None:
     """When a score is first reached, on straight lines between evaluations; None = never.
 
     The first evaluation counts whole: what came before it is not known.
@@ -174,6 +157,7 @@ def rows_of(task: Task, name: str, folder: Path, data: Path) -> list[dict[str, A
     references = {
         seed: _finished(folder, REFERENCE, chosen[REFERENCE], seed) for seed in task.seeds
     }
+    times = run_folder.read_json(folder / TIMES) if (folder / TIMES).is_file() else {}
     rows = []
     for recipe, options in task.recipes.items():
         for rate in options.rates:
@@ -184,7 +168,8 @@ def rows_of(task: Task, name: str, folder: Path, data: Path) -> list[dict[str, A
                     continue
                 keys = dict(zip(KEY, (name, recipe, rate, seed), strict=True))
                 more = {"held out": task.held_out, "chosen": rate == chosen[recipe]}
-                own.append(keys | more | _figures(run, references[seed]) | _origin(run, data))
+                figures = _figures(run, recipe, references[seed], times)
+                own.append(keys | more | figures | _origin(run, data))
             rows += own
             if len(own) == len(task.seeds) and rate == chosen[recipe]:
                 rows.append(_mean(own))
@@ -196,17 +181,30 @@ def _finished(folder: Path, recipe: str, rate: float, seed: int) -> Path | None:
     return run if (run / run_folder.REPORT).is_file() else None
 
 
-def _figures(run: Path, reference: Path | None) -> dict[str, Any]:
+def _figures(
+    run: Path, recipe: str, reference: Path | None, times: dict[str, Any]
+) -> dict[str, Any]:
+    """The figures of a run.
+
+    Args:
+        run: its folder.
+        recipe: its name.
+        reference: the folder of fine-tuning with the same seed, if that has run.
+        times: what `time_steps` wrote; without it there are no seconds.
+    """
     report = run_folder.read_report(run)
     metric, metrics = report["metric"], report["metrics"]
+    timed = times.get(recipe, {})
+    step = timed.get("step seconds")
     row = {
         "method": report["method"],
         "metric": metric,
         "validation": metrics["validation"][metric],
         "test": metrics.get("test", {}).get(metric),
-        "train seconds": report["train_seconds"],
+        "train seconds": _product(report["steps"], step),
         "steps": report["steps"],
-        "step seconds": report["step_seconds"],
+        "step seconds": step,
+        "cores used by others": timed.get("cores used by others"),
         "kept bytes": report["kept_bytes"],
         "trainable parameters": report["trainable_parameters"],
     }
@@ -214,19 +212,26 @@ def _figures(run: Path, reference: Path | None) -> dict[str, Any]:
     if reference is not None:
         whole = run_folder.read_report(reference)
         goal = whole["metrics"]["validation"][metric]
-        its_test, its_seconds = whole["metrics"].get("test", {}).get(metric), whole["train_seconds"]
+        its_step = times.get(REFERENCE, {}).get("step seconds")
+        its_seconds = _product(whole["steps"], its_step)
         row["validation / fine-tuning"] = _ratio(row["validation"], goal)
-        row["test / fine-tuning"] = _ratio(row["test"], its_test)
+        row["test / fine-tuning"] = _ratio(
+            row["test"], whole["metrics"].get("test", {}).get(metric)
+        )
         row["seconds / fine-tuning's whole"] = _ratio(row["train seconds"], its_seconds)
         for mark in MARKS if goal > 0 else ():
-            seconds = seconds_to(curve, goal * mark / 100)
-            its = seconds_to(curve_of(reference, metric), goal * mark / 100)
+            seconds = _product(steps_to(curve, goal * mark / 100), step)
+            its = _product(steps_to(curve_of(reference, metric), goal * mark / 100), its_step)
             row |= {
                 f"seconds to {mark} %": seconds,
                 f"to {mark} % / fine-tuning's": _ratio(seconds, its),
                 f"to {mark} % / fine-tuning's whole": _ratio(seconds, its_seconds),
             }
-    return row | {"curve": json.dumps([(round(s, 2), round(v, 5)) for s, v in curve])}
+    return row | {"curve": json.dumps([(count, round(v, 5)) for count, v in curve])}
+
+
+def _product(value: float | None, other: float | None) -> float | None:
+    return None if value is None or other is None else value * other
 
 
 def _ratio(value: float | None, other: float | None) -> float | None:
@@ -236,9 +241,7 @@ def _ratio(value: float | None, other: float | None) -> float | None:
 def _origin(run: Path, data: Path) -> dict[str, Any]:
     report = run_folder.read_report(run)
     config, _ = run_folder.read_run_config(run)
-    load = run_folder.read_json(run / LOAD) if (run / LOAD).is_file() else {}
     return {
-        **load,
         "threads": report["machine"]["threads"],
         "processor": report["machine"]["processor"],
         "versions": json.dumps(report["versions"]),
@@ -305,6 +308,15 @@ def run_task(name: str, task: Task, data: Path, output: Path) -> None:
     """Do what is not finished of a task, and write the CSV file after each run."""
     for run in task.run(output / name):
         print(f"{name}/{run}", flush=True)
+        write_rows(name, task, data, output)
+
+
+def write_rows(name: str, task: Task, data: Path, output: Path) -> None:
+    """Write what is finished of a task into the CSV file, of which other runs' rows stay.
+
+    Several processes may do so, each with a task of its own.
+    """
+    with filelock.FileLock(output / "csv.lock"):
         merge_csv(CSV, rows_of(task, name, output / name, data), KEY)
 
 
@@ -314,6 +326,7 @@ def main() -> None:
     parser.add_argument("output", type=Path)
     parser.add_argument("names", nargs="*", help="tasks (default: all that are not held out)")
     parser.add_argument("--recipes", nargs="+", help="these alone, and fine-tuning")
+    parser.add_argument("--time", action="store_true", help="measure the seconds of steps instead")
     arguments = parser.parse_args()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
@@ -329,13 +342,18 @@ def main() -> None:
     names = arguments.names or [name for name, task in tasks.items() if not task.held_out]
     wanted = {REFERENCE, *(arguments.recipes or [])}
     arguments.output.mkdir(parents=True, exist_ok=True)
-    with filelock.FileLock(arguments.output / "alone.lock", timeout=0):
-        for name in names:
-            task = tasks[name]
-            if arguments.recipes:
-                found = {key: recipe for key, recipe in task.recipes.items() if key in wanted}
-                task = dataclasses.replace(task, recipes=found)
-            run_task(name, task, arguments.data, arguments.output)
+    for name in names:
+        task = tasks[name]
+        if arguments.recipes:
+            found = {key: recipe for key, recipe in task.recipes.items() if key in wanted}
+            task = dataclasses.replace(task, recipes=found)
+        with filelock.FileLock(arguments.output / f"{name}.lock", timeout=0):
+            if arguments.time:
+                configs = {key: recipe.base for key, recipe in task.recipes.items()}
+                time_steps(configs, arguments.output / name)
+                write_rows(name, task, arguments.data, arguments.output)
+            else:
+                run_task(name, task, arguments.data, arguments.output)
 
 
 if __name__ == "__main__":

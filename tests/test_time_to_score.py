@@ -6,7 +6,8 @@ import json
 import pytest
 
 from bench import plot, time_to_score
-from bench.time_to_score import Recipe, Task, make_recipe, run_task, seconds_to
+from bench.step_times import time_steps
+from bench.time_to_score import Recipe, Task, make_recipe, run_task, steps_to
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.training.options import RunConfig
 from tests.models import one_thread  # noqa: F401
@@ -15,10 +16,10 @@ from tests.tiny_run import save_tiny_model, write_conll
 
 def test_a_mark_is_reached_on_the_line_between_two_evaluations():
     curve = [(10.0, 0.2), (20.0, 0.6), (30.0, 0.5), (40.0, 0.9)]
-    assert seconds_to(curve, 0.5) == pytest.approx(17.5)
-    assert seconds_to(curve, 0.6) == pytest.approx(20)
-    assert seconds_to(curve, 0.7) == pytest.approx(35)
-    assert seconds_to(curve, 0.1) == 10 and seconds_to(curve, 0.91) is None
+    assert steps_to(curve, 0.5) == pytest.approx(17.5)
+    assert steps_to(curve, 0.6) == pytest.approx(20)
+    assert steps_to(curve, 0.7) == pytest.approx(35)
+    assert steps_to(curve, 0.1) == 10 and steps_to(curve, 0.91) is None
 
 
 def test_recipes_start_from_variants_presets_and_defaults():
@@ -62,6 +63,7 @@ def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
     results = tmp_path / "results" / "time-to-score.csv"
     monkeypatch.setattr(time_to_score, "CSV", results)
     output = tmp_path / "runs"
+    time_steps({name: recipe.base for name, recipe in task.recipes.items()}, output / "ner")
     run_task("ner", task, tmp_path, output)
     written = results.read_bytes()
     monkeypatch.setattr(time_to_score, "train", None)  # called, it fails
@@ -80,8 +82,8 @@ def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
             continue
         curve = json.loads(row["curve"])
         assert len(curve) == 2 and row["steps"] == "16"
-        assert [seconds for seconds, _ in curve] == sorted(seconds for seconds, _ in curve)
-        assert curve[-1][0] == pytest.approx(float(row["train seconds"]), abs=0.01)
+        assert [steps for steps, _ in curve] == [8, 16]
+        assert float(row["train seconds"]) == pytest.approx(16 * float(row["step seconds"]))
         assert max(score for _, score in curve) == pytest.approx(float(row["validation"]), abs=1e-4)
         assert f"--seed {seed}" in row["command"] and "--eval-steps 8" in row["command"]
         if recipe == "fine-tuning":

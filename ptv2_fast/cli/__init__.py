@@ -13,6 +13,8 @@ from pathlib import Path
 from ptv2_fast import __version__
 from ptv2_fast.cli import (
     ablate,
+    card,
+    convert,
     environment,
     models,
     multitask,
@@ -29,18 +31,9 @@ from ptv2_fast.cli.parser import BAD_INPUT, INTERRUPTED, BadInput, Parser, with_
 __all__ = ["BAD_INPUT", "INTERRUPTED", "main"]
 
 _COMMANDS = (
-    train,
-    multitask,
-    score,
-    predict,
-    serve,
-    ablate,
-    search,
-    report,
-    tasks,
-    models,
+    train, multitask, score, predict, serve, ablate, search, report, convert, card, tasks, models,
     environment,
-)
+)  # fmt: skip
 
 _LONGEST = 2000  # characters of a message: what it quotes may be a file of one line
 

@@ -28,7 +28,7 @@ _OLD_WEIGHTS_NAME = "adapter_model.safetensors"  # PEFT's, as adapters of versio
 CHECKPOINT_WEIGHTS_NAME = "model.safetensors"
 FORMAT_KEY = "ptv2_format"
 FORMAT_VERSION = 1
-_WEIGHTS_KEY = "weights"
+WEIGHTS_KEY = "weights"
 _MODELS_CONFIG_NAME = "config.json"
 
 
@@ -52,29 +52,47 @@ def write_adapter(
     Raises:
         ValueError: when `directory` is a file.
     """
+    content = {FORMAT_KEY: FORMAT_VERSION, WEIGHTS_KEY: weights_name, **description}
+    write_files(directory, {CONFIG_NAME: content}, weights_name, tensors)
+    path = Path(directory) / _MODELS_CONFIG_NAME
+    with contextlib.suppress(FileExistsError), path.open("x") as file:
+        file.write(json.dumps(NO_MODEL) + "\n")
+
+
+def write_files(
+    directory: str | os.PathLike,
+    contents: dict[str, dict[str, Any]],
+    weights_name: str,
+    tensors: dict[str, Tensor],
+) -> None:
+    """Write tensors and JSON files, each under a temporary name that then replaces the old file.
+
+    Args:
+        directory: created when missing.
+        contents: name of a file -> what it says.
+        weights_name: name of the tensors' file.
+        tensors: name -> tensor, on any device.
+
+    Raises:
+        ValueError: when `directory` is a file.
+    """
     directory = Path(directory)
     if directory.exists() and not directory.is_dir():
         raise ValueError(f"directory: expected a folder, got the file {directory}")
     directory.mkdir(parents=True, exist_ok=True)
-    content = {FORMAT_KEY: FORMAT_VERSION, _WEIGHTS_KEY: weights_name, **description}
-    text = json.dumps(content, indent=2, sort_keys=False) + "\n"
     # Clones: safetensors refuses tensors that share memory, and a state dict may hold such.
     copies = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
-
-    weights, config = directory / weights_name, directory / CONFIG_NAME
-    temporary_weights, temporary_config = (
-        path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in (weights, config)
-    )
+    paths = [directory / name for name in (weights_name, *contents)]
+    temporary = [path.with_name(f"{path.name}.{os.getpid()}.tmp") for path in paths]
     try:
-        save_file(copies, temporary_weights, metadata={"format": "pt"})
-        temporary_config.write_text(text, encoding="utf-8")
-        os.replace(temporary_weights, weights)
-        os.replace(temporary_config, config)
-        with contextlib.suppress(FileExistsError), (directory / _MODELS_CONFIG_NAME).open("x") as f:
-            f.write(json.dumps(NO_MODEL) + "\n")
+        save_file(copies, temporary[0], metadata={"format": "pt"})
+        for path, content in zip(temporary[1:], contents.values(), strict=True):
+            path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        for new, old in zip(temporary, paths, strict=True):
+            os.replace(new, old)
     finally:
-        temporary_weights.unlink(missing_ok=True)
-        temporary_config.unlink(missing_ok=True)
+        for path in temporary:
+            path.unlink(missing_ok=True)
 
 
 def read_description(directory: str | os.PathLike) -> dict[str, Any]:
@@ -95,7 +113,7 @@ def read_description(directory: str | os.PathLike) -> dict[str, Any]:
         )
     # An adapter cannot point at files outside its folder.
     weights = WEIGHTS_NAME if config.name == CONFIG_NAME else _OLD_WEIGHTS_NAME
-    plain_name(description.setdefault(_WEIGHTS_KEY, weights), f"{config}: {_WEIGHTS_KEY}")
+    plain_name(description.setdefault(WEIGHTS_KEY, weights), f"{config}: {WEIGHTS_KEY}")
     return description
 
 
@@ -109,7 +127,7 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         ValueError: as `read_description`; when the tensors are missing, corrupt or truncated.
     """
     description = read_description(directory)
-    weights = Path(directory) / description[_WEIGHTS_KEY]
+    weights = Path(directory) / description[WEIGHTS_KEY]
     if not weights.is_file():
         raise ValueError(
             f"directory: expected the adapter's tensors in {weights}, got no such file"

@@ -1,0 +1,94 @@
+"""Seconds of a training step of several runs, in turn; bench.time_to_score counts in them."""
+
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+
+from ptv2_fast.training import run_folder
+from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.order import Batching
+from ptv2_fast.training.prepare import Prepared, prepare, training_arguments
+from ptv2_fast.training.run import train
+
+TIMES = "step-seconds.json"  # in the folder of a task
+TURNS, WARM_UP_STEPS, TIMED_STEPS = 3, 3, 20
+
+
+class _StepTimes(TrainerCallback):
+    """Seconds of each step of a training: forward, backward and optimizer."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._started = 0.0
+
+    def on_step_begin(self, *args: Any, **unused: Any) -> None:
+        self._started = time.perf_counter()
+
+    def on_step_end(self, *args: Any, **unused: Any) -> None:
+        self.seconds.append(time.perf_counter() - self._started)
+
+
+def time_steps(configs: dict[str, RunConfig], folder: Path) -> None:
+    """Measure the seconds of a step of each run, in turn, and write them into TIMES in the folder.
+
+    Each turn draws its batches by a seed of its own, the same for all runs. What is there of other
+    runs stays.
+
+    Args:
+        configs: of runs whose epochs end by their steps.
+        folder: created when missing.
+    """
+    started, busy, own = time.monotonic(), _busy_seconds(), time.process_time()
+    seconds: dict[str, list[float]] = {name: [] for name in configs}
+    for turn in range(TURNS):
+        for name, config in configs.items():
+            seconds[name].append(_step_seconds(config, seed=turn))
+            print(f"{folder.name}/{name}: {seconds[name][-1]:.4f} s a step", flush=True)
+    load = {}
+    if busy is not None:
+        others = (_busy_seconds() or busy) - busy - (time.process_time() - own)
+        load = {"cores used by others": round(max(0.0, others / (time.monotonic() - started)), 2)}
+    file = folder / TIMES
+    known = run_folder.read_json(file) if file.is_file() else {}
+    for name, turns in seconds.items():
+        known[name] = {"step seconds": statistics.fmean(turns), "turns": turns, **load}
+    folder.mkdir(parents=True, exist_ok=True)
+    run_folder.write_json(file, known)
+
+
+def _step_seconds(config: RunConfig, seed: int) -> float:
+    """The mean over some steps of a training, the first ones not counted."""
+    count = WARM_UP_STEPS + TIMED_STEPS
+    changes = {"seed": seed, "max_steps": count, "num_train_epochs": None, "save_steps": 0}
+    config, times = RunConfig.from_dict(config.flat() | changes), _StepTimes()
+    with tempfile.TemporaryDirectory() as place:
+        prepared = prepare(config, Path(place) / "run")
+        for split in set(prepared.features) - {"train"}:  # whose scoring takes longer
+            del prepared.features[split]
+        prepared.arguments = training_arguments(
+            config, prepared.folder, *size_of_epoch(prepared), None
+        )
+        train(prepared, [times])
+    return statistics.fmean(times.seconds[WARM_UP_STEPS:])
+
+
+def size_of_epoch(prepared: Prepared) -> tuple[int, int]:
+    """Examples and batches."""
+    batching = Batching.of(prepared.config.training)
+    lengths = batching.lengths_of(prepared.features["train"])
+    return len(lengths), batching.count(lengths)
+
+
+def _busy_seconds() -> float | None:
+    """Seconds that all cores of the machine have worked; None where the system does not tell."""
+    try:
+        ticks = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+    except OSError:
+        return None
+    user, nice, system, _, _, *others = map(int, ticks)
+    return (user + nice + system + sum(others)) / os.sysconf("SC_CLK_TCK")
