@@ -78,6 +78,7 @@ setup(
     packages=[*find_packages(include=["ptv2_fast*"]), "ptv2_kernels"],
     package_data={
         "ptv2_fast.recipes": ["*.yaml"],
+        "ptv2_fast.serving": ["*.html"],
         "ptv2_fast.training.report": ["*.html"],
         "ptv2_kernels": ["measured/*.json"],
     },

@@ -188,6 +188,40 @@ def test_predict_answers_each_line_of_stdin(trained, capsys, monkeypatch):
     assert lines == [["Anna", "lives", "in", "Oslo", "."], [], ["Bob"]]
 
 
+def test_predict_reads_and_writes_long_files_in_parts(trained, tmp_path, capsys, monkeypatch):
+    """The same lines as of one whole file, in its order; a bad line comes after what is good."""
+    from ptv2_fast.tasks.token_classification import TokenClassification
+
+    sentences = [[word for word, _ in sentence] for sentence in tagged_sentences(7)]
+    lines = [json.dumps({"tokens": words}) for words in sentences]
+    file, output = tmp_path / "long.jsonl", tmp_path / "out.jsonl"
+    file.write_text("\n".join(lines))
+    command = ["predict", "--run", str(trained), "--batch-size", "1", "--data"]
+    assert cli.main([*command, str(file)]) == 0
+    whole = capsys.readouterr().out
+    assert [json.loads(line)["words"] for line in whole.splitlines()] == sentences
+    monkeypatch.setattr(TokenClassification, "part_rows", 2)
+    assert cli.main([*command, str(file)]) == 0
+    assert capsys.readouterr().out == whole
+    table = "tokens\n" + "".join(f"{' '.join(words)}\n" for words in sentences)
+    for text, options in (("\n\n".join(lines), []), (table, ["--data-format", "csv"])):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        assert cli.main([*command, "-", *options]) == 0
+        assert capsys.readouterr().out == whole
+    assert cli.main([*command, str(file), "--output", str(output)]) == 0
+    assert output.read_text() == whole and capsys.readouterr().out == ""
+    line = fails_with_one_line([*command, str(file), "--output", str(output)], capsys)
+    assert "output: expected a new file" in line
+    output.unlink()
+    file.write_text("\n".join([*lines, "{"]))
+    assert cli.main([*command, str(file)]) == cli.BAD_INPUT
+    printed = capsys.readouterr()
+    assert printed.out.splitlines() == whole.splitlines()[:6]
+    assert "line 8: broken JSON" in printed.err
+    fails_with_one_line([*command, str(file), "--output", str(output)], capsys)
+    assert [path.name for path in tmp_path.iterdir()] == ["long.jsonl"]
+
+
 @pytest.mark.parametrize(
     ("method", "learning_rate"),
     [("fine-tuning", 0.01), ("linear-probe", 0.05), ("prompt-tuning", 0.01)],

@@ -1,6 +1,7 @@
 """Files in forms that people have: read as what they are, or refused with file and row."""
 
 import gzip
+import io
 import itertools
 import json
 import subprocess
@@ -11,7 +12,7 @@ import pandas
 import pytest
 
 from ptv2_fast.tasks import DataOptions, make_task
-from ptv2_fast.tasks.sources import file_source
+from ptv2_fast.tasks.sources import Source, Stream, file_source
 
 WORDS = [["Anna", "can't", 'say"so'], ["Oslo", "[", "1]"]]
 TAGS = [["B-PER", "O", "O"], ["B-LOC", "O", "O"]]
@@ -318,3 +319,90 @@ def test_tables_with_empty_lines_stay_tables(tmp_path):
     file = tmp_path / "data.tsv"
     file.write_text("tokens\tner_tags\nAnna sleeps\tB-PER O\n\nOslo .\tB-LOC O\n")
     assert read(file) == SENTENCES
+
+
+class Counted(io.TextIOBase):
+    """Lines that are counted as they are read."""
+
+    def __init__(self, lines):
+        self.lines, self.count = iter(lines), 0
+
+    def readline(self, size=-1):
+        self.count += 1
+        return next(self.lines, "")
+
+
+def parts_of(task, source):
+    return [(part.table.to_dict(), part.where(0)) for part in task.read_parts(source)]
+
+
+def test_long_tables_come_in_parts_and_no_more_is_held(tmp_path, monkeypatch):
+    task = token_task()
+    monkeypatch.setattr(task, "part_rows", 2)
+    # A part of one word a row is as long as others.
+    rows = [["Anna", "lives"], ["in"], ["Oslo"], ["."], ["Bob", "sleeps"]]
+    lines = [json.dumps({"tokens": words}) + "\n" for words in rows]
+    file = Counted(lines * 100)
+    parts = task.read_parts(Source("stdin", stream=Stream(file, "json")))
+    for number in range(250):
+        part = next(parts)
+        first = 2 * number
+        assert part.table["words"][:] == [rows[first % 5], rows[(first + 1) % 5]]
+        assert part.where(1) == f"stdin row {first + 2}"
+        assert file.count <= first + 4
+    assert next(parts, None) is None
+    table = tmp_path / "data.csv"
+    table.write_text("tokens\n" + "".join(f"{' '.join(words)}\n" for words in rows))
+    packed = tmp_path / "data.jsonl.gz"
+    packed.write_bytes(gzip.compress(("\ufeff" + "".join(lines)).encode()))
+    for source in (file_source(table), file_source(packed)):
+        found = parts_of(task, source)
+        assert [words for part, _ in found for words in part["words"]] == rows
+        assert [where for _, where in found] == [f"{source.name} row {n}" for n in (1, 3, 5)]
+
+
+def test_what_cannot_be_cut_into_parts_comes_whole(tmp_path, monkeypatch):
+    sentences, one_word = tmp_path / "lists.json", tmp_path / "words.csv"
+    columns, questions = tmp_path / "columns.tsv", tmp_path / "squad.json"
+    sentences.write_text(json.dumps([{"tokens": words} for words in WORDS * 2], indent=1))
+    one_word.write_text("tokens,sentence\nAnna,1\nsleeps,1\nBob,2\nworks,2\nnow,2\n")
+    columns.write_text("Anna\tO\nsleeps\tO\n\nBob\tO\nworks\tO\n\n")
+    question = {"id": "1", "question": "Who?", "answers": []}
+    paragraph = {"context": "Anna.", "qas": [question, question | {"id": "2"}]}
+    questions.write_text(json.dumps({"data": [{"paragraphs": [paragraph]}]}) + "\n\n")
+    tokens, answers = token_task(), make_task(DataOptions(task="question-answering"))
+    for task, file in ((tokens, sentences), (tokens, one_word), (tokens, columns),
+                       (answers, questions)):  # fmt: skip
+        monkeypatch.setattr(task, "part_rows", 1)
+        whole = task.read(file_source(file), labelled=False)
+        assert len(whole) > 1 and parts_of(task, file_source(file)) == [
+            (whole.table.to_dict(), whole.where(0))
+        ]
+    # As does a stream, of which nothing can be read twice.
+    stream = Source("stdin", stream=Stream(io.BytesIO(one_word.read_bytes()), "csv"))
+    ((found, _),) = parts_of(tokens, stream)
+    assert found["words"] == [["Anna", "sleeps"], ["Bob", "works", "now"]]
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "words"),
+    [
+        ("data.jsonl", '{"text": "x"', "line 4: broken JSON"),
+        ("data.jsonl", '["x"]', "line 4: expected an object"),
+        ("data.jsonl", '{"text": 3}', "row 4: expected text in text, got 3"),
+        ("data.csv", "a,b", "line 5"),
+        ("data.csv", '" "', "row 4: expected text in text"),
+    ],
+)
+def test_a_bad_row_is_named_by_its_number_when_it_comes(tmp_path, monkeypatch, name, row, words):
+    """What was read before it is there already."""
+    task = make_task(DataOptions(task="text-classification"))
+    monkeypatch.setattr(task, "part_rows", 1)
+    is_csv = name.endswith("csv")
+    good = "good" if is_csv else '{"text": "good"}'
+    file = tmp_path / name
+    file.write_text("\n".join([*(["text"] if is_csv else []), good, good, good, row, good]) + "\n")
+    parts = task.read_parts(file_source(file))
+    assert [len(next(parts)) for _ in range(3)] == [1, 1, 1]
+    with pytest.raises(ValueError, match=words):
+        next(parts)

@@ -14,8 +14,8 @@ from tests.test_cli import LOADING, fails_with_one_line
 def test_help_version_and_bad_arguments_import_nothing_heavy(tmp_path):
     """They come at once; and so does the word that what is heavy is being loaded."""
     commands = (
-        "train multitask eval predict ablate search report convert card tasks models env".split()
-    )
+        "train multitask eval predict serve ablate search report convert card tasks models env"
+    ).split()
     for seed in ("1", "2"):
         (tmp_path / "seeds" / seed).mkdir(parents=True)
         (tmp_path / "seeds" / seed / "config.json").write_text('{"found": {}}')

@@ -25,6 +25,7 @@ PACKAGES = {"ptv2_fast": ROOT / "ptv2_fast", "ptv2_kernels": ROOT / "kernels" / 
 ALLOWED = {
     "ptv2_fast.cli": {
         "cli",
+        "serving",
         "recipes",
         "training",
         "tasks",
@@ -33,6 +34,7 @@ ALLOWED = {
         "ops",
         "files",
     },
+    "ptv2_fast.serving": {"serving", "training", "tasks", "encoders", "adapters"},
     "ptv2_fast.recipes": {"training", "tasks"},
     "ptv2_fast.training": {"training", "tasks", "encoders", "adapters", "prefix", "ops", "files"},
     "ptv2_fast.tasks": {"tasks", "files"},
@@ -47,6 +49,7 @@ TORCH_ONLY = ("ptv2_fast.ops", "ptv2_fast.frozen", "ptv2_fast.prefix", "ptv2_ker
 # What an extra brings may be imported here only; elsewhere, what is always installed.
 EXTRAS = {
     "bench.": "bench",
+    "ptv2_fast.serving": "serve",
     "setup": "dev",
     "tests.": "dev",
     "ptv2_fast.training.baselines": "baselines",
@@ -228,6 +231,7 @@ def test_wheel_holds_both_packages(source, tmp_path, with_cpp):
     assert {"ptv2_fast/__init__.py", "ptv2_kernels/forward.py"} <= held
     assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in held)
     tables = {f"ptv2_fast/recipes/{p.name}" for p in (ROOT / "ptv2_fast/recipes").glob("*.yaml")}
+    assert {"ptv2_fast/serving/server.py", "ptv2_fast/serving/page.html"} <= held
     assert tables <= held and "ptv2_fast/recipes/rte-roberta-large.yaml" in tables
     extension = [name for name in held if name.startswith("ptv2_fast/_C")]
     assert len(extension) == int(with_cpp)

@@ -18,9 +18,11 @@ from ptv2_fast.cli import (
     environment,
     models,
     multitask,
+    predict,
     report,
     score,
     search,
+    serve,
     tasks,
     train,
 )
@@ -29,7 +31,8 @@ from ptv2_fast.cli.parser import BAD_INPUT, INTERRUPTED, BadInput, Parser, with_
 __all__ = ["BAD_INPUT", "INTERRUPTED", "main"]
 
 _COMMANDS = (
-    train, multitask, score, ablate, search, report, convert, card, tasks, models, environment
+    train, multitask, score, predict, serve, ablate, search, report, convert, card, tasks, models,
+    environment,
 )  # fmt: skip
 
 _LONGEST = 2000  # characters of a message: what it quotes may be a file of one line

@@ -1,4 +1,4 @@
-"""ptv2-fast eval and ptv2-fast predict."""
+"""ptv2-fast eval."""
 
 import argparse
 import json
@@ -20,24 +20,18 @@ _COLUMN_OPTIONS = (
 
 
 def add(commands: Any) -> None:
-    """Add both commands."""
+    """Add the command."""
     evaluate = add_command(commands, "eval", _evaluate, "score a trained run on labelled data")
-    _add_run_options(evaluate)
+    evaluate.add_argument("--run", required=True, help="folder of the run")
+    add_scoring_options(evaluate)
     evaluate.add_argument("--data", required=True, help="file of labelled examples")
     evaluate.add_argument(
         "--output", help="new file for the predictions, as JSON lines with what is right"
     )
 
-    predict = add_command(commands, "predict", _predict, "print predictions as JSON lines")
-    _add_run_options(predict)
-    source = predict.add_mutually_exclusive_group()
-    source.add_argument("--data", help="file of examples, labelled or not")
-    source.add_argument("--text", action="append", help="a text (a pair: two, with a tab between);"
-                        " default: one a line from stdin")  # fmt: skip
 
-
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--run", required=True, help="folder of the run")
+def add_scoring_options(parser: argparse.ArgumentParser) -> None:
+    """How much runs together, and where the data differ from what a run was trained on."""
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     group = parser.add_argument_group("where the data differs from the run's training data")
     add_options(group, DataOptions, _COLUMN_OPTIONS)
@@ -46,13 +40,15 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 def _evaluate(options: dict[str, Any]) -> None:
     file = None if options["output"] is None else Path(options["output"])
     if file is not None:
-        checked(_check_new, file)
-    run, batch_size = _load(options)
+        checked(check_new, file)
+    check_batch_size(options)
+    run = load(Path(options["run"]), options)
+    batch_size = options["batch_size"]
     from ptv2_fast.training.scoring import evaluate_file
 
     scores, lines = checked(evaluate_file, run, Path(options["data"]), batch_size)
     if file is not None:
-        run_folder.write_text(file, "".join(f"{_json(line)}\n" for line in lines))
+        run_folder.write_text(file, "".join(f"{as_json(line)}\n" for line in lines))
     for name, title in run.task.titles(run.labels).items():
         print(f"{name}: {title}", file=sys.stderr)
     if "note" in scores:
@@ -60,51 +56,36 @@ def _evaluate(options: dict[str, Any]) -> None:
     print(json.dumps(scores, indent=2, ensure_ascii=False))
 
 
-def _check_new(file: Path) -> None:
+def check_new(file: Path) -> None:
     """Raise a ValueError unless a file can be written that is not there yet."""
     output.check_place(file.absolute().parent)
     if file.exists() or not file.absolute().parent.is_dir():
         raise ValueError(f"output: expected a new file in a folder, got {str(file)!r}")
 
 
-def _json(line: dict[str, Any]) -> str:
+def as_json(line: dict[str, Any]) -> str:
+    """A prediction as it is printed."""
     return json.dumps(line, ensure_ascii=False)
 
 
-def _predict(options: dict[str, Any]) -> None:
-    run, batch_size = _load(options)
-    from ptv2_fast.training.scoring import predict_file, predict_texts
-
-    if options["data"] is not None:
-        lines = checked(predict_file, run, Path(options["data"]), batch_size)
-    else:
-        texts = options["text"] or checked(_lines_of_stdin)
-        lines = checked(predict_texts, run, texts, batch_size)
-    for line in lines:
-        print(_json(line))
-
-
-def _lines_of_stdin() -> list[str]:
-    """A text a line, without the mark of UTF-8 files that the first may begin with.
-
-    Raises:
-        ValueError: for bytes that are no text.
-    """
-    lines = [line.rstrip("\r\n") for line in sys.stdin]
-    return [line.removeprefix("\ufeff") for line in lines[:1]] + lines[1:]
-
-
-def _load(options: dict[str, Any]) -> tuple[Any, int]:
-    """The run that the options name, and the batch size."""
+def check_batch_size(options: dict[str, Any]) -> None:
+    """Raise BadInput for one that is no size."""
     if options["batch_size"] < 1:
         raise BadInput(f"batch_size: expected an integer >= 1, got {options['batch_size']}")
-    folder = Path(options["run"])
+
+
+def load(folder: Path, options: dict[str, Any]) -> Any:
+    """The run in a folder, with the columns that the options name."""
     checked(_check_run, folder)  # before the heavy imports
     quieten()
     from ptv2_fast.training.models import load_run
 
-    changes = {name: options[name] for name in _COLUMN_OPTIONS if name in options}
-    return checked(load_run, folder, changes), options["batch_size"]
+    return checked(load_run, folder, column_changes(options))
+
+
+def column_changes(options: dict[str, Any]) -> dict[str, Any]:
+    """The options by which data differ from what a run was trained on."""
+    return {name: options[name] for name in _COLUMN_OPTIONS if name in options}
 
 
 def _check_run(folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Rows of JSON files as they are spelt: no text becomes a date, and errors name the row."""
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,20 @@ def read_json_rows(path: Path) -> Dataset:
         if not isinstance(value, dict):
             raise ValueError(f"{where}: expected an object, got {_shown(value)}")
         rows.append(value)
+    return json_table(rows, range(1, len(rows) + 1))
+
+
+def json_table(rows: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Dataset:
+    """Objects as a table; what one of them lacks is None.
+
+    Args:
+        numbers: of the rows, for messages.
+
+    Raises:
+        ValueError: naming the first row with a value of another type than those before it.
+    """
     names = dict.fromkeys(name for row in rows for name in row)
-    columns = {name: _column(name, [row.get(name) for row in rows]) for name in names}
+    columns = {name: _column(name, [row.get(name) for row in rows], numbers) for name in names}
     return Dataset(InMemoryTable(pyarrow.table(columns)))
 
 
@@ -69,7 +81,7 @@ def _values(text: str) -> Iterator[tuple[str, Any]]:
     yield from values
 
 
-def _column(name: str, values: list) -> Any:
+def _column(name: str, values: list, numbers: Sequence[int]) -> Any:
     """The values as an array of one type."""
     if (error := _conversion_error(values)) is None:
         return pyarrow.array(values)
@@ -81,8 +93,8 @@ def _column(name: str, values: list) -> Any:
         else:
             bad = middle
     raise ValueError(
-        f"row {bad}: expected {name} to be of one type in all rows, got {_shown(values[bad - 1])} "
-        f"({error})"
+        f"row {numbers[bad - 1]}: expected {name} to be of one type in all rows, got "
+        f"{_shown(values[bad - 1])} ({error})"
     )
 
 

@@ -14,6 +14,7 @@ from transformers import (
 )
 
 from ptv2_fast.tasks.cells import parse_list
+from ptv2_fast.tasks.columns import Columns
 from ptv2_fast.tasks.one_label import OneLabel
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_rows, read_table
@@ -72,12 +73,19 @@ class MultipleChoice(OneLabel):
         }
         return keep_columns(table, source, names, optional=() if labelled else ("label",))
 
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return ("text", "choices")
+
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """A text and its choices, with tabs between."""
-        check_not_empty(TYPED, len(texts))
+        check_not_empty(source, len(texts))
         parts = [text.split("\t") for text in texts]
-        columns = {"text": [part[0] for part in parts], "choices": [part[1:] for part in parts]}
-        examples = Examples(TYPED, Dataset.from_dict(columns), unit="text")
+        columns: dict[str, list] = {
+            "text": [part[0] for part in parts],
+            "choices": [part[1:] for part in parts],
+        }
+        examples = Examples(source, Columns(columns), unit="text")
         _check_texts(examples)
         return examples
 

@@ -16,9 +16,10 @@ from ptv2_fast.tasks.answer_spans import (
     find_answers,
     with_probabilities,
 )
-from ptv2_fast.tasks.question_files import question_table, read_questions, trainable
+from ptv2_fast.tasks.columns import Columns
+from ptv2_fast.tasks.question_files import read_questions, trainable
 from ptv2_fast.tasks.sources import TYPED, Source
-from ptv2_fast.tasks.tables import check_not_empty
+from ptv2_fast.tasks.tables import check_not_empty, read_table
 from ptv2_fast.tasks.task import Collator, Examples, Features, Task
 
 _LABELS = ["start", "end"]  # the two columns of the head
@@ -47,19 +48,29 @@ class QuestionAnswering(Task):
     def trainable(self, examples: Examples) -> Examples:
         return trainable(examples)
 
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    def has_example_rows(self, part: Source) -> bool:
+        """Not those of the official files, which are one object."""
+        return "question" in read_table(part).column_names and super().has_example_rows(part)
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return ("question", "context")
+
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Each text is a question and its context with a tab between."""
-        check_not_empty(TYPED, len(texts))
-        rows = []
+        check_not_empty(source, len(texts))
+        columns: dict[str, list] = {"id": [], "question": [], "context": []}
         for index, text in enumerate(texts):
             question, _, context = text.partition("\t")
             if not question.strip() or not context.strip():
                 raise ValueError(
-                    f"{TYPED.name} text {index + 1}: expected a question and its context with a "
-                    f"tab between, got {text!r}"
+                    f"{source.name} text {source.number(index)}: expected a question and its "
+                    f"context with a tab between, got {text!r}"
                 )
-            rows.append({"id": str(index + 1), "question": question, "context": context})
-        return Examples(TYPED, question_table(rows), unit="text")
+            row = (str(source.number(index)), question, context)
+            for values, value in zip(columns.values(), row, strict=True):
+                values.append(value)
+        return Examples(source, Columns(columns), unit="text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         return iter(())

@@ -49,7 +49,7 @@ def read_questions(source: Source, labelled: bool, unanswerable: bool) -> Exampl
     contradictory: list[str] = []
     for index, row in enumerate(rows):
         identity = row.get("id")
-        name = str(index + 1 if identity is None else identity)
+        name = str(source.number(index) if identity is None else identity)
         where = f"{source.name} question {name!r}"
         context = _text(row, "context", where)
         answers, given = _answers(row, where) if labelled else ([], [])
@@ -127,7 +127,9 @@ def _rows(source: Source) -> Iterator[dict[str, Any]]:
     elif isinstance(content, list):
         for index, row in enumerate(content):
             if not isinstance(row, dict):
-                raise ValueError(f"{source.name} row {index + 1}: expected an object, got {row!r}")
+                raise ValueError(
+                    f"{source.name} row {source.number(index)}: expected an object, got {row!r}"
+                )
             yield row
     elif source.format == "other":
         raise ValueError(

@@ -59,16 +59,20 @@ class SemanticRoleLabeling(TokenClassification):
                     f"{tags!r}"
                 )
 
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return ("sentence", "verb")
+
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Words are cut at blanks and around punctuation; the verb follows after a tab."""
-        sentences = super().from_texts([text.rpartition("\t")[0] for text in texts])
+        sentences = super().from_texts([text.rpartition("\t")[0] for text in texts], source)
         words = sentences.table["words"][:]
         predicates = [
             _find_verb(row, text.rpartition("\t")[2].strip(), sentences.where(index))
             for index, (row, text) in enumerate(zip(words, texts, strict=True))
         ]
         table = sentences.table.add_column("predicate", predicates)
-        return Examples(TYPED, table, unit="text")
+        return Examples(source, table, unit="text")
 
     def tokenize(
         self,

@@ -3,9 +3,10 @@
 Light: the command line looks for the files before it imports what reads them.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO, Any
 
 from ptv2_fast.tasks.benchmarks import Benchmark
 from ptv2_fast.tasks.options import DataOptions
@@ -21,16 +22,56 @@ _SUFFIXES = {
 
 
 @dataclass(frozen=True)
+class Stream:
+    """An open file that is read once, such as stdin; of text, or of bytes in UTF-8.
+
+    Attributes:
+        format: "csv", "tsv" or "json", the last with an object a line.
+    """
+
+    file: IO[Any]
+    format: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that were read already, of a source that is read a part after the other.
+
+    Attributes:
+        numbers: of its rows in the source, from 1.
+        table: a Dataset; None of typed texts.
+        read: bytes of the file that were read until here.
+        is_whole: whether there are no others.
+    """
+
+    numbers: Sequence[int]
+    table: Any = None
+    read: int = 0
+    is_whole: bool = False
+
+
+@dataclass(frozen=True)
 class Source:
-    """One file, or one split of a hub data set; `name` is how messages call it."""
+    """One file, one split of a hub data set, a stream, or a part of one; `name` is how messages
+    call it."""
 
     name: str
     path: Path | None = None
     hub: tuple[str, str | None, str] | None = None
+    stream: Stream | None = None
+    part: Part | None = None
+
+    def number(self, index: int) -> int:
+        """How messages number a row."""
+        return index + 1 if self.part is None else self.part.numbers[index]
 
     @property
     def format(self) -> str:
-        """ "csv", "tsv", "json", "parquet", "hub", or "other"; compressed by gzip or not."""
+        """ "csv", "tsv", "json", "parquet", "hub", "part" or "other"; compressed by gzip or not."""
+        if self.part is not None:
+            return "part"
+        if self.stream is not None:
+            return self.stream.format
         if self.path is None:
             return "hub"
         suffixes = [suffix.lower() for suffix in self.path.suffixes]

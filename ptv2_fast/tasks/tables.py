@@ -44,8 +44,8 @@ def _phrased(source: Source, benchmark: Benchmark, template: str) -> Iterator[di
             yield from benchmark.rows(dict(zip(names, values, strict=True)), template)
         except (KeyError, TypeError, IndexError, AttributeError, ValueError) as error:
             raise ValueError(
-                f"{source.name} row {index + 1}: expected a row of {benchmark.title}, got columns "
-                f"{names} ({type(error).__name__}: {error})"
+                f"{source.name} row {source.number(index)}: expected a row of {benchmark.title}, "
+                f"got columns {names} ({type(error).__name__}: {error})"
             ) from error
 
 
@@ -98,12 +98,14 @@ def read_table(source: Source, csv_options: Mapping[str, Any] | None = None) -> 
     """The whole table of a source.
 
     Args:
-        source: csv, tsv, json, parquet or hub.
+        source: csv, tsv, json, parquet, hub or a part that was read.
         csv_options: keyword arguments of pandas.read_csv; with them other suffixes are read as tsv.
 
     Raises:
         ValueError: for a file that cannot be read, or no rows.
     """
+    if source.part is not None:
+        return source.part.table
     if source.format == "other" and csv_options is None:
         raise ValueError(f"{source.name}: expected .csv, .tsv, .json, .jsonl or .parquet")
     try:
@@ -111,11 +113,15 @@ def read_table(source: Source, csv_options: Mapping[str, Any] | None = None) -> 
     except Exception as error:  # datasets raises its own kinds, from many libraries below it
         if "corresponds to no data" in str(error):  # a table with a header and no rows
             raise _empty(source) from error
-        cause = error.__cause__ or error
-        reason = " ".join(str(cause).split())[:300]
-        raise ValueError(f"{source.name}: cannot be read as {source.format}: {reason}") from error
+        raise unreadable(source, error.__cause__ or error) from error
     check_not_empty(source, len(table))
     return table
+
+
+def unreadable(source: Source, cause: BaseException) -> ValueError:
+    """The error for a file of which a library says why it cannot be read."""
+    reason = " ".join(str(cause).split())[:300]
+    return ValueError(f"{source.name}: cannot be read as {source.format}: {reason}")
 
 
 def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
@@ -125,25 +131,36 @@ def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
     if not Path(path).stat().st_size:
         return Dataset.from_dict({})
     if source.format in ("csv", "tsv", "other"):
-        # Cells stay as they are spelt: "NA" is a word, "01" and "true" are labels.
-        separator = "," if source.format == "csv" else "\t"
-        options = {"sep": separator, "dtype": str, "na_filter": False, **csv_options}
-        frame = pandas.read_csv(path, **options)
-        if not isinstance(frame.index, pandas.RangeIndex):
-            # The first cells would be the names of the rows, and the others move to the left.
-            raise ValueError(
-                f"expected rows of {len(frame.columns)} cells, as the header, got more"
-            )
-        if separator == "\t" and frame.stack().str.contains(separator).any():
-            # Two rows in one, or more: quotation marks that are text were taken for those of cells.
-            raise ValueError("expected no tab inside a cell, got one between quotation marks")
-        return Dataset.from_pandas(frame, preserve_index=False)
+        options = {**spelt_cells(source), **csv_options}
+        return checked_frame(pandas.read_csv(path, **options), source)
     if source.format == "json":
         return read_json_rows(Path(path))
     # Read into memory and drop the cache: a user's file is small beside the model, and a second
     # copy in the home folder would outlive it.
     with tempfile.TemporaryDirectory() as cache:
         return Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=True)
+
+
+def spelt_cells(source: Source) -> dict[str, Any]:
+    """Arguments of pandas.read_csv by which cells stay as they are spelt: "NA" is a word, "01" and
+    "true" are labels."""
+    separator = "," if source.format == "csv" else "\t"
+    return {"sep": separator, "dtype": str, "na_filter": False}
+
+
+def checked_frame(frame: pandas.DataFrame, source: Source) -> Dataset:
+    """The rows that pandas has read, in the order of the file.
+
+    Raises:
+        ValueError: for rows that it has cut in other places than the file does.
+    """
+    if not isinstance(frame.index, pandas.RangeIndex):
+        # The first cells would be the names of the rows, and the others move to the left.
+        raise ValueError(f"expected rows of {len(frame.columns)} cells, as the header, got more")
+    if source.format != "csv" and frame.stack().str.contains("\t").any():
+        # Two rows in one, or more: quotation marks that are text were taken for those of cells.
+        raise ValueError("expected no tab inside a cell, got one between quotation marks")
+    return Dataset.from_pandas(frame, preserve_index=False)
 
 
 def _load_split(name: str, config: str | None, split: str) -> Dataset:

@@ -2,6 +2,7 @@
 
 import difflib
 import functools
+import itertools
 import json
 import math
 import re
@@ -22,9 +23,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 import ptv2_fast
 from ptv2_fast.tasks.benchmarks import Benchmark
+from ptv2_fast.tasks.columns import Columns
 from ptv2_fast.tasks.comparison import Compared
 from ptv2_fast.tasks.options import DataOptions
-from ptv2_fast.tasks.sources import Source
+from ptv2_fast.tasks.sources import TYPED, Source
+from ptv2_fast.tasks.table_parts import joined, table_parts
+from ptv2_fast.tasks.tables import check_not_empty, read_table
 
 # Makes a padded batch of rows: a BatchEncoding (transformers annotates it as a dict).
 Collator = Callable[[list[dict[str, Any]]], Any]
@@ -47,7 +51,7 @@ class Examples:
     """
 
     source: Source
-    table: Dataset
+    table: Dataset | Columns
     unit: str = "row"
     remarks: dict[str, Any] = field(default_factory=dict)
     drawn_from: int | None = None
@@ -57,7 +61,7 @@ class Examples:
 
     def where(self, index: int) -> str:
         """How messages call one example."""
-        return f"{self.source.name} {self.unit} {index + 1}"
+        return f"{self.source.name} {self.unit} {self.source.number(index)}"
 
     def select(self, indices: list[int]) -> "Examples":
         """Some of the examples, in the given order."""
@@ -95,7 +99,7 @@ class Features:
         truncated: how many examples were cut to fit.
     """
 
-    table: Dataset
+    table: Dataset | Columns
     examples: Examples
     truncated: int
 
@@ -118,7 +122,7 @@ class Features:
             for ids in self.table["input_ids"][:]
         ]
 
-    def model_inputs(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Dataset:
+    def model_inputs(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Any:
         """The columns that the collator takes; `labels` are the task's label columns."""
         wanted = (*tokenizer.model_input_names, *labels)
         return self.table.select_columns([n for n in wanted if n in self.table.column_names])
@@ -149,6 +153,7 @@ class Task(Compared, ABC):
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)  # of the features
     default_metrics: ClassVar[tuple[str, ...]]
     head_is_new: ClassVar[bool] = True  # no pretrained model has one
+    part_rows: ClassVar[int] = 1000  # of a table that is read in parts
 
     def __init__(self, options: DataOptions) -> None:
         self.options = options
@@ -177,13 +182,52 @@ class Task(Compared, ABC):
             ValueError: for what is missing or malformed there, or when it is empty.
         """
 
+    def read_parts(self, source: Source) -> Iterator[Examples]:
+        """What `read` gives without labels, a part after the other: of a long table of which each
+        row is an example, `part_rows` at a time are held; anything else comes whole.
+
+        Raises:
+            ValueError: as `read`, when it comes to what is wrong.
+        """
+        parts = table_parts(source, self.benchmark.table if self.benchmark else {}, self.part_rows)
+        try:
+            begun = [*itertools.islice(parts, 2)]
+        except ValueError:  # a file of columns rather than a table, perhaps
+            if source.path is None:
+                raise
+            begun = []
+        if source.path is not None and len(begun) < 2:
+            yield self.read(source, labelled=False)
+            return
+        check_not_empty(source, len(begun))
+        if self.has_example_rows(begun[0]):
+            for part in itertools.chain(begun, parts):
+                yield self.read(part, labelled=False)
+        elif source.path is not None:
+            parts.close()
+            yield self.read(source, labelled=False)
+        else:
+            yield self.read(joined(source, [*begun, *parts]), labelled=False)
+
+    def has_example_rows(self, part: Source) -> bool:
+        """Whether the rows of a table can be read apart, by its first part."""
+        return len(self.read(part, labelled=False)) == len(read_table(part))
+
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        """What the texts are that a typed text has, with tabs between; the last may be several."""
+        return ("text",)
+
     def trainable(self, examples: Examples) -> Examples:
         """The labelled examples that training can use; remarks say which are left out."""
         return examples
 
     @abstractmethod
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Examples without labels from typed texts.
+
+        Args:
+            source: numbers the texts, where they are a part of more.
 
         Raises:
             ValueError: when there is none, or one does not fit the task.
@@ -328,18 +372,13 @@ class Task(Compared, ABC):
             self.check_labels(examples, labels)
             numbers = {label: number for number, label in enumerate(labels)}
         settings = (numbers, max_length)
-        workers = min(self.options.preprocessing_num_workers, len(examples))
-        table = examples.table.map(
-            functools.partial(_tokenize_batch, self, tokenizer, *settings),
-            with_indices=True,
-            batched=True,
-            batch_size=_MAP_BATCH,
-            remove_columns=examples.table.column_names,
-            num_proc=workers if workers > 1 else None,  # 1 would start a process of its own
-            cache_file_name=self._cache_file(examples, tokenizer, settings),
-            new_fingerprint="0",  # of no use to us, and slow to compute from the tokenizer
-            desc=f"tokenizing {examples.source.name}",
-        )
+        if isinstance(examples.table, Columns):
+            rows = examples.table.to_dict()
+            table: Any = Columns(
+                _tokenize_batch(self, tokenizer, *settings, rows, [*range(len(examples))])
+            )
+        else:
+            table = self._tokenize_dataset(examples, tokenizer, settings)
         cut = {
             index
             for index, flag in zip(table["example"][:], table["was_cut"][:], strict=True)
@@ -351,6 +390,23 @@ class Task(Compared, ABC):
                 "more (long_input='truncate' would cut it)"
             )
         return Features(table.remove_columns("was_cut"), examples, len(cut))
+
+    def _tokenize_dataset(
+        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, settings: tuple
+    ) -> Dataset:
+        table: Any = examples.table
+        workers = min(self.options.preprocessing_num_workers, len(examples))
+        return table.map(
+            functools.partial(_tokenize_batch, self, tokenizer, *settings),
+            with_indices=True,
+            batched=True,
+            batch_size=_MAP_BATCH,
+            remove_columns=table.column_names,
+            num_proc=workers if workers > 1 else None,  # 1 would start a process of its own
+            cache_file_name=self._cache_file(examples, tokenizer, settings),
+            new_fingerprint="0",  # of no use to us, and slow to compute from the tokenizer
+            desc=f"tokenizing {examples.source.name}",
+        )
 
     def _cache_file(
         self, examples: Examples, tokenizer: PreTrainedTokenizerBase, settings: tuple

@@ -4,9 +4,9 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from datasets import Dataset
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.columns import Columns
 from ptv2_fast.tasks.one_label import OneLabel
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, read_columns, read_rows
@@ -40,10 +40,14 @@ class TextClassification(OneLabel):
             return self.options.template in self.benchmark.pairs
         return self.options.text_pair_column is not None
 
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    @property
+    def text_names(self) -> tuple[str, ...]:
+        return ("text", "second text") if self._takes_pairs else ("text",)
+
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Pairs have a tab between the two texts."""
-        check_not_empty(TYPED, len(texts))
-        examples = Examples(TYPED, Dataset.from_dict({"text": list(texts)}), unit="text")
+        check_not_empty(source, len(texts))
+        examples = Examples(source, Columns({"text": texts}), unit="text")
         if not self._takes_pairs:
             return _checked(examples)
         pairs = [text.split("\t") for text in texts]
@@ -54,8 +58,8 @@ class TextClassification(OneLabel):
                     f"{texts[index]!r}"
                 )
         first, second = zip(*pairs, strict=True)
-        table = Dataset.from_dict({"text": first, "text_pair": second})
-        return _checked(Examples(TYPED, table, unit="text"))
+        table = Columns({"text": first, "text_pair": second})
+        return _checked(Examples(source, table, unit="text"))
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         return enumerate(examples.table["label"][:])

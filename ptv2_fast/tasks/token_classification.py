@@ -30,6 +30,7 @@ from ptv2_fast.tasks.chunks import (
     odd_labels,
     spans,
 )
+from ptv2_fast.tasks.columns import Columns
 from ptv2_fast.tasks.comparison import label_figures
 from ptv2_fast.tasks.conll import holds_columns, read_conll
 from ptv2_fast.tasks.decoding import (
@@ -77,6 +78,13 @@ class TokenClassification(Task):
         remarks |= {_BEGIN_INSIDE: count} if count else {}
         return dataclasses.replace(examples, remarks=remarks)
 
+    def has_example_rows(self, part: Source) -> bool:
+        """Not those of a table with one word in each."""
+        table, words = read_table(part), self._column_name("words")
+        if self.options.sentence_column or words not in table.column_names:
+            return False
+        return not all(map(is_one_word, table[words][:])) and super().has_example_rows(part)
+
     def _holds_columns(self, source: Source) -> bool:
         """Whether a .tsv file is one of CoNLL columns."""
         if source.format != "tsv" or "predicate" in self.columns:
@@ -119,6 +127,8 @@ class TokenClassification(Task):
         words = {column: columns[column] for column in ("words", "tags") if column in columns}
         # One label a row is enough: a word may have blanks.
         one_word = len(kept) > 1 and all(map(is_one_word, columns.get("tags", columns["words"])))
+        # The rows of a part are sentences, as `has_example_rows` found of the first.
+        one_word = one_word and (source.part is None or source.part.is_whole)
         if self.options.sentence_column or one_word:
             if sentence is None or "predicate" in columns:
                 raise ValueError(
@@ -154,12 +164,12 @@ class TokenClassification(Task):
                     f"got {tags!r}"
                 )
 
-    def from_texts(self, texts: Sequence[str]) -> Examples:
+    def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Words are cut at blanks and around punctuation."""
-        check_not_empty(TYPED, len(texts))
-        words, offsets = typed_words(texts)
-        table = Dataset.from_dict({"words": words, "offsets": offsets})
-        return Examples(TYPED, table, unit="text")
+        check_not_empty(source, len(texts))
+        words, offsets = typed_words(texts, source.number)
+        table = Columns({"words": words, "offsets": offsets})
+        return Examples(source, table, unit="text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         for index, tags in enumerate(examples.table["tags"][:]):

@@ -2,7 +2,7 @@
 
 import itertools
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import regex
 
@@ -19,10 +19,15 @@ _UNSPACED = regex.compile(
 _LONGEST = 8  # letters of a word in such a script that was hardly cut
 
 
-def typed_words(texts: Sequence[str]) -> tuple[list[list[str]], list[list[tuple[int, int]]]]:
+def typed_words(
+    texts: Sequence[str], number: Callable[[int], int] = lambda index: index + 1
+) -> tuple[list[list[str]], list[list[tuple[int, int]]]]:
     """Cut texts at blanks and around punctuation.
 
     Warns of texts in scripts that put no blanks between words, of which a sentence is one word.
+
+    Args:
+        number: how the warning numbers a text.
 
     Returns:
         The words of each text, and where they start and end in it.
@@ -30,7 +35,7 @@ def typed_words(texts: Sequence[str]) -> tuple[list[list[str]], list[list[tuple[
     found = [list(_WORD.finditer(text)) for text in texts]
     words = [[match.group() for match in row] for row in found]
     unspaced = [
-        number for number, row in enumerate(words, 1) if any(_is_unspaced(w, row) for w in row)
+        number(index) for index, row in enumerate(words) if any(_is_unspaced(w, row) for w in row)
     ]
     if unspaced:
         warnings.warn(

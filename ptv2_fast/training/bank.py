@@ -54,7 +54,13 @@ class AdapterBank(PrefixBank):
         self._tokenizers = weakref.WeakValueDictionary()
         self._tokenizing = threading.Lock()  # a call sets how a tokenizer cuts texts
 
-    def load(self, name: str, folder: str | os.PathLike, is_trainable: bool = False) -> None:
+    def load(
+        self,
+        name: str,
+        folder: str | os.PathLike,
+        is_trainable: bool = False,
+        changes: dict[str, Any] | None = None,
+    ) -> None:
         """Load the adapter in a folder.
 
         Args:
@@ -63,6 +69,7 @@ class AdapterBank(PrefixBank):
                 (its labels, lengths and decoding come along, for `predict`).
             is_trainable: keep the MLP of a prefix that has one, so that it can train; otherwise it
                 is folded into a table.
+            changes: data options to use instead of the run's, as for `load_run`.
 
         Raises:
             ValueError: for a bad name, or one that is there already; for missing, corrupt or
@@ -77,12 +84,14 @@ class AdapterBank(PrefixBank):
             if find_place(folder).run is None:
                 super().load(name, folder, is_trainable)
             else:
-                self._load_run(name, folder, is_trainable)
+                self._load_run(name, folder, is_trainable, changes)
         except OSError as error:
             raise ValueError(f"{folder}: {error}") from error
 
-    def _load_run(self, name: str, folder: Path, is_trainable: bool) -> None:
-        opened = open_run(folder)
+    def _load_run(
+        self, name: str, folder: Path, is_trainable: bool, changes: dict[str, Any] | None
+    ) -> None:
+        opened = open_run(folder, changes)
         task, labels = opened.task, opened.labels
         if opened.config.model.method != "p-tuning-v2":
             raise ValueError(
@@ -169,14 +178,10 @@ class AdapterBank(PrefixBank):
             raise ValueError("adapters: expected a bank that does not train; call train_mode()")
         with self._tokenizing:
             parts = [
-                Pooled(name, members[name].run_of, [texts[number] for number in numbers])
+                _pooled(name, members[name].run_of, [texts[number] for number in numbers])
                 for name, numbers in asked.items()
             ]
-        rows = [(part, number) for part in parts for number in range(len(part.rows))]
-        # Longest first; those of the same words lie side by side.
-        rows.sort(key=lambda row: row[0].sort_key(row[1]), reverse=True)
-        for first in range(0, len(rows), batch_size):
-            self._run_pooled(members, rows[first : first + batch_size])
+        self._run_parts(members, parts, batch_size)
         lines = {
             part.name: dict(zip(asked[part.name], part.lines(), strict=True)) for part in parts
         }
@@ -184,6 +189,44 @@ class AdapterBank(PrefixBank):
             lines[names][number] if isinstance(names, str) else [lines[n][number] for n in names]
             for number, names in enumerate(wanted)
         ]
+
+    def run_of(self, name: str) -> AdapterRun:
+        """What the run of an adapter says about its texts.
+
+        Raises:
+            ValueError: for an unknown adapter, and one that comes from no run.
+        """
+        run = self._find(self._members, name).run_of
+        if run is None:
+            raise ValueError(f"{name}: expected the adapter of a run, got an adapter alone, which "
+                             "does not say how its task reads texts")  # fmt: skip
+        return run
+
+    @torch.no_grad()
+    def run_parts(self, parts: Sequence[Pooled], batch_size: int) -> None:
+        """Run examples of several adapters together; each part then has its results.
+
+        Args:
+            parts: of adapters by their `run_of`.
+            batch_size: rows of a pass.
+
+        Raises:
+            ValueError: for a part whose adapter has been unloaded, or replaced.
+        """
+        members = self._members
+        for part in parts:
+            if part.name not in members or members[part.name].run_of is not part.run:
+                raise ValueError(f"{part.name}: expected an adapter that is still loaded")
+        self._run_parts(members, parts, batch_size)
+
+    def _run_parts(
+        self, members: dict[str, Member], parts: Sequence[Pooled], batch_size: int
+    ) -> None:
+        rows = [(part, number) for part in parts for number in range(len(part.rows))]
+        # Longest first; those of the same words lie side by side.
+        rows.sort(key=lambda row: row[0].sort_key(row[1]), reverse=True)
+        for first in range(0, len(rows), batch_size):
+            self._run_pooled(members, rows[first : first + batch_size])
 
     def _run_pooled(self, members: dict[str, Member], rows: list[tuple[Pooled, int]]) -> None:
         """One pass over rows of several adapters, whose predictions go to their parts."""
@@ -211,3 +254,7 @@ class AdapterBank(PrefixBank):
             count = batch.inputs["input_ids"].shape[0]
             part.take(numbers, batch, found[first : first + count])
             first += count
+
+
+def _pooled(name: str, run: AdapterRun, texts: Sequence[str]) -> Pooled:
+    return Pooled(name, run, run.features(run.task.from_texts(texts)))

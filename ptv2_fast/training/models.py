@@ -96,6 +96,32 @@ def load_pretrained(
     return model, tokenizer
 
 
+def load_encoder(name: str) -> PreTrainedModel:
+    """A pretrained encoder without a head, on the GPU where there is one.
+
+    Raises:
+        OSError, ValueError: for a model that cannot be loaded, lacks weights or is not served.
+    """
+    config = load_config(name)
+    if config.model_type not in FAMILIES:
+        raise ValueError(
+            f"model: expected an encoder that is served (`ptv2-fast models` lists them), got the "
+            f"model_type {config.model_type!r}"
+        )
+    auto = "AutoModelForTextEncoding" if config.is_encoder_decoder else "AutoModel"
+    with reading(f"model: {name}"):
+        model, report = getattr(transformers, auto).from_pretrained(
+            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
+        )
+    _require_finite(model, name)
+    missing = [key for key in report["missing_keys"] if "pooler" not in key]
+    if missing:
+        raise ValueError(
+            f"model: expected every weight of the encoder in {name}, missing {missing!r:.200}"
+        )
+    return model.cuda() if torch.cuda.is_available() else model
+
+
 @contextlib.contextmanager
 def reading(what: str) -> Iterator[None]:
     """Within the context transformers reads a model, a configuration or a tokenizer.

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import filelock
 
@@ -33,6 +33,18 @@ def write_bytes(path: Path, content: bytes) -> None:
     temporary = temporary_name(path)
     try:
         temporary.write_bytes(content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_text(path: Path) -> Iterator[IO[str]]:
+    """A text file to write into, which gets its name when all is written."""
+    temporary = temporary_name(path)
+    try:
+        with temporary.open("x", encoding="utf-8") as file:
+            yield file
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from ptv2_fast.tasks.task import Task
+from ptv2_fast.tasks.task import Examples, Features, Task
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,10 @@ class AdapterRun:
     tokenizer: PreTrainedTokenizerBase
     max_length: int
 
+    def features(self, examples: Examples) -> Features:
+        """What the encoder reads of examples, without their labels."""
+        return self.task.featurize(examples, self.tokenizer, None, self.max_length)
+
 
 class Batch(NamedTuple):
     """Rows of one adapter.
@@ -39,22 +43,18 @@ class Batch(NamedTuple):
 
 
 class Pooled:
-    """The texts of one adapter among those of others.
+    """The examples of one adapter among those of others.
 
     Args:
         name: of the adapter.
         run: it comes from.
-        texts: as they were typed.
-
-    Raises:
-        ValueError: for a text that does not fit the task.
+        features: of the examples, by `run.features`.
     """
 
-    def __init__(self, name: str, run: AdapterRun, texts: Sequence[str]) -> None:
-        self.name, self.run = name, run
+    def __init__(self, name: str, run: AdapterRun, features: Features) -> None:
+        self.name, self.run, self._features = name, run, features
         task, tokenizer = run.task, run.tokenizer
-        self._features = task.featurize(task.from_texts(texts), tokenizer, None, run.max_length)
-        self.rows = list(self._features.model_inputs(tokenizer, task.label_columns))
+        self.rows = list(features.model_inputs(tokenizer, task.label_columns))
         self._collate = task.collator(tokenizer)
         self._predicted: list[Any] = [None] * len(self.rows)
         self._certain: list[Any] = [None] * len(self.rows)
@@ -87,12 +87,16 @@ class Pooled:
             self._predicted[number], self._certain[number] = prediction, how
 
     def lines(self) -> list[dict[str, Any]]:
-        """One result for each text, as it is printed."""
+        """One result for each example, as it is printed."""
+        return [line for _, line in self.results()]
+
+    def results(self) -> list[tuple[Any, dict[str, Any]]]:
+        """One for each example in the task's own terms, and as it is printed."""
         task, labels, features = self.run.task, self.run.labels, self._features
         results = task.results(self._predicted, features, labels)
         scores = task.scores(self._certain, features)
         rows = zip(features.examples.table, results, scores, strict=True)
-        return [task.describe(row, one, labels, sure) for row, one, sure in rows]
+        return [(one, task.describe(row, one, labels, sure)) for row, one, sure in rows]
 
 
 def join_batches(

@@ -1,13 +1,14 @@
 """What a run shows on stderr while it lasts: bars, and a line for each entry of its log."""
 
 import sys
-from collections.abc import Iterable
-from pathlib import PurePath
+from collections.abc import Iterable, Iterator
+from pathlib import Path, PurePath
 from typing import Any
 
 from tqdm import tqdm
 from transformers import TrainerCallback
 
+from ptv2_fast.tasks.task import Examples
 from ptv2_fast.training.clock import StepClock
 from ptv2_fast.training.output import is_first
 
@@ -32,6 +33,35 @@ def scoring_bar(batches: Iterable[int], source: str, shown: bool | None) -> Iter
         dynamic_ncols=True,
         disable=hidden if is_first() else True,
     )
+
+
+def reading_bar(
+    parts: Iterable[Examples], path: Path | None, shown: bool | None
+) -> Iterator[Examples]:
+    """The parts of a file, with a bar over its bytes that goes away at the end; none where the
+    file comes whole.
+
+    Args:
+        path: of the file; of a stream nobody knows the size, and the examples are counted.
+        shown: None = on a terminal alone.
+    """
+    size = None if path is None else path.stat().st_size
+    bar: Any = None
+    try:
+        for examples in parts:
+            part = examples.source.part
+            if bar is None and part is not None:
+                bar = tqdm(
+                    desc=f"predicting {'stdin' if path is None else path.name}", total=size,
+                    unit=" examples" if size is None else "B", unit_scale=size is not None,
+                    leave=False, dynamic_ncols=True, disable=None if shown is None else not shown,
+                )  # fmt: skip
+            yield examples
+            if part is not None:
+                bar.update(len(examples) if size is None else part.read - bar.n)
+    finally:
+        if bar is not None:
+            bar.close()
 
 
 class Progress(TrainerCallback):

@@ -1,6 +1,8 @@
 """Running a model over examples: predictions in their order, and scores."""
 
-from collections.abc import Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +10,7 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.comparison import compare
-from ptv2_fast.tasks.sources import file_source
+from ptv2_fast.tasks.sources import TYPED, Part, file_source
 from ptv2_fast.tasks.task import Examples, Features, Task
 from ptv2_fast.training.progress import scoring_bar
 
@@ -136,21 +138,57 @@ def predict_texts(
     return _predict_examples(run, run.task.from_texts(texts), batch_size)
 
 
+def predict_parts(
+    run: "TrainedRun", parts: Iterable[Examples], batch_size: int = 32
+) -> Iterator[list[dict[str, Any]]]:
+    """The predictions of a trained run for examples that come a part after the other.
+
+    Args:
+        parts: of `Task.read_parts`, or of `typed_parts`; no more than one is held.
+
+    Returns:
+        Those of each part, as soon as it has run.
+
+    Raises:
+        ValueError: when a part cannot be read.
+    """
+    for examples in parts:
+        alone = examples.source.part is None  # else the parts are what a bar shows
+        yield _predict_examples(run, examples, batch_size, None if alone else False)
+
+
+def typed_parts(task: Task, texts: Iterable[str]) -> Iterator[Examples]:
+    """Typed texts as examples, `part_rows` of the task at a time.
+
+    Raises:
+        ValueError: as `Task.from_texts`.
+    """
+    remaining = iter(texts)
+    batch = [*itertools.islice(remaining, task.part_rows)]
+    first = 1
+    while batch or first == 1:  # nothing at all is for the task to refuse
+        numbers = range(first, first + len(batch))
+        yield task.from_texts(batch, dataclasses.replace(TYPED, part=Part(numbers)))
+        first += len(batch)
+        batch = [*itertools.islice(remaining, task.part_rows)]
+
+
 def _predict_examples(
-    run: "TrainedRun", examples: Examples, batch_size: int
+    run: "TrainedRun", examples: Examples, batch_size: int, progress: bool | None = None
 ) -> list[dict[str, Any]]:
     features = run.task.featurize(examples, run.tokenizer, None, run.max_length)
-    return list(_describe(run, features, batch_size)[1])
+    return list(_describe(run, features, batch_size, progress)[1])
 
 
 def _describe(
-    run: "TrainedRun", features: Features, batch_size: int
+    run: "TrainedRun", features: Features, batch_size: int, progress: bool | None = None
 ) -> tuple[list[Any], Iterator[dict[str, Any]]]:
     """The results of the examples, and how they are printed, made when asked for."""
     task, labels = run.task, run.labels
     predicted, certainty = _run(
-        run.model, task, features, run.tokenizer, labels, batch_size, certain=True
-    )
+        run.model, task, features, run.tokenizer, labels, batch_size, certain=True,
+        progress=progress,
+    )  # fmt: skip
     results, scores = task.results(predicted, features, labels), task.scores(certainty, features)
     rows = zip(features.examples.table, results, scores, strict=True)
     return results, (task.describe(row, one, labels, sure) for row, one, sure in rows)

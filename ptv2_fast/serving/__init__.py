@@ -1,0 +1,1 @@
+"""The HTTP server over a bank of adapters, `ptv2-fast serve` (the extra serve)."""
