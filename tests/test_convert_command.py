@@ -148,6 +148,10 @@ def test_a_card_says_what_the_run_found(made, tmp_path):
     assert found.base_model == "google-bert/bert-base-cased"
     assert found.base_model_relation == "adapter" and found.datasets == ["aps/super_glue"]
     assert found.eval_results[0].dataset_config == "rte"
+    folder = str(made / "reviews")
+    edit(run / "config.json", lambda c: c["data"].update(dataset=folder, train_file=None))
+    text = card.write_card(run).read_text()
+    assert "- data: reviews\n" in text and str(made) not in text
 
 
 def edit(path: Path, change) -> None:

@@ -162,7 +162,7 @@ def _text(run: Run) -> str:
     labels = run_folder.read_run_config(run.folder)[1]["labels"]
     facts: dict[str, Any] = {
         "task": result.task,
-        "data": run.options.get("dataset") or _file_name(run.options.get("train_file")),
+        "data": _file_name(run.options.get("dataset") or run.options.get("train_file")),
         "examples": ", ".join(f"{n} {split}" for split, n in report.get("examples", {}).items()),
         "labels": ", ".join(labels) if len(labels) <= 30 else f"{len(labels)} labels",
         "seed": run.seed,
