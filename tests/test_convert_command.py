@@ -180,6 +180,9 @@ class Hub:
             shutil.copy(folder_path / name, self.folder / repo_id / name)
         return f"https://hub/{repo_id}"
 
+    def upload_file(self, *, repo_id, path_or_fileobj, path_in_repo):
+        (self.folder / repo_id / path_in_repo).write_bytes(path_or_fileobj)
+
 
 def test_an_uploaded_run_opens_elsewhere(made, tmp_path, monkeypatch):
     run, hub = shutil.copytree(made / "run", tmp_path / "run"), Hub(tmp_path / "hub")
@@ -193,6 +196,7 @@ def test_an_uploaded_run_opens_elsewhere(made, tmp_path, monkeypatch):
     copied = tmp_path / "hub" / "user" / "reviews"
     assert (copied / "README.md").is_file()
     assert not list(copied.glob(".ptv2*")) and not (copied / "checkpoints").exists()
+    assert json.loads((copied / "config.json").read_text())["data"]["train_file"] == "train.csv"
     assert ptv2_fast.load(copied).labels == ptv2_fast.load(run).labels
     with pytest.raises(ValueError, match="repo_id: expected a name of the hub"):
         card.push_to_hub(run, "../user/x")

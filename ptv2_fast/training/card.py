@@ -1,5 +1,6 @@
 """A run on the Hugging Face hub: its model card, written from the run's facts, and the upload."""
 
+import json
 import math
 import os
 import shlex
@@ -50,8 +51,8 @@ def push_to_hub(
 ) -> str:
     """Upload a run or an adapter to the hub; `ptv2_fast.load` opens what others download of it.
 
-    A run that has no README.md gets its card first. What a run's config.json says is uploaded as it
-    is, the paths of its data among it.
+    A run that has no README.md gets its card first. In the config.json of the upload the paths of
+    the data are their last parts; the pretrained model stays as it was given.
 
     Args:
         folder: of a finished run, or of an adapter.
@@ -82,8 +83,16 @@ def push_to_hub(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=f"Upload {folder.absolute().name} by ptv2-fast",
-        ignore_patterns=_LEFT_OUT,
+        ignore_patterns=[*_LEFT_OUT, *([run_folder.CONFIG] if place.run == folder else [])],
     )
+    if place.run == folder:
+        content = run_folder.read_json(folder / run_folder.CONFIG)
+        shared = {k: _last_parts(v) if k in ("data", "tasks") else v for k, v in content.items()}
+        api.upload_file(
+            repo_id=repo_id,
+            path_or_fileobj=json.dumps(shared, indent=2).encode(),
+            path_in_repo=run_folder.CONFIG,
+        )
     return str(done)
 
 
@@ -198,6 +207,15 @@ Selected and reported by {report.get("metric_title") or result.metric}.
 {command}
 ```
 """
+
+
+def _last_parts(content: Any) -> Any:
+    """JSON with each path of this machine reduced to its last part."""
+    if isinstance(content, dict):
+        return {name: _last_parts(value) for name, value in content.items()}
+    if isinstance(content, list):
+        return [_last_parts(value) for value in content]
+    return _file_name(content)
 
 
 def _file_name(word: Any) -> Any:
