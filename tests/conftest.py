@@ -18,8 +18,8 @@ from tests.devices import unwritten_is_nan
 
 # What tests of tasks, training and reports need, and a machine for the kernels may not have.
 OPTIONAL = {
-    "accelerate", "datasets", "filelock", "jinja2", "matplotlib", "optuna", "pandas", "peft",
-    "seqeval", "sklearn",
+    "accelerate", "datasets", "fastapi", "filelock", "httpx", "jinja2", "matplotlib", "optuna",
+    "pandas", "peft", "prometheus_client", "seqeval", "sklearn", "uvicorn",
 }  # fmt: skip
 
 

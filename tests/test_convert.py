@@ -29,13 +29,8 @@ from tests.models import (
     real_tokens,
     tiny_model,
 )
+from tests.peft_models import TASKS, peft_model
 
-TASKS = {
-    "sequence": "SEQ_CLS",
-    "token": "TOKEN_CLS",
-    "question": "QUESTION_ANS",
-    "bare": "FEATURE_EXTRACTION",
-}
 # The heads of some; of the others the first that transformers has.
 ALL_HEADS = ("bert", "roberta", "electra", "qwen2")
 WIDE = {"gemma3_text": 64, "mistral": 64, "qwen2": 64}  # windows that hold prefix and text
@@ -59,17 +54,6 @@ CASES = [
     for name, head in MODELS
     if name in SERVED and head in TASKS and (name in ALL_HEADS or head == "sequence")
 ]
-
-
-def peft_model(plain, head: str, **fields):
-    """A prefix of PEFT with a random head on a copy of a model."""
-    config = peft.PrefixTuningConfig(task_type=TASKS[head], num_virtual_tokens=P, **fields)
-    model = peft.get_peft_model(copy.deepcopy(plain), config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.normal_()
-    return model
 
 
 def let_peft_run(model) -> None:

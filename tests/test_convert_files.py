@@ -17,7 +17,7 @@ from tests.models import (
     one_thread,  # noqa: F401
     tiny_model,
 )
-from tests.test_convert import peft_model
+from tests.peft_models import peft_model
 
 
 @pytest.fixture(scope="module")

@@ -72,7 +72,7 @@ TEST_FILES = {
 
 def test_files_that_need_a_missing_package_are_skipped_by_name(tmp_path):
     """But a missing module of ours is an error; no other file of tests is one."""
-    blocked = BLOCKED.format(packages=["datasets", "seqeval", "optuna", "peft"])
+    blocked = BLOCKED.format(packages=["datasets", "seqeval", "optuna", "peft", "httpx"])
     (tmp_path / "sitecustomize.py").write_text(blocked)
     for name, text in TEST_FILES.items():
         (tmp_path / name).write_text(text)

@@ -178,13 +178,13 @@ def test_answers_to_a_question_are_drawn_together(tmp_path):
 
 def test_typed_text_of_a_pair_is_cut_at_the_tab():
     task = make_task(DataOptions(task="rte"))
-    assert task.from_texts(["It is.\tIt was."]).table.to_list() == [
+    assert list(task.from_texts(["It is.\tIt was."]).table) == [
         {"text": "It is.", "text_pair": "It was."}
     ]
     with pytest.raises(ValueError, match="typed text 1: expected two texts with a tab"):
         task.from_texts(["It is."])
     one = make_task(DataOptions(task="wic"))
-    assert one.from_texts(["A key."]).table.to_list() == [{"text": "A key."}]
+    assert list(one.from_texts(["A key."]).table) == [{"text": "A key."}]
 
 
 def test_a_file_without_labels_can_be_predicted_but_not_learnt(tmp_path):

@@ -109,6 +109,8 @@ class Member:
         attachment.undo()
         self.model.config.return_dict = True
         self._is_bare = self.model.base_model is self.model
+        head = (p.dtype for n, p in self.model.named_parameters() if n in self._head_names)
+        self._head_dtype = next(head, None)
         self._given = GivenStates(cast(Any, self.model.base_model), attachment.family)
 
     @property
@@ -157,7 +159,7 @@ class Member:
         """
         if self._is_bare:
             return _cut(states, places)
-        states = states.to(self._head_dtype(states.dtype))
+        states = states.to(self._head_dtype or states.dtype)
         if not self._reads_pads:
             with self._given.of(states):
                 return self.run(inputs, places)
@@ -185,11 +187,6 @@ class Member:
         if self._has_choices:
             return list(logits.squeeze(1).unbind(0))
         return _cut(logits, places) if logits.dim() == 3 else list(logits.unbind(0))
-
-    def _head_dtype(self, default: torch.dtype) -> torch.dtype:
-        names = set(self._head_names)
-        dtypes = (p.dtype for n, p in self.model.named_parameters() if n in names)
-        return next(dtypes, default)
 
 
 def _cut(rows: Tensor, places: list[Place]) -> list[Tensor]:

@@ -74,7 +74,11 @@ def _stacked(parts: list[Tensor | None], dtype: torch.dtype) -> Tensor:
     present = [part for part in parts if part is not None]
     first, longest = present[0], max(part.shape[1] for part in present)
     shape = (len(parts), len(first), longest, first.shape[2])
-    if any(part.requires_grad for part in present):
+    trains = any(part.requires_grad for part in present)
+    if len(present) == len(parts) and all(part.shape[1] == longest for part in present):
+        stack = torch.stack(present)
+        return stack if trains else stack.to(dtype)
+    if trains:
         zeros = first.new_zeros(shape[1], 0, shape[3])
         whole = (zeros if part is None else part for part in parts)
         return torch.stack([nn.functional.pad(p, (0, 0, 0, longest - p.shape[1])) for p in whole])

@@ -1,5 +1,6 @@
 """Folders of adapters into other folders: ours of those of other packages, and the other way."""
 
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -43,9 +44,12 @@ def import_folder(
     if labels is not None:
         opened.config.id2label = dict(enumerate(labels))
         opened.config.label2id = {label: number for number, label in enumerate(labels)}
-    save_adapter(opened, target)
-    if fold:
-        fold_adapter(target, target)
+    if not fold:
+        save_adapter(opened, target)
+        return
+    with tempfile.TemporaryDirectory() as place:
+        save_adapter(opened, place)
+        fold_adapter(place, target)
 
 
 def export_folder(source: Path, target: Path) -> None:
