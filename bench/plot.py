@@ -222,7 +222,7 @@ def plot_serving(path: Path) -> Path:
     rows = read(path)
     cases = list(dict.fromkeys(row["case"] for row in rows))
     figure, axes = plt.subplots(
-        1, len(cases), squeeze=False, layout="constrained", figsize=(5 * len(cases), 4)
+        1, len(cases), squeeze=False, layout="constrained", figsize=(max(9, 5 * len(cases)), 4.5)
     )
     for axis, case in zip(axes[0], cases, strict=True):
         chosen = [row for row in rows if row["case"] == case]
@@ -237,7 +237,7 @@ def plot_serving(path: Path) -> Path:
     axes[0, 0].set_ylabel("texts a second")
     figure.suptitle(f"many adapters, one batch: {rows[0]['machine']}")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels))
+    figure.legend(handles, labels, loc="outside lower center", ncols=3)
     return _save(figure, path.with_suffix(".png"))
 
 
