@@ -17,12 +17,9 @@ are checked first. Columns:
 """
 
 import argparse
-import ctypes
 import gc
 import multiprocessing
-import random
 import statistics
-import time
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -31,9 +28,9 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.cases import Case
-from bench.measure import RESULTS, machine_columns, merge_csv
+from bench.measure import RESULTS, machine_columns, merge_csv, sample_interleaved
 from bench.serving_ways import MOST_MODELS, WAYS, Answer, Requests, bank, switching
-from ptv2_fast.training.measure import process_memory
+from bench.training_step import resident_bytes, return_freed_tensors
 
 CASES = [
     Case("minilm-l6", 64, 128, 20, dropout=0.0, lengths="conll2003"),
@@ -68,32 +65,22 @@ def check(case: Case, adapters: int) -> None:
 def milliseconds(
     answers: dict[tuple[int, str], Answer], rounds: int
 ) -> dict[tuple[int, str], list]:
-    """Times of each, in turn, in an order of its own in every round, after a warm-up."""
-    samples: dict[tuple[int, str], list] = {key: [] for key in answers}
+    """Times of each, in turn, after a warm-up."""
     for answer in answers.values():
         answer()
-    order, shuffle = list(answers), random.Random(0).shuffle
-    for _ in range(rounds):
-        shuffle(order)
-        for key in order:
-            started = time.perf_counter()
-            answers[key]()
-            samples[key].append(1e3 * (time.perf_counter() - started))
-    return samples
+    return sample_interleaved(answers, torch.device("cpu"), rounds)
 
 
 @torch.no_grad()
 def _memory(way: str, case: Case, adapters: int) -> int:
     """Bytes that this process has more after the batch."""
     torch.set_num_threads(1)
-    libc = ctypes.CDLL(None)
-    libc.mallopt(-3, 1 << 16)  # freed tensors go back to the system
-    before = process_memory("VmRSS") or 0
+    return_freed_tensors()
+    before = resident_bytes()
     answer = WAYS[way](case, adapters, Requests(case, adapters))
     answer()
     gc.collect()
-    libc.malloc_trim(0)
-    return (process_memory("VmRSS") or 0) - before
+    return resident_bytes() - before
 
 
 def memory(way: str, case: Case, adapters: int) -> int:

@@ -13,10 +13,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
@@ -65,14 +67,22 @@ def time_interleaved(
     if seconds > 0:
         once = sum(_time_once(function, device) for function in functions.values())
         rounds = max(least_rounds, min(200, int(seconds * 1e3 / once)))
-    samples: dict[str, list[float]] = {name: [] for name in functions}
+    samples = sample_interleaved(functions, device, rounds)
+    return {name: _summary(times) for name, times in samples.items()}
+
+
+def sample_interleaved(
+    functions: dict[Key, Callable[[], object]], device: torch.device, rounds: int
+) -> dict[Key, list[float]]:
+    """Milliseconds of every call of functions that are warm, as `time_interleaved` makes them."""
+    samples: dict[Key, list[float]] = {name: [] for name in functions}
     order = list(functions)
     shuffle = random.Random(0).shuffle
     for _ in range(rounds):
         shuffle(order)
         for name in order:
             samples[name].append(_time_once(functions[name], device))
-    return {name: _summary(times) for name, times in samples.items()}
+    return samples
 
 
 def _summary(times: list[float]) -> Timing:

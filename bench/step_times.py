@@ -1,13 +1,11 @@
 """Seconds of a training step of several runs, in turn; bench.time_to_score counts in them."""
 
+import json
 import os
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
-
-from transformers import TrainerCallback
 
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
@@ -17,20 +15,6 @@ from ptv2_fast.training.run import train
 
 TIMES = "step-seconds.json"  # in the folder of a task
 TURNS, WARM_UP_STEPS, TIMED_STEPS = 3, 3, 20
-
-
-class _StepTimes(TrainerCallback):
-    """Seconds of each step of a training: forward, backward and optimizer."""
-
-    def __init__(self) -> None:
-        self.seconds: list[float] = []
-        self._started = 0.0
-
-    def on_step_begin(self, *args: Any, **unused: Any) -> None:
-        self._started = time.perf_counter()
-
-    def on_step_end(self, *args: Any, **unused: Any) -> None:
-        self.seconds.append(time.perf_counter() - self._started)
 
 
 def time_steps(configs: dict[str, RunConfig], folder: Path) -> None:
@@ -64,8 +48,9 @@ def time_steps(configs: dict[str, RunConfig], folder: Path) -> None:
 def _step_seconds(config: RunConfig, seed: int) -> float:
     """The mean over some steps of a training, the first ones not counted."""
     count = WARM_UP_STEPS + TIMED_STEPS
-    changes = {"seed": seed, "max_steps": count, "num_train_epochs": None, "save_steps": 0}
-    config, times = RunConfig.from_dict(config.flat() | changes), _StepTimes()
+    changes = {"seed": seed, "max_steps": count, "num_train_epochs": None, "save_steps": 0,
+               "logging_steps": 1}  # fmt: skip
+    config = RunConfig.from_dict(config.flat() | changes)
     with tempfile.TemporaryDirectory() as place:
         prepared = prepare(config, Path(place) / "run")
         for split in set(prepared.features) - {"train"}:  # whose scoring takes longer
@@ -73,8 +58,10 @@ def _step_seconds(config: RunConfig, seed: int) -> float:
         prepared.arguments = training_arguments(
             config, prepared.folder, *size_of_epoch(prepared), None
         )
-        train(prepared, [times])
-    return statistics.fmean(times.seconds[WARM_UP_STEPS:])
+        train(prepared)
+        lines = (prepared.folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()
+    seconds = {line["step"]: line["train_seconds"] for line in map(json.loads, lines)}
+    return (seconds[count] - seconds[WARM_UP_STEPS]) / TIMED_STEPS
 
 
 def size_of_epoch(prepared: Prepared) -> tuple[int, int]:

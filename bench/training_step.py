@@ -194,16 +194,20 @@ def peak_of_this_process(method: str, case: Case, device: str) -> PeakMemory:
             return torch.cuda.memory_allocated()
 
         return _measured(step, idle, torch.cuda.max_memory_allocated)
-    # Freed tensors go back to the system at once, or the idle process would seem to hold them.
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_MMAP_THRESHOLD, 1 << 16)
+    return_freed_tensors()
+    return _measured(step, resident_bytes, lambda: process_memory("VmHWM"))
 
-    def resident() -> int:
-        libc.malloc_trim(0)
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
-        return process_memory("VmRSS")
 
-    return _measured(step, resident, lambda: process_memory("VmHWM"))
+def return_freed_tensors() -> None:
+    """Freed tensors go back to the system at once, or an idle process would seem to hold them."""
+    ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 1 << 16)
+
+
+def resident_bytes() -> int:
+    """What this process holds now; its peak starts again from here. Linux with glibc tells."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return process_memory("VmRSS")
 
 
 def peak_memory(method: str, case: Case) -> PeakMemory:

@@ -19,8 +19,8 @@ from ptv2_fast.adapters import import_adapter
 from ptv2_fast.adapters.convert import HEADS
 from ptv2_fast.cli.convert import _HEADS
 from ptv2_fast.training import card
+from tests.command_line import fails_with_one_line
 from tests.models import one_thread  # noqa: F401
-from tests.test_cli import fails_with_one_line
 from tests.tiny_run import save_tiny_model, write_reviews
 
 

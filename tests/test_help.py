@@ -8,7 +8,7 @@ import pytest
 
 import ptv2_fast
 from ptv2_fast import cli
-from tests.test_cli import LOADING, fails_with_one_line
+from tests.command_line import LOADING, fails_with_one_line
 
 
 def test_help_version_and_bad_arguments_import_nothing_heavy(tmp_path):
