@@ -61,6 +61,13 @@ def unpadded(head: str = "sequence") -> dict[str, Tensor]:
     return {"input_ids": make_batch(head, lengths=(11, 11, 11))["input_ids"]}
 
 
+def with_hole(head: str = "sequence") -> dict[str, Tensor]:
+    """Tokens that are not attended stand between others."""
+    batch = make_batch(head)
+    batch["attention_mask"][:2, 3:5] = 0
+    return batch
+
+
 def check(plain, model, batch: dict[str, Tensor], head: str = "sequence") -> None:
     """Outputs of real tokens and prefix gradients against prefixes concatenated row by row."""
     real = real_tokens(head, batch) if "attention_mask" in batch else 1
@@ -96,6 +103,17 @@ def test_left_padding_and_no_mask_equal_concatenation(model_type, make):
     head = "bare"
     plain = tiny_model(model_type, head)
     check(plain, attached(head, model=copy.deepcopy(plain), backbone="hook"), make(head), head)
+
+
+@pytest.mark.filterwarnings("ignore:the backbone runs without frozen blocks")
+@pytest.mark.parametrize(
+    "model_type",
+    served(["bert", "deberta-v2", "mistral", "modernbert", "mpnet", "t5"]),
+)
+def test_masks_with_holes_equal_concatenation(model_type):
+    """Windows, biases and scores by distance count the columns, hidden ones as well."""
+    plain = tiny_model(model_type, "bare")
+    check(plain, attached("bare", model=copy.deepcopy(plain)), with_hole("bare"), "bare")
 
 
 def test_a_position_table_of_esm_is_shifted():

@@ -197,6 +197,10 @@ class FrozenBackbone:
         if reads_pads and layout.index is not None:
             self._fall_back("the head's summary reads pad tokens")
             return None
+        if layout.has_holes and self._reads_distances(state):
+            self._fall_back("attention_mask hides tokens between others, and attention goes by how "
+                            "far tokens are apart")  # fmt: skip
+            return None
         shows_layers = shows_layers or any(has_foreign_hooks(layer) for layer in self.modules)
         policy = self.config.recompute
         if any(is_checkpointed(layer) for layer in self.modules):
@@ -222,6 +226,11 @@ class FrozenBackbone:
             stand_ins=stand_ins,
             repeat=state.repeat,
         )
+
+    def _reads_distances(self, state: PrefixState) -> bool:
+        """Whether some attention has a window, or a bias or scores by distance."""
+        has_window = any(f.block.modules.spec.window is not None for f in self._forwards)
+        return has_window or self.family.find_bias is not None or state.relative is not None
 
     def share_weights(self, other: "FrozenBackbone") -> None:
         """Read the weights where another one does whose layers have the same parameters.

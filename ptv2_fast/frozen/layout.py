@@ -16,6 +16,8 @@ class Layout:
         index: int64 [N], the place of each row in [B * T]; None when every token is attended.
         cu_seqlens: int32 [B + 1], as in `prefix_attention`.
         coordinates: int32 [rows, 2], the sequence and the row in it of each row, for dropout.
+        has_holes: tokens that are not attended lie between others, so that rows of the packed
+            layout are closer to each other than their columns.
 
     On CPUs rows of zeros follow the N of the tokens: oneDNN keeps about half a megabyte for each
     number of rows that a product has seen, so there must not be many of them.
@@ -25,6 +27,7 @@ class Layout:
     index: Tensor | None
     cu_seqlens: Tensor
     coordinates: Tensor
+    has_holes: bool = False
 
     @property
     def tokens(self) -> int:
@@ -113,8 +116,10 @@ def masked_layout(mask: Tensor) -> Layout | None:
     the packed layout would have no row for it. Waits for the device once.
     """
     batch, tokens = mask.shape
-    # One copy to the host for both numbers.
-    rows, starts_attended = torch.stack((mask.sum(), mask[:, :1].all())).tolist()
+    has_holes = (mask[:, 1:] > mask[:, :-1]).any()
+    # One copy to the host for all numbers.
+    numbers = torch.stack((mask.sum(), mask[:, :1].all(), has_holes))
+    rows, starts_attended, holes = numbers.tolist()
     if not starts_attended:
         return None
     if rows == batch * tokens:
@@ -127,7 +132,7 @@ def masked_layout(mask: Tensor) -> Layout | None:
     sequence = index // tokens
     row = torch.arange(rows, device=mask.device) - cu_seqlens[sequence]
     coordinates = torch.stack((sequence, row), dim=1).to(torch.int32)
-    return Layout((batch, tokens), index, cu_seqlens, _with_rows(coordinates))
+    return Layout((batch, tokens), index, cu_seqlens, _with_rows(coordinates), bool(holes))
 
 
 def _number_of_rows(tokens: int, device: torch.device) -> int:
