@@ -8,7 +8,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoModel, BertForSequenceClassification
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 import ptv2_fast
 from ptv2_fast import AdapterBank, PTuningV2Config, load_adapter, save_adapter
@@ -19,6 +20,7 @@ from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from ptv2_fast.training.scoring import predict_texts
 from tests.models import (
+    DROPOUT,
     HEADS,
     assert_close_to_plain,
     auto_class,
@@ -48,12 +50,12 @@ ADAPTERS = {
 }
 
 
-def with_adapter(plain, head: str, num_labels: int, fields: dict):
+def with_adapter(plain, head: str, num_labels: int, fields: dict, **options):
     """A model of its class on the weights of `plain`, with an adapter that is large everywhere."""
     model_type = plain.config.model_type
     if fields.get("position_offset") and not FAMILIES[model_type].has_position_table(plain.config):
         fields = {**fields, "position_offset": "none"}
-    config = tiny_config(model_type, num_labels=num_labels, **SIZES)
+    config = tiny_config(model_type, num_labels=num_labels, **SIZES, **options)
     model = auto_class(model_type, head).from_config(config).eval()
     weights = plain.state_dict()
     own = model.base_model.state_dict()
@@ -148,7 +150,7 @@ def test_every_row_equals_its_adapter_alone(case):
         bank = bank_of(case, how)
         with torch.no_grad():
             assert_close_to_plain(bank(ids, mask, asked), expected, how)
-            reordered = bank(ids.flip(0), mask.flip(0), asked[::-1])[::-1]
+            reordered = bank(ids.flip(0), mask.flip(0).bool(), asked[::-1])[::-1]
             assert_close_to_plain(reordered, expected, f"{how}, another order")
             # Without a prefix in layer 0.
             several, texts = ["grade", "answers", "__base__"], range(4)
@@ -354,6 +356,15 @@ def test_bad_adapters_are_refused_and_leave_the_bank_as_it_was(small, tmp_path):
     with pytest.raises(ValueError, match="expected a model without a prefix"):
         AdapterBank(other, dtype=torch.bfloat16)
     assert other.dtype == torch.float32
+    for options, message in (
+        ({"device": "meta"}, "device: expected one that torch can use here, got 'meta'"),
+        ({"device": "gpu"}, "device: expected one that torch can use here, got 'gpu'"),
+        ({"dtype": torch.int8}, "dtype: expected None or one of .* got torch.int8"),
+        ({"dtype": "bf16"}, "dtype: expected None or one of .* got 'bf16'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            AdapterBank(plain, **options)
+    assert plain.dtype == torch.float32 and plain.device.type == "cpu"
     assert bank.names == ("good",)
     bank.unload("good")
     assert bank.names == ()
@@ -375,12 +386,21 @@ def test_bad_calls_are_refused_before_anything_runs(small):
         ((ids, mask), ["good"], "adapter_names: expected one for each of 2 texts"),
         ((ids, mask), "good", "adapter_names: expected one for each of 2 texts"),
         ((ids, mask), None, "adapter_names: expected one for each of 2 texts"),
+        ((ids, mask), 7, "adapter_names: expected one for each of 2 texts, got 7"),
+        ((ids, mask), ["good", None], "adapter_names: expected '__base__' or one of .* got None"),
+        ((ids[0], None), ["good"] * 40, r"input_ids: expected a tensor \[B, T\] .* got \[40\]"),
+        ((ids[:, :0], None), ["good"] * 2, r"input_ids: expected .* with tokens.* got \[2, 0\]"),
+        ((ids.float(), mask), ["good"] * 2, "input_ids: expected .* of torch.float32"),
         ((None, mask), ["good"] * 2, "input_ids: expected these or inputs_embeds"),
         ((ids, mask[:1]), ["good"] * 2, "attention_mask: expected a tensor of 2 texts"),
         ((ids, mask), ["shifted", "good"], "at most 30 tokens in text 0, got 40"),
     ):
         with pytest.raises(ValueError, match=message):
             bank(*inputs, names)
+    with pytest.raises(ValueError, match=r"inputs_embeds: expected a tensor \[B, T, C\]"):
+        bank(inputs_embeds=torch.randn(2, 40), adapter_names=["good"] * 2)
+    with pytest.raises(ValueError, match=r"name: expected one of \['good', 'shifted'\], got '__b"):
+        bank.labels("__base__")
     with pytest.raises(ValueError, match="those of runs, got 'good'"):
         bank.predict(["a"], "good")
 
@@ -394,6 +414,85 @@ def test_a_short_text_may_stand_beside_a_long_one_behind_a_prefix_in_the_positio
     ids, mask = texts_of((20, 120))
     result, _ = bank(ids, mask, ["shifted", "__base__"])
     torch.testing.assert_close(result, results_of(model, ids[:1, :20], (20,))[0])
+    # Positions that are given are nobody's to count.
+    positions = torch.arange(120).expand(2, -1)
+    result, _ = bank(ids, mask, ["__base__", "shifted"], position_ids=positions)
+    expected = model(input_ids=ids[1:], attention_mask=mask[1:], position_ids=positions[1:])
+    torch.testing.assert_close(bank(ids, mask, ["shifted"] * 2, position_ids=positions)[1],
+                               expected.logits[0])  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("model_type", "option", "value", "epsilon"),
+    [
+        ("modernbert", "classifier_pooling", "mean", "norm_eps"),
+        ("electra", "summary_activation", "tanh", "layer_norm_eps"),
+        ("llama", "pad_token_id", 0, "rms_norm_eps"),
+    ],
+)
+def test_a_head_is_configured_as_that_of_its_model(model_type, option, value, epsilon):
+    if not is_served(model_type):
+        pytest.skip(f"this version of transformers has no {model_type} that is served")
+    plain = tiny_model(model_type, "bare", **SIZES)
+    plain.config.return_dict = False  # which the bank does not follow
+    head = "choice" if option.startswith("summary") else "sequence"
+    model = with_adapter(plain, head, 2, {}, **{option: value})
+    bank = AdapterBank(plain)
+    bank.add("one", model)
+    ids, mask = texts_of((9, 9))
+    torch.testing.assert_close(bank(ids, mask, ["one"] * 2), results_of(model, ids, (9, 9)))
+    other = with_adapter(plain, head, 2, {}, **{epsilon: 0.01})
+    with pytest.raises(ValueError, match=f"model against bank: {epsilon} 0.01"):
+        bank.add("other", other)
+
+
+class TwoReadings(BertForSequenceClassification):
+    """A user's own: it reads each text twice, and holds a number that no file has."""
+
+    def __init__(self, config, factor: float) -> None:
+        super().__init__(config)
+        self.register_buffer("factor", torch.tensor(factor), persistent=False)
+
+    def forward(self, input_ids, attention_mask=None):
+        """The logits of both."""
+        states = [
+            self.bert(ids, attention_mask, output_hidden_states=True).hidden_states[1]
+            for ids in (input_ids, input_ids.flip(1))
+        ]
+        logits = self.classifier(sum(states).mean(dim=1)) * self.factor
+        return SequenceClassifierOutput(logits=logits)
+
+
+def test_a_model_of_a_users_class_runs_as_it_is(small):
+    plain, good = small
+    model = TwoReadings(tiny_config("bert", num_labels=3, **SIZES), 2.5).eval()
+    model.bert.load_state_dict(plain.state_dict())
+    ptv2_fast.attach(model, PTuningV2Config(num_virtual_tokens=4))
+    torch.nn.init.normal_(model.prefix_encoder.embedding.weight)
+    bank = AdapterBank(copy.deepcopy(plain))
+    bank.load("good", good)
+    bank.add("own", model)
+    ids, mask = texts_of((9, 9))
+    with torch.no_grad():
+        expected = results_of(model, ids, (9, 9))[1]
+        torch.testing.assert_close(bank(ids, mask, ["good", "own"])[1], expected)
+    own = {id(parameter) for parameter in bank._plain.parameters()}
+    shared = [id(p) in own for p in bank._members["own"].model.bert.encoder.parameters()]
+    assert all(shared)
+
+
+def test_the_end_of_the_last_trained_adapter_ends_dropout(small):
+    plain = tiny_model("bert", "bare", **SIZES, **DROPOUT)
+    bank = AdapterBank(plain)
+    for name in ("first", "second"):
+        bank.add(name, with_adapter(plain, "token", 2, {}))
+    ids, mask = texts_of((9, 4))
+    with torch.no_grad():
+        expected = bank(ids, mask, ["second"] * 2)
+    bank.train_mode(["first"])
+    assert not torch.equal(bank(ids, mask, ["second"] * 2)[0], expected[0])
+    bank.unload("first")
+    torch.testing.assert_close(bank(ids, mask, ["second"] * 2), expected)
 
 
 def test_adapters_come_and_go_while_forwards_run(small):

@@ -5,15 +5,23 @@ import json
 import os
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.adapters.bank_members import Adapt, Member, Place
-from ptv2_fast.adapters.bank_models import check_same_weights, find_class
+from ptv2_fast.adapters.bank_members import Member, Place
+from ptv2_fast.adapters.bank_models import (
+    check_same_weights,
+    copy_around,
+    find_class,
+    has_known_code,
+    head_options,
+    model_around,
+    move_model,
+)
 from ptv2_fast.adapters.bank_prefixes import stack_prefixes
 from ptv2_fast.adapters.bank_rows import (
     Row,
@@ -23,7 +31,13 @@ from ptv2_fast.adapters.bank_rows import (
     places_of,
     select,
 )
-from ptv2_fast.adapters.loading import check_same_model, read_config, read_labels
+from ptv2_fast.adapters.loading import (
+    check_same_model,
+    check_tensors,
+    put_adapter,
+    read_config,
+    read_labels,
+)
 from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import read_adapter
 from ptv2_fast.encoders.bank_attachment import BankCall, Repeat, attach_bank
@@ -32,6 +46,7 @@ from ptv2_fast.prefix import PTuningV2Config
 
 BASE = "__base__"
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
+_ASKED = "adapter_names"
 
 
 class PrefixBank:
@@ -45,9 +60,7 @@ class PrefixBank:
         backbone: str = "auto",
     ) -> None:
         check_model(model, PTuningV2Config(num_virtual_tokens=1))  # before it is changed
-        for where in (device, dtype):
-            if where is not None:
-                model.to(where)  # type: ignore[arg-type]
+        move_model(model, device, dtype)
         model.requires_grad_(False).eval()
         self._plain: PreTrainedModel = model.base_model  # type: ignore[assignment]
         self._shared = attach_bank(self._plain, backbone)
@@ -87,15 +100,16 @@ class PrefixBank:
             ValueError: for a bad name, or one that is there already; and as `load_adapter`.
         """
         self._check_new(name)
-        description, tensors = read_adapter(folder)
-        self._put(name, description, tensors, folder, is_trainable)
+        self._load(name, folder, is_trainable)
 
     def add(self, name: str, attached_model: PreTrainedModel) -> None:
         """Take a copy of the adapter of an attached model.
 
+        A model whose class is not of transformers runs in a pass of its own.
+
         Raises:
             ValueError: for a bad name, or one that is there already; a model that is not attached,
-                or differs from the bank's encoder in its sizes or frozen weights.
+                or differs from the bank's encoder in its sizes, frozen weights or configuration.
         """
         self._check_new(name)
         attachment = require_attachment(attached_model)
@@ -103,8 +117,14 @@ class PrefixBank:
         tensors = {n: t.detach() for n, t in written_tensors(attachment).items()}
         check_same_model(description, self._plain, with_head=False)
         check_same_weights(attached_model, self._plain, tensors)
-        is_trainable = not attachment.config.inference_mode
-        self._put(name, description, tensors, f"model {name}", is_trainable, type(attached_model))
+        options, kind = head_options(attached_model, self._plain), type(attached_model)
+        is_trainable, place = not attachment.config.inference_mode, f"model {name}"
+        if has_known_code(kind):
+            model = self._model(description, tensors, place, kind, options)
+        else:
+            check_tensors(tensors, tensors, place)
+            model = copy_around(self._plain, attached_model, tensors)
+        self._put(name, model, description, is_trainable)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; forwards that run already finish with it.
@@ -115,6 +135,8 @@ class PrefixBank:
         with self._lock:
             self._find(self._members, name)
             self._members = {n: member for n, member in self._members.items() if n != name}
+        if not any(member.model.training for member in self._members.values()):
+            self._shared.model.eval()  # nothing trains any more
 
     def save(self, name: str, folder: str | os.PathLike) -> None:
         """Write an adapter as `save_adapter` does; a folded projection as the table that it gave.
@@ -133,7 +155,7 @@ class PrefixBank:
             ValueError: for an unknown name.
         """
         members, wanted = self._members, [names] if isinstance(names, str) else list(names)
-        chosen = [self._find(members, name) for name in wanted]
+        chosen = [self._find(members, name, "names") for name in wanted]
         for member in members.values():
             member.train(any(member is each for each in chosen))
         self._shared.model.train(bool(chosen))
@@ -158,7 +180,8 @@ class PrefixBank:
         """Run each text with its adapter, all in one pass of the encoder.
 
         Adapters whose layers differ from the encoder's (trained biases, norms, low-rank updates,
-        `modules_to_save` inside it, added tokens) run in a pass of their own.
+        `modules_to_save` inside it, added tokens) run in a pass of their own, and so do models of a
+        user's own class.
 
         Args:
             input_ids: int64 [B, T].
@@ -198,18 +221,21 @@ class PrefixBank:
     ) -> list[Any]:
         """A call, with the adapters that were there at its start."""
         batch = check_inputs(inputs, self._input_names)
-        if adapter_names is None or isinstance(adapter_names, str) or len(adapter_names) != batch:
+        if not isinstance(adapter_names, list | tuple) or len(adapter_names) != batch:
             raise ValueError(
                 f"adapter_names: expected one for each of {batch} texts, got {adapter_names!r:.100}"
             )
-        each = [[names] if isinstance(names, str) else list(names) for names in adapter_names]
+        each = [names if isinstance(names, list | tuple) else [names] for names in adapter_names]
         rows = [
-            Row(text, None if name == BASE else self._find(members, name))
+            Row(text, None if name == BASE else self._find(members, name, _ASKED))
             for text, names in enumerate(each)
             for name in names
         ]
         check_lengths(inputs, rows, self._shared.family, self._plain.config)
-        places = places_of(inputs.get("attention_mask"), batch)
+        mask = inputs.get("attention_mask")
+        if mask is not None:  # some code of transformers reads numbers
+            inputs = {**inputs, "attention_mask": mask.bool().long()}
+        places = places_of(mask, batch)
         results: list[Any] = [None] * len(rows)
         for group in passes(rows, self._shared.model.training):
             chosen = [rows[number] for number in group]
@@ -221,11 +247,12 @@ class PrefixBank:
             for names in adapter_names
         ]
 
-    def _find(self, members: dict[str, Member], name: str) -> Member:
+    def _find(self, members: dict[str, Member], name: str, what: str = "name") -> Member:
+        """An adapter by its name; `what` names the argument, for the message."""
         if not isinstance(name, str) or name not in members:
+            base = f"{BASE!r} or " if what == _ASKED else ""
             raise ValueError(
-                f"adapter_names: expected {BASE!r} or one of {list(members)!r:.300}, got "
-                f"{name!r:.100}"
+                f"{what}: expected {base}one of {list(members)!r:.300}, got {name!r:.100}"
             )
         return members[name]
 
@@ -238,23 +265,54 @@ class PrefixBank:
         if name in self._members:
             raise ValueError(f"name: expected a new one, got {name!r}; unload that one first")
 
-    def _put(
+    def _load(
         self,
         name: str,
+        folder: str | os.PathLike,
+        is_trainable: bool,
+        adapt: Callable[[PreTrainedModel], None] | None = None,
+        run: Any = None,
+    ) -> None:
+        """As `load`.
+
+        Args:
+            name, folder, is_trainable: see there.
+            adapt: what is done to a model of the adapter's class before the adapter is loaded.
+            run: what is known of the run that trained it.
+        """
+        description, tensors = read_adapter(folder)
+        model = self._model(description, tensors, folder, adapt=adapt)
+        self._put(name, model, description, is_trainable, run)
+
+    def _model(
+        self,
         description: dict[str, Any],
         tensors: dict[str, Tensor],
         place: str | os.PathLike,
-        is_trainable: bool,
         kind: type[PreTrainedModel] | None = None,
-        adapt: Adapt | None = None,
-        run: Any = None,
-    ) -> None:
+        options: dict[str, Any] | None = None,
+        adapt: Callable[[PreTrainedModel], None] | None = None,
+    ) -> PreTrainedModel:
+        """A model with this adapter on the bank's encoder."""
         read_config(description, place)
-        read_labels(description, place)
+        labels = read_labels(description, place)
         check_same_model(description, self._plain, with_head=False)
         kind = kind or find_class(self._plain, description["model_class"], place)
-        member = Member(self._shared, self._plain, kind, description, tensors, place, is_trainable,
-                        adapt)  # fmt: skip
+        model = model_around(self._plain, kind, tensors, labels, options)
+        if adapt is not None:
+            adapt(model)
+        return put_adapter(model, description, tensors, place)
+
+    def _put(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        description: dict[str, Any],
+        is_trainable: bool,
+        run: Any = None,
+    ) -> None:
+        base_model = description.get("base_model")
+        member = Member(self._shared, self._plain, model, base_model, is_trainable)
         member.train(False)
         member.run_of = run
         with self._lock:

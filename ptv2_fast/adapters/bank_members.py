@@ -4,15 +4,14 @@ import contextlib
 import inspect
 import os
 import threading
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ptv2_fast.adapters.bank_models import model_around
-from ptv2_fast.adapters.loading import put_adapter, read_labels, save_adapter
+from ptv2_fast.adapters.bank_models import has_known_code
+from ptv2_fast.adapters.loading import save_adapter
 from ptv2_fast.encoders.adapter_content import describe_adapter
 from ptv2_fast.encoders.adapter_files import write_adapter
 from ptv2_fast.encoders.attachment import Attachment
@@ -21,11 +20,8 @@ from ptv2_fast.encoders.first_token import reads_first_token_only
 from ptv2_fast.encoders.lifecycle import require_attachment
 from ptv2_fast.encoders.pads import reads_pads
 from ptv2_fast.encoders.selection import ENCODER_NAME, frozen_stems
-from ptv2_fast.encoders.vocabulary import ROWS_NAME
 from ptv2_fast.prefix import LayerPrefix
 
-# What is done to a model of an adapter's class before the adapter is loaded.
-Adapt = Callable[[PreTrainedModel], None]
 # Where the tokens of a row are in its columns.
 Place = slice | Tensor
 
@@ -36,25 +32,20 @@ class Member:
     Args:
         shared: the bank's backbone.
         backbone: the same without prefixes.
-        kind: class of the adapter's model.
-        description: what the adapter says about itself.
-        tensors: of the adapter.
-        place: where it is from, for messages.
+        model: with the adapter, on what is frozen of this backbone; it is taken apart.
+        base_model: what the adapter was trained on, by its name.
         keep_projection: do not fold that of its prefix, so that it can train.
-        adapt: see there.
 
     Attributes:
         model: of its class, without encoder layers where it shares the bank's pass.
         encoder: its prefix.
-        runs_alone: its layers differ from those of the bank.
+        runs_alone: its layers or embeddings differ from those of the bank, or a class of the user's
+            calls them in a way that is not known.
         offset: positions in front of its first token.
         prefix_dropout: in training.
         first_token_only: its head reads the first token's state and no other.
         labels: by number; None where the results are numbers, places or states.
         run_of: what is known of the run that trained it, if anything.
-
-    Raises:
-        ValueError: as `load_adapter`.
     """
 
     run_of: Any = None
@@ -63,30 +54,25 @@ class Member:
         self,
         shared: BankAttachment,
         backbone: PreTrainedModel,
-        kind: type[PreTrainedModel],
-        description: dict[str, Any],
-        tensors: dict[str, Tensor],
-        place: str | os.PathLike,
+        model: PreTrainedModel,
+        base_model: str | None,
         keep_projection: bool,
-        adapt: Adapt | None,
     ) -> None:
-        labels = read_labels(description, place)
-        has_rows = ROWS_NAME in tensors
-        model = model_around(backbone, kind, tensors, labels)
-        if adapt is not None:
-            adapt(model)
-        put_adapter(model, description, tensors, place)
         attachment = require_attachment(model)
         self.model, self.encoder = model, attachment.encoder
         self.offset = attachment.positions_taken
         self.prefix_dropout = attachment.config.prefix_dropout
         self.first_token_only = _reads_first_token_only(attachment)
         self.labels = _labels_of(model)
+        self._has_own_code = not has_known_code(type(model))
         self._has_choices = type(model).__name__.endswith("ForMultipleChoice")
         self._reads_pads = reads_pads(model)
-        self._names = tuple(inspect.signature(model.forward).parameters)
+        self._names = _inputs_of(model)
         self._head_names = [n for n in attachment.saved_names if not n.startswith(ENCODER_NAME)]
-        self.runs_alone = has_rows or _differs_inside(attachment)
+        has_words = (
+            model.get_input_embeddings().weight is not backbone.get_input_embeddings().weight
+        )
+        self.runs_alone = has_words or self._has_own_code or _differs_inside(attachment)
         if self.runs_alone:
             attachment.frozen.share_weights(shared.frozen)
             for name, parameter in model.named_parameters():
@@ -94,7 +80,7 @@ class Member:
                     parameter.data = parameter.data.to(backbone.dtype)
         else:
             self._take_apart(attachment, keep_projection)
-            self._description["base_model"] = description.get("base_model")
+            self._description["base_model"] = base_model
         # Hooks of a task may keep something from one part of the model to the next.
         has_hooks = bool(model._forward_pre_hooks)
         self._lock: Any = threading.Lock() if has_hooks else contextlib.nullcontext()
@@ -174,11 +160,14 @@ class Member:
 
     def run(self, inputs: dict[str, Tensor], places: list[Place]) -> list[Tensor]:
         """What the model makes of rows, for each."""
-        known = {name: tensor for name, tensor in inputs.items() if name in self._names}
+        names = inputs if self._names is None else self._names
+        known: dict[str, Any] = {n: tensor for n, tensor in inputs.items() if n in names}
         if self._has_choices:  # each row is one choice of one example
             known = {n: t[:, None] if t.dim() > 1 else t for n, t in known.items()}
+        if not self._has_own_code or "return_dict" in names:
+            known["return_dict"] = True
         with self._lock:
-            output = self.model(**known, return_dict=True)
+            output = self.model(**known)
         if "start_logits" in output:
             return _cut(torch.stack((output.start_logits, output.end_logits), dim=-1), places)
         if "logits" not in output:
@@ -192,6 +181,13 @@ class Member:
 def _cut(rows: Tensor, places: list[Place]) -> list[Tensor]:
     """[B, T, ...] -> what belongs to the tokens of each row."""
     return [row[place] for row, place in zip(rows.unbind(0), places, strict=True)]
+
+
+def _inputs_of(model: PreTrainedModel) -> tuple[str, ...] | None:
+    """The names of what a model takes; None where a user's class takes any."""
+    parameters = inspect.signature(model.forward).parameters
+    takes_any = any(each.kind is each.VAR_KEYWORD for each in parameters.values())
+    return None if takes_any and not has_known_code(type(model)) else tuple(parameters)
 
 
 def _differs_inside(attachment: Attachment) -> bool:

@@ -1,4 +1,4 @@
-"""A model of an adapter's class on the frozen parts of one that is there already."""
+"""Models of adapters on the frozen parts of one that is there already."""
 
 import copy
 import sys
@@ -8,7 +8,20 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.encoders.families import find_family
+from ptv2_fast.encoders.hooks import KNOWN_CODE
 from ptv2_fast.encoders.vocabulary import ROWS_NAME
+
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# Of a configuration: what the head alone reads, and what changes no result outside of training.
+_OF_HEADS = ("classifier", "cls_", "head_", "pooler", "qa_", "seq_classif", "summary_")
+_WITHOUT_EFFECT = (
+    "architectures", "bos_token_id", "chunk_size_feed_forward", "cls_token_id", "dtype",
+    "eos_token_id", "finetuning_task", "id2label", "label2id", "num_labels", "output_attentions",
+    "output_hidden_states", "problem_type", "reference_compile", "return_dict", "sep_token_id",
+    "task_specific_params", "tokenizer_class", "torch_dtype", "transformers_version", "use_cache",
+    "vocab_size",
+)  # fmt: skip
 
 
 def find_class(backbone: PreTrainedModel, name: str, place: Any) -> type[PreTrainedModel]:
@@ -38,6 +51,7 @@ def model_around(
     kind: type[PreTrainedModel],
     tensors: dict[str, Tensor],
     labels: dict[int, str],
+    options: dict[str, Any] | None = None,
 ) -> PreTrainedModel:
     """A model in eval mode that shares what is frozen with a backbone; the rest is to be loaded.
 
@@ -46,8 +60,11 @@ def model_around(
         kind: of the model.
         tensors: of the adapter, by their names in the model: not shared.
         labels: by number.
+        options: of the configuration, where they are not those of the backbone.
     """
     config = copy.deepcopy(backbone.config)
+    for name, value in (options or {}).items():
+        setattr(config, name, value)
     config.num_labels, config.id2label = len(labels), dict(labels)
     config.label2id = {label: number for number, label in labels.items()}
     with torch.device("meta"):
@@ -101,6 +118,72 @@ def _fill(
     return nn.Parameter(new, requires_grad=False) if isinstance(old, nn.Parameter) else new
 
 
+def copy_around(
+    backbone: PreTrainedModel, model: PreTrainedModel, tensors: dict[str, Tensor]
+) -> PreTrainedModel:
+    """A copy of an attached model that shares what is frozen with a backbone of the same weights.
+
+    Args:
+        backbone: of the bank.
+        model: attached.
+        tensors: of the adapter, by their names in the model: not shared.
+    """
+    own, stem = dict(backbone.named_parameters()), _stem(model)
+    shared = {
+        id(parameter): own[name]
+        for name, parameter in model.base_model.named_parameters()
+        if name in own and f"{stem}{name}" not in tensors and parameter.shape == own[name].shape
+    }
+    copied = copy.deepcopy(model, cast(Any, shared))
+    copied.to(backbone.device)  # type: ignore[arg-type]
+    return copied.eval()
+
+
+def has_known_code(kind: type[PreTrainedModel]) -> bool:
+    """Whether a class runs code of transformers or ours, which calls its backbone once."""
+    return all(
+        getattr(method, "__module__", "").startswith(KNOWN_CODE)
+        for method in (kind.__init__, kind.forward)
+    )
+
+
+def head_options(model: PreTrainedModel, backbone: PreTrainedModel) -> dict[str, Any]:
+    """What an attached model's configuration says of its head in another way than a backbone's.
+
+    Raises:
+        ValueError: when the configurations differ in what layers or embeddings may read.
+    """
+    given, own = model.config.to_dict(), backbone.config.to_dict()
+    names = [
+        name
+        for name in given
+        if given[name] != own.get(name, given[name])
+        and not name.startswith("_")
+        and "dropout" not in name
+        and name not in _WITHOUT_EFFECT
+    ]
+    # Decoders classify by the last token that is no pad; others count positions from the pad token.
+    of_heads: tuple[str, ...] = _OF_HEADS
+    if not find_family(backbone.config).pads_keep_position:
+        of_heads = (*_OF_HEADS, "pad_token_id")
+    others = [
+        f"{name} {given[name]!r:.100} against {own[name]!r:.100}"
+        for name in names
+        if not name.startswith(of_heads)
+    ]
+    if others:
+        raise ValueError(
+            "attached_model: expected the configuration of the bank's "
+            f"{type(backbone).__name__}; model against bank: {', '.join(others)}"
+        )
+    return {name: getattr(model.config, name) for name in names}
+
+
+def _stem(model: PreTrainedModel) -> str:
+    """What is in front of the backbone's names in those of a model."""
+    return "" if model.base_model is model else f"{model.base_model_prefix}."
+
+
 def check_same_weights(
     model: PreTrainedModel, backbone: PreTrainedModel, tensors: dict[str, Tensor]
 ) -> None:
@@ -114,8 +197,7 @@ def check_same_weights(
     Raises:
         ValueError: naming the first that differs.
     """
-    own = dict(backbone.named_parameters())
-    stem = "" if model.base_model is model else f"{model.base_model_prefix}."
+    own, stem = dict(backbone.named_parameters()), _stem(model)
     for name, parameter in model.base_model.named_parameters():
         given = own.get(name)
         if given is None or f"{stem}{name}" in tensors or parameter is given:
@@ -127,3 +209,30 @@ def check_same_weights(
                 f"attached_model: expected the weights of the bank's "
                 f"{type(backbone).__name__}, got others in {name}"
             )
+
+
+def move_model(
+    model: PreTrainedModel, device: torch.device | str | None, dtype: torch.dtype | None
+) -> None:
+    """Move a model to where it is to run.
+
+    Raises:
+        ValueError: for another dtype than those of floating-point numbers, and a device that torch
+            cannot use here; the model stays as it was.
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"dtype: expected None or one of {_DTYPES}, got {dtype!r}")
+    if model.device.type == "meta":
+        raise ValueError("model: expected one with weights, got one on the device meta")
+    if device is not None:
+        try:
+            place = torch.device(device)
+            if place.type == "meta":
+                raise ValueError("it has no memory")
+            model.to(place)  # type: ignore[arg-type]
+        except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"device: expected one that torch can use here, got {device!r}: {error}"
+            ) from error
+    if dtype is not None:
+        model.to(dtype)  # type: ignore[arg-type]

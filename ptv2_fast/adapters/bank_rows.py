@@ -9,6 +9,13 @@ from transformers import PretrainedConfig
 from ptv2_fast.adapters.bank_members import Member, Place
 from ptv2_fast.encoders.family import Family
 
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+# What stands for the tokens of texts: its shape, and its dtypes.
+_SHAPES = {
+    "input_ids": ("[B, T]", (torch.int64, torch.int32)),
+    "inputs_embeds": ("[B, T, C]", _FLOATS),
+}
+
 
 class Row(NamedTuple):
     """One result of a batch: the text that it is of, and its adapter, None for the bare encoder."""
@@ -31,9 +38,12 @@ def check_inputs(inputs: dict[str, Tensor], known: tuple[str, ...]) -> int:
     unknown = [name for name in inputs if name not in known]
     if unknown:
         raise ValueError(f"{unknown[0]}: expected None, which this encoder does not take, got one")
-    tokens = [inputs[name] for name in ("input_ids", "inputs_embeds") if name in inputs]
+    tokens = [inputs[name] for name in _SHAPES if name in inputs]
     if len(tokens) != 1:
         raise ValueError("input_ids: expected these or inputs_embeds, got both or neither")
+    for name in _SHAPES:
+        if name in inputs:
+            _check_tokens(name, inputs[name])
     for name, tensor in inputs.items():
         if not isinstance(tensor, Tensor) or tensor.dim() < 1 or len(tensor) != len(tokens[0]):
             shape = list(tensor.shape) if isinstance(tensor, Tensor) else type(tensor).__name__
@@ -44,6 +54,15 @@ def check_inputs(inputs: dict[str, Tensor], known: tuple[str, ...]) -> int:
             f"attention_mask: expected shape [B, T] = {list(expected)}, got {list(mask.shape)}"
         )
     return len(tokens[0])
+
+
+def _check_tokens(name: str, tensor: object) -> None:
+    shape, kinds = _SHAPES[name]
+    expected = f"{name}: expected a tensor {shape} with tokens, one of {kinds}"
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{expected}, got a {type(tensor).__name__}")
+    if tensor.dim() != shape.count(",") + 1 or tensor.shape[1] < 1 or tensor.dtype not in kinds:
+        raise ValueError(f"{expected}, got {list(tensor.shape)} of {tensor.dtype}")
 
 
 def select(inputs: dict[str, Tensor], texts: list[int]) -> dict[str, Tensor]:
@@ -85,12 +104,15 @@ def check_lengths(
 ) -> None:
     """Check that each text and the positions in front of it fit into the encoder's table.
 
+    Of texts with positions of their own nothing is known.
+
     Raises:
         ValueError: naming the first that does not.
     """
     offsets = [0 if row.member is None else row.member.offset for row in rows]
     tokens = inputs["input_ids" if "input_ids" in inputs else "inputs_embeds"]
-    limit = family.max_positions(config) if family.has_position_table(config) else None
+    has_own = "position_ids" in inputs or not family.has_position_table(config)
+    limit = None if has_own else family.max_positions(config)
     if limit is None or tokens.shape[1] + max(offsets, default=0) <= limit:
         return
     if family.pads_keep_position and "input_ids" in inputs:

@@ -109,6 +109,7 @@ def attach_bank(backbone: PreTrainedModel, how: str = "auto") -> BankAttachment:
                                  position_offset="prefix")  # fmt: skip
     shared = {id(tensor): tensor for tensor in (*backbone.parameters(), *backbone.buffers())}
     model = copy.deepcopy(backbone, cast(Any, shared))
+    model.config.return_dict = True
     attachment = BankAttachment(model, family, make_encoder(model, family, config))
     attachment.frozen.join_weights()
     return attachment

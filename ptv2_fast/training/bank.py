@@ -14,7 +14,6 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptv2_fast.adapters.bank import PrefixBank
 from ptv2_fast.adapters.bank_members import Member
-from ptv2_fast.encoders.adapter_files import read_adapter
 from ptv2_fast.files import read_json_object
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.fitting import drop_unknown_inputs, fit_padding
@@ -104,9 +103,8 @@ class AdapterBank(PrefixBank):
             drop_unknown_inputs(tokenizer, model)
             task.adapt_model(model, tokenizer, labels)
 
-        description, tensors = read_adapter(opened.adapter)
         run = AdapterRun(task, labels, tokenizer, opened.max_length)
-        self._put(name, description, tensors, opened.adapter, is_trainable, None, adapt, run)
+        self._load(name, opened.adapter, is_trainable, adapt, run)
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
         """That of a run, shared with the runs that have the same one."""
