@@ -92,7 +92,9 @@ def test_what_a_state_dict_does_not_say_is_asked_for(made, tmp_path, capsys):
     words += ["--model", str(made / "model")]
     assert "give it as --head" in fails_with_one_line(words, capsys)
     words += ["--head", "sequence"]
-    assert "labels: expected 2" in fails_with_one_line([*words, "--labels", "a"], capsys)
+    for labels in ("a", "a,a", "a,"):
+        message = fails_with_one_line([*words, "--labels", labels], capsys)
+        assert "labels: expected 2 different names" in message
     poor = tmp_path / "poor"
     shutil.copytree(made / "model", poor)
     rest = {name: tensor for name, tensor in base.items() if "pooler" not in name}
@@ -109,12 +111,18 @@ def test_what_a_state_dict_does_not_say_is_asked_for(made, tmp_path, capsys):
 
 
 def test_sources_that_are_none_are_told_apart(made, tmp_path, capsys):
+    shutil.copytree(made / "peft", made / "nothing said")
+    (made / "nothing said" / "adapter_config.json").unlink()
+    (tmp_path / "file").write_text("")
+    words = ["convert", str(made / "peft"), str(tmp_path / "file")]
+    assert "target: expected a folder, got the file" in fails_with_one_line(words, capsys)
     target = str(tmp_path / "out")
     for source, options, message in (
         (made / "nowhere", [], "no such file or folder"),
         (made / "peft", ["--to", "peft"], "an adapter of ptv2-fast or a run"),
         (made / "run", [], "expected --to or --fold"),
         (made / "model", ["--model", "m"], "expected one tensor prefix_encoder.embedding.weight"),
+        (made / "nothing said", [], "PEFT and of the package adapters have an adapter_config.json"),
     ):
         assert message in fails_with_one_line(["convert", str(source), target, *options], capsys)
     assert not (tmp_path / "out").exists()
@@ -186,20 +194,39 @@ class Hub:
 
 def test_an_uploaded_run_opens_elsewhere(made, tmp_path, monkeypatch):
     run, hub = shutil.copytree(made / "run", tmp_path / "run"), Hub(tmp_path / "hub")
-    (run / "checkpoints" / "checkpoint-1").mkdir(parents=True)
-    (run / "checkpoints" / "checkpoint-1" / "model.safetensors").write_text("")
+    kept = run / "checkpoints" / "checkpoint-1"
+    kept.mkdir(parents=True)
+    for file in (kept / "model.safetensors", run / "adapter" / "training_args.bin"):
+        file.write_text("")
+    label = "/people/person"  # which is no path
+    edit(run / "config.json", lambda c: c["found"].update(labels=[label, "bad"]))
+    edit(run / "config.json", lambda c: c["model"].update(start_from=str(made / "first")))
+    edit(run / "report.json", lambda c: c.update(started_from={"folder": str(made / "first")}))
     monkeypatch.setattr(card, "HfApi", hub)
-    address = card.push_to_hub(run, "user/reviews", private=True, token="secret")
-    assert address == "https://hub/user/reviews"
+    with pytest.raises(ValueError, match="base_model: expected the name on the hub"):
+        card.push_to_hub(run, "user/reviews")
+    assert not hub.calls
+    # Stands for what has this name on the hub.
+    shutil.copytree(made / "model", tmp_path / "user" / "base")
+    monkeypatch.chdir(tmp_path)
+    named = {"private": True, "token": "secret", "base_model": "user/base"}
+    assert card.push_to_hub(run, "user/reviews", **named) == "https://hub/user/reviews"
     made_repository = {"repo_id": "user/reviews", "private": True, "exist_ok": True}
     assert hub.calls == [{"token": "secret"}, made_repository]
     copied = tmp_path / "hub" / "user" / "reviews"
     assert (copied / "README.md").is_file()
     assert not list(copied.glob(".ptv2*")) and not (copied / "checkpoints").exists()
-    assert json.loads((copied / "config.json").read_text())["data"]["train_file"] == "train.csv"
-    assert ptv2_fast.load(copied).labels == ptv2_fast.load(run).labels
+    assert not list(copied.rglob("*.bin"))
+    config = json.loads((copied / "config.json").read_text())
+    assert config["data"]["train_file"] == "train.csv"
+    for file in copied.rglob("*"):
+        assert file.is_dir() or str(made).encode() not in file.read_bytes(), file
+    assert ptv2_fast.load(copied).labels == ptv2_fast.load(run).labels == [label, "bad"]
+    card.push_to_hub(run / "adapter", "user/alone", **named)
+    assert ptv2_fast.load(tmp_path / "hub" / "user" / "alone").model
+    calls = len(hub.calls)
     with pytest.raises(ValueError, match="repo_id: expected a name of the hub"):
-        card.push_to_hub(run, "../user/x")
+        card.push_to_hub(run, "../user/x", base_model="user/base")
     with pytest.raises(ValueError, match="expected a run folder"):
         card.push_to_hub(made / "model", "user/x")
-    assert len(hub.calls) == 2
+    assert len(hub.calls) == calls

@@ -187,7 +187,7 @@ def test_a_pickle_is_read_as_weights_or_not_at_all(damage, tmp_path):
 
 
 def test_a_snapshot_of_the_hub_may_link_to_its_blobs(of_peft, tmp_path):
-    snapshot, blobs = tmp_path / "snapshots" / "1", tmp_path / "blobs"
+    snapshot, blobs = tmp_path / "snapshots" / "1" / "best", tmp_path / "blobs"
     snapshot.mkdir(parents=True)
     blobs.mkdir()
     for name in (CONFIG, WEIGHTS):

@@ -8,12 +8,16 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, T5EncoderModel
 
 import ptv2_fast
-from ptv2_fast import cli
+from ptv2_fast import PTuningV2Config, cli
+from ptv2_fast.tasks import DataOptions
+from ptv2_fast.tasks.token_classification import TokenClassification
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.models import load_pretrained
+from ptv2_fast.training.options import ModelOptions, RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from tests.models import attached, make_batch, one_thread, tiny_config  # noqa: F401
@@ -69,6 +73,26 @@ def test_an_adapter_opens_in_the_dtype_it_was_saved_in(home, tmp_path):
     again = ptv2_fast.load(tmp_path / "half").model
     assert again.dtype == again.classifier.weight.dtype == torch.bfloat16
     assert torch.equal(again.classifier.weight, model.classifier.weight)
+
+
+def test_a_base_with_a_head_of_its_own_opens(home, tmp_path):
+    base, auto = tmp_path / "base", transformers.AutoModelForTokenClassification
+    shutil.copytree(home / "model", base)
+    auto.from_pretrained(home / "model", num_labels=7).save_pretrained(base)
+    options = ModelOptions(model=str(base))
+    model, _ = load_pretrained(
+        options, TokenClassification(DataOptions(task="token-classification")), LABELS
+    )
+    ptv2_fast.attach(model, PTuningV2Config(num_virtual_tokens=4))
+    ptv2_fast.save_adapter(model, tmp_path / "adapter")
+    again, tokenizer, _ = ptv2_fast.load(tmp_path / "adapter")
+    words = tokenizer(SENTENCE, return_tensors="pt")
+    assert torch.equal(again(**words).logits, model.eval()(**words).logits)
+    weights = load_file(base / "model.safetensors")
+    del weights["bert.encoder.layer.1.output.dense.weight"]
+    save_file(weights, base / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"missing \['bert\.encoder\.layer\.1\.output"):
+        ptv2_fast.load(tmp_path / "adapter")
 
 
 def test_auto_classes_and_pipelines_open_an_adapter(home, tmp_path):

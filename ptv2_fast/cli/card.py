@@ -9,6 +9,7 @@ from ptv2_fast.training.run_place import find_run
 _EXAMPLE = """examples:
   ptv2-fast card --run runs/ner
   ptv2-fast card --run runs/ner --push-to user/ner --private
+  ptv2-fast card --run runs/ner --push-to user/ner --base-model google-bert/bert-base-cased
 """
 
 
@@ -25,6 +26,11 @@ def add(commands: Any) -> None:
         metavar="USER/NAME",
         help="upload the run to the hub, as the user of `hf auth login`",
     )
+    parser.add_argument(
+        "--base-model",
+        metavar="NAME",
+        help="of the pretrained model on the hub, where the run was given a folder",
+    )
     parser.add_argument("--private", action="store_true", help="a repository that is created is")
 
 
@@ -36,4 +42,7 @@ def _card(options: dict[str, Any]) -> None:
     print(f"written to {checked(write_card, folder)}")
     if options["push_to"] is not None:
         private = True if options["private"] else None
-        print(f"uploaded to {checked(push_to_hub, folder, options['push_to'], private)}")
+        address = checked(
+            push_to_hub, folder, options["push_to"], private, base_model=options["base_model"]
+        )
+        print(f"uploaded to {address}")

@@ -77,7 +77,7 @@ def _convert(options: dict[str, Any]) -> None:
 
 
 def _check_new(target: Path) -> None:
-    output.check_place(target)
+    output.check_place(target, "target")
     if output.contents(target):
         raise ValueError(f"target: expected a new or empty folder, got {str(target)!r}")
 

@@ -11,6 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
+from ptv2_fast.files import ADAPTER_CONFIG_NAMES, read_json_object
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training import run_folder
@@ -19,8 +20,16 @@ from ptv2_fast.training.report.run_tables import run_details
 from ptv2_fast.training.run_place import find_place
 
 CARD = "README.md"
-# What stays here: checkpoints of an unfinished run, marks and locks of the folder.
-_LEFT_OUT = ["checkpoints/**", ".ptv2-fast*", "*.tmp"]
+# What stays here: checkpoints of an unfinished run, marks and locks of the folder, and what Trainer
+# leaves beside a checkpoint: pickles, and a record with names of this machine.
+_LEFT_OUT = ["checkpoints/**", ".ptv2-fast*", "*.tmp", "*.bin", "*.pt", "*.pth",
+             "*trainer_state.json"]  # fmt: skip
+# The parts of JSON files that name files, by the files' names; labels may look like paths.
+_PLACES_IN = {
+    run_folder.CONFIG: ("data", "tasks", "model"),
+    run_folder.REPORT: ("model", "started_from"),
+    **dict.fromkeys(ADAPTER_CONFIG_NAMES, ("base_model",)),
+}
 _PIPELINES = {"semantic-role-labeling": "token-classification"}
 
 
@@ -48,27 +57,32 @@ def push_to_hub(
     repo_id: str,
     private: bool | None = None,
     token: str | None = None,
+    base_model: str | None = None,
 ) -> str:
     """Upload a run or an adapter to the hub; `ptv2_fast.load` opens what others download of it.
 
-    A run that has no README.md gets its card first. In the config.json of the upload the paths of
-    the data are their last parts; the pretrained model stays as it was given.
+    A run that has no README.md gets its card first. In the JSON files of the upload the paths of
+    this machine are their last parts.
 
     Args:
         folder: of a finished run, or of an adapter.
         repo_id: "user/name"; created when missing.
         private: whether a repository that is created is; None = as the user's settings say.
         token: of the hub; None = the one that `hf auth login` or HF_TOKEN left.
+        base_model: what the upload names as its pretrained model; None = the one that the run was
+            given, which then may be no folder of this machine.
 
     Returns:
         The address of the upload.
 
     Raises:
-        ValueError: for a folder without them, or another name.
+        ValueError: for a folder without them, another name, or a pretrained model that nobody else
+            has; then nothing is uploaded.
         OSError: when the hub cannot be reached or refuses.
     """
     folder = Path(folder)
     place = find_place(folder)
+    shared = _shared_files(folder, base_model)
     if place.run == folder and not (folder / CARD).is_file():
         write_card(folder)
     try:
@@ -83,17 +97,53 @@ def push_to_hub(
         repo_id=repo_id,
         folder_path=folder,
         commit_message=f"Upload {folder.absolute().name} by ptv2-fast",
-        ignore_patterns=[*_LEFT_OUT, *([run_folder.CONFIG] if place.run == folder else [])],
+        ignore_patterns=[*_LEFT_OUT, *shared],
     )
-    if place.run == folder:
-        content = run_folder.read_json(folder / run_folder.CONFIG)
-        shared = {k: _last_parts(v) if k in ("data", "tasks") else v for k, v in content.items()}
+    for name, content in shared.items():
         api.upload_file(
             repo_id=repo_id,
-            path_or_fileobj=json.dumps(shared, indent=2).encode(),
-            path_in_repo=run_folder.CONFIG,
+            path_or_fileobj=json.dumps(content, indent=2).encode(),
+            path_in_repo=name,
         )
     return str(done)
+
+
+def _shared_files(folder: Path, base_model: str | None) -> dict[str, Any]:
+    """The JSON files of a folder that name a pretrained model or data, as others may see them.
+
+    Raises:
+        ValueError: for a model that is a folder of this machine, where others have to load it.
+    """
+    names = (*_PLACES_IN, *(f"{run_folder.ADAPTER}/{name}" for name in ADAPTER_CONFIG_NAMES))
+    # A fine-tuned model is whole, and read without the one that it was.
+    is_whole = (folder / run_folder.MODEL).is_dir()
+    shared = {}
+    for name in names:
+        if not (folder / name).is_file():
+            continue
+        content = read_json_object(folder / name)
+        holder, key = _model_in(content)
+        given = holder.get(key)
+        is_here = isinstance(given, str) and (Path(given).is_absolute() or Path(given).is_dir())
+        if is_here and base_model is None and not is_whole:
+            raise ValueError(
+                f"base_model: expected the name on the hub of the pretrained model, which "
+                f"{folder / name} names as a folder of this machine, {given!r}, got None; without "
+                "it nobody else can open the upload"
+            )
+        places = _PLACES_IN[name.rpartition("/")[2]]
+        shared[name] = {k: _last_parts(v) if k in places else v for k, v in content.items()}
+        if base_model is not None and given:
+            holder, key = _model_in(shared[name])
+            holder[key] = base_model
+    return shared
+
+
+def _model_in(content: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Where a file names its pretrained model: a run's config.json, its report, an adapter."""
+    if isinstance(content.get("model"), dict):
+        return content["model"], "model"
+    return content, "model" if "model" in content else "base_model"
 
 
 def _find_run(folder: Path) -> Run:

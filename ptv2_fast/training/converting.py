@@ -4,13 +4,11 @@ import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-import transformers
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapters import export_peft, fold_adapter, save_adapter
 from ptv2_fast.adapters.convert import HEADS, ForeignAdapter, load_foreign, named_for, read_foreign
-from ptv2_fast.training.models import load_config, reading
+from ptv2_fast.training.models import load_config, read_pretrained
 from ptv2_fast.training.opening import load
 
 
@@ -80,22 +78,15 @@ def _open_model(
             "of what; give it as --head"
         )
     count = {"choice": 1, "question": 2}.get(head, foreign.num_labels)
-    if labels is not None and len(labels) != count:
-        raise ValueError(f"labels: expected {count} for the head of {foreign.place}, got "
-                         f"{[*labels]!r:.200}")  # fmt: skip
+    if labels is not None and (len(labels) != count or len({*labels} - {""}) != count):
+        raise ValueError(f"labels: expected {count} different names for the head of "
+                         f"{foreign.place}, got {[*labels]!r:.200}")  # fmt: skip
     config = load_config(name)
     if count is not None and head != "bare" and config.num_labels != count:
         config.num_labels = count
     auto = "AutoModel" if head == "bare" else f"AutoModel{HEADS[head]}"
-    with reading(f"model: {name}"):
-        model, report = getattr(transformers, auto).from_pretrained(
-            name,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
-    missing = sorted(set(report["missing_keys"]) - set(named_for(model, foreign)))
+    model, drawn = read_pretrained(auto, name, config)
+    missing = sorted(set(drawn) - set(named_for(model, foreign)))
     if missing:
         raise ValueError(
             f"model: expected every weight of a {type(model).__name__} in {name} or in "

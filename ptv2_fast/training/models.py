@@ -69,22 +69,15 @@ def load_pretrained(
     fit_padding(config, tokenizer)
     if config.model_type in FAMILIES:
         FAMILIES[config.model_type].check_tokenizer(tokenizer)
-    with reading(f"model: {options.model}"):
-        model, report = _model_class(task).from_pretrained(
-            options.model,
-            config=config,
-            dtype=torch.float32,
-            output_loading_info=True,
-            trust_remote_code=False,
-        )
+    model, drawn = read_pretrained(task.model_class, options.model, config)
     _require_finite(model, options.model)
-    missing = [name for name in report["missing_keys"] if _is_of_encoder(name, model)]
+    missing = [name for name in drawn if _is_of_encoder(name, model)]
     if missing:
         raise ValueError(
             f"model: expected every weight of the encoder in {options.model}, missing "
             f"{sorted(missing)!r:.200}"
         )
-    if report["missing_keys"] and not task.head_is_new:
+    if drawn and not task.head_is_new:
         warnings.warn(
             f"model: {options.model} has no pretrained head for {task.model_class}; a new one is "
             "used, which has to be trained from nothing",
@@ -145,6 +138,35 @@ def reading(what: str) -> Iterator[None]:
         kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
         words = " ".join(str(error).split())
         raise ValueError(f"{what} cannot be read: {kind}{words:.300}") from error
+
+
+def read_pretrained(
+    auto: str, name: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32
+) -> tuple[Any, list[str]]:
+    """A pretrained model, and the names of its weights that were drawn at random.
+
+    The checkpoint lacks these, or has others in their place, as of a head for more labels.
+
+    Args:
+        auto: name of transformers' class.
+        name: of the model, on the hub or a folder.
+        config: of the model.
+        dtype: of its weights.
+
+    Raises:
+        OSError, ValueError: when it cannot be read.
+    """
+    with reading(f"model: {name}"):
+        model, report = getattr(transformers, auto).from_pretrained(
+            name,
+            config=config,
+            dtype=dtype,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    others = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
+    return model, [*report["missing_keys"], *others]
 
 
 def load_config(name: str, **changes: Any) -> PretrainedConfig:

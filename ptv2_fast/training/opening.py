@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptv2_fast.adapters import load_adapter, read_config, read_labels
@@ -13,7 +12,7 @@ from ptv2_fast.encoders.adapter_files import read_adapter
 from ptv2_fast.encoders.attachment import ENCODER_NAME
 from ptv2_fast.training.auto_classes import AUTO_CLASSES, auto_class_of
 from ptv2_fast.training.fitting import drop_unknown_inputs, fit_padding
-from ptv2_fast.training.models import load_config, load_run, load_tokenizer, reading
+from ptv2_fast.training.models import load_config, load_run, load_tokenizer, read_pretrained
 from ptv2_fast.training.run_place import find_place
 
 
@@ -77,9 +76,12 @@ def _load_alone(folder: Path) -> Loaded:
     if str(made_for).endswith("EncoderModel"):  # whose AutoModel has a decoder too
         auto = "AutoModelForTextEncoding"
     config = load_config(base, num_labels=len(labels))
-    with reading(f"base model {base}"):
-        model = getattr(transformers, auto).from_pretrained(
-            base, config=config, dtype=dtype, trust_remote_code=False
+    model, drawn = read_pretrained(auto, base, config, dtype)
+    missing = sorted(set(drawn) - set(tensors))
+    if missing:
+        raise ValueError(
+            f"{folder}: expected every weight in the adapter or in its base model {base}, missing "
+            f"{missing!r:.300}"
         )
     load_adapter(model, folder)
     if torch.cuda.is_available():

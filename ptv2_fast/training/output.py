@@ -87,13 +87,13 @@ def _is_nothing(path: Path) -> bool:
     return path.name.startswith(MARKER) or (is_leftover(path) and path.name.startswith(_FIRST))
 
 
-def check_place(folder: Path) -> None:
-    """Raise a ValueError for a file, or a folder that cannot be written."""
+def check_place(folder: Path, what: str = "output") -> None:
+    """Raise a ValueError for a file, or a folder that cannot be written; `what` is the argument."""
     nearest = next(place for place in (folder, *folder.absolute().parents) if place.exists())
     if not nearest.is_dir():
-        raise ValueError(f"output: expected a folder, got the file {str(nearest)!r}")
+        raise ValueError(f"{what}: expected a folder, got the file {str(nearest)!r}")
     if not os.access(nearest, os.W_OK):
-        raise ValueError(f"output: expected a folder that can be written, got {str(nearest)!r}")
+        raise ValueError(f"{what}: expected a folder that can be written, got {str(nearest)!r}")
 
 
 def is_first() -> bool:

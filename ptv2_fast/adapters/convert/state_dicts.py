@@ -58,7 +58,8 @@ def read_state_dict(source: Path, allow_pickle: bool) -> ForeignAdapter:
     if "embedding.weight" not in prefix or len(owners) != 1:
         raise ValueError(
             f"{path}: expected one tensor prefix_encoder.embedding.weight, as P-Tuning v2's code "
-            f"and ChatGLM's name it, got prefix encoders of {sorted(owners)!r:.100}"
+            f"and ChatGLM's name it, got prefix encoders of {sorted(owners)!r:.100}; adapters of "
+            "PEFT and of the package adapters have an adapter_config.json beside their tensors"
         )
     shape = prefix["embedding.weight"].shape
     if len(shape) != 2:

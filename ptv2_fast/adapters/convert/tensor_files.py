@@ -140,9 +140,8 @@ def check_inside(path: Path) -> None:
         ValueError: for another one.
     """
     folder, target = path.absolute().parent.resolve(), path.resolve()
-    allowed = [folder]
-    if folder.parent.name == "snapshots":
-        allowed.append(folder.parent.parent / "blobs")
+    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
+    allowed = [folder, *blobs]
     if not any(target.is_relative_to(place) for place in allowed):
         raise ValueError(f"{path}: expected a file in its folder, got a link to {target}")
     if not target.is_file():
