@@ -321,6 +321,14 @@ def test_folding_a_projection_changes_no_bit(tmp_path):
         edit_tensors(tmp_path / "whole", **{"prefix_encoder.projection.2.bias": bias})
         with pytest.raises(ValueError, match=message):
             fold_adapter(tmp_path / "whole", tmp_path / "bad")
+    for name, tensor, message in (
+        ("prefix_encoder.embedding.weight", torch.zeros(P + 1, 96), f"a table of {P} virtual"),
+        ("classifier.bias", torch.ones(3) / 0, "finite numbers in classifier.bias"),
+    ):
+        edit_tensors(tmp_path / "folded", **{name: tensor})
+        with pytest.raises(ValueError, match=message):
+            fold_adapter(tmp_path / "folded", tmp_path / "bad")
+    assert not (tmp_path / "bad").exists()
 
 
 @pytest.mark.parametrize(("model_type", "head"), [("bert", "sequence"), ("distilbert", "token")])

@@ -246,7 +246,8 @@ def test_predict_serves_rows_of_several_adapters(runs, monkeypatch, capsys, expe
     rows = [
         {**bad, "adapter": "grade"},
         {**words, "adapter": "tags"},
-        {**bad, "adapter": ["grade", "film"]},
+        {**bad, "adapter": "grade"},
+        {**bad, "adapter": ["film", "film"]},
         {"text": "bad", "tokens": ["Berlin"]},
     ]
     file = tmp_path / "rows.jsonl"
@@ -269,8 +270,11 @@ def test_predict_serves_rows_of_several_adapters(runs, monkeypatch, capsys, expe
     lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [line["adapter"] for line in lines] == ["film", "film", "grade"]
     file.write_text("\n".join(json.dumps({"text": "bad", "adapter": n}) for n in ("film", "gone")))
+    nested = tmp_path / "nested.jsonl"
+    nested.write_text(json.dumps({"text": "bad", "adapter": [["film"]]}))
     for words, message in (
         ([*named, "--data", str(file)], "rows.jsonl row 2: expected some of"),
+        ([*named, "--data", str(nested)], "nested.jsonl row 1: expected some of"),
         ([*named, "--run", str(runs / "film"), "--text", "a"], "--run or --adapter"),
         (["predict", "--text", "a"], "expected --run"),
         ([*named, "--text", " "], "typed text 1: expected text"),

@@ -20,7 +20,7 @@ _Parts = Iterator[tuple[datasets.Dataset, int]]
 
 
 def table_parts(
-    source: Source, csv_options: Mapping[str, Any], rows: int
+    source: Source, csv_options: Mapping[str, Any], rows: int, list_column: str | None = None
 ) -> Generator[Source, None, None]:
     """The table of a .csv, .tsv or JSON lines file or stream, so many rows at a time.
 
@@ -29,6 +29,7 @@ def table_parts(
 
     Args:
         csv_options: keyword arguments of pandas.read_csv.
+        list_column: of JSON lines, where text is read as a list of it, and none as no value.
 
     Raises:
         ValueError: when it comes to a row that cannot be read.
@@ -39,7 +40,9 @@ def table_parts(
     try:
         is_json = source.format == "json"
         read = _json_parts if is_json else _csv_parts
-        options = {} if is_json else {**spelt_cells(source), **csv_options}
+        options = {**spelt_cells(source), **csv_options}
+        if is_json:
+            options = {"list_column": list_column}
         first = 1
         for table, position in read(source, file, opened, rows, options):
             numbers = range(first, first + len(table))
@@ -91,6 +94,7 @@ def _csv_parts(
 def _json_parts(
     source: Source, file: IO[Any], opened: IO[Any], rows: int, options: dict[str, Any]
 ) -> _Parts:
+    name = options["list_column"]
     text = file if isinstance(file, io.TextIOBase) else io.TextIOWrapper(file, "utf-8-sig")
     lines = ((number, line) for number, line in enumerate(text, 1) if line.strip())
     done = 0
@@ -102,6 +106,9 @@ def _json_parts(
                 if source.path is not None and not done:
                     return  # one list, or objects over several lines
                 raise
+            for each in objects:
+                if isinstance(each.get(name), str):
+                    each[name] = [each[name]] if each[name] else None
             table = json_table(objects, range(done + 1, done + len(objects) + 1))
             yield table, _position(opened, source)
             done += len(objects)

@@ -64,7 +64,7 @@ def predict_typed(bank: AdapterBank, texts: Iterable[str], batch_size: int) -> I
 def _table_parts(source: Source) -> Iterator[Examples]:
     """The rows of a table; a file that cannot be read in parts is one."""
     count = 0
-    for part in table_parts(source, {}, Task.part_rows):
+    for part in table_parts(source, {}, Task.part_rows, list_column=_COLUMN):
         count += 1
         yield Examples(part, read_table(part))
     if not count:
@@ -78,11 +78,11 @@ def _asked(part: Examples, known: Sequence[str]) -> list[Sequence[str]]:
     asked: list[Sequence[str]] = []
     for index, cell in enumerate(part.table[_COLUMN][:]):
         names = known if cell in (None, "", []) else [cell] if isinstance(cell, str) else cell
-        if not isinstance(names, Sequence) or not set(names) <= set(known):
+        if not isinstance(names, Sequence) or not all(name in known for name in names):
             raise ValueError(
                 f"{part.where(index)}: expected some of {list(known)} in {_COLUMN}, got {cell!r}"
             )
-        asked.append(names)
+        asked.append(list(dict.fromkeys(names)))
     return asked
 
 

@@ -18,7 +18,7 @@ from ptv2_fast.adapters.convert.peft_layout import (
     WEIGHTS_NAME,
 )
 from ptv2_fast.adapters.convert.rotation import rotates, turn_keys, warn_of_windows
-from ptv2_fast.adapters.loading import read_config
+from ptv2_fast.adapters.loading import check_tensors, read_config
 from ptv2_fast.encoders.adapter_content import written_tensors
 from ptv2_fast.encoders.adapter_files import (
     FORMAT_KEY,
@@ -95,13 +95,14 @@ def fold_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
         target: folder; created when missing.
 
     Raises:
-        ValueError: for files that are missing or corrupt, sizes that contradict each other, and a
-            projection of another dtype, or with infinite or NaN numbers.
+        ValueError: for files that are missing or corrupt, sizes that contradict each other, a
+            projection of another dtype, and infinite or NaN numbers.
     """
     description, tensors = read_adapter(source)
     config = read_config(description, source)
+    check_tensors(tensors, tensors, str(source))
+    names = [f"{ENCODER_NAME}.{part}" for part in _PARTS]
     if config.prefix_projection:
-        names = [f"{ENCODER_NAME}.{part}" for part in _PARTS]
         missing = [name for name in names if name not in tensors]
         if missing:
             raise ValueError(f"{source}: expected the tensors of a projection, missing {missing}")
@@ -116,11 +117,13 @@ def fold_adapter(source: str | os.PathLike, target: str | os.PathLike) -> None:
             if tensor.dtype != rows.dtype or tensor.dtype not in (torch.float32, torch.float64):
                 raise ValueError(f"{source}: expected {name} of dtype torch.float32, got "
                                  f"{tensor.dtype}")  # fmt: skip
-            if not tensor.isfinite().all():
-                raise ValueError(f"{source}: expected finite numbers in {name}, got some that are "
-                                 "infinite or NaN")  # fmt: skip
         states = nn.functional.linear(rows, down, down_bias).tanh()
         tensors[names[0]] = nn.functional.linear(states, up, up_bias)
+    shape = list(tensors[names[0]].shape) if names[0] in tensors else None
+    if shape is None or len(shape) != 2 or shape[0] != config.num_virtual_tokens:
+        length = config.num_virtual_tokens
+        raise ValueError(f"{source}: expected a table of {length} virtual tokens as {names[0]}, "
+                         f"got {shape}")  # fmt: skip
     fields = {**description["prefix_config"], "prefix_projection": False,
               "encoder_hidden_size": None}  # fmt: skip
     kept = {
