@@ -72,7 +72,8 @@ def fit_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
     """Let a model and its tokenizer agree on the pad token, in place; decoders often have none.
 
     Then the token that ends a text takes its place, as in transformers' scripts: decoders classify
-    by the last token that is no pad. They get padding on the right and no cache.
+    by the last token that is no pad. They get no cache, and every model padding on the right, as
+    frozen blocks and what reads the results of a batch want it.
 
     Raises:
         ValueError: when the tokenizer has neither.
@@ -88,8 +89,8 @@ def fit_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
     is_decoder = family is not None and family.is_decoder
     if is_decoder or getattr(config, "pad_token_id", None) is None:
         config.pad_token_id = tokenizer.pad_token_id
+    tokenizer.padding_side = "right"
     if is_decoder:
-        tokenizer.padding_side = "right"
         config.use_cache = False
 
 
