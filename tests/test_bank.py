@@ -176,6 +176,7 @@ def test_heads_of_every_kind_read_the_shared_states(model_type):
         num_labels = 2 if head == "question" else 3 + number
         models[head] = with_adapter(plain, head, num_labels, fields)
         bank.add(head, models[head])
+    assert not any(member.runs_alone for member in bank._members.values())
     names, lengths = [*models, "__base__"], [9, 5, 7, 3, 8, 6][: len(models) + 1]
     ids, mask = texts_of(lengths)
 

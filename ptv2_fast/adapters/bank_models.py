@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.families import find_family
-from ptv2_fast.encoders.hooks import KNOWN_CODE
 from ptv2_fast.encoders.vocabulary import ROWS_NAME
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -142,7 +141,7 @@ def copy_around(
 def has_known_code(kind: type[PreTrainedModel]) -> bool:
     """Whether a class runs code of transformers or ours, which calls its backbone once."""
     return all(
-        getattr(method, "__module__", "").startswith(KNOWN_CODE)
+        getattr(method, "__module__", "").startswith(("transformers.", "ptv2_fast."))
         for method in (kind.__init__, kind.forward)
     )
 
