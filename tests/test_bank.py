@@ -14,6 +14,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 import ptv2_fast
 from ptv2_fast import AdapterBank, PTuningV2Config, load_adapter, save_adapter
 from ptv2_fast.encoders.families import FAMILIES
+from ptv2_fast.encoders.lifecycle import require_attachment
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
@@ -445,6 +446,31 @@ def test_a_head_is_configured_as_that_of_its_model(model_type, option, value, ep
     other = with_adapter(plain, head, 2, {}, **{epsilon: 0.01})
     with pytest.raises(ValueError, match=f"model against bank: {epsilon} 0.01"):
         bank.add("other", other)
+
+
+@pytest.mark.parametrize("fields", [
+    {"modules_to_save": ("embeddings.word_embeddings",)}, {"low_rank": 2}, "rows",
+])  # fmt: skip
+def test_adapters_run_in_a_narrower_encoder_and_are_saved_as_they_were(fields, tmp_path):
+    plain, (ids, mask) = tiny_model("bert", "bare", **SIZES), texts_of((9, 4))
+    model = with_adapter(plain, "token", 3, {} if fields == "rows" else fields)
+    if fields == "rows":
+        model = copy.deepcopy(ptv2_fast.detach(model))
+        model.resize_token_embeddings(62)
+        ptv2_fast.attach(model, PTuningV2Config())
+        require_attachment(model).base_vocabulary_size = 60
+    save_adapter(model, tmp_path / "wide")
+    bank = AdapterBank(copy.deepcopy(plain), dtype=torch.bfloat16)
+    bank.load("one", tmp_path / "wide")
+    results = bank(ids, mask, ["one", "__base__"])
+    assert all(result.isfinite().all() for result in results)
+    bank.save("one", tmp_path / "again")
+    before, after = (
+        load_file(tmp_path / name / "ptv2_adapter.safetensors") for name in ("wide", "again")
+    )
+    assert {n: t.dtype for n, t in before.items()} == {n: t.dtype for n, t in after.items()}
+    for name, tensor in before.items():
+        torch.testing.assert_close(after[name], tensor, rtol=2**-8, atol=0.0)  # bfloat16's rounding
 
 
 class TwoReadings(BertForSequenceClassification):

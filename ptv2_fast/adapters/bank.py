@@ -17,6 +17,7 @@ from ptv2_fast.adapters.bank_models import (
     check_same_weights,
     copy_around,
     find_class,
+    fit_dtypes,
     has_known_code,
     head_options,
     model_around,
@@ -118,13 +119,14 @@ class PrefixBank:
         check_same_model(description, self._plain, with_head=False)
         check_same_weights(attached_model, self._plain, tensors)
         options, kind = head_options(attached_model, self._plain), type(attached_model)
+        dtypes = _dtypes_of(tensors)
         is_trainable, place = not attachment.config.inference_mode, f"model {name}"
         if has_known_code(kind):
             model = self._model(description, tensors, place, kind, options)
         else:
             check_tensors(tensors, tensors, place)
             model = copy_around(self._plain, attached_model, tensors)
-        self._put(name, model, description, is_trainable)
+        self._put(name, model, description, dtypes, is_trainable)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; forwards that run already finish with it.
@@ -281,8 +283,9 @@ class PrefixBank:
             run: what is known of the run that trained it.
         """
         description, tensors = read_adapter(folder)
+        dtypes = _dtypes_of(tensors)
         model = self._model(description, tensors, folder, adapt=adapt)
-        self._put(name, model, description, is_trainable, run)
+        self._put(name, model, description, dtypes, is_trainable, run)
 
     def _model(
         self,
@@ -298,6 +301,7 @@ class PrefixBank:
         labels = read_labels(description, place)
         check_same_model(description, self._plain, with_head=False)
         kind = kind or find_class(self._plain, description["model_class"], place)
+        tensors = fit_dtypes(tensors, kind, self._plain, self._shared.family)
         model = model_around(self._plain, kind, tensors, labels, options)
         if adapt is not None:
             adapt(model)
@@ -308,11 +312,12 @@ class PrefixBank:
         name: str,
         model: PreTrainedModel,
         description: dict[str, Any],
+        dtypes: dict[str, torch.dtype],
         is_trainable: bool,
         run: Any = None,
     ) -> None:
         base_model = description.get("base_model")
-        member = Member(self._shared, self._plain, model, base_model, is_trainable)
+        member = Member(self._shared, self._plain, model, base_model, dtypes, is_trainable)
         member.train(False)
         member.run_of = run
         with self._lock:
@@ -370,3 +375,7 @@ class PrefixBank:
             all(row.member is not None and row.member.first_token_only for row in rows),
         )
         return shared.run(call, **select(inputs, [text for text, _ in starts]))
+
+
+def _dtypes_of(tensors: dict[str, Tensor]) -> dict[str, torch.dtype]:
+    return {name: tensor.dtype for name, tensor in tensors.items()}

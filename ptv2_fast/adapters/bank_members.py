@@ -11,8 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapters.bank_models import has_known_code
-from ptv2_fast.adapters.loading import save_adapter
-from ptv2_fast.encoders.adapter_content import describe_adapter
+from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import write_adapter
 from ptv2_fast.encoders.attachment import Attachment
 from ptv2_fast.encoders.bank_attachment import BankAttachment, GivenStates
@@ -34,6 +33,7 @@ class Member:
         backbone: the same without prefixes.
         model: with the adapter, on what is frozen of this backbone; it is taken apart.
         base_model: what the adapter was trained on, by its name.
+        dtypes: of the adapter's tensors, in which they are written.
         keep_projection: do not fold that of its prefix, so that it can train.
 
     Attributes:
@@ -56,10 +56,12 @@ class Member:
         backbone: PreTrainedModel,
         model: PreTrainedModel,
         base_model: str | None,
+        dtypes: dict[str, torch.dtype],
         keep_projection: bool,
     ) -> None:
         attachment = require_attachment(model)
         self.model, self.encoder = model, attachment.encoder
+        self._base_model, self._dtypes = base_model, dtypes
         self.offset = attachment.positions_taken
         self.prefix_dropout = attachment.config.prefix_dropout
         self.first_token_only = _reads_first_token_only(attachment)
@@ -80,7 +82,6 @@ class Member:
                     parameter.data = parameter.data.to(backbone.dtype)
         else:
             self._take_apart(attachment, keep_projection)
-            self._description["base_model"] = base_model
         # Hooks of a task may keep something from one part of the model to the next.
         has_hooks = bool(model._forward_pre_hooks)
         self._lock: Any = threading.Lock() if has_hooks else contextlib.nullcontext()
@@ -89,7 +90,7 @@ class Member:
         """Leave nothing of the model but its head."""
         if self.encoder.projection is not None and not keep_projection:
             self.encoder = self.encoder.fold()
-        self._description = describe_adapter(attachment)
+        self._description = {**describe_adapter(attachment), "base_model": self._base_model}
         has_projection = self.encoder.projection is not None
         self._description["prefix_config"]["prefix_projection"] = has_projection
         attachment.undo()
@@ -121,7 +122,11 @@ class Member:
     def save(self, directory: str | os.PathLike) -> None:
         """Write the adapter as `save_adapter` does."""
         if self.runs_alone:
-            save_adapter(self.model, directory)
+            attachment = require_attachment(self.model)
+            kept = written_tensors(attachment)
+            kept = {name: tensor.to(self._dtypes[name]) for name, tensor in kept.items()}
+            description = {**describe_adapter(attachment), "base_model": self._base_model}
+            write_adapter(directory, description, kept)
             return
         state = self.model.state_dict()
         tensors = {name: state[name] for name in self._head_names}

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.families import find_family
+from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.vocabulary import ROWS_NAME
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -84,6 +85,29 @@ def model_around(
     return model.eval().requires_grad_(False)
 
 
+def fit_dtypes(
+    tensors: dict[str, Tensor],
+    kind: type[PreTrainedModel],
+    backbone: PreTrainedModel,
+    family: Family,
+) -> dict[str, Tensor]:
+    """An adapter's tensors, those inside of the embeddings and layers in the dtype of a backbone.
+
+    Args:
+        tensors: by their names in a model.
+        kind: of this model.
+        backbone: of the bank.
+        family: of this backbone.
+    """
+    stem, inside = f"{kind.base_model_prefix}.", tuple(f"{part}." for part in family.frozen)
+    return {
+        name: tensor.to(backbone.dtype)
+        if name == ROWS_NAME or name.removeprefix(stem).startswith(inside)
+        else tensor
+        for name, tensor in tensors.items()
+    }
+
+
 def _tensor_of(module: nn.Module | None, key: str) -> Tensor | None:
     if module is None:
         return None
@@ -109,7 +133,8 @@ def _fill(
     """
     if same is not None and is_shared:
         return same
-    dtype = old.dtype if stored is None else stored.dtype
+    like = next((each for each in (stored, same) if each is not None), old)
+    dtype = like.dtype
     if same is not None:
         new = same.detach().to(dtype, copy=True)
     else:
