@@ -214,7 +214,9 @@ def test_an_uploaded_run_opens_elsewhere(made, tmp_path, monkeypatch):
     made_repository = {"repo_id": "user/reviews", "private": True, "exist_ok": True}
     assert hub.calls == [{"token": "secret"}, made_repository]
     copied = tmp_path / "hub" / "user" / "reviews"
-    assert (copied / "README.md").is_file()
+    written = huggingface_hub.ModelCard.load(copied / "README.md")
+    assert written.data.base_model == "user/base" and "P-Tuning v2 on user/base," in written.text
+    assert "--model user/base " in written.text
     assert not list(copied.glob(".ptv2*")) and not (copied / "checkpoints").exists()
     assert not list(copied.rglob("*.bin"))
     config = json.loads((copied / "config.json").read_text())

@@ -39,7 +39,7 @@ def _card(options: dict[str, Any]) -> None:
     checked(find_run, folder)
     from ptv2_fast.training.card import push_to_hub, write_card
 
-    print(f"written to {checked(write_card, folder)}")
+    print(f"written to {checked(write_card, folder, options['base_model'])}")
     if options["push_to"] is not None:
         private = True if options["private"] else None
         address = checked(

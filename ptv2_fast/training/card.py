@@ -33,11 +33,16 @@ _PLACES_IN = {
 _PIPELINES = {"semantic-role-labeling": "token-classification"}
 
 
-def write_card(folder: str | os.PathLike) -> Path:
+def write_card(folder: str | os.PathLike, base_model: str | None = None) -> Path:
     """Write README.md into the folder of a finished run; an old one is replaced.
 
     The front matter, which the hub reads, holds the base model, the task, the data set and every
     score; the text holds the command, the seed and the versions.
+
+    Args:
+        folder: of the run.
+        base_model: the name of its pretrained model; None = the one that the run was given, where
+            that is no folder.
 
     Returns:
         The file.
@@ -47,7 +52,8 @@ def write_card(folder: str | os.PathLike) -> Path:
     """
     folder = Path(folder)
     run = _find_run(folder)
-    card = ModelCard(f"---\n{_front_matter(run).to_yaml()}\n---\n\n{_text(run)}")
+    front = _front_matter(run, base_model).to_yaml()
+    card = ModelCard(f"---\n{front}\n---\n\n{_text(run, base_model)}")
     run_folder.write_text(folder / CARD, f"{card}")
     return folder / CARD
 
@@ -84,7 +90,7 @@ def push_to_hub(
     place = find_place(folder)
     shared = _shared_files(folder, base_model)
     if place.run == folder and not (folder / CARD).is_file():
-        write_card(folder)
+        write_card(folder, base_model)
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
@@ -156,7 +162,7 @@ def _find_run(folder: Path) -> Run:
     return runs[0]
 
 
-def _front_matter(run: Run) -> ModelCardData:
+def _front_matter(run: Run, base_model: str | None) -> ModelCardData:
     (result,) = run.results
     task, method = result.task, str(run.report["method"])
     family = DataOptions(task=task).family
@@ -176,7 +182,7 @@ def _front_matter(run: Run) -> ModelCardData:
         for name, value in sorted(values.items(), key=lambda item: item[0] != result.metric)
         if math.isfinite(value)
     ]
-    base = result.model if _is_name(result.model) else None
+    base = base_model or (result.model if _is_name(result.model) else None)
     relation = "finetune" if method == "fine-tuning" else "adapter"
     return ModelCardData(
         base_model=base,
@@ -209,7 +215,7 @@ def _is_name(name: object) -> bool:
     return not Path(str(name)).exists()
 
 
-def _text(run: Run) -> str:
+def _text(run: Run, base_model: str | None) -> str:
     (result,) = run.results
     report, title = run.report, run.folder.absolute().name
     method = COLUMNS.get(run.column, run.column)
@@ -231,13 +237,14 @@ def _text(run: Run) -> str:
         "versions": ", ".join(f"{n} {v}" for n, v in report.get("versions", {}).items()),
     }
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
+    base = base_model or _file_name(result.model)
     command = shlex.join(
-        word if word.startswith("--") else _file_name(word)
+        base if word == result.model else word if word.startswith("--") else _file_name(word)
         for word in shlex.split(run_details(run, title).command)
     )
     return f"""# {title}
 
-{method} on {_file_name(result.model)}, trained by [ptv2-fast](https://pypi.org/project/ptv2-fast).
+{method} on {base}, trained by [ptv2-fast](https://pypi.org/project/ptv2-fast).
 
 ```python
 import ptv2_fast
