@@ -87,6 +87,16 @@ def plain_name(name: object, what: str) -> str:
     return name
 
 
+def leads_out(path: Path, folder: Path) -> bool:
+    """Whether a link leads out of a folder.
+
+    The links of a snapshot of the hub lead to the blobs beside it, which is not out.
+    """
+    folder = folder.resolve()
+    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
+    return not any(path.resolve().is_relative_to(place) for place in (folder, *blobs))
+
+
 def without_word(content: dict[str, Any]) -> dict[str, Any]:
     """What a config.json of ours says beside NO_MODEL."""
     return {

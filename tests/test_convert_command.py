@@ -205,6 +205,10 @@ def test_an_uploaded_run_opens_elsewhere(made, tmp_path, monkeypatch):
     monkeypatch.setattr(card, "HfApi", hub)
     with pytest.raises(ValueError, match="base_model: expected the name on the hub"):
         card.push_to_hub(run, "user/reviews")
+    (run / "notes").symlink_to(made / "train.csv")
+    with pytest.raises(ValueError, match="expected no links out of the folder"):
+        card.push_to_hub(run, "user/reviews", base_model="user/base")
+    (run / "notes").unlink()
     assert not hub.calls
     # Stands for what has this name on the hub.
     shutil.copytree(made / "model", tmp_path / "user" / "base")

@@ -11,7 +11,7 @@ from huggingface_hub import EvalResult, HfApi, ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from ptv2_fast.files import ADAPTER_CONFIG_NAMES, read_json_object
+from ptv2_fast.files import ADAPTER_CONFIG_NAMES, leads_out, read_json_object
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training import run_folder
@@ -82,12 +82,13 @@ def push_to_hub(
         The address of the upload.
 
     Raises:
-        ValueError: for a folder without them, another name, or a pretrained model that nobody else
-            has; then nothing is uploaded.
+        ValueError: for a folder without them, one with a link out of it, another name, or a
+            pretrained model that nobody else has; then nothing is uploaded.
         OSError: when the hub cannot be reached or refuses.
     """
     folder = Path(folder)
     place = find_place(folder)
+    _check_links(folder)
     shared = _shared_files(folder, base_model)
     if place.run == folder and not (folder / CARD).is_file():
         write_card(folder, base_model)
@@ -112,6 +113,16 @@ def push_to_hub(
             path_in_repo=name,
         )
     return str(done)
+
+
+def _check_links(folder: Path) -> None:
+    """Check that an upload takes no files from elsewhere along."""
+    for path in sorted(folder.rglob("*")):
+        is_left_out = path.relative_to(folder).parts[0] == run_folder.CHECKPOINTS
+        if path.is_symlink() and not is_left_out and leads_out(path, folder):
+            raise ValueError(
+                f"{path}: expected no links out of the folder, got one to {path.resolve()}"
+            )
 
 
 def _shared_files(folder: Path, base_model: str | None) -> dict[str, Any]:

@@ -12,6 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from ptv2_fast.files import leads_out
+
 _LONGEST_HEADER = 10_000_000  # bytes; 100 bytes a tensor are usual
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _PICKLES = (".bin", ".pt", ".pth")
@@ -134,17 +136,12 @@ def open_tensors(path: Path, allow_pickle: bool = False) -> TensorFile:
 def check_inside(path: Path) -> None:
     """Check that a path is a file, and that no link leads out of its folder.
 
-    The links of a snapshot of the hub lead to the blobs beside it.
-
     Raises:
         ValueError: for another one.
     """
-    folder, target = path.absolute().parent.resolve(), path.resolve()
-    blobs = [above.parent / "blobs" for above in folder.parents if above.name == "snapshots"]
-    allowed = [folder, *blobs]
-    if not any(target.is_relative_to(place) for place in allowed):
-        raise ValueError(f"{path}: expected a file in its folder, got a link to {target}")
-    if not target.is_file():
+    if leads_out(path, path.absolute().parent):
+        raise ValueError(f"{path}: expected a file in its folder, got a link to {path.resolve()}")
+    if not path.is_file():
         raise ValueError(f"{path}: expected a file, got none")
 
 
