@@ -1,8 +1,11 @@
 """A bank of adapters: each row of a mixed batch gives what its adapter gives alone."""
 
+import contextlib
 import copy
 import json
 import threading
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -291,6 +294,24 @@ def small(tmp_path_factory):
     plain, folder = tiny_model("bert", "bare", **SIZES), tmp_path_factory.mktemp("small") / "good"
     save_adapter(with_adapter(plain, "sequence", 3, {"num_virtual_tokens": 4}), folder)
     return plain, folder
+
+
+def test_an_adapter_of_another_base_of_the_same_sizes_is_warned_of(small, tmp_path):
+    plain, good = copy.deepcopy(small[0]), small[1]
+    plain.config.name_or_path = "/models/encoder"
+    folder = changed(good, tmp_path / "named")
+    path = folder / "ptv2_config.json"
+    description = json.loads(path.read_text())
+    bank = AdapterBank(plain)
+    for base, expectation in (
+        ("user/encoder", contextlib.nullcontext()),
+        ("user/other", pytest.warns(UserWarning, match="trained on 'user/other' and is loaded on")),
+    ):
+        path.write_text(json.dumps({**description, "base_model": base}))
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            with expectation:
+                bank.load(Path(base).name, folder)
 
 
 def changed(folder, target, **tensors):

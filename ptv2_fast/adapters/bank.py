@@ -22,6 +22,7 @@ from ptv2_fast.adapters.bank_models import (
     head_options,
     model_around,
     move_model,
+    warn_of_another_base,
 )
 from ptv2_fast.adapters.bank_prefixes import stack_prefixes
 from ptv2_fast.adapters.bank_rows import (
@@ -285,6 +286,7 @@ class PrefixBank:
         description, tensors = read_adapter(folder)
         dtypes = _dtypes_of(tensors)
         model = self._model(description, tensors, folder, adapt=adapt)
+        warn_of_another_base(description.get("base_model"), self._plain, folder)
         self._put(name, model, description, dtypes, is_trainable, run)
 
     def _model(

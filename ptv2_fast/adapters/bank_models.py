@@ -2,6 +2,8 @@
 
 import copy
 import sys
+import warnings
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -260,3 +262,22 @@ def move_model(
             ) from error
     if dtype is not None:
         model.to(dtype)  # type: ignore[arg-type]
+
+
+def warn_of_another_base(named: object, backbone: PreTrainedModel, place: Any) -> None:
+    """Warn of an adapter that names another pretrained model, of the same sizes, than the bank's.
+
+    Folders and names of the hub are compared by their last parts.
+
+    Args:
+        named: by the adapter.
+        backbone: of the bank.
+        place: of the adapter, for the message.
+    """
+    own = backbone.config.name_or_path
+    if isinstance(named, str) and named and own and Path(named).name != Path(own).name:
+        warnings.warn(
+            f"{place}: the adapter was trained on {named!r:.200} and is loaded on {own!r:.200}; "
+            "where these have other weights its results mean nothing",
+            stacklevel=5,
+        )
