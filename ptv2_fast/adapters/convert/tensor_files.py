@@ -176,7 +176,8 @@ def _open_pickle(path: Path) -> TensorFile:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # of any type, from a file of any content
-        words = " ".join(str(error).split())
+        # Around that torch writes how to load it in a way that runs code.
+        words = " ".join(str(error.__context__ or error).split())
         raise ValueError(f"{problem}, as weights only, got {words:.200}") from error
     for key in _NESTED:
         if isinstance(content, dict) and isinstance(content.get(key), dict):
