@@ -1,6 +1,7 @@
 """Models of adapters on the frozen parts of one that is there already."""
 
 import copy
+import json
 import sys
 import warnings
 from pathlib import Path
@@ -179,7 +180,10 @@ def head_options(model: PreTrainedModel, backbone: PreTrainedModel) -> dict[str,
     Raises:
         ValueError: when the configurations differ in what layers or embeddings may read.
     """
-    given, own = model.config.to_dict(), backbone.config.to_dict()
+    # As JSON, in which lists and tuples are alike.
+    given, own = (
+        json.loads(each.config.to_json_string(use_diff=False)) for each in (model, backbone)
+    )
     names = [
         name
         for name in given
