@@ -23,10 +23,10 @@ import yaml
 from bench.experiment_data import minilm_folder
 from bench.measure import RESULTS
 from ptv2_fast.training import run_folder
+from ptv2_fast.training.finished_runs import find_runs
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.report.data import find_runs
 from ptv2_fast.training.sweeps import ablation
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, sweep_of
 from ptv2_fast.training.sweeps.sweep import run_sweep

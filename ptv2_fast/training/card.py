@@ -14,8 +14,7 @@ from huggingface_hub.utils import validate_repo_id
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.report.data import COLUMNS, Run, find_runs
-from ptv2_fast.training.report.run_tables import run_details
+from ptv2_fast.training.finished_runs import COLUMNS, Run, find_runs
 from ptv2_fast.training.run_place import find_place
 
 CARD = "README.md"
@@ -182,8 +181,7 @@ def _text(run: Run) -> str:
     }
     listed = "\n".join(f"- {name}: {value}" for name, value in facts.items() if value)
     command = shlex.join(
-        word if word.startswith("--") else _file_name(word)
-        for word in shlex.split(run_details(run, title).command)
+        word if word.startswith("--") else _file_name(word) for word in shlex.split(run.command())
     )
     return f"""# {title}
 

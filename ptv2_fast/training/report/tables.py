@@ -1,271 +1,222 @@
-"""The tables of a report as text, ready for the template."""
+"""The tables of a report."""
 
-import itertools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
+from typing import Any, NamedTuple
 
-from ptv2_fast.tasks.benchmarks import BENCHMARKS
-from ptv2_fast.training.report.compare import Comparison, Setting
-from ptv2_fast.training.report.data import COLUMNS
-from ptv2_fast.training.statistic import Statistic
+import pandas
+
+from ptv2_fast.training.finished_runs import COLUMNS, COUNTS, Result, Run
+from ptv2_fast.training.report.compare import SWEEP, mark_best, metric_name, percent
+from ptv2_fast.training.report.figures import WORDS
 
 # (task, model) -> the published figures; as ptv2_fast.recipes.published.published.
 Published = Callable[[str, str], Sequence[Any]]
-
 NONE = "–"  # noqa: RUF001
-CHANCE = "chance"
+_PAPER = ("FT", "PT", "PT-2", "MPT-2")  # its columns
+# Units by the value from which on they are printed: (from, how much one is, name).
+SHARES = ((0, 0.01, "%"),)
+_TIMES = ((7200, 3600, "h"), (120, 60, "min"), (1, 1, "s"), (0, 1e-3, "ms"))
+_SIZES = ((1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (1e3, 1e3, "kB"), (0, 1, "B"))
+_COSTS: dict[str, tuple[str, Any]] = {
+    "Trained parameters": ("trainable_parameters", ()),
+    "Part trained": ("part", SHARES),
+    "Saved": ("saved_bytes", _SIZES),
+    "A step": ("step_seconds", _TIMES),
+    "Training": ("train_seconds", _TIMES),
+    "Kept for backward": ("kept_bytes", _SIZES),
+    "Peak memory": ("peak_memory_bytes", _SIZES),
+}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell.
+class Html(str):
+    """Text that is HTML already."""
 
-    Attributes:
-        detail: smaller, after the text.
-        reference: on a line of its own, as a published figure.
-        best: set in bold.
-        link: a place in the page, as "#run-1".
-    """
-
-    text: str
-    detail: str = ""
-    reference: str = ""
-    best: bool = False
-    link: str = ""
+    def __html__(self) -> "Html":  # what jinja2 asks for
+        return self
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row; those of the same group that follow each other stand under its name."""
-
-    head: Cell
-    cells: tuple[Cell, ...]
-    group: str = ""
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table: `columns` maps each title to what it means, or to nothing."""
+class Table(NamedTuple):
+    """A table of text and of Html."""
 
     caption: str
-    corner: str
-    columns: dict[str, str]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = field(default=())
-    numeric: bool = True
+    cells: pandas.DataFrame
+    notes: Sequence[str] = ()
+    kind: str = "numeric"
 
-    def groups(self) -> list[tuple[str, list[Row]]]:
-        """The rows, those of the same group together."""
-        return [(name, list(rows)) for name, rows in itertools.groupby(self.rows, _group_of)]
-
-    def meanings(self) -> list[tuple[str, str]]:
-        """The columns whose title needs words, with those words."""
-        pairs = self.columns.items()
-        return [(title, text) for title, text in pairs if text and text != title]
-
-
-def _group_of(row: Row) -> str:
-    return row.group
+    @property
+    def html(self) -> Html:
+        """The element of the page."""
+        cells = self.cells.astype(object).fillna(NONE).map(_escaped)
+        cells = cells.rename(index=_escaped, columns=_escaped)
+        with pandas.option_context("display.max_colwidth", None):
+            text = cells.to_html(escape=False, index_names=False, border=0, classes=self.kind)
+        head, _, body = text.replace("<th></th>", "<td></td>").partition("<tbody>")
+        head = head.replace("<thead>", f"<caption>{escape(self.caption)}</caption><thead>")
+        head = head.replace("<th>", '<th scope="col">').replace(' style="text-align: right;"', "")
+        body = re.sub("<th(?=[ >])", '<th scope="row"', body.replace(' valign="top"', ""))
+        return Html(f"{head}<tbody>{body}")
 
 
-def percent(score: float) -> str:
-    """0.8812 -> 88.1, as tables print scores."""
-    return f"{100 * score:.1f}" if math.isfinite(score) else "not a number"
+def _escaped(text: object) -> str:
+    return text if isinstance(text, Html) else escape(str(text))
 
 
-def score_cell(score: Statistic | None, best: bool = False, reference: str = "") -> Cell:
-    """Mean, standard deviation and number of seeds."""
-    if score is None:
-        return Cell(NONE, reference=reference)
-    detail = f"±{100 * score.deviation:.1f}, n={score.count}" if score.deviation is not None else ""
-    return Cell(percent(score.mean), detail, reference, best)
+def _cell(text: str, *details: str, best: bool = False) -> Html:
+    """Text, and smaller lines under it."""
+    first = f"<b>{escape(text)}</b>" if best else escape(text)
+    lines = [f"<small>{escape(line)}</small>" for line in details if line]
+    return Html("<br>".join([first, *lines]))
 
 
-def best_columns(scores: dict[str, Statistic]) -> set[str]:
-    """The columns whose score is printed as the highest one; none where there is no other."""
-    means = {name: percent(s.mean) for name, s in scores.items() if math.isfinite(s.mean)}
-    if len(means) < 2:
-        return set()
-    best = percent(max(scores[name].mean for name in means))
-    return {name for name, text in means.items() if text == best}
+def score_cells(scores: pandas.DataFrame, more: Mapping[Any, str] | None = None) -> pandas.Series:
+    """Mean, standard deviation and number of seeds, and more under them; the best in bold."""
+    more = more or {}
+    cells = {name: _cell(NONE, text) for name, text in more.items()}
+    for row in scores.itertuples():
+        spread = "" if pandas.isna(row.sd) else f"±{100 * row.sd:.1f}, n={row.n}"
+        best = getattr(row, "best", False)
+        cells[row.Index] = _cell(percent(row.mean), spread, more.get(row.Index, ""), best=best)
+    return pandas.Series(cells, dtype=object).rename_axis(index=scores.index.names)
 
 
-def metric_name(metric: str) -> str:
-    """exact_match -> exact match; f1 -> F1."""
-    words = metric.replace("_", " ")
-    return words.upper() if len(words) <= 3 and words[-1:].isdigit() else words
+def scaled(value: float, units: Any) -> str:
+    """A cost with three digits."""
+    if pandas.isna(value):
+        return NONE
+    for start, size, unit in units:
+        if value >= start:
+            return f"{float(f'{value / size:.3g}'):g} {unit}"
+    return f"{value:,.0f}"
 
 
-def paper_table(
-    model: str, comparisons: Sequence[Comparison], published: Published | None = None
-) -> Table:
-    """The table in the paper's form for one model: a row for each data set and split."""
-    names = [n for n in COLUMNS if n in ("FT", "PT", "PT-2", "MPT-2")]
-    used = [name for one in comparisons for name in one.settings]
-    names += [n for n in dict.fromkeys((*COLUMNS, *used)) if n in used and n not in names]
-    sources: dict[str, bool] = {}
-    rows = []
-    for one in comparisons:
-        for split in one.splits:
-            scores = one.scores(split)
-            best = best_columns(scores)
-            printed = _printed(one, split, published, sources)
-            cells = [score_cell(scores.get(n), n in best, printed.get(n, "")) for n in names]
-            head = Cell(one.title, f"{split}, {metric_name(one.metric)}")
-            rows.append(Row(head, (*cells, Cell(ratio(one, split)))))
-    columns = {name: COLUMNS.get(name, name) for name in names}
-    columns["PT-2 / FT"] = "P-Tuning v2 as a part of fine-tuning"
-    caption = f"{model}: scores in per cent"
-    notes = _source_notes(sources)
-    if any(row.cells[-1].text == CHANCE for row in rows):
-        notes = (*notes, f"{CHANCE}: one of the two is no better than a constant answer.")
-    return Table(caption, "Data set", columns, tuple(rows), notes)
+def paper_tables(standing: pandas.DataFrame, find: Published | None = None) -> list[Table]:
+    """The table in the paper's form for each model: a row for each data set and split."""
+    tables = []
+    for model, own in standing.groupby("model", sort=False):
+        rows: dict[Html, dict[str, Any]] = {}
+        sources: dict[str, str] = {}
+        for (title, split), scores in own.groupby(["title", "split"], sort=False):
+            metric, result = scores["metric"].iloc[0], scores["result"].iloc[0]
+            whole = all(result.data.get(name) is None for name in COUNTS)
+            printed = {}
+            for one in find(result.task, result.run.report["model"]) if find and whole else ():
+                asked = (one.metric, one.split, one.head) == (metric, split, "linear")
+                if asked and one.column not in printed:
+                    mark = "" if one.verified else "†"
+                    printed[one.column] = f"published {one.value:.1f}{mark}"
+                    sources[one.source] = sources.get(one.source, "") or mark
+            row = rows[_cell(title, f"{split}, {metric_name(metric)}")] = dict.fromkeys(
+                _PAPER, NONE
+            )
+            row |= {**score_cells(scores, printed), "PT-2 / FT": _ratio(scores)}
+        heads = pandas.Index([*rows], dtype=object)  # which keeps it Html
+        cells = pandas.DataFrame([*rows.values()], heads, dtype=object)
+        cells = cells[sorted(cells, key=lambda name: [*COLUMNS, name, "PT-2 / FT"].index(name))]
+        notes = [f"Published: {', '.join(sorted(sources))} (Liu et al. 2022)."] if sources else []
+        if any(sources.values()):
+            notes.append("† could not be compared with the printed table.")
+        if (cells["PT-2 / FT"] == "chance").any():
+            notes.append("chance: one of the two is no better than a constant answer.")
+        tables.append(Table(f"{model}: scores in per cent", cells, notes))
+    return tables
 
 
-def _source_notes(sources: dict[str, bool]) -> tuple[str, ...]:
-    if not sources:
-        return ()
-    note = f"Published figures: {', '.join(sorted(sources))} (P-Tuning v2, Liu et al. 2022)."
-    mark = "† This published figure could not be compared with the printed table."
-    return (note, mark) if any(sources.values()) else (note,)
+def _ratio(scores: pandas.DataFrame) -> str:
+    """P-Tuning v2's score as a part of fine-tuning's."""
+    known = scores.reindex(["FT", "PT-2"])
+    if pandas.notna(known["ratio"]["PT-2"]):
+        return f"{percent(known['ratio']['PT-2'])} %"
+    return "chance" if known["mean"].notna().all() and known["chance"].any() else NONE
 
 
-def ratio(one: Comparison, split: str) -> str:
-    """P-Tuning v2's score as a part of fine-tuning's, in words."""
-    value = one.ratio(split)
-    if value is not None:
-        return f"{100 * value:.1f} %"
-    chance = {"FT", "PT-2"} <= set(one.scores(split)) and (
-        one.is_chance("FT", split) or one.is_chance("PT-2", split)
-    )
-    return CHANCE if chance else NONE
-
-
-def _printed(
-    one: Comparison, split: str, published: Published | None, sources: dict[str, bool]
-) -> dict[str, str]:
-    """Column -> the published figure; adds its source, and whether any of it is unverified."""
-    data = one.any.first.data
-    part_of_it = any(data.get(f"max_{part}_examples") is not None for part in ("train", "eval"))
-    if published is None or one.task not in BENCHMARKS or part_of_it:
-        return {}
-    found: dict[str, str] = {}
-    for figure in published(one.task, one.any.first.model):
-        asked = (figure.metric, figure.split) == (one.metric, split)
-        if not asked or figure.head != "linear" or figure.column in found:
-            continue
-        mark = "" if figure.verified else "†"
-        found[figure.column] = f"published {figure.value:.1f}{mark}"
-        sources[figure.source] = sources.get(figure.source, False) or not figure.verified
-    return found
-
-
-def metrics_table(comparisons: Iterable[Comparison]) -> Table:
+def metrics_table(scores: pandas.DataFrame) -> Table:
     """Every metric on every split."""
-    comparisons = list(comparisons)
-    used = {name for one in comparisons for name in one.settings}
-    names = [*(n for n in COLUMNS if n in used), *sorted(used - set(COLUMNS))]
-    rows = []
-    for one in comparisons:
-        results = [result for s in one.settings.values() for result in s.results]
-        pairs = dict.fromkeys(
-            (split, metric)
-            for result in results
-            for split, values in result.scores.items()
-            for metric in values
-        )
-        for split, metric in pairs:
-            scores = one.scores(split, metric)
-            cells = tuple(score_cell(scores.get(name)) for name in names)
-            rows.append(Row(Cell(f"{split}, {metric_name(metric)}"), cells, _group(one)))
-    columns = {name: COLUMNS.get(name, name) for name in names}
-    return Table("Every metric on every split, times 100", "Split, metric", columns, tuple(rows))
+    cells = score_cells(scores).unstack("column", sort=False)
+    cells.index = pandas.MultiIndex.from_tuples(
+        (f"{title}, {model}", f"{split}, {metric_name(metric)}")
+        for title, model, split, metric in cells.index
+    )
+    return Table("Every metric on every split, times 100", cells)
 
 
-def _group(one: Comparison) -> str:
-    return f"{one.title}, {one.model}"
-
-
-_COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "trainable_parameters": ("Trained parameters", lambda value: f"{value:,.0f}"),
-    "part": ("Part trained", lambda value: share(value)),
-    "saved_bytes": ("Saved", lambda value: size(value)),
-    "step_seconds": ("A step", lambda value: seconds(value)),
-    "train_seconds": ("Training", lambda value: seconds(value)),
-    "kept_bytes": ("Kept for backward", lambda value: size(value)),
-    "peak_memory_bytes": ("Peak memory", lambda value: size(value)),
-}
-_COST_MEANINGS = {
-    "part": "trained parameters among those of the model",
-    "saved_bytes": "size of what is stored for the task",
-    "step_seconds": "median seconds of a training step",
-    "train_seconds": "seconds of all training steps, scoring and saving not counted",
-    "kept_bytes": "bytes that autograd keeps from forward to backward pass in a step",
-    "peak_memory_bytes": "of the accelerator, or of the process on a CPU",
-}
-
-
-def cost_table(comparisons: Iterable[Comparison]) -> Table:
+def cost_table(standing: pandas.DataFrame) -> Table:
     """Score and cost of each method, by data set and model."""
-    rows = []
-    for one in comparisons:
-        split = one.splits[0]
-        scores = one.scores(split)
-        best = best_columns(scores)
-        for name, setting in one.settings.items():
-            score = scores.get(name)
-            cells = [Cell(percent(score.mean) if score else NONE, best=name in best)]
-            for cost, (_, form) in _COSTS.items():
-                value = cost_of(setting, cost)
-                cells.append(Cell(NONE if value is None else form(value)))
-            group = f"{_group(one)}: {metric_name(one.metric)} on {split}"
-            rows.append(Row(Cell(name), tuple(cells), group))
-    columns = {"Score": ""} | {title: _COST_MEANINGS.get(n, "") for n, (title, _) in _COSTS.items()}
-    return Table("Scores beside what they cost; means over seeds", "Method", columns, tuple(rows))
+    table = standing[standing["first"]]
+    groups = table["title"] + ", " + table["model"] + ": " + table["metric"].map(metric_name)
+    table = table.set_index([groups + " on " + table["split"], table.index])
+    cells = pandas.DataFrame({"Score": score_cells(table)})
+    for title, (name, units) in _COSTS.items():
+        cells[title] = [scaled(value, units) for value in table[name]]
+    return Table("Scores beside what they cost; means over seeds", cells)
 
 
-def cost_of(setting: Setting, name: str) -> float | None:
-    """A mean of report.json; `part` is trained parameters among all."""
-    if name == "part":
-        trained, total = setting.cost("trainable_parameters"), setting.cost("total_parameters")
-        return trained.mean / total.mean if trained and total and total.mean else None
-    cost = setting.cost(name)
-    return None if cost is None else cost.mean
+def sweep_tables(sweeps: pandas.DataFrame) -> list[Table]:
+    """The comparisons of reparameterisation and of heads, one table each."""
+    tables = []
+    for kind, axis, caption in (
+        ("reparam", "prefix_projection", "Reparameterisation of the prefix"),
+        ("head", "head", "Classifier: linear layer or language-model head"),
+    ):
+        rows = {
+            f"{title}: {label}": score_cells(mark_best(own.set_index(own[axis].map(WORDS))))
+            for (_, _, title, label), own in sweeps[sweeps["kind"] == kind].groupby(SWEEP)
+        }
+        tables += [Table(caption, pandas.DataFrame(rows).T)] if rows else []
+    return tables
 
 
-def share(part: float) -> str:
-    """A part in per cent, with two digits at least."""
-    value = 100 * part
-    return f"{value:.1f} %" if value >= 10 else f"{value:.2g} %"
+def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> Table:
+    """Every run with its score and every option that is not the same in all of them."""
+    options = pandas.DataFrame([run.options for run in runs], dtype=object).map(text_of)
+    cells = options.loc[:, options.nunique() > 1]
+    cells = cells.drop(columns=["method", "task", "tasks", "seed"], errors="ignore")
+    scores = [
+        "; ".join(
+            f"{titles[result]} {split} {percent(result.scores[split].get(result.metric, math.nan))}"
+            for result in run.results
+            for split in result.splits
+        )
+        for run in runs
+    ]
+    cells.insert(0, "Method", [run.column for run in runs])
+    cells.insert(1, "Score", scores)
+    cells.insert(2, "Seed", [run.seed for run in runs])
+    top = os.path.commonpath([run.folder.parent.absolute() for run in runs])
+    names = [escape(os.path.relpath(run.folder, top)) for run in runs]
+    links = [Html(f'<a href="#run-{number}">{name}</a>') for number, name in enumerate(names, 1)]
+    cells.index = pandas.Index(links, dtype=object)
+    return Table(f"All runs in {top}, with the options in which they differ", cells, kind="plain")
 
 
-def size(value: float) -> str:
-    """Bytes as kB, MB or GB (powers of ten)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.{1 if value < 100 * scale else 0}f} {unit}"
-    return f"{value:.0f} B"
+def machines_table(runs: Sequence[Run]) -> Table:
+    """The machines and versions that runs used, and how many runs used them."""
+    rows = [run.report.get("machine", {}) | run.report.get("versions", {}) for run in runs]
+    counts = pandas.DataFrame(rows, dtype=object).map(text_of).value_counts(sort=False)
+    return Table("Hardware and versions", counts.rename("runs").reset_index(), kind="plain")
 
 
-def seconds(value: float) -> str:
-    """12 ms, 3.4 s, 12 min, 2.5 h."""
-    if value < 1:
-        return f"{1000 * value:.3g} ms"
-    if value < 120:
-        return f"{value:.3g} s"
-    return f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"
+def remarks_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> Table:
+    """What was odd in the data but accepted, and how many examples were cut; each said once."""
+    rows = [
+        (", ".join(titles[result] for result in run.results), split, f"{what}: {text_of(found)}")
+        for run in runs
+        for split, what, found in run.remarks()
+    ]
+    table = pandas.DataFrame(rows, columns=["Data set", "Split", "Remark"])
+    counts = table.value_counts(sort=False).rename("Runs").reset_index()
+    return Table("Remarks on the data", counts.set_index("Data set"), kind="plain")
 
 
-def pair_table(
-    kind: str, groups: dict[str, list[tuple[str, Statistic]]], caption: str, corner: str
-) -> Table:
-    """Two or more ways to do the same, one column each."""
-    names = list(dict.fromkeys(name for pairs in groups.values() for name, _ in pairs))
-    rows = []
-    for title, pairs in groups.items():
-        scores = dict(pairs)
-        best = best_columns(scores)
-        rows.append(Row(Cell(title), tuple(score_cell(scores.get(n), n in best) for n in names)))
-    return Table(caption, corner, dict.fromkeys(names, ""), tuple(rows))
+def text_of(value: Any) -> str:
+    """A value of a JSON file for a reader."""
+    if value is None or value != value:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list):
+        return ", ".join(map(str, value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
