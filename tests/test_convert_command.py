@@ -196,6 +196,7 @@ def test_an_uploaded_run_opens_elsewhere(made, tmp_path, monkeypatch):
     copied = tmp_path / "hub" / "user" / "reviews"
     assert (copied / "README.md").is_file()
     assert not list(copied.glob(".ptv2*")) and not (copied / "checkpoints").exists()
+    assert (run / "mistakes.json").is_file() and not (copied / "mistakes.json").exists()
     assert json.loads((copied / "config.json").read_text())["data"]["train_file"] == "train.csv"
     assert ptv2_fast.load(copied).labels == ptv2_fast.load(run).labels
     with pytest.raises(ValueError, match="repo_id: expected a name of the hub"):

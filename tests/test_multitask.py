@@ -115,11 +115,13 @@ def test_one_prefix_learns_two_label_sets(trained, tiny, capsys):
 
 def test_each_data_set_has_a_run_folder_of_the_usual_form(trained, tiny, capsys):
     report = json.loads((trained / "report.json").read_text())
+    mistakes = json.loads((trained / "mistakes.json").read_text())
     for task in tiny["tasks"]:
         single = str(trained / "tasks" / task["name"])
         assert cli.main(["eval", "--run", single, "--data", task["validation_file"]]) == 0
         scores = json.loads(capsys.readouterr().out)
         assert report["metrics"][f"{task['name']}/validation"].items() <= scores.items()
+        assert mistakes[f"{task['name']}/validation"]["classes"] == scores["classes"]
     assert cli.main(["eval", "--run", str(trained), "--data", "x"]) == 2
     assert "its tasks are in" in capsys.readouterr().err
 

@@ -18,8 +18,8 @@ from ptv2_fast.training.finished_runs import COLUMNS, Run, find_runs
 from ptv2_fast.training.run_place import find_place
 
 CARD = "README.md"
-# What stays here: checkpoints of an unfinished run, marks and locks of the folder.
-_LEFT_OUT = ["checkpoints/**", ".ptv2-fast*", "*.tmp"]
+# What stays here: checkpoints of an unfinished run, texts of the data, marks and locks.
+_LEFT_OUT = ["checkpoints/**", run_folder.MISTAKES, ".ptv2-fast*", "*.tmp"]
 _PIPELINES = {"semantic-role-labeling": "token-classification"}
 
 

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
-from ptv2_fast.tasks.comparison import baseline
+from ptv2_fast.tasks.comparison import baseline, mistakes
 from ptv2_fast.training import averaging, run_folder
 from ptv2_fast.training.checkpoints import last_checkpoint
 from ptv2_fast.training.clock import StepClock
@@ -62,9 +62,11 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         if is_first():
             save_trained(prepared.model, config.model.method, folder)
         wait_for_all()
-        report = _report(prepared, clock, trainer)
+        known, results = trainer.final_scores.get(""), trainer.final_results.get("")
+        metrics, wrong = score_splits(prepared, known, results)
+        report = _report(prepared, clock, trainer, metrics)
         if is_first():
-            run_folder.finish(folder, report)
+            run_folder.finish(folder, report, wrong)
         return report
 
 
@@ -135,12 +137,14 @@ class _MetricsFile(TrainerCallback):
         run_folder.write_text(self.path, "".join(lines))
 
 
-def _report(prepared: Prepared, clock: StepClock, trainer: PacedTrainer) -> dict[str, Any]:
+def _report(
+    prepared: Prepared, clock: StepClock, trainer: PacedTrainer, metrics: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "task": prepared.config.data.task,
         "metric": prepared.task.metric,
         "metric_title": prepared.task.titles(prepared.labels)[prepared.task.metric],
-        "metrics": score_splits(prepared, trainer.final_scores.get("")),
+        "metrics": metrics,
         "saved_bytes": run_folder.saved_bytes(prepared.folder),
         "started_from": prepared.started_from,
         **describe_data(prepared),
@@ -149,25 +153,27 @@ def _report(prepared: Prepared, clock: StepClock, trainer: PacedTrainer) -> dict
 
 
 def score_splits(
-    prepared: Prepared, validation: dict[str, float] | None
-) -> dict[str, dict[str, float]]:
-    """The metrics of every split but the training data.
+    prepared: Prepared, validation: dict[str, float] | None, results: list[Any] | None
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
+    """The metrics of every split but the training data, and what is wrong: see `mistakes`.
 
     Args:
         prepared: with the trained model.
-        validation: those of the validation split, when they are known.
+        validation, results: metrics of the validation split, and what they are of, when known.
     """
     options = prepared.config.training
-    known = {} if validation is None else {"validation": validation}
-    return {
-        name: known.get(name)
-        or score(
+    metrics, wrong = {}, {}
+    for name, features in prepared.features.items():
+        if name == "train":
+            continue
+        found = [*(results or ())] if name == "validation" else []
+        metrics[name] = validation if name == "validation" and validation else score(
             prepared.model, prepared.task, features, prepared.tokenizer, prepared.labels,
-            options.eval_batch_size, options.bf16, options.progress,
-        )
-        for name, features in prepared.features.items()
-        if name != "train"
-    }  # fmt: skip
+            options.eval_batch_size, options.bf16, options.progress, found,
+        )  # fmt: skip
+        if found:
+            wrong[name] = mistakes(prepared.task, found, features.examples, prepared.labels)
+    return metrics, wrong
 
 
 def describe_data(prepared: Prepared) -> dict[str, dict[str, Any]]:

@@ -85,10 +85,13 @@ def score(
     batch_size: int = 32,
     bf16: bool = False,
     progress: bool | None = None,
+    results: list[Any] | None = None,
 ) -> dict[str, float]:
-    """The metrics of `task` on labelled features."""
-    results = predict(model, task, features, tokenizer, labels, batch_size, bf16, progress)
-    return task.metrics(results, features.examples, labels)
+    """The metrics of `task` on labelled features; `results` receives what they are of."""
+    found = predict(model, task, features, tokenizer, labels, batch_size, bf16, progress)
+    if results is not None:
+        results[:] = found
+    return task.metrics(found, features.examples, labels)
 
 
 def evaluate_file(

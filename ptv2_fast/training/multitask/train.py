@@ -213,7 +213,7 @@ class MultiTaskTrainer(PacedTrainer):
                 scores[name] = score(
                     cast(PreTrainedModel, self.model), part.task, part.features["validation"],
                     part.tokenizer, part.labels, self.args.eval_batch_size, self.args.bf16,
-                    self.progress,
+                    self.progress, self.results_of(name),
                 )  # fmt: skip
         return scores
 
@@ -250,9 +250,9 @@ def train_tasks(
             for number in range(len(prepared.parts)):
                 _save_single(prepared, number)
         wait_for_all()
-        report = _report(prepared, clock, trainer)
+        report, mistakes = _report(prepared, clock, trainer)
         if is_first():
-            run_folder.finish(folder, report)
+            run_folder.finish(folder, report, mistakes)
         return report
 
 
@@ -266,15 +266,20 @@ def _save_single(prepared: PreparedTasks, number: int) -> None:
         save_trained(model, part.config.model.method, part.folder)
 
 
-def _report(prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer) -> dict[str, Any]:
-    known = trainer.final_scores
+def _report(
+    prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What report.json and mistakes.json say."""
+    known, results = trainer.final_scores, trainer.final_results
     metrics: dict[str, Any] = {}
+    mistakes: dict[str, Any] = {}
     data: dict[str, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     for number, (name, part) in enumerate(prepared.parts.items()):
         prepared.heads.activate(number)
-        scores = score_splits(part, known.get(name))
+        scores, wrong = score_splits(part, known.get(name), results.get(name))
         metrics |= {f"{name}/{split}": own for split, own in scores.items()}
+        mistakes |= {f"{name}/{split}": own for split, own in wrong.items()}
         for key, values in describe_data(part).items():
             data.setdefault(key, {}).update({f"{name}/{s}": v for s, v in values.items()})
         tasks[name] = {
@@ -286,7 +291,7 @@ def _report(prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer
         }
     prepared.heads.activate(0)
     first = next(iter(prepared.parts.values()))
-    return {
+    report = {
         "task": first.config.data.family,
         "tasks": tasks,
         "temperature": prepared.config.temperature,
@@ -297,3 +302,4 @@ def _report(prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer
         **data,
         **describe_training(first, clock, trainer.state.global_step),
     }
+    return report, mistakes
