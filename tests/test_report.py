@@ -17,7 +17,12 @@ from ptv2_fast.training.finished_runs import data_titles, find_runs
 from ptv2_fast.training.report.compare import Comparison, compare
 from ptv2_fast.training.report.figures import STYLES, draw
 from ptv2_fast.training.report.page import PAGE, render, write_report
-from ptv2_fast.training.report.tables import cost_table, paper_tables
+from ptv2_fast.training.report.tables import (
+    class_tables,
+    cost_table,
+    mistake_tables,
+    paper_tables,
+)
 from tests.models import one_thread  # noqa: F401
 from tests.report_runs import write_run, write_sweep
 from tests.tiny_run import save_tiny_model, write_reviews
@@ -30,17 +35,29 @@ def validation(accuracy: float) -> dict[str, dict[str, float]]:
     return {"validation": {"accuracy": accuracy, "f1": 0.5}}
 
 
+def mistakes(f1: float, *texts: str) -> dict:
+    """Of the class "yes" <b>, whose F1 is given, and "no"."""
+    figures = {"precision": 0.5, "recall": 0.5, "support": 131}
+    classes = {"yes <b>": {**figures, "f1": f1}, "no": {**figures, "f1": 0.25}}
+    errors = [{"where": f"dev.tsv row {number}", "text": text, "expected": "yes <b>",
+               "answer": "no"} for number, text in enumerate(texts, 1)]  # fmt: skip
+    counts = {"yes <b>": {"yes <b>": 114, "no": 17}, "no": {"no": 146}}
+    return {"validation": {"wrong": 17, "classes": classes, "confusion": counts, "errors": errors}}
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Every method on RTE, three seeds of P-Tuning v2, a multi-task run, sweeps, and damage."""
     top = tmp_path_factory.mktemp("report") / "runs"
     for seed, score in ((11, 0.60), (12, 0.70), (13, 0.80)):
         curve = [(10, 0.5), (20, score)]
-        write_run(top / f"pt2-{seed}", validation(score), seed=seed, curve=curve)
+        write_run(top / f"pt2-{seed}", validation(score), seed=seed, curve=curve,
+                  mistakes=mistakes(score, f"text {seed}", EVIL))  # fmt: skip
     more = {"trainable_parameters": 100_000, "truncated_examples": {"train": 3},
             "drawn_from": {"train": 9999}}  # fmt: skip
     curve = [(10, 0.6), (20, 0.8)]
-    write_run(top / "ft", validation(0.80), method="fine-tuning", curve=curve, report=more)
+    write_run(top / "ft", validation(0.80), method="fine-tuning", curve=curve, report=more,
+              mistakes=mistakes(0.9, "text of FT"))  # fmt: skip
     write_run(top / "pt", validation(0.55), method="prompt-tuning")
     write_run(top / "lp", validation(0.50), method="linear-probe")
     write_run(top / "evil" / "run <b> $x^", validation(0.75), method="lora", train_file=EVIL,
@@ -194,6 +211,54 @@ def test_cells_stand_in_the_columns_of_the_paper(found):
     assert [name for name, cell in table.cells.iloc[0].items() if "<b>" in cell] == ["MPT-2"]
     assert any("Table 2" in note for note in table.notes)
     assert any(note.startswith("†") for note in table.notes)
+
+
+def test_classes_stand_beside_each_other_with_mean_and_deviation(found):
+    ((caption, cells, *_),) = class_tables(found.results)
+    assert caption.startswith("F1 of each class")
+    rows = {name: cells_of(row) for (_, name), row in cells.iterrows()}
+    assert rows == {
+        "yes <b> (131)": {"FT": ["90.0"], "PT-2": ["70.0", "±10.0, n=3"]},
+        "no (131)": {"FT": ["25.0"], "PT-2": ["25.0", "±0.0, n=3"]},
+    }
+
+
+def test_mistakes_are_shown_of_the_first_seed_of_each_method(found):
+    shown = dict(mistake_tables(found.results, 1))
+    assert [*shown] == ["RTE, tiny-bert, FT, seed 11: 17 wrong on validation",
+                        "RTE, tiny-bert, PT-2, seed 11: 17 wrong on validation"]  # fmt: skip
+    confusion, errors = shown["RTE, tiny-bert, PT-2, seed 11: 17 wrong on validation"]
+    assert confusion.cells.to_dict("index") == {
+        "yes <b>": {"yes <b>": 114, "no": 17}, "no": {"yes <b>": "–", "no": 146},  # noqa: RUF001
+    }  # fmt: skip
+    assert errors.cells.to_dict("index") == {
+        "dev.tsv row 1": {"text": "text 11", "expected": "yes <b>", "answer": "no"}
+    }
+
+
+def test_of_many_classes_those_are_shown_that_are_confused_most(tmp_path):
+    names = [f"class {number}" for number in range(99)]
+    wrong = mistakes(0.5)
+    wrong["validation"]["confusion"] = {
+        name: {name: 1000, **({names[-1]: 1} if number < 19 else {})}
+        for number, name in enumerate(names)
+    }
+    write_run(tmp_path / "run", validation(0.5), mistakes=wrong)
+    ((_, (table,)),) = mistake_tables(compare(find_runs([tmp_path])[0]).results, 5)
+    assert table.caption == "Right labels (rows) and given ones, the 20 of 99 confused most"
+    assert [*table.cells.index] == [*table.cells.columns] == [*names[:19], names[-1]]
+
+
+def test_a_report_without_mistakes_says_so(page, tmp_path):
+    assert "11 of 15 runs kept no mistakes.json" in page
+    for change in ({"wrong": "1"}, {"errors": [{"text": "x"}]}, {"classes": {"a": {"f1": None}}},
+                   {"confusion": [1]}):  # fmt: skip
+        wrong = {"validation": mistakes(0.5, "x")["validation"] | change}
+        (tmp_path / str(len([*tmp_path.iterdir()]))).mkdir()
+        write_run(max(tmp_path.iterdir()) / "run", validation(0.5), mistakes=wrong)
+    runs, left_out = find_runs([tmp_path])
+    assert [run.mistakes for run in runs] == [{}] * 4
+    assert all("only its mistakes: mistakes.json" in item.reason for item in left_out)
 
 
 def test_no_part_of_fine_tuning_is_given_where_a_constant_answer_is_as_good(tmp_path):
@@ -386,6 +451,9 @@ def test_a_trained_run_is_reported(tmp_path, capsys):
     assert cli.main(command) == 0
     assert cli.main(command) == 0  # a report may be written anew
     page = (tmp_path / "out" / PAGE).read_text(encoding="utf-8")
+    kept = json.loads((run / "mistakes.json").read_text())["validation"]
+    assert all(html.escape(error["text"]) in page for error in kept["errors"])
+    assert f"PT-2, seed 42: {len(kept['errors'])} wrong on validation" in page
     accuracy = report["metrics"]["validation"]["accuracy"]
     assert f"only P-Tuning v2 has a score, {100 * accuracy:.1f}" in page
     command = html.unescape(re.search(r"<code>ptv2-fast (.*?)</code>", page)[1])
@@ -397,4 +465,5 @@ def test_a_trained_run_is_reported(tmp_path, capsys):
     for section in ("data", "model", "training"):
         given = {name: value for name, value in config[section].items() if value is not None}
         assert given.items() <= shown[section].items()
+    assert "kept no mistakes.json" not in page
     assert "<path" in page[page.index('<section id="curves"') : page.index('<section id="runs"')]

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from ptv2_fast.tasks.task import Examples, Task
 
 FIGURES = ("precision", "recall", "f1", "support")
+ERROR = ("where", "text", "expected", "answer")
 MOST_ERRORS = 100  # that are kept with their texts
 _LONGEST = 1000  # characters of such a text
 
@@ -90,7 +91,7 @@ def mistakes(
 
     Returns:
         wrong: how many; classes: see `Compared.classes`; confusion: right label -> given label ->
-        how often; errors: the worst of them, each as where, text, expected and answer.
+        how often; errors: the worst of them, each a table of ERROR.
     """
     confusion: dict[str, dict[str, int]] = {}
     pairs = zip(*task.pairs(results, examples), strict=True)
@@ -102,8 +103,7 @@ def mistakes(
     for index in wrong[:MOST_ERRORS]:
         words = task.shown(examples.table[index], expected[index], results[index])
         short = [word if len(word) <= _LONGEST else f"{word[:_LONGEST]}…" for word in words]
-        names = ("where", "text", "expected", "answer")
-        errors.append(dict(zip(names, (examples.where(index), *short), strict=True)))
+        errors.append(dict(zip(ERROR, (examples.where(index), *short), strict=True)))
     classes = task.classes(results, examples, labels)
     return {"wrong": len(wrong), "classes": classes, "confusion": confusion, "errors": errors}
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from ptv2_fast.files import without_word
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
+from ptv2_fast.tasks.comparison import ERROR, FIGURES
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.options import RunConfig, defaults, options_of_run
@@ -63,6 +64,7 @@ class Run:
         options: all options, flat; of a run of several tasks with their tables under `tasks`.
         report: report.json.
         curve: the lines of metrics.jsonl that hold scores of the validation set.
+        mistakes: of mistakes.json, by split; empty where the version of the run kept none.
         place: what its ablation compares ("depth", "length", "reparam", "head"), and this run's
             values of what varies there; None for any other run.
     """
@@ -71,6 +73,7 @@ class Run:
     options: dict[str, Any]
     report: dict[str, Any]
     curve: list[dict[str, Any]]
+    mistakes: dict[str, dict[str, Any]]
     place: tuple[str, dict[str, Any]] | None
 
     @property
@@ -167,14 +170,21 @@ class Result:
         kinds = [[n for n in self.scores if n.startswith(kind)] for kind in ("test", "validation")]
         return next(filter(None, kinds), list(self.scores))
 
+    def mistakes(self, split: str) -> dict[str, Any] | None:
+        """What `tasks.comparison.mistakes` found; None where nothing was kept."""
+        return self._of(split, self.run.mistakes)
+
+    def _of(self, split: str, table: dict[str, Any] | None) -> Any:
+        """The part of a table of the run that is of a split."""
+        return (table or {}).get(f"{self.name}/{split}" if self.name else split)
+
     def chance(self, split: str) -> float | None:
         """The score that is no better than a constant answer's; None where none is known.
 
         That is two standard errors above it, as if the score were a part of the examples.
         """
-        place = f"{self.name}/{split}" if self.name else split
-        value = (self.run.report.get("baselines") or {}).get(place, {}).get(self.metric)
-        count = (self.run.report.get("examples") or {}).get(place)
+        value: Any = (self._of(split, self.run.report.get("baselines")) or {}).get(self.metric)
+        count: Any = self._of(split, self.run.report.get("examples"))
         if not (run_folder.is_number(value) and run_folder.is_number(count)) or not count:
             return None
         return value + 2 * math.sqrt(max(0.0, value * (1 - value)) / count)
@@ -301,6 +311,25 @@ def _read_curve(folder: Path) -> list[dict[str, Any]]:
     return [line for line in lines if any(name.startswith("eval_") for name in line)]
 
 
+def _read_mistakes(folder: Path) -> dict[str, dict[str, Any]]:
+    path = folder / run_folder.MISTAKES
+    content = run_folder.read_json(path) if path.is_file() else {}
+    for split, found in content.items():
+        try:
+            good = type(found["wrong"]) is int
+            for counts in found["confusion"].values():
+                good = good and all(type(count) is int for count in counts.values())
+            for label in found["classes"].values():
+                good = good and all(run_folder.is_number(label[name]) for name in FIGURES)
+            for error in found["errors"]:
+                good = good and all(isinstance(error[name], str) for name in ERROR)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{path.name}: not readable of {split!r} ({error!r})") from error
+        if not good:
+            raise ValueError(f"{path.name}: expected text and numbers of {split!r}")
+    return content
+
+
 def _read_place(folder: Path) -> tuple[str, dict[str, Any]] | None:
     path = folder.parent / SWEEP
     if not path.is_file():
@@ -319,5 +348,6 @@ def _read_place(folder: Path) -> tuple[str, dict[str, Any]] | None:
 # By attribute of a run: what it is, how it is read, and what stands for it where it cannot be.
 _PARTS: dict[str, tuple[str, Callable[[Path], Any], Any]] = {
     "curve": ("learning curve", _read_curve, []),
+    "mistakes": ("mistakes", _read_mistakes, {}),
     "place": ("place in a sweep", _read_place, None),
 }

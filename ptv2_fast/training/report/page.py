@@ -65,9 +65,10 @@ def render(
     }  # fmt: skip
     drawings = [*overview, *curves, *ablations]
     names = [one.name for one in drawings]
-    # Where drawings must go for the page's size, their words stay.
-    for drawn in (names, [name for name in names if not name.endswith("-step")], []):
-        page = environment.get_template("page.html").render(content, drawn=drawn)
+    without_steps = [name for name in names if not name.endswith("-step")]
+    # Where examples and drawings must go for the page's size, the drawings' words stay.
+    for drawn, most in ((names, 20), (names, 5), (without_steps, 5), ([], 5)):
+        page = environment.get_template("page.html").render(content, drawn=drawn, most=most)
         if len(page.encode()) <= MAX_BYTES:
             break
     return page, drawings

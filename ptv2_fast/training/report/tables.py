@@ -3,19 +3,23 @@
 import math
 import os
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from typing import Any, NamedTuple
 
+import numpy
 import pandas
 
+from ptv2_fast.tasks.comparison import ERROR
 from ptv2_fast.training.finished_runs import COLUMNS, COUNTS, Result, Run
 from ptv2_fast.training.report.compare import SWEEP, mark_best, metric_name, percent
 from ptv2_fast.training.report.figures import WORDS
+from ptv2_fast.training.seeds import over_seeds
 
 # (task, model) -> the published figures; as ptv2_fast.recipes.published.published.
 Published = Callable[[str, str], Sequence[Any]]
 NONE = "–"  # noqa: RUF001
+_LABELS = 20  # of a table of who was taken for whom
 _PAPER = ("FT", "PT", "PT-2", "MPT-2")  # its columns
 # Units by the value from which on they are printed: (from, how much one is, name).
 SHARES = ((0, 0.01, "%"),)
@@ -167,6 +171,48 @@ def sweep_tables(sweeps: pandas.DataFrame) -> list[Table]:
         }
         tables += [Table(caption, pandas.DataFrame(rows).T)] if rows else []
     return tables
+
+
+def class_tables(results: pandas.DataFrame) -> list[Table]:
+    """How well each class is found, where there are any."""
+    rows = [
+        (f"{row.title}, {row.model}: {split}", f"{name} ({values['support']:.0f})", row.column,
+         values["f1"])
+        for row in results.itertuples()
+        for split in row.result.splits
+        for name, values in (row.result.mistakes(split) or {}).get("classes", {}).items()
+    ]  # fmt: skip
+    if not rows:
+        return []
+    names = ["group", "class", "column"]
+    scores = over_seeds(pandas.DataFrame(rows, columns=[*names, "score"]), names)
+    cells = score_cells(scores).unstack("column", sort=False)
+    return [Table("F1 of each class, times 100 (how often it is right)", cells)]
+
+
+def mistake_tables(results: pandas.DataFrame, most: int) -> Iterator[tuple[str, list[Table]]]:
+    """Of the first seed of each method: a title, who was taken for whom, and the worst errors."""
+    for row in results.drop_duplicates(["title", "model", "column"]).itertuples():
+        for split, found in [(split, row.result.mistakes(split)) for split in row.result.splits]:
+            if found is None:
+                continue
+            counts, tables = pandas.DataFrame.from_dict(found["confusion"], orient="index"), []
+            labels = counts.index.union(counts.columns, sort=False)
+            counts = counts.reindex(index=labels, columns=labels).fillna(0).astype(int)
+            confused = counts.sum() + counts.sum(axis=1) - 2 * numpy.diag(counts)
+            kept = labels[labels.isin(confused.nlargest(_LABELS).index)]
+            if len(kept):
+                caption = "Right labels (rows) and given ones"
+                caption += f", the {len(kept)} of {len(labels)} confused most" * (
+                    kept.size < labels.size
+                )
+                cells = counts.loc[kept, kept].astype(object).replace(0, NONE)
+                tables.append(Table(caption, cells))
+            if errors := found["errors"][:most]:
+                cells = pandas.DataFrame(errors, columns=ERROR).set_index("where")
+                tables.append(Table(f"The worst {len(errors)}", cells, kind="plain"))
+            title = f"{row.title}, {row.model}, {row.column}, seed {row.seed}"
+            yield f"{title}: {found['wrong']} wrong on {split}", tables
 
 
 def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> Table:
