@@ -17,12 +17,7 @@ from ptv2_fast.training.finished_runs import data_titles, find_runs
 from ptv2_fast.training.report.compare import Comparison, compare
 from ptv2_fast.training.report.figures import STYLES, draw
 from ptv2_fast.training.report.page import PAGE, render, write_report
-from ptv2_fast.training.report.tables import (
-    class_tables,
-    cost_table,
-    mistake_tables,
-    paper_tables,
-)
+from ptv2_fast.training.report.tables import class_table, confusion_table, cost_table, paper_table
 from tests.models import one_thread  # noqa: F401
 from tests.report_runs import write_run, write_sweep
 from tests.tiny_run import save_tiny_model, write_reviews
@@ -199,8 +194,8 @@ def cells_of(row) -> dict[str, list[str]]:
 
 
 def test_cells_stand_in_the_columns_of_the_paper(found):
-    (table,) = paper_tables(found.standing.query("title == 'RTE'"), published)
-    row = cells_of(table.cells.iloc[0])
+    cells, notes = paper_table(found.standing.query("title == 'RTE'"), published)
+    row = cells_of(cells.iloc[0].fillna("–"))  # noqa: RUF001
     assert {name: lines[0] for name, lines in row.items()} == {
         "FT": "80.0", "PT": "55.0", "PT-2": "70.0", "MPT-2": "85.0", "Multi-task": "65.0",
         "LP": "50.0", "P-tuning": "11.0", "PT-2 / FT": "87.5 %",
@@ -208,45 +203,40 @@ def test_cells_stand_in_the_columns_of_the_paper(found):
     assert [*row] == ["FT", "PT", "PT-2", "MPT-2", "Multi-task", "LP", "P-tuning", "PT-2 / FT"]
     assert row["PT-2"][1:] == ["±10.0, n=3", "published 78.3†"]
     assert row["FT"][1:] == ["published 70.4"] and row["PT"][1:] == []
-    assert [name for name, cell in table.cells.iloc[0].items() if "<b>" in cell] == ["MPT-2"]
-    assert any("Table 2" in note for note in table.notes)
-    assert any(note.startswith("†") for note in table.notes)
+    assert [name for name, cell in cells.iloc[0].items() if "<b>" in cell] == ["MPT-2"]
+    assert any("Table 2" in note for note in notes)
+    assert any(note.startswith("†") for note in notes)
 
 
 def test_classes_stand_beside_each_other_with_mean_and_deviation(found):
-    ((caption, cells, *_),) = class_tables(found.results)
-    assert caption.startswith("F1 of each class")
-    rows = {name: cells_of(row) for (_, name), row in cells.iterrows()}
+    rows = {name: cells_of(row) for (*_, name), row in class_table(found.results).iterrows()}
     assert rows == {
         "yes <b> (131)": {"FT": ["90.0"], "PT-2": ["70.0", "±10.0, n=3"]},
         "no (131)": {"FT": ["25.0"], "PT-2": ["25.0", "±0.0, n=3"]},
     }
 
 
-def test_mistakes_are_shown_of_the_first_seed_of_each_method(found):
-    shown = dict(mistake_tables(found.results, 1))
-    assert [*shown] == ["RTE, tiny-bert, FT, seed 11: 17 wrong on validation",
-                        "RTE, tiny-bert, PT-2, seed 11: 17 wrong on validation"]  # fmt: skip
-    confusion, errors = shown["RTE, tiny-bert, PT-2, seed 11: 17 wrong on validation"]
-    assert confusion.cells.to_dict("index") == {
-        "yes <b>": {"yes <b>": 114, "no": 17}, "no": {"yes <b>": "–", "no": 146},  # noqa: RUF001
-    }  # fmt: skip
-    assert errors.cells.to_dict("index") == {
-        "dev.tsv row 1": {"text": "text 11", "expected": "yes <b>", "answer": "no"}
-    }
+def test_mistakes_are_shown_of_the_first_seed_of_each_method(page):
+    shown = page[page.index('<section id="mistakes"') : page.index('<section id="curves"')]
+    titles = re.findall("<summary>(.*?)</summary>", shown)
+    assert titles == ["RTE, tiny-bert, FT, seed 11: 17 wrong on validation",
+                      "RTE, tiny-bert, PT-2, seed 11: 17 wrong on validation"]  # fmt: skip
+    of_prefix = text_of(shown[shown.index(titles[1]) :])
+    assert "yes <b> no yes <b> 114 17 no – 146" in of_prefix  # noqa: RUF001
+    assert (
+        f"text expected answer dev.tsv row 1 text 11 yes <b> no dev.tsv row 2 {EVIL}" in of_prefix
+    )
 
 
-def test_of_many_classes_those_are_shown_that_are_confused_most(tmp_path):
+def test_of_many_classes_those_are_shown_that_are_confused_most():
     names = [f"class {number}" for number in range(99)]
-    wrong = mistakes(0.5)
-    wrong["validation"]["confusion"] = {
+    counts = {
         name: {name: 1000, **({names[-1]: 1} if number < 19 else {})}
         for number, name in enumerate(names)
     }
-    write_run(tmp_path / "run", validation(0.5), mistakes=wrong)
-    ((_, (table,)),) = mistake_tables(compare(find_runs([tmp_path])[0]).results, 5)
-    assert table.caption == "Right labels (rows) and given ones, the 20 of 99 confused most"
-    assert [*table.cells.index] == [*table.cells.columns] == [*names[:19], names[-1]]
+    table = confusion_table(counts)
+    assert [*table.index] == [*table.columns] == [*names[:19], names[-1]]
+    assert (table.loc[names[0], names[0]], table.loc[names[0], names[-1]]) == (1000, 1)
 
 
 def test_a_report_without_mistakes_says_so(page, tmp_path):
@@ -272,9 +262,9 @@ def test_no_part_of_fine_tuning_is_given_where_a_constant_answer_is_as_good(tmp_
         runs, _ = find_runs([tmp_path / f"{constant}"])
         standing = compare(runs).standing
         assert standing["ratio"]["PT-2"] == pytest.approx(ratio, nan_ok=True)
-        (table,) = paper_tables(standing)
-        assert [*table.cells["PT-2 / FT"]] == [cell]
-        assert any("constant answer" in note for note in table.notes) == (cell == "chance")
+        cells, notes = paper_table(standing)
+        assert [*cells["PT-2 / FT"]] == [cell]
+        assert any("constant answer" in note for note in notes) == (cell == "chance")
         page = text_of(render(runs)[0])
         words = "No better than a constant answer: P-Tuning v2."
         assert (words in page) == (cell == "chance")
@@ -282,9 +272,9 @@ def test_no_part_of_fine_tuning_is_given_where_a_constant_answer_is_as_good(tmp_
 
 
 def test_costs_stand_beside_the_score(found):
-    cells = cost_table(found.standing.query("title == 'RTE'")).cells
+    cells = cost_table(found.standing.query("title == 'RTE'"))
     rows = {name: [lines[0] for lines in cells_of(row).values()]
-            for (_, name), row in cells.iterrows()}  # fmt: skip
+            for (*_, name), row in cells.iterrows()}  # fmt: skip
     costs = ["4.32 kB", "250 ms", "90 s", "2.5 MB", "1.2 GB"]
     assert rows["PT-2"] == ["70.0", "1,000", "1 %", *costs]
     assert rows["FT"] == ["80.0", "100,000", "100 %", *costs]

@@ -26,11 +26,11 @@ class Comparison(NamedTuple):
         results: those of the settings that are shown, with title, model, column, setting (options
             but for the seed), seed, and `settings`: how many were run.
         scores: mean, sd and n in 0..1 by title, model, split, metric and column.
-        standing: by column the scores that select, with title, model, split, metric, a `result`
-            on that data set, whether the split is the `first` of it, and means of costs.
-            part: trained of all parameters; best: printed as the highest of several; chance: no
-            better than a constant answer; ratio: part of fine-tuning's score, NaN where there is
-            none or one of the two is chance.
+        standing: by column the scores that select, with title, model, split, metric, `label` (of
+            these two), a `result` on that data set, whether the split is the `first` of it, and
+            means of costs. part: trained of all parameters; best: printed as the highest of
+            several; chance: no better than a constant answer; ratio: part of fine-tuning's score,
+            NaN where there is none or one of the two is chance.
     """
 
     results: pandas.DataFrame
@@ -68,7 +68,8 @@ def compare(runs: Sequence[Run]) -> Comparison:
         )
         for place, own in results.groupby(["title", "model"], sort=False)
     ]
-    return Comparison(results, scores, pandas.concat(standing))
+    printed = scores.rename(index=metric_name, level="metric")
+    return Comparison(results, printed, pandas.concat(standing))
 
 
 def _results(runs: Sequence[Run]) -> pandas.DataFrame:
@@ -104,7 +105,8 @@ def _standing(results: pandas.DataFrame, scores: pandas.DataFrame) -> pandas.Dat
         level = max((one for one in levels if one is not None), default=-math.inf)
         sound = rows["mean"].where(rows["mean"] > level)
         tables.append(mark_best(rows).assign(
-            split=split, metric=metric, first=split == splits[0], result=results["result"].iloc[0],
+            split=split, metric=metric, label=f"{metric_name(metric)} on {split}",
+            first=split == splits[0], result=results["result"].iloc[0],
             part=rows["trainable_parameters"] / rows["total_parameters"],
             chance=rows["mean"] <= level,
             ratio=sound / (sound.get("FT") or math.nan),

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
+import pandas
 
 import ptv2_fast
 from ptv2_fast.training.finished_runs import COLUMNS, LeftOut, Run, data_titles, find_runs
@@ -22,17 +23,11 @@ def write_report(
 ) -> tuple[Path, list[LeftOut]]:
     """Write the report on all runs in some folders, and in folders in them at any depth.
 
-    Args:
-        output: folder of the page and the PNG files; those of a former report are replaced, and
-            what else is there stays.
-        published: finds published figures to print beside ours.
-
-    Returns:
-        The page, and what it could not show.
+    In `output` a former report is replaced, and what else is there stays. `published` finds figures
+    to print beside ours. Returns the page, and what it could not show.
 
     Raises:
-        ValueError: for a path that is no folder, without a finished run, and for an output folder
-            that holds something else.
+        ValueError: for no folder, without a finished run, and for an output of something else.
     """
     check_replaceable(output, "report")
     runs, left_out = find_runs(folders)
@@ -50,17 +45,17 @@ def render(
     overview = figures.overview_drawings(found.standing)
     curves, ablations = figures.curve_drawings(found.results), figures.sweep_drawings(sweeps)
     content = {
-        "runs": runs, "left_out": left_out, "found": found, "sweeps": sweeps,
-        "titles": data_titles(runs), "published": published, "overview": overview,
-        "curves": curves, "ablations": ablations, "tables": tables, "columns": COLUMNS,
-        "defaults": defaults(), "today": datetime.date.today(), "version": ptv2_fast.__version__,
+        "runs": runs, "left_out": left_out, "titles": data_titles(runs), "published": published,
+        "found": found, "sweeps": sweeps, "tables": tables, "DataFrame": pandas.DataFrame,
+        "overview": overview, "curves": curves, "ablations": ablations, "defaults": defaults(),
+        "today": datetime.date.today(), "version": ptv2_fast.__version__,
     }  # fmt: skip
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True,
         lstrip_blocks=True, undefined=jinja2.StrictUndefined,
     )  # fmt: skip
     environment.filters |= {
-        "percent": tables.percent, "metric": tables.metric_name, "text": tables.text_of,
+        "percent": tables.percent, "text": tables.text_of,
         "method": lambda column: str(COLUMNS.get(column, column)).partition(" (")[0],
     }  # fmt: skip
     drawings = [*overview, *curves, *ablations]
