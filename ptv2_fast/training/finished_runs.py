@@ -47,6 +47,7 @@ _AXES: dict[str, dict[str, type]] = {
     "reparam": {"prefix_projection": bool},
     "head": {"head": str},
 }
+VARIED = [*dict.fromkeys(name for axes in _AXES.values() for name in axes)]
 
 
 class LeftOut(NamedTuple):
@@ -169,6 +170,15 @@ class Result:
         """The splits that tables show: those of the test set, else those of the validation set."""
         kinds = [[n for n in self.scores if n.startswith(kind)] for kind in ("test", "validation")]
         return next(filter(None, kinds), list(self.scores))
+
+    def score(self, split: str) -> float:
+        """By the metric that selects; NaN where there is none."""
+        return self.scores.get(split, {}).get(self.metric, math.nan)
+
+    @property
+    def validation(self) -> float:
+        """The score by which settings are chosen."""
+        return self.score(next((n for n in self.scores if n.startswith("validation")), ""))
 
     def mistakes(self, split: str) -> dict[str, Any] | None:
         """What `tasks.comparison.mistakes` found; None where nothing was kept."""

@@ -1,21 +1,23 @@
 """Scores over seeds."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import pandas
 
 
-def over_seeds(table: pandas.DataFrame, by: Sequence[str]) -> pandas.DataFrame:
-    """Mean, sample standard deviation and number of the scores, in the order of the table.
+def over_seeds(rows: Iterable[Any], names: Sequence[str]) -> pandas.DataFrame:
+    """Mean, sample standard deviation and number of the scores that are of the same.
 
     Args:
-        table: a row for each seed, with the column `score`.
-        by: the columns that say what a score is of.
+        rows: what a score is of, in the order of `names`, and the score; or by name and `score`.
 
     Returns:
-        mean (NaN where a score is), sd (NaN of one score or where one is not finite), n.
+        In the order of the rows, by what they are of: mean (NaN where a score is), sd (NaN of one
+        score or where one is not finite), n.
     """
-    scores = table.groupby(list(by), sort=False, dropna=False)["score"]
+    table = pandas.DataFrame(rows, columns=[*names, "score"])
+    scores = table.groupby(list(names), sort=False, dropna=False)["score"]
     return pandas.DataFrame({
         "mean": scores.agg(lambda values: values.mean(skipna=False)),
         "sd": scores.agg(lambda values: values.std(skipna=False)),

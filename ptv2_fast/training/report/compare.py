@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import pandas
 
-from ptv2_fast.training.finished_runs import COLUMNS, Run, data_titles, short_names
+from ptv2_fast.training.finished_runs import COLUMNS, VARIED, Run, data_titles, short_names
 from ptv2_fast.training.options import NEUTRAL_OPTIONS
 from ptv2_fast.training.seeds import over_seeds
 
@@ -39,10 +39,10 @@ class Comparison(NamedTuple):
 
 
 def compare(runs: Sequence[Run]) -> Comparison:
-    """Compare runs, in the order of COLUMNS on data sets in the order in which they were found.
+    """Compare runs, in the order of COLUMNS, on data sets in the order in which they were found.
 
-    Of several settings of a method the one is shown that has the most seeds, of these the best on
-    the validation split; a run that repeats a seed says nothing more of the spread.
+    Of several settings of a method the one with the most seeds is shown, of these the best on the
+    validation split; a run that repeats a seed says nothing more of the spread.
     """
     results = _results(runs).drop_duplicates([*_METHOD, "setting", "seed"])
     setting = results.groupby([*_METHOD, "setting"])["validation"]
@@ -61,15 +61,13 @@ def compare(runs: Sequence[Run]) -> Comparison:
         for metric, score in values.items()
     ]
     names = ["title", "model", "split", "metric", "column"]
-    scores = over_seeds(pandas.DataFrame(rows, columns=[*names, "score"]), names)
+    scores = over_seeds(rows, names)
     standing = [
-        _standing(own, scores.xs(place, level=["title", "model"])).assign(
-            title=place[0], model=place[1]
-        )
+        _standing(own, scores.xs(place, level=["title", "model"]))
         for place, own in results.groupby(["title", "model"], sort=False)
     ]
-    printed = scores.rename(index=metric_name, level="metric")
-    return Comparison(results, printed, pandas.concat(standing))
+    scores = scores.rename(metric_name, level="metric")
+    return Comparison(results, scores, pandas.concat(standing))
 
 
 def _results(runs: Sequence[Run]) -> pandas.DataFrame:
@@ -78,12 +76,11 @@ def _results(runs: Sequence[Run]) -> pandas.DataFrame:
     for run in runs:
         options = {name: v for name, v in run.options.items() if name not in _NO_SETTING}
         for result in run.results:
-            split = next((name for name in result.scores if name.startswith("validation")), "")
             rows.append({
                 "title": titles[result], "model": models[run.report["model"]],
                 "column": run.column, "seed": run.seed, "result": result,
                 "setting": json.dumps((result.name, options), sort_keys=True, default=str),
-                "validation": result.scores.get(split, {}).get(result.metric, math.nan),
+                "validation": result.validation,
                 **{name: run.report.get(name) for name in _COSTS},
             })  # fmt: skip
     places = [*dict.fromkeys((row["title"], row["model"]) for row in rows)]
@@ -95,7 +92,8 @@ def _results(runs: Sequence[Run]) -> pandas.DataFrame:
 def _standing(results: pandas.DataFrame, scores: pandas.DataFrame) -> pandas.DataFrame:
     """Of one data set and model."""
     costs = results.groupby("column", sort=False)[[*_COSTS]].mean()
-    metric = results["result"].iloc[0].metric
+    first = results[["title", "model", "result"]].iloc[0]
+    metric = first["result"].metric
     splits = [*dict.fromkeys(split for one in results["result"] for split in one.splits)]
     tables = []
     for split in splits:
@@ -105,8 +103,8 @@ def _standing(results: pandas.DataFrame, scores: pandas.DataFrame) -> pandas.Dat
         level = max((one for one in levels if one is not None), default=-math.inf)
         sound = rows["mean"].where(rows["mean"] > level)
         tables.append(mark_best(rows).assign(
-            split=split, metric=metric, label=f"{metric_name(metric)} on {split}",
-            first=split == splits[0], result=results["result"].iloc[0],
+            **first, split=split, label=f"{metric_name(metric)} on {split}", metric=metric,
+            first=split == splits[0],
             part=rows["trainable_parameters"] / rows["total_parameters"],
             chance=rows["mean"] <= level,
             ratio=sound / (sound.get("FT") or math.nan),
@@ -122,14 +120,13 @@ def sweep_points(runs: Sequence[Run]) -> pandas.DataFrame:
             "kind": run.place[0],
             "folder": str(run.folder.parent),
             "title": f"{titles[result]}, {models[run.report['model']]}",
-            "label": f"{metric_name(result.metric)}, {result.splits[0]}",
+            "label": f"{metric_name(result.metric)} on {result.splits[0]}",
             **run.place[1],
-            "score": result.scores[result.splits[0]].get(result.metric, math.nan),
+            "score": result.score(result.splits[0]),
         }
         for run in runs if run.place for result in run.results
     ]  # fmt: skip
-    table = pandas.DataFrame(rows, columns=[*SWEEP, "score"] if not rows else None)
-    return over_seeds(table, table.columns.drop("score")).reset_index()
+    return over_seeds(rows, [*SWEEP, *VARIED]).reset_index()
 
 
 def mark_best(scores: pandas.DataFrame) -> pandas.DataFrame:

@@ -29,12 +29,10 @@ STYLES: dict[str, tuple[str, str, Any]] = {
 }
 _SETTINGS: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "axes.edgecolor": _FAINT,
-    "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _FAINT, "ytick.color": _FAINT,
-    "xtick.labelcolor": _INK, "ytick.labelcolor": _INK, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": _FAINT, "grid.alpha": 0.25,
-    "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4,
+    "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _FAINT,
+    "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4,
 }  # fmt: skip
-_CURVE_POINTS = 150
 # By kind of ablation: what is drawn along the axis, what a line is of, and the axis' label.
 _SWEEPS = {
     "depth": ("layers", "order", "layers with a prefix"),
@@ -60,18 +58,14 @@ def draw(
     name: str, caption: str, points: pandas.DataFrame, x_label: str, y_label: str = "", *,
     rows: Sequence[str] = (), joined: bool = True, ticks: Any = (), base: int = 0,
 ) -> Drawing:  # fmt: skip
-    """Draw points.
+    """Draw points with x, y and `label`, which is a key of STYLES unless there is a `style`; and as
+    far as there are with `line` (which of several of a label), `sd` of y and `note`.
 
-    Args:
-        points: x, y and `label`, a key of STYLES or else of `style`; and as far as there are
-            `line` (which of several of a label), `sd` of y and `note`.
-        rows: names that y counts, from the top; then x is what is read.
-        joined: the points of a line.
-        ticks, base: of the x axis; with a base it is logarithmic.
+    `rows` are names that y counts, from the top. With `base` the x axis is logarithmic.
     """
     labels = [textwrap.fill(row, 22) for row in rows]
-    lines = max((label.count("\n") + 1 for label in labels), default=0)
-    height = 1.2 + 0.32 * len(rows) * max(1.0, lines / 2) if rows else 3.0
+    lines = max(2, *(label.count("\n") + 1 for label in labels)) if rows else 2
+    height = 1.2 + 0.16 * len(rows) * lines if rows else 3.0
     plain = {"line": 0, "sd": 0.0, "note": "", "style": points["label"]}
     points = points.assign(**{n: v for n, v in plain.items() if n not in points})
     points["below"] = points["y"] < points.groupby("x")["y"].transform("max")
@@ -103,8 +97,8 @@ def draw(
         canvas.legend([*handles.values()], [*handles], loc="outside upper left", ncols=4)
         png, svg = io.BytesIO(), io.StringIO()
         canvas.savefig(png, format="png", dpi=200, facecolor="white")
-        none: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        canvas.savefig(svg, format="svg", transparent=True, metadata=none)
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+        canvas.savefig(svg, format="svg", transparent=True, metadata=nothing)
     highest = points.groupby("label", sort=False)["x" if rows else "y"].max()
     words = ", ".join(f"{label} {value:.1f}" for label, value in highest.items())
     alt = f"{caption} Highest: {words}."
@@ -118,15 +112,12 @@ def _inline(svg: str, name: str, alt: str) -> str:
     used = set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', inner))
     inner = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", inner)
     inner = inner.replace("xlink:href", "href").replace(_INK, "currentColor")
-    inner = re.sub(r' (?:d|x|y|transform)="[^"]*"', _rounded, inner)
+    inner = re.sub(
+        r' (?:d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d)\d+", r"\1", m[0]), inner
+    )
     box = svg.partition('viewBox="')[2].partition('"')[0]
     opening = f'<svg viewBox="{box}" role="img" aria-labelledby="{name}-alt">'
     return f'{opening}<title id="{name}-alt">{html.escape(alt)}</title>{inner}</svg>'
-
-
-def _rounded(attribute: re.Match) -> str:
-    text = re.sub(r"\d+\.\d+", lambda number: f"{float(number[0]):.1f}", attribute[0])
-    return f" {' '.join(text.split())}"
 
 
 def overview_drawings(standing: pandas.DataFrame) -> list[Drawing]:
@@ -163,7 +154,7 @@ def curve_drawings(results: pandas.DataFrame) -> list[Drawing]:
                 table = pandas.DataFrame(result.run.curve).reindex(columns=[key, score])
                 table = table.apply(pandas.to_numeric, errors="coerce").set_axis(["x", "y"], axis=1)
                 table = table[numpy.isfinite(table).all(axis=1)]
-                table = table.iloc[:: max(1, len(table) // _CURVE_POINTS)]
+                table = table.iloc[:: max(1, len(table) // 150)]  # no more are seen
                 lines.append(table.assign(y=100 * table["y"], label=column, line=number))
             points = pandas.concat(lines)
             if len(points):
@@ -186,12 +177,10 @@ def sweep_drawings(sweeps: pandas.DataFrame) -> list[Drawing]:
         own = own.assign(x=own[x], y=100 * own["mean"], sd=100 * own["sd"].fillna(0))
         own = own.assign(note=own["depth"]) if kind == "depth" else own
         whole = own[own[by] == "all"]
-        lines = {
-            value: pandas.concat([line, whole])
-            .sort_values("x")
-            .assign(label=WORDS.get(value, value))
-            for value, line in own.drop(whole.index).groupby(by, sort=False)
-        } or {"all": whole.assign(label="all")}
+        lines = {"all": whole.assign(label="all")} if len(whole) == len(own) else {}
+        for value, line in own.drop(whole.index).groupby(by, sort=False):
+            line = pandas.concat([line, whole]).assign(label=WORDS.get(value, value))
+            lines[value] = line.sort_values("x")
         styles = ["PT-2", "FT", *lines][: len(lines)]
         points = pandas.concat(lines.values(), keys=styles, names=["style"]).reset_index(0)
         caption = f"Prefix {kind} on {title}."
@@ -199,9 +188,13 @@ def sweep_drawings(sweeps: pandas.DataFrame) -> list[Drawing]:
             pairs = lines["descending"].merge(lines["ascending"], on="x")
             pairs = pairs[pairs["depth_x"] != pairs["depth_y"]]
             better = (pairs["mean_x"] > pairs["mean_y"]).sum()
-            caption += " Labels are the layers with a prefix: from the bottom one up (ascending) "
-            caption += "and from the top one down (descending). Upper layers are better than as "
-            caption += f"many lower ones at {better} of {len(pairs)} depths."
+            caption += (
+                " Labels are the layers with a prefix, from the bottom (ascending) or the top "
+            )
+            caption += "(descending). Upper layers are better than as many lower ones at "
+            caption += f"{better} of {len(pairs)} depths."
         name, base = f"{kind}-{len(drawings) + 1}", 2 if kind == "length" else 0
-        drawings.append(draw(name, caption, points, x_label, y_label, ticks=own["x"], base=base))
+        drawings.append(
+            draw(name, caption, points, x_label, y_label, ticks=own["x"].unique(), base=base)
+        )
     return drawings

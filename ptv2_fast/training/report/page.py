@@ -5,7 +5,6 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 import jinja2
-import pandas
 
 import ptv2_fast
 from ptv2_fast.training.finished_runs import COLUMNS, LeftOut, Run, data_titles, find_runs
@@ -46,7 +45,7 @@ def render(
     curves, ablations = figures.curve_drawings(found.results), figures.sweep_drawings(sweeps)
     content = {
         "runs": runs, "left_out": left_out, "titles": data_titles(runs), "published": published,
-        "found": found, "sweeps": sweeps, "tables": tables, "DataFrame": pandas.DataFrame,
+        "found": found, "sweeps": sweeps, "tables": tables, "DataFrame": tables.pandas.DataFrame,
         "overview": overview, "curves": curves, "ablations": ablations, "defaults": defaults(),
         "today": datetime.date.today(), "version": ptv2_fast.__version__,
     }  # fmt: skip

@@ -1,6 +1,5 @@
 """The tables of a report: frames of text and of `Html`, whose index stands in front of the rows."""
 
-import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
@@ -17,7 +16,6 @@ from ptv2_fast.training.seeds import over_seeds
 # (task, model) -> the published figures; as ptv2_fast.recipes.published.published.
 Published = Callable[[str, str], Sequence[Any]]
 NONE = "–"  # noqa: RUF001
-_LABELS = 20  # of a table of who was taken for whom
 _PAPER = ("FT", "PT", "PT-2", "MPT-2")  # its columns
 # Units by the value from which on they are printed: (from, how much one is, name).
 SHARES = ((0, 0.01, "%"),)
@@ -86,23 +84,16 @@ def paper_table(
                 printed[one.column] = f"published {one.value:.1f}{mark}"
                 sources[one.source] = sources.get(one.source, "") or mark
         row = rows[model, f"{title}: {scores['label'].iloc[0]}"] = dict.fromkeys(_PAPER)
-        row |= {**score_cells(scores, printed), "PT-2 / FT": _ratio(scores)}
+        ratio, chance = (scores[name].reindex(["FT", "PT-2"]) for name in ("ratio", "chance"))
+        words = "chance" if chance.notna().all() and chance.any() else NONE
+        words = f"{percent(ratio['PT-2'])} %" if pandas.notna(ratio["PT-2"]) else words
+        row |= {**score_cells(scores, printed), "PT-2 / FT": words}
     cells = pandas.DataFrame([*rows.values()], pandas.MultiIndex.from_tuples(rows), dtype=object)
     cells = cells[sorted(cells, key=lambda name: [*COLUMNS, name, "PT-2 / FT"].index(name))]
     notes = [f"Published: {', '.join(sorted(sources))} (Liu et al. 2022)."] if sources else []
     if any(sources.values()):
         notes.append("† could not be compared with the printed table.")
-    if (cells["PT-2 / FT"] == "chance").any():
-        notes.append("chance: one of the two is no better than a constant answer.")
     return cells, notes
-
-
-def _ratio(scores: pandas.DataFrame) -> str:
-    """P-Tuning v2's score as a part of fine-tuning's."""
-    known = scores.reindex(["FT", "PT-2"])
-    if pandas.notna(known["ratio"]["PT-2"]):
-        return f"{percent(known['ratio']['PT-2'])} %"
-    return "chance" if known["mean"].notna().all() and known["chance"].any() else NONE
 
 
 def cost_table(standing: pandas.DataFrame) -> pandas.DataFrame:
@@ -134,7 +125,7 @@ def class_table(results: pandas.DataFrame) -> pandas.DataFrame:
         for split in row.result.splits
         for name, values in (row.result.mistakes(split) or {}).get("classes", {}).items()
     ]
-    scores = over_seeds(pandas.DataFrame(rows, columns=[*names, "score"]), names)
+    scores = over_seeds(rows, names)
     return score_cells(scores).unstack("column", sort=False) if rows else scores
 
 
@@ -144,7 +135,7 @@ def confusion_table(counts: Mapping[str, Mapping[str, int]]) -> pandas.DataFrame
     labels = table.index.union(table.columns, sort=False)
     table = table.reindex(index=labels, columns=labels).fillna(0).astype(int)
     confused = table.sum() + table.sum(axis=1) - 2 * numpy.diag(table)
-    kept = labels[labels.isin(confused.nlargest(_LABELS).index)]
+    kept = labels[labels.isin(confused.nlargest(20).index)]
     return table.loc[kept, kept].astype(object).replace(0, NONE)
 
 
@@ -152,19 +143,14 @@ def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.Data
     """Every run with its score and every option that is not the same in all of them."""
     options = [{name: text_of(value) for name, value in run.options.items()} for run in runs]
     cells = pandas.DataFrame(options, dtype=object)
-    cells = cells.loc[:, cells.nunique() > 1]
-    cells = cells.drop(columns=["method", "task", "tasks", "seed"], errors="ignore")
-    scores = [
-        "; ".join(
-            f"{titles[result]} {split} {percent(result.scores[split].get(result.metric, math.nan))}"
-            for result in run.results
-            for split in result.splits
-        )
-        for run in runs
-    ]
-    cells.insert(0, "Method", [run.column for run in runs])
-    cells.insert(1, "Score", scores)
-    cells.insert(2, "Seed", [run.seed for run in runs])
+    hidden = ("method", "task", "tasks", "seed")
+    cells = cells[[n for n in cells if cells[n].nunique() > 1 and n not in hidden]]
+    first = []
+    for run in runs:
+        pairs = [(one, split) for one in run.results for split in one.splits]
+        scores = [f"{titles[one]} {split} {percent(one.score(split))}" for one, split in pairs]
+        first.append((run.column, "; ".join(scores), run.seed))
+    cells = pandas.DataFrame(first, columns=["Method", "Score", "Seed"]).join(cells)
     top = os.path.commonpath([run.folder.parent.absolute() for run in runs])
     names = [escape(os.path.relpath(run.folder, top)) for run in runs]
     links = [Html(f'<a href="#run-{number}">{name}</a>') for number, name in enumerate(names, 1)]
@@ -173,9 +159,9 @@ def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.Data
 
 def machines_table(runs: Sequence[Run]) -> pandas.DataFrame:
     """The machines and versions that runs used, and how many runs used them."""
-    rows = [run.report.get("machine", {}) | run.report.get("versions", {}) for run in runs]
-    counts = pandas.DataFrame(rows, dtype=object).map(text_of).value_counts(sort=False)
-    return counts.rename("runs").reset_index()
+    parts = [[run.report.get(name) or {} for name in ("machine", "versions")] for run in runs]
+    table = pandas.DataFrame([one | other for one, other in parts], dtype=object).map(text_of)
+    return table.value_counts(sort=False).rename("runs").reset_index().set_index("runs")
 
 
 def remarks_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.DataFrame:
@@ -185,10 +171,8 @@ def remarks_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.D
         for run in runs
         for split, what, found in run.remarks()
     ]
-    counts = pandas.DataFrame(rows, columns=["data set", "split", "remark"]).value_counts(
-        sort=False
-    )
-    return counts.rename("runs").reset_index().set_index("data set")
+    table = pandas.DataFrame(rows, columns=["data set", "split", "remark"])
+    return table.value_counts(sort=False).rename("runs").reset_index().set_index("data set")
 
 
 def text_of(value: Any) -> str:
