@@ -143,8 +143,10 @@ def curve_drawings(results: pandas.DataFrame) -> list[Drawing]:
     """Two for each data set and model: over seconds of training, and over steps."""
     drawings: dict[str, Drawing] = {}
     axes = {"seconds": ("train_seconds", "seconds of training steps"), "step": ("step", "steps")}
+    models = results.groupby("title")["model"].nunique()
     for (title, model), own in results.groupby(["title", "model"], sort=False):
-        start = f"curve-{re.sub('[^a-z0-9]+', '-', title.lower()).strip('-')}"
+        words = title if models[title] == 1 else f"{title} {model}"
+        start = f"curve-{re.sub('[^a-z0-9]+', '-', words.lower()).strip('-')}"
         while any(name.startswith(f"{start}-s") for name in drawings):
             start += "-2"
         for axis, (key, label) in axes.items():
@@ -158,7 +160,7 @@ def curve_drawings(results: pandas.DataFrame) -> list[Drawing]:
                 lines.append(table.assign(y=100 * table["y"], label=column, line=number))
             points = pandas.concat(lines)
             if len(points):
-                y_label = f"{metric_name(own['result'].iloc[0].metric)}, validation"
+                y_label = f"{metric_name(result.metric)} on validation"
                 caption, name = f"{title}, {model}: {y_label} over {label}.", f"{start}-{axis}"
                 drawings[name] = draw(name, caption, points, label, y_label)
     return [*drawings.values()]
