@@ -184,7 +184,7 @@ def command(config: RunConfig, data: Path) -> str:
         return text.replace(str(data), "DATA")
 
     for name, value in config.flat().items():
-        if value is not None and (name in ("task", "model") or value != defaults[name]):
+        if value is not None and (name in ("task", "model", "method") or value != defaults[name]):
             flag = "--" + name.replace("_", "-")
             if isinstance(value, bool):
                 words.append(flag if value else flag.replace("--", "--no-", 1))

@@ -18,7 +18,8 @@ def model(tmp_path_factory) -> str:
 def plan(capsys, model, folder, task: str, train: str, *more: str) -> dict:
     output = folder / "run"
     command = ["train", "--task", task, "--model", model, "--train-file", train, "--dry-run",
-               "--num-virtual-tokens", "4", "--output", str(output), *more]  # fmt: skip
+               "--method", "p-tuning-v2", "--num-virtual-tokens", "4", "--output", str(output),
+               *more]  # fmt: skip
     assert cli.main(command) == 0
     assert not output.exists()
     return json.loads(capsys.readouterr().out.partition("\n")[2])

@@ -362,7 +362,8 @@ def test_a_trained_run_is_reported(tmp_path, capsys):
     train, dev = (write_reviews(tmp_path / f"{n}.csv", c) for n, c in (("train", 16), ("dev", 8)))
     run = tmp_path / "runs" / "reviews"
     assert cli.main([
-        "train", "--task", "text-classification", "--model", model, "--train-file", train,
+        "train", "--task", "text-classification", "--method", "p-tuning-v2", "--model", model,
+        "--train-file", train,
         "--validation-file", dev, "--num-virtual-tokens", "4", "--max-steps", "4", "--eval-steps",
         "2", "--save-steps", "0", "--no-load-best", "--no-progress", "--output", str(run),
     ]) == 0  # fmt: skip

@@ -229,7 +229,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     report = read_json(folder / REPORT)
     names = ("task", "method", "model", "metrics")
-    missing = [name for name in names if not report.get(name)]
+    missing = [name for name in names if name not in report]
     if missing:
         raise ValueError(f"{REPORT}: expected the keys {missing}")
     metrics = report["metrics"]

@@ -190,6 +190,8 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> Run:
     if not (folder / run_folder.REPORT).is_file():
         raise ValueError("unfinished: there is no report.json")
     report = run_folder.read_report(folder)
+    if not report["metrics"]:
+        raise ValueError("not scored: neither a validation nor a test set was given")
     options: dict[str, Any] = {}
     for name, value in config.items():
         if name in SECTIONS and isinstance(value, dict):

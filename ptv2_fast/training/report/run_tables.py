@@ -114,7 +114,8 @@ def run_details(run: Run, name: str) -> RunDetails:
     if several or not set(given) <= set(defaults):
         words += ["--config", str(run.folder / run_folder.CONFIG)]
     else:
-        for option, value in given.items():
+        named = {"method": run.options.get("method", defaults["method"])}  # else a preset is taken
+        for option, value in (named | given).items():
             words += _argument(option, value)
     tasks = {f"data set {part.get('name')}": part for part in given.pop("tasks", ())}
     options = {option: option_text(value) for option, value in given.items()}
