@@ -62,8 +62,8 @@ def predict_step(
     """The memory of a training step on each device, by formula.
 
     On one device the layers run as `config.backbone` says. On several they run by the hook with
-    sharded weights (FSDP's full shards): each device has a share of the weights and a batch of its own, and
-    gathers the weights of a layer while it runs, and those of the next one meanwhile. What
+    sharded weights (FSDP's full shards): each device has a share of the weights and a batch of its
+    own, and gathers the weights of a layer while it runs, and those of the next one meanwhile. What
     embeddings and head keep for the backward pass is left out.
 
     Args:
