@@ -126,7 +126,7 @@ class _Handed(threading.local):
     states: Tensor | None = None
 
 
-class _Output(BaseModelOutputWithPooling):
+class GivenOutput(BaseModelOutputWithPooling):
     """States; what else the backbones of some families give, such as a cache, is None."""
 
     def __getattr__(self, name: str) -> None:
@@ -153,7 +153,7 @@ class GivenStates:
         """As the backbone's own forward, whatever it is given."""
         states = cast(Tensor, self._handed.states)
         pooled = self.family.pooled(self.backbone, states)
-        return _Output(last_hidden_state=states, pooler_output=pooled)
+        return GivenOutput(last_hidden_state=states, pooler_output=pooled)
 
     @contextlib.contextmanager
     def of(self, states: Tensor) -> Iterator[None]:
