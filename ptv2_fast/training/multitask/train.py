@@ -141,6 +141,8 @@ def prepare_tasks(
     order = MultiTaskOrder(row_lengths, batches, batching, seed=0)
     metric = MEAN if scored else None
     arguments = training_arguments(first, folder, len(order), sum(batches), metric)
+    # A batch does not reach every head; transformers' own choice depends on checkpointing.
+    arguments.ddp_find_unused_parameters = True
     parts = {
         name: Prepared(
             singles[name], task, model, tokenizer, labels, lengths[name], features[name], arguments,
