@@ -33,8 +33,8 @@ class SharedPass:
     """Stands in front of a model's backbone while batches go through the model one by one.
 
     Within the context, a call of the model with the batch whose turn it is gives what it gives
-    alone, beyond rounding and dropout. The backbone runs once, in the first of these calls and as
-    that one calls it, with the rows of all batches.
+    alone, beyond rounding, dropout and what a backbone makes of more pads. The backbone runs once,
+    in the first of these calls and as that one calls it, with the rows of all batches.
 
     Args:
         model: see `check_shared_pass`.
