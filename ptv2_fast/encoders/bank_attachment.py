@@ -15,6 +15,7 @@ from ptv2_fast.encoders.attachment import Attachment, Given
 from ptv2_fast.encoders.backbone_forward import FIRST_TOKEN_ARGUMENT
 from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.lifecycle import check_model, make_encoder
+from ptv2_fast.frozen.adapter_rows import AdapterRows
 from ptv2_fast.frozen.layout import Repeat
 from ptv2_fast.prefix import BankPrefix, LayerPrefix, PTuningV2Config
 
@@ -29,6 +30,7 @@ class BankCall:
         prefix_dropout: in training.
         repeat: the rows that each text becomes (see `PrefixState`).
         first_token_only: nothing but the first token's state is read.
+        adapters: what the rows' adapters have inside of the layers, or None.
     """
 
     layers: Mapping[int, LayerPrefix] | Mapping[int, BankPrefix]
@@ -36,6 +38,7 @@ class BankCall:
     prefix_dropout: float = 0.0
     repeat: Repeat | None = None
     first_token_only: bool = False
+    adapters: AdapterRows | None = None
 
 
 class _Running(threading.local):
@@ -77,7 +80,7 @@ class BankAttachment(Attachment):
     def given(self) -> Given:
         """As that of `Attachment`."""
         call = _call()
-        return Given(call.layers, call.prefix_dropout, call.repeat)
+        return Given(call.layers, call.prefix_dropout, call.repeat, call.adapters)
 
     def repeat_inputs(self, rows: Tensor) -> None:
         """As that of `Attachment`."""
@@ -85,7 +88,12 @@ class BankAttachment(Attachment):
         call.offset = None if call.offset is None else call.offset[rows]
 
     def run(self, call: BankCall, **inputs: Tensor) -> Tensor:
-        """The last states of each row, [B, T, C]."""
+        """The last states of each row, [B, T, C].
+
+        Raises:
+            NeedsFrozenBlocksError: before anything runs, with `adapters` where the layers cannot be
+                frozen blocks.
+        """
         marks = {FIRST_TOKEN_ARGUMENT: True} if call.first_token_only else {}
         with _running(call):
             return self.model(**inputs, **marks).last_hidden_state
@@ -118,7 +126,7 @@ class _Handed(threading.local):
     states: Tensor | None = None
 
 
-class _Output(BaseModelOutputWithPooling):
+class GivenOutput(BaseModelOutputWithPooling):
     """States; what else the backbones of some families give, such as a cache, is None."""
 
     def __getattr__(self, name: str) -> None:
@@ -145,7 +153,7 @@ class GivenStates:
         """As the backbone's own forward, whatever it is given."""
         states = cast(Tensor, self._handed.states)
         pooled = self.family.pooled(self.backbone, states)
-        return _Output(last_hidden_state=states, pooler_output=pooled)
+        return GivenOutput(last_hidden_state=states, pooler_output=pooled)
 
     @contextlib.contextmanager
     def of(self, states: Tensor) -> Iterator[None]:

@@ -198,6 +198,8 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> Run:
             options |= value
         elif name != "found":
             options[name] = value
+    if "tasks" in options:
+        options.setdefault("mixed_batches", False)  # a version before the option did not mix
     _check_options(options)
     curve: tuple[dict[str, Any], ...] = ()
     sweep: str | None = None
