@@ -23,7 +23,6 @@ from ptv2_fast.encoders.lifecycle import require_attachment
 from ptv2_fast.encoders.pads import reads_pads
 from ptv2_fast.encoders.selection import ENCODER_NAME, frozen_stems
 from ptv2_fast.encoders.vocabulary import ROWS_NAME
-from ptv2_fast.frozen.adapter_rows import AdapterValues
 from ptv2_fast.prefix import LayerPrefix
 
 # What is done to a model of an adapter's class before the adapter is loaded.
@@ -96,13 +95,10 @@ class Member:
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._head_names = [n for n in attachment.saved_names if not n.startswith(ENCODER_NAME)]
         vectors, family = attachment.vectors, attachment.family
-        stand_ins = vectors.on(shared.layers)
-        self.runs_alone = (
-            has_rows or _differs_inside(attachment) or shared.frozen.has_head_norms_of(stand_ins)
-        )
-        self.values: AdapterValues | None = None
+        self.runs_alone = has_rows or _differs_inside(attachment) or shared.cannot_read(vectors)
+        self.values = None if self.runs_alone else shared.values_of(vectors)
         self.lowest = min(vectors.layers_inside, default=len(shared.layers))
-        self._is_whole = self.runs_alone or bool(stand_ins)
+        self._is_whole = self.runs_alone or self.values is not None
         if self._is_whole:
             attachment.frozen.share_weights(shared.frozen)
             for name, parameter in model.named_parameters():
@@ -112,8 +108,7 @@ class Member:
             self._take_apart(attachment, keep_projection)
             self._description["base_model"] = description.get("base_model")
             self._read_by(model, family)
-        if stand_ins and not self.runs_alone:
-            self.values = AdapterValues(stand_ins)
+        if self.values is not None:
             head = make()
             _share(model, head, self._head_names)
             self._read_by(head, family)

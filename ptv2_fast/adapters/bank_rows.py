@@ -8,8 +8,8 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ptv2_fast.adapters.bank_members import Member, Place
+from ptv2_fast.encoders.bank_attachment import AdapterRows
 from ptv2_fast.encoders.family import Family
-from ptv2_fast.frozen.adapter_rows import AdapterRows, AdapterValues
 
 
 class Row(NamedTuple):
@@ -97,8 +97,7 @@ def adapters_of(rows: list[Row]) -> AdapterRows | None:
     if not any(_has_values(row.member) for row in rows):
         return None
     counts = Counter(row.member for row in rows)
-    nothing = AdapterValues({})
-    values = [nothing if m is None or m.values is None else m.values for m in counts]
+    values = [None if member is None else member.values for member in counts]
     return AdapterRows(values, list(counts.values()))
 
 

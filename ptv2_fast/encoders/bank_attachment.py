@@ -15,7 +15,8 @@ from ptv2_fast.encoders.attachment import Attachment, Given
 from ptv2_fast.encoders.backbone_forward import FIRST_TOKEN_ARGUMENT
 from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.lifecycle import check_model, make_encoder
-from ptv2_fast.frozen.adapter_rows import AdapterRows
+from ptv2_fast.encoders.vectors import TrainedVectors
+from ptv2_fast.frozen.adapter_rows import AdapterRows, AdapterValues
 from ptv2_fast.frozen.layout import Repeat
 from ptv2_fast.prefix import BankPrefix, LayerPrefix, PTuningV2Config
 
@@ -86,6 +87,15 @@ class BankAttachment(Attachment):
         """As that of `Attachment`."""
         call = _call()
         call.offset = None if call.offset is None else call.offset[rows]
+
+    def values_of(self, vectors: TrainedVectors) -> AdapterValues | None:
+        """What an adapter of another model of this class has inside of the layers, if anything."""
+        stand_ins = vectors.on(self.layers)
+        return AdapterValues(stand_ins) if stand_ins else None
+
+    def cannot_read(self, vectors: TrainedVectors) -> bool:
+        """Whether norms of heads are among them, which are those of all rows of a pass."""
+        return self.frozen.has_head_norms_of(vectors.on(self.layers))
 
     def run(self, call: BankCall, **inputs: Tensor) -> Tensor:
         """The last states of each row, [B, T, C].

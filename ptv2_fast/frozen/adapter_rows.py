@@ -134,12 +134,12 @@ class AdapterRows:
     """The adapters of a batch.
 
     Args:
-        adapters: in the order of their sequences.
+        adapters: in the order of their sequences; None has nothing inside of the blocks.
         counts: how many sequences each has.
     """
 
-    def __init__(self, adapters: Sequence[AdapterValues], counts: Sequence[int]) -> None:
-        self._adapters = adapters
+    def __init__(self, adapters: Sequence[AdapterValues | None], counts: Sequence[int]) -> None:
+        self._adapters = [AdapterValues({}) if each is None else each for each in adapters]
         ends = [0]
         for count in counts:
             ends.append(ends[-1] + count)
