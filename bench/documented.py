@@ -15,7 +15,7 @@ from bench import experiment_table
 from bench.measure import RESULTS
 
 ROOT = RESULTS.parents[1]
-PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md")
+PAGES = (ROOT / "README.md", ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "experiments.md")
 Row = dict[str, str]
 
 NONE, RECOMPUTED, HOOK = "frozen none", "frozen ffn+qkv", "hook"
@@ -222,6 +222,28 @@ def serving() -> Iterator[str]:
     return lines(("", "texts a second", "time, `AdapterBank` = 1"), rows)
 
 
+def sooner() -> Iterator[str]:
+    """Scores of the presets and how soon they come; means of the seeds."""
+    found = [row for row in read("time-to-score.csv") if row["seed"] == "mean"]
+
+    def row(each: Row) -> tuple[str, ...]:
+        def cell(column: str, digits: int = 2) -> str:
+            return rounded(each[column], digits)
+
+        score = "" if each["test"] == "" else rounded(100 * float(each["test"]), 1)
+        return (
+            each["task"] + (" (held out)" if each["held out"] == "True" else ""), each["recipe"],
+            score, cell("test / fine-tuning", 3), cell("seconds / fine-tuning's whole"),
+            cell("to 95 % / fine-tuning's"), cell("to 95 % / fine-tuning's whole"),
+        )  # fmt: skip
+
+    header = (
+        "", "", "test", "of fine-tuning's", "whole time, of fine-tuning's",
+        "time to 95 % of its validation score, of its own to there", "of its whole time",
+    )  # fmt: skip
+    return lines(header, (row(each) for each in found))
+
+
 TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "headlines": headlines,
     "operator": operator,
@@ -229,6 +251,7 @@ TABLES: dict[str, Callable[[], Iterator[str]]] = {
     "steps": steps,
     "gpu-steps": gpu_steps,
     "serving": serving,
+    "sooner": sooner,
 }
 
 
