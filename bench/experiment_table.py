@@ -1,4 +1,4 @@
-"""The README's tables of the experiments: python -m bench.experiment_table
+"""The tables of docs/experiments.md: python -m bench.experiment_table
 
 Of a variant that ran with several learning rates the one is shown that ran with all seeds, since
 its run with the first seed scored best on the validation split; of two such the one whose mean over

@@ -44,6 +44,9 @@ def write_run(
         config["tasks"] = options.pop("tasks")
         del config["data"]
     for name, value in options.items():
+        if name == "mixed_batches":
+            config[name] = value
+            continue
         section = next((s for s, names in _SECTIONS.items() if name in names), "model")
         config[section][name] = value
     lines = [

@@ -8,7 +8,7 @@ import transformers
 
 from ptv2_fast import cli
 from ptv2_fast.recipes import read_recipe
-from ptv2_fast.training.default_recipe import default_recipe
+from ptv2_fast.recipes.default import default_recipe
 from ptv2_fast.training.options import RunConfig
 from tests.command_line import save_tiny
 from tests.models import one_thread  # noqa: F401

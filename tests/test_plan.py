@@ -55,10 +55,12 @@ def test_a_multitask_run_shows_steps_time_and_memory(model, tmp_path, capsys):
         ],
     }  # fmt: skip
     (tmp_path / "multi.json").write_text(json.dumps(config))
-    command = ["multitask", "--config", str(tmp_path / "multi.json"), "--dry-run"]
+    command = ["multitask", "--config", str(tmp_path / "multi.json"), "--dry-run",
+               "--mixed-batches"]  # fmt: skip
     assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
     shown = json.loads(capsys.readouterr().out.partition("\n")[2])
     run, training = shown["run"], shown["training"]
+    assert shown["mixed_batches"] is True
     assert {name: part["batches_per_epoch"] for name, part in run["tasks"].items()} == {
         "first": 6, "second": 3
     }  # fmt: skip

@@ -152,6 +152,16 @@ def test_seeds_are_one_setting_with_mean_and_sample_deviation(found):
     assert {*shown["settings"]} == {1 + 3 + 1}
 
 
+def test_a_multitask_run_from_before_an_option_stands_with_those_that_leave_it_out(tmp_path):
+    report = {"tasks": {"rte": {"task": "rte", "metric": "accuracy"}}, "metric": "mean"}
+    for seed, own in enumerate(({}, {"mixed_batches": False}, {"mixed_batches": True})):
+        write_run(tmp_path / str(seed), {"rte/validation": {"accuracy": 0.6}}, seed=seed,
+                  tasks=[{"name": "rte", "task": "rte"}, {"name": "cb", "task": "cb"}],
+                  report=report, **own)  # fmt: skip
+    results = compare(find_runs([tmp_path])[0]).results
+    assert [*results["seed"]] == [0, 1] and {*results["settings"]} == {2}
+
+
 def test_the_better_of_two_settings_is_chosen_on_the_validation_split(tmp_path):
     for rate, on_validation, on_test in ((1, 0.7, 0.1), (2, 0.6, 0.9)):
         scores = {"validation": {"accuracy": on_validation}, "test": {"accuracy": on_test}}

@@ -17,6 +17,7 @@ from ptv2_fast.adapters.bank_models import check_same_weights, find_class
 from ptv2_fast.adapters.bank_prefixes import stack_prefixes
 from ptv2_fast.adapters.bank_rows import (
     Row,
+    adapters_of,
     check_inputs,
     check_lengths,
     passes,
@@ -26,6 +27,7 @@ from ptv2_fast.adapters.bank_rows import (
 from ptv2_fast.adapters.loading import check_same_model, read_config, read_labels
 from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import read_adapter
+from ptv2_fast.encoders.backbone_forward import NeedsFrozenBlocksError
 from ptv2_fast.encoders.bank_attachment import BankCall, Repeat, attach_bank
 from ptv2_fast.encoders.lifecycle import check_model, require_attachment
 from ptv2_fast.prefix import PTuningV2Config
@@ -157,8 +159,9 @@ class PrefixBank:
     ) -> list[Any]:
         """Run each text with its adapter, all in one pass of the encoder.
 
-        Adapters whose layers differ from the encoder's (trained biases, norms, low-rank updates,
-        `modules_to_save` inside it, added tokens) run in a pass of their own.
+        Adapters whose layers are others than the encoder's (`modules_to_save` inside it, added
+        tokens, norms of heads that train) run in a pass of their own. So do those with trained
+        biases, norms or low-rank updates in training, and where no frozen blocks run.
 
         Args:
             input_ids: int64 [B, T].
@@ -210,16 +213,28 @@ class PrefixBank:
         ]
         check_lengths(inputs, rows, self._shared.family, self._plain.config)
         places = places_of(inputs.get("attention_mask"), batch)
-        results: list[Any] = [None] * len(rows)
-        for group in passes(rows, self._shared.model.training):
-            chosen = [rows[number] for number in group]
-            for number, result in zip(group, self._run(chosen, inputs, places), strict=True):
-                results[number] = result
-        found = iter(results)
+        is_training = self._shared.model.training
+        apart = is_training or any(tensor.requires_grad for tensor in inputs.values())
+        found = iter(self._results(rows, inputs, places, apart))
         return [
             next(found) if isinstance(names, str) else [next(found) for _ in names]
             for names in adapter_names
         ]
+
+    def _results(
+        self, rows: list[Row], inputs: dict[str, Tensor], places: list[Place], apart: bool
+    ) -> list[Any]:
+        """That of each row; `apart`: as that of `passes`."""
+        results: list[Any] = [None] * len(rows)
+        for group in passes(rows, self._shared.model.training, apart):
+            chosen = [rows[number] for number in group]
+            try:
+                found = self._run(chosen, inputs, places)
+            except NeedsFrozenBlocksError:
+                found = self._results(chosen, inputs, places, apart=True)
+            for number, result in zip(group, found, strict=True):
+                results[number] = result
+        return results
 
     def _find(self, members: dict[str, Member], name: str) -> Member:
         if not isinstance(name, str) or name not in members:
@@ -265,8 +280,9 @@ class PrefixBank:
         """The results of rows that share a pass."""
         texts = [row.text for row in rows]
         first = rows[0].member
-        if first is not None and first.runs_alone:
-            return first.run(select(inputs, texts), [places[text] for text in texts])
+        if first is not None and all(row.member is first for row in rows):
+            if first.runs_alone or first.values is not None:
+                return first.run(select(inputs, texts), [places[text] for text in texts])
         states = self._states(rows, inputs)
         results: list[Any] = [None] * len(rows)
         for member in dict.fromkeys(row.member for row in rows):
@@ -295,7 +311,9 @@ class PrefixBank:
         # Texts that start at the same position are the same below the lowest prefix.
         starts = [(row.text, 0 if row.member is None else row.member.offset) for row in rows]
         once = list(dict.fromkeys(starts))
-        lowest = min(layers, default=len(shared.layers) - 1)
+        adapters = adapters_of(rows)
+        inside = [member.lowest for member in members if member is not None]
+        lowest = min([*layers, *inside], default=len(shared.layers) - 1)
         # A convolution behind the first layer reads the batch of the embeddings.
         has_convolution = shared.relative is not None and shared.relative.has_convolution
         repeat = None
@@ -310,5 +328,6 @@ class PrefixBank:
             0.0 if rows[0].member is None else rows[0].member.prefix_dropout,
             repeat,
             all(row.member is not None and row.member.first_token_only for row in rows),
+            adapters,
         )
         return shared.run(call, **select(inputs, [text for text, _ in starts]))

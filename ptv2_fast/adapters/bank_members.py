@@ -17,6 +17,7 @@ from ptv2_fast.encoders.adapter_content import describe_adapter
 from ptv2_fast.encoders.adapter_files import write_adapter
 from ptv2_fast.encoders.attachment import Attachment
 from ptv2_fast.encoders.bank_attachment import BankAttachment, GivenStates
+from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.first_token import reads_first_token_only
 from ptv2_fast.encoders.lifecycle import require_attachment
 from ptv2_fast.encoders.pads import reads_pads
@@ -46,7 +47,9 @@ class Member:
     Attributes:
         model: of its class, without encoder layers where it shares the bank's pass.
         encoder: its prefix.
-        runs_alone: its layers differ from those of the bank.
+        runs_alone: its layers are others than those of the bank.
+        values: the biases, norms and updates that it has inside of them, or None.
+        lowest: the lowest layer with one; behind the last one where there is none.
         offset: positions in front of its first token.
         prefix_dropout: in training.
         first_token_only: its head reads the first token's state and no other.
@@ -72,9 +75,14 @@ class Member:
     ) -> None:
         labels = read_labels(description, place)
         has_rows = ROWS_NAME in tensors
-        model = model_around(backbone, kind, tensors, labels)
-        if adapt is not None:
-            adapt(model)
+
+        def make() -> PreTrainedModel:
+            model = model_around(backbone, kind, tensors, labels)
+            if adapt is not None:
+                adapt(model)
+            return model
+
+        model = make()
         put_adapter(model, description, tensors, place)
         attachment = require_attachment(model)
         self.model, self.encoder = model, attachment.encoder
@@ -86,8 +94,12 @@ class Member:
         self._reads_pads = reads_pads(model)
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._head_names = [n for n in attachment.saved_names if not n.startswith(ENCODER_NAME)]
-        self.runs_alone = has_rows or _differs_inside(attachment)
-        if self.runs_alone:
+        vectors, family = attachment.vectors, attachment.family
+        self.runs_alone = has_rows or _differs_inside(attachment) or shared.cannot_read(vectors)
+        self.values = None if self.runs_alone else shared.values_of(vectors)
+        self.lowest = min(vectors.layers_inside, default=len(shared.layers))
+        self._is_whole = self.runs_alone or self.values is not None
+        if self._is_whole:
             attachment.frozen.share_weights(shared.frozen)
             for name, parameter in model.named_parameters():
                 if name in self._head_names:
@@ -95,6 +107,11 @@ class Member:
         else:
             self._take_apart(attachment, keep_projection)
             self._description["base_model"] = description.get("base_model")
+            self._read_by(model, family)
+        if self.values is not None:
+            head = make()
+            _share(model, head, self._head_names)
+            self._read_by(head, family)
         # Hooks of a task may keep something from one part of the model to the next.
         has_hooks = bool(model._forward_pre_hooks)
         self._lock: Any = threading.Lock() if has_hooks else contextlib.nullcontext()
@@ -107,11 +124,15 @@ class Member:
         has_projection = self.encoder.projection is not None
         self._description["prefix_config"]["prefix_projection"] = has_projection
         attachment.undo()
-        self.model.config.return_dict = True
-        self._is_bare = self.model.base_model is self.model
-        head = (p.dtype for n, p in self.model.named_parameters() if n in self._head_names)
-        self._head_dtype = next(head, None)
-        self._given = GivenStates(cast(Any, self.model.base_model), attachment.family)
+
+    def _read_by(self, head: PreTrainedModel, family: Family) -> None:
+        """Let the head of this model read states; its layers are taken out."""
+        self._head = head
+        head.config.return_dict = True
+        self._is_bare = head.base_model is head
+        dtypes = (p.dtype for n, p in head.named_parameters() if n in self._head_names)
+        self._head_dtype = next(dtypes, None)
+        self._given = GivenStates(cast(Any, head.base_model), family)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -129,12 +150,14 @@ class Member:
         self.model.train(mode)
         for parameter in self.parameters:
             parameter.requires_grad_(mode)
-        if self.runs_alone:
+        if self._is_whole:
             require_attachment(self.model).set_trainable(mode)
+        if self.values is not None:
+            self.values.forget()
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the adapter as `save_adapter` does."""
-        if self.runs_alone:
+        if self._is_whole:
             save_adapter(self.model, directory)
             return
         state = self.model.state_dict()
@@ -144,6 +167,8 @@ class Member:
 
     def layers(self) -> dict[int, LayerPrefix]:
         """Layer index -> its prefix."""
+        if self.encoder.config.num_virtual_tokens == 0:
+            return {}
         trains = torch.is_grad_enabled() and any(
             parameter.requires_grad for parameter in self.encoder.parameters()
         )
@@ -162,23 +187,28 @@ class Member:
         states = states.to(self._head_dtype or states.dtype)
         if not self._reads_pads:
             with self._given.of(states):
-                return self.run(inputs, places)
+                return self._run(self._head, inputs, places)
         results = []
         for row, place in enumerate(places):
             own = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
             length = states.shape[1]
             own = {n: t[:, place] if t.shape[1:2] == (length,) else t for n, t in own.items()}
             with self._given.of(states[row : row + 1, place]):
-                results += self.run(own, [slice(None)])
+                results += self._run(self._head, own, [slice(None)])
         return results
 
     def run(self, inputs: dict[str, Tensor], places: list[Place]) -> list[Tensor]:
         """What the model makes of rows, for each."""
+        return self._run(self.model, inputs, places)
+
+    def _run(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], places: list[Place]
+    ) -> list[Tensor]:
         known = {name: tensor for name, tensor in inputs.items() if name in self._names}
         if self._has_choices:  # each row is one choice of one example
             known = {n: t[:, None] if t.dim() > 1 else t for n, t in known.items()}
         with self._lock:
-            output = self.model(**known, return_dict=True)
+            output = model(**known, return_dict=True)
         if "start_logits" in output:
             return _cut(torch.stack((output.start_logits, output.end_logits), dim=-1), places)
         if "logits" not in output:
@@ -195,11 +225,19 @@ def _cut(rows: Tensor, places: list[Place]) -> list[Tensor]:
 
 
 def _differs_inside(attachment: Attachment) -> bool:
-    """Whether something trains, or has trained, inside the frozen part of a model."""
-    config, model = attachment.config, attachment.model
-    stems = frozen_stems(model, attachment.family)
-    inside = any(name.startswith(stems) for name in attachment.saved_names)
-    return inside or config.train_biases or config.train_norms or config.low_rank is not None
+    """Whether modules inside the frozen part of a model train, or have trained, themselves."""
+    stems = frozen_stems(attachment.model, attachment.family)
+    return any(name.startswith(stems) for name in attachment.saved_names)
+
+
+def _share(model: PreTrainedModel, other: PreTrainedModel, names: list[str]) -> None:
+    """Give another model of the same class these tensors of a model."""
+    for name in names:
+        path, _, key = name.rpartition(".")
+        own, others = model.get_submodule(path), other.get_submodule(path)
+        for kept, taken in ((own._parameters, others._parameters), (own._buffers, others._buffers)):
+            if key in kept:
+                taken[key] = kept[key]  # type: ignore[assignment]
 
 
 def _reads_first_token_only(attachment: Attachment) -> bool:

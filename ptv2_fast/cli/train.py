@@ -121,7 +121,7 @@ def _preset(options: dict[str, Any]) -> dict[str, Any]:
     config = RunConfig.from_dict(given)  # what is wrong is said before the heavy imports
     check_places(config.model, config.data)
     quieten(config.training.progress)
-    from ptv2_fast.training.default_recipe import default_recipe
+    from ptv2_fast.recipes.default import default_recipe
 
     name, values = default_recipe(config)
     print(f"recipe: {name}, as no method is named (--recipe none for none)", file=sys.stderr)

@@ -3,13 +3,8 @@
 import math
 from typing import Any
 
-import torch
-import transformers
-
-from ptv2_fast.encoders import FAMILIES
-from ptv2_fast.encoders.vectors import find_vectors
-from ptv2_fast.prefix import PTuningV2Config
 from ptv2_fast.recipes import read_recipe
+from ptv2_fast.training.methods import missing_inside
 from ptv2_fast.training.models import load_config
 from ptv2_fast.training.options import RunConfig
 
@@ -21,7 +16,6 @@ _KINDS = {
 _WIDTHS = {"minilm": 384, "base": 768, "large": 1024}
 # Of the encoder and the machine that a preset names, not of the task.
 _NOT_TAKEN = ("model", "bf16", "backbone_dtype")
-_MORE = ("train_biases", "train_norms", "low_rank")
 
 
 def default_recipe(config: RunConfig) -> tuple[str, dict[str, Any]]:
@@ -41,7 +35,7 @@ def default_recipe(config: RunConfig) -> tuple[str, dict[str, Any]]:
     width = getattr(encoder, "hidden_size", None) or _WIDTHS["base"]
     size = min(_WIDTHS, key=lambda name: abs(math.log(width / _WIDTHS[name])))
     name = f"preset-{_KINDS.get(config.data.family, 'classification')}-{size}"
-    left_out = [*_NOT_TAKEN, *_refused(encoder)]
+    left_out = [*_NOT_TAKEN, *missing_inside(encoder)]
     if config.training.max_steps or config.training.max_seconds:
         left_out.append("num_train_epochs")
     if config.model.prefix_projection or config.model.num_virtual_tokens == 0:
@@ -50,20 +44,3 @@ def default_recipe(config: RunConfig) -> tuple[str, dict[str, Any]]:
     if options.get("max_length", 0) > getattr(encoder, "max_position_embeddings", math.inf):
         left_out += ["max_length", "doc_stride"]
     return name, {n: v for n, v in options.items() if n not in left_out}
-
-
-def _refused(encoder: transformers.PretrainedConfig) -> list[str]:
-    """What a preset trains beside the prefix and this encoder does not have."""
-    if encoder.model_type not in FAMILIES:
-        return list(_MORE)
-    with torch.device("meta"):
-        model = transformers.AutoModel.from_config(encoder)
-    refused = []
-    for field in _MORE:
-        wanted: Any = {field: 1 if field == "low_rank" else True}
-        try:
-            find_vectors(model.base_model, FAMILIES[encoder.model_type],
-                         PTuningV2Config(num_virtual_tokens=1, **wanted))  # fmt: skip
-        except ValueError:
-            refused.append(field)
-    return refused
