@@ -17,16 +17,12 @@ from ptv2_fast.training.report.compare import SWEEP, metric_name
 _INK, _FAINT = "#1b2430", "#7d8794"  # the page has its own colour of text instead of the first
 # Seen on white and on black, apart in the common forms of colour blindness; shapes differ too.
 STYLES: dict[str, tuple[str, str, Any]] = {
-    "FT": ("#c8591a", "s", "-"),
-    "PT": ("#12876a", "^", (0, (4, 2))),
-    "PT-2": ("#2f79cc", "o", "-"),
-    "MPT-2": ("#b8509a", "D", (0, (6, 2, 1, 2))),
-    "Multi-task": ("#7a62cc", "P", (0, (1, 1.5))),
-    "LP": ("#6b7684", "v", (0, (1, 1.5))),
-    "P-tuning": ("#97751a", "X", (0, (4, 2))),
-    "LoRA": ("#5a7090", "<", (0, (6, 2, 1, 2))),
+    "FT": ("#c8591a", "s", "-"), "PT": ("#12876a", "^", (0, (4, 2))),
+    "PT-2": ("#2f79cc", "o", "-"), "MPT-2": ("#b8509a", "D", (0, (6, 2, 1, 2))),
+    "Multi-task": ("#7a62cc", "P", (0, (1, 1.5))), "LP": ("#6b7684", "v", (0, (1, 1.5))),
+    "P-tuning": ("#97751a", "X", (0, (4, 2))), "LoRA": ("#5a7090", "<", (0, (6, 2, 1, 2))),
     "": ("#747f8c", "h", "-"),  # any other
-}
+}  # fmt: skip
 _SETTINGS: Any = {
     "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "axes.edgecolor": _FAINT,
     "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK,
@@ -97,8 +93,7 @@ def draw(
         canvas.legend([*handles.values()], [*handles], loc="outside upper left", ncols=4)
         png, svg = io.BytesIO(), io.StringIO()
         canvas.savefig(png, format="png", dpi=200, facecolor="white")
-        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        canvas.savefig(svg, format="svg", transparent=True, metadata=nothing)
+        canvas.savefig(svg, format="svg", transparent=True)
     highest = points.groupby("label", sort=False)["x" if rows else "y"].max()
     words = ", ".join(f"{label} {value:.1f}" for label, value in highest.items())
     alt = f"{caption} Highest: {words}."
@@ -108,13 +103,12 @@ def draw(
 def _inline(svg: str, name: str, alt: str) -> str:
     """An SVG file as an element of the page, whose font and colour of text are the page's."""
     inner = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-    inner = re.sub(r"<style.*?</style>| font-family: [^;]*;", "", inner, flags=re.DOTALL)
+    inner = re.sub(r"<(metadata|style).*?</\1>| font-family: [^;]*;", "", inner, flags=re.DOTALL)
     used = set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', inner))
     inner = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", inner)
     inner = inner.replace("xlink:href", "href").replace(_INK, "currentColor")
-    inner = re.sub(
-        r' (?:d|x|y|transform)="[^"]*"', lambda m: re.sub(r"(\.\d)\d+", r"\1", m[0]), inner
-    )
+    numbers = r' (?:d|x|y|transform)="[^"]*"'
+    inner = re.sub(numbers, lambda m: re.sub(r"(\.\d)\d+", r"\1", m[0]), inner)
     box = svg.partition('viewBox="')[2].partition('"')[0]
     opening = f'<svg viewBox="{box}" role="img" aria-labelledby="{name}-alt">'
     return f'{opening}<title id="{name}-alt">{html.escape(alt)}</title>{inner}</svg>'
@@ -147,8 +141,7 @@ def curve_drawings(results: pandas.DataFrame) -> list[Drawing]:
     for (title, model), own in results.groupby(["title", "model"], sort=False):
         words = title if models[title] == 1 else f"{title} {model}"
         start = f"curve-{re.sub('[^a-z0-9]+', '-', words.lower()).strip('-')}"
-        while any(name.startswith(f"{start}-s") for name in drawings):
-            start += "-2"
+        start += f"-{len(drawings)}" * any(name.startswith(f"{start}-s") for name in drawings)
         for axis, (key, label) in axes.items():
             lines = []
             for number, (column, result) in enumerate(own[["column", "result"]].values):

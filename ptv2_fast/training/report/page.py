@@ -23,10 +23,8 @@ def write_report(
     """Write the report on all runs in some folders, and in folders in them at any depth.
 
     In `output` a former report is replaced, and what else is there stays. `published` finds figures
-    to print beside ours. Returns the page, and what it could not show.
-
-    Raises:
-        ValueError: for no folder, without a finished run, and for an output of something else.
+    to print beside ours. Returns the page, and what it could not show; raises a ValueError as
+    `find_runs` and `replace_files` do.
     """
     check_replaceable(output, "report")
     runs, left_out = find_runs(folders)

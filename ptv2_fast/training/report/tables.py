@@ -57,6 +57,13 @@ def score_cells(scores: pandas.DataFrame, more: Mapping[Any, str] | None = None)
     return pandas.Series(cells, dtype=object).rename_axis(index=scores.index.names)
 
 
+def score_table(scores: pandas.DataFrame) -> pandas.DataFrame:
+    """The same by the last level of the index, in the order in which rows and columns come."""
+    cells, columns = score_cells(scores), scores.index.unique("column")
+    rows = scores.index.droplevel("column").unique()
+    return cells.unstack("column").reindex(index=rows, columns=columns)
+
+
 def scaled(value: float, units: Any) -> str:
     """A cost with three digits."""
     if pandas.isna(value):
@@ -125,8 +132,7 @@ def class_table(results: pandas.DataFrame) -> pandas.DataFrame:
         for split in row.result.splits
         for name, values in (row.result.mistakes(split) or {}).get("classes", {}).items()
     ]
-    scores = over_seeds(rows, names)
-    return score_cells(scores).unstack("column", sort=False) if rows else scores
+    return score_table(over_seeds(rows, names)) if rows else pandas.DataFrame()
 
 
 def confusion_table(counts: Mapping[str, Mapping[str, int]]) -> pandas.DataFrame:
@@ -136,7 +142,7 @@ def confusion_table(counts: Mapping[str, Mapping[str, int]]) -> pandas.DataFrame
     table = table.reindex(index=labels, columns=labels).fillna(0).astype(int)
     confused = table.sum() + table.sum(axis=1) - 2 * numpy.diag(table)
     kept = labels[labels.isin(confused.nlargest(20).index)]
-    return table.loc[kept, kept].astype(object).replace(0, NONE)
+    return table.loc[kept, kept].map(lambda count: str(count or NONE))
 
 
 def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.DataFrame:
