@@ -7,7 +7,6 @@ import pytest
 from transformers import TrainerCallback
 
 from ptv2_fast import cli
-from ptv2_fast.tasks.comparison import mistakes
 from ptv2_fast.training import run
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
@@ -37,15 +36,12 @@ def test_final_weights_are_scored_once(changes, tiny, tmp_path, monkeypatch):  #
     scored = {step: metrics_at(tmp_path / "run", step) for step in (2, 4, 6)}
     best = max(scored, key=lambda step: scored[step]["f1"])
     assert found == scored[best if len(changes) == 1 and changes["save_steps"] else 6]
-    results, features = [], prepared.features["validation"]
+    wrong: dict = {}
     assert found == score(
-        prepared.model, prepared.task, features, prepared.tokenizer, prepared.labels,
-        results=results,
+        prepared.model, prepared.task, prepared.features["validation"], prepared.tokenizer,
+        prepared.labels, wrong=wrong,
     )  # fmt: skip
-    kept = json.loads((tmp_path / "run" / "mistakes.json").read_text())
-    assert kept == {
-        "validation": mistakes(prepared.task, results, features.examples, prepared.labels)
-    }
+    assert json.loads((tmp_path / "run" / "mistakes.json").read_text()) == {"validation": wrong}
 
 
 def test_the_bar_of_a_time_limit_is_over_seconds(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811

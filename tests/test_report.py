@@ -5,6 +5,7 @@ import json
 import math
 import re
 import shlex
+import sys
 from html.parser import HTMLParser
 from pathlib import Path
 from types import SimpleNamespace
@@ -413,6 +414,13 @@ def test_colours_keep_the_contrast_of_wcag_in_light_and_dark(page):
             for ground in ("page", "panel", "best"):
                 assert contrast(colours[text], colours[ground]) >= 4.5, (text, ground)
         assert all(contrast(colour, colours["page"]) >= 3 for colour, _, _ in STYLES.values())
+
+
+def test_what_is_not_installed_is_named(tmp_path, capsys, monkeypatch):
+    monkeypatch.delitem(sys.modules, "ptv2_fast.training.report.page")
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "jinja2 is not installed; pip install 'ptv2-fast[report]'" in capsys.readouterr().err
 
 
 def test_bad_input_is_named(tmp_path, capsys):

@@ -132,15 +132,8 @@ class Run:
         several = "tasks" in given
         words = ["ptv2-fast", "multitask" if several else "train"]
         words += ["--output", f"{self.folder}-again"]
-        if several:
-            return shlex.join([*words, "--config", str(self.folder / run_folder.CONFIG)])
-        for name, value in given.items():
-            flag = name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(f"--{flag}" if value else f"--no-{flag}")
-            else:
-                words += [f"--{flag}", str(value)]
-        return shlex.join(words)
+        more = ["--config", str(self.folder / run_folder.CONFIG)] if several else flags(given)
+        return shlex.join([*words, *more])
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,6 +191,18 @@ class Result:
         if not (run_folder.is_number(value) and run_folder.is_number(count)) or not count:
             return None
         return value + 2 * math.sqrt(max(0.0, value * (1 - value)) / count)
+
+
+def flags(options: dict[str, Any]) -> list[str]:
+    """Options as words of a command line, but for those that are None."""
+    words = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            words.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            words += [f"--{flag}", str(value)]
+    return words
 
 
 def find_runs(folders: Iterable[Path]) -> tuple[list[Run], list[LeftOut]]:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback, TrainingArguments
 
 import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
-from ptv2_fast.tasks.comparison import baseline, mistakes
+from ptv2_fast.tasks.comparison import baseline
 from ptv2_fast.training import averaging, run_folder
 from ptv2_fast.training.checkpoints import last_checkpoint
 from ptv2_fast.training.clock import StepClock
@@ -62,8 +62,8 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         if is_first():
             save_trained(prepared.model, config.model.method, folder)
         wait_for_all()
-        known, results = trainer.final_scores.get(""), trainer.final_results.get("")
-        metrics, wrong = score_splits(prepared, known, results)
+        known, known_mistakes = trainer.final_scores.get(""), trainer.final_mistakes.get("")
+        metrics, wrong = score_splits(prepared, known, known_mistakes)
         report = _report(prepared, clock, trainer, metrics)
         if is_first():
             run_folder.finish(folder, report, wrong)
@@ -153,27 +153,24 @@ def _report(
 
 
 def score_splits(
-    prepared: Prepared, validation: dict[str, float] | None, results: list[Any] | None
+    prepared: Prepared, validation: dict[str, float] | None, wrong: dict[str, Any] | None
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
-    """The metrics of every split but the training data, and what is wrong: see `mistakes`.
+    """The metrics of every split but the training data, and what `mistakes` finds there.
 
     Args:
         prepared: with the trained model.
-        validation, results: metrics of the validation split, and what they are of, when known.
+        validation, wrong: those of the validation split, when they are known.
     """
     options = prepared.config.training
-    metrics, wrong = {}, {}
+    metrics = {} if validation is None else {"validation": validation}
+    found = {} if validation is None else {"validation": wrong or {}}
     for name, features in prepared.features.items():
-        if name == "train":
-            continue
-        found = [*(results or ())] if name == "validation" else []
-        metrics[name] = validation if name == "validation" and validation else score(
-            prepared.model, prepared.task, features, prepared.tokenizer, prepared.labels,
-            options.eval_batch_size, options.bf16, options.progress, found,
-        )  # fmt: skip
-        if found:
-            wrong[name] = mistakes(prepared.task, found, features.examples, prepared.labels)
-    return metrics, wrong
+        if name != "train" and name not in metrics:
+            metrics[name] = score(
+                prepared.model, prepared.task, features, prepared.tokenizer, prepared.labels,
+                options.eval_batch_size, options.bf16, options.progress, found.setdefault(name, {}),
+            )  # fmt: skip
+    return metrics, {name: own for name, own in found.items() if own}
 
 
 def describe_data(prepared: Prepared) -> dict[str, dict[str, Any]]:

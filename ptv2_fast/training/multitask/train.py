@@ -245,7 +245,7 @@ class MultiTaskTrainer(PacedTrainer):
                 scores[name] = score(
                     cast(PreTrainedModel, self.model), part.task, part.features["validation"],
                     part.tokenizer, part.labels, self.args.eval_batch_size, self.args.bf16,
-                    self.progress, self.results_of(name),
+                    self.progress, self.mistakes_of(name),
                 )  # fmt: skip
         return scores
 
@@ -302,14 +302,14 @@ def _report(
     prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What report.json and mistakes.json say."""
-    known, results = trainer.final_scores, trainer.final_results
+    known, known_mistakes = trainer.final_scores, trainer.final_mistakes
     metrics: dict[str, Any] = {}
     mistakes: dict[str, Any] = {}
     data: dict[str, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     for number, (name, part) in enumerate(prepared.parts.items()):
         prepared.heads.activate(number)
-        scores, wrong = score_splits(part, known.get(name), results.get(name))
+        scores, wrong = score_splits(part, known.get(name), known_mistakes.get(name))
         metrics |= {f"{name}/{split}": own for split, own in scores.items()}
         mistakes |= {f"{name}/{split}": own for split, own in wrong.items()}
         for key, values in describe_data(part).items():
