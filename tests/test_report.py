@@ -317,6 +317,7 @@ def test_what_is_left_out_is_listed_with_the_reason(page, folder):
         ({"method": None}, "expected the keys ['method']"),
         ({"baselines": {"validation": 3}}, "expected a table in baselines of 'validation', got 3"),
         ({"metrics": {}}, "not scored: neither a validation nor a test set"),
+        ({"metrics": {"validation": {}}}, "not scored: neither a validation nor a test set"),
         ({"metrics": {"validation": 0.5}}, "expected scores by split"),
         ({"metrics": {"validation": {"accuracy": "high"}}}, "expected scores by split"),
         ({"tasks": {"rte": {}}}, "expected task and metric of 'rte'"),

@@ -93,7 +93,7 @@ class Run:
 
     @cached_property
     def results(self) -> list["Result"]:
-        """One for each task that the run was scored on."""
+        """One for each task that the run was scored on, by the metric that selects."""
         parts = self.report.get("tasks") or {"": self.report}
         options = {table["name"]: table for table in self.options.get("tasks", ())}
         options = options or {"": self.options}
@@ -108,7 +108,7 @@ class Run:
             metric = part.get("metric") or make_task(DataOptions(task=part["task"])).metric
             data = options.get(name, {})
             results.append(Result(self, name, part["task"], metric, scores, data))
-        return results
+        return [result for result in results if result.splits]
 
     def changed_options(self) -> dict[str, Any]:
         """The options that are not the defaults."""
@@ -161,8 +161,9 @@ class Result:
     @property
     def splits(self) -> list[str]:
         """The splits that tables show: those of the test set, else those of the validation set."""
-        kinds = [[n for n in self.scores if n.startswith(kind)] for kind in ("test", "validation")]
-        return next(filter(None, kinds), list(self.scores))
+        scored = [name for name, values in self.scores.items() if self.metric in values]
+        kinds = [[n for n in scored if n.startswith(kind)] for kind in ("test", "validation")]
+        return next(filter(None, kinds), scored)
 
     def score(self, split: str) -> float:
         """By the metric that selects; NaN where there is none."""
@@ -296,8 +297,6 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> Run:
     if not (folder / run_folder.REPORT).is_file():
         raise ValueError("unfinished: there is no report.json")
     report, options = run_folder.read_report(folder), _options(config)
-    if not report["metrics"]:
-        raise ValueError("not scored: neither a validation nor a test set was given")
     parts: dict[str, Any] = {}
     for name, (what, read, nothing) in _PARTS.items():
         try:
@@ -305,7 +304,10 @@ def _read_run(folder: Path, left_out: list[LeftOut]) -> Run:
         except ValueError as error:
             parts[name] = nothing
             left_out.append(LeftOut(folder, f"only its {what}: {error}"))
-    return Run(folder, options, report, **parts)
+    run = Run(folder, options, report, **parts)
+    if not run.results:
+        raise ValueError("not scored: neither a validation nor a test set was given")
+    return run
 
 
 def _options(config: dict[str, Any]) -> dict[str, Any]:

@@ -166,7 +166,8 @@ def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.Data
 def machines_table(runs: Sequence[Run]) -> pandas.DataFrame:
     """The machines and versions that runs used, and how many runs used them."""
     parts = [[run.report.get(name) or {} for name in ("machine", "versions")] for run in runs]
-    table = pandas.DataFrame([one | other for one, other in parts], dtype=object).map(text_of)
+    rows = [{"processor": None, **machine, **versions} for machine, versions in parts]
+    table = pandas.DataFrame(rows, dtype=object).map(text_of)
     return table.value_counts(sort=False).rename("runs").reset_index().set_index("runs")
 
 
