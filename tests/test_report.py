@@ -332,6 +332,21 @@ def test_a_damaged_report_is_left_out(change, reason, tmp_path):
     assert reason in left_out[0].reason
 
 
+def test_a_part_that_is_not_scored_and_what_a_report_does_not_know_are_left_out(tmp_path):
+    own = {"metric": "accuracy"}
+    parts = {"rte": {"task": "rte", **own}, "cb": {"task": "cb", **own}}
+    write_run(tmp_path / "runs" / "multi", {"rte/validation": {"accuracy": 0.6}},
+              tasks=[{"name": name, "task": name} for name in parts],
+              report={"tasks": parts, "metric": "mean", **dict.fromkeys(
+                  ("machine", "versions", "examples", "remarks", "baselines", "kept_bytes"))},
+              )  # fmt: skip
+    page, left_out = write_report([tmp_path / "runs"], tmp_path / "out")
+    assert "P-Tuning v2 of several tasks with one prefix on RTE with tiny-bert" in text_of(
+        page.read_text(encoding="utf-8")
+    )
+    assert left_out == []
+
+
 def test_a_score_that_is_no_number_is_said_and_never_best(tmp_path):
     write_run(tmp_path / "runs" / "a", validation(float("nan")), curve=[(1, float("nan"))])
     write_run(tmp_path / "runs" / "b", validation(0.5), method="fine-tuning", curve=[(1, 0.5)])
@@ -371,6 +386,7 @@ def test_names_of_users_are_text_in_the_page(page):
     assert "img" not in tags
     assert "&lt;img src=x onerror=alert(1)&gt;" in page
     assert "run &lt;b&gt; $x^" in page
+    assert "&lt;br" not in page and "&lt;small" not in page  # of our own cells, all are elements
 
 
 def test_the_page_has_landmarks_headers_and_words_for_every_figure(page):

@@ -61,7 +61,7 @@ def score_table(scores: pandas.DataFrame) -> pandas.DataFrame:
     """The same by the last level of the index, in the order in which rows and columns come."""
     cells, columns = score_cells(scores), scores.index.unique("column")
     rows = scores.index.droplevel("column").unique()
-    return cells.unstack("column").reindex(index=rows, columns=columns)
+    return cells.unstack("column").loc[rows, columns]
 
 
 def scaled(value: float, units: Any) -> str:
