@@ -10,7 +10,8 @@ PYTEST := -m pytest -n $(WORKERS) --dist worksteal
 THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
 GPU_RESULTS ?= bench/results/gpu-cuda
 
-.PHONY: setup demo test test-slow test-oldest sanitize lint check-resolution readme-tables bench bench-gpu clean
+.PHONY: setup demo test test-slow test-oldest sanitize lint check-resolution docs docs-serve model-table bench \
+        bench-gpu clean
 
 setup: .venv/installed
 
@@ -52,17 +53,25 @@ lint: .venv/installed
 check-resolution: .venv/installed
 	.ci/check-resolution
 
-# README's table of encoders, between its two marks.
-readme-tables: .venv/installed
+# The site of docs/ in build/site; every warning (a link without a target, say) is an error.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve
+
+# The table of encoders in docs/support.md, between its two marks.
+model-table: .venv/installed
 	mkdir -p build
 	$(BIN)/ptv2-fast models --markdown > build/models.md
-	sed -i -e '/^<!-- models/,/^<!-- end/{/^<!--/!d}' -e '/^<!-- models/r build/models.md' README.md
+	sed -i -e '/^<!-- models/,/^<!-- end/{/^<!--/!d}' -e '/^<!-- models/r build/models.md' docs/support.md
 
 bench: .venv/installed
 	$(BIN)/python -m bench.bench_attention
 	$(BIN)/python -m bench.bench_micro
 	$(BIN)/python -m bench.bench_training_step
 	$(BIN)/python -m bench.plot
+	$(BIN)/python -m bench.documented
 
 # Each stage ends after less than nine minutes; the same command goes on with what is left.
 bench-gpu: .venv/installed

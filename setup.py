@@ -77,6 +77,7 @@ def cpp_arguments() -> dict:
 setup(
     packages=[*find_packages(include=["ptv2_fast*"]), "ptv2_kernels"],
     package_data={
+        "ptv2_fast": ["py.typed"],
         "ptv2_fast.recipes": ["*.yaml"],
         "ptv2_fast.serving": ["*.html"],
         "ptv2_fast.training.report": ["*.html"],

@@ -1,4 +1,4 @@
-"""The README's tables of the experiments: python -m bench.experiment_table
+"""The tables of docs/experiments.md: python -m bench.experiment_table
 
 Of a variant that ran with several learning rates the one is shown that ran with all seeds, since
 its run with the first seed scored best on the validation split; of two such the one whose mean over
@@ -11,7 +11,6 @@ import statistics
 from collections.abc import Iterable, Iterator, Sequence
 
 from bench.experiments import CSV
-from ptv2_fast.training.statistic import Statistic
 
 Row = dict[str, str]
 
@@ -43,10 +42,9 @@ def mean(rows: Sequence[Row], column: str) -> float:
 
 def score(rows: Sequence[Row]) -> str:
     """Mean and sample standard deviation in per cent, of the test split where there is one."""
-    found = Statistic.of([100 * float(row["test"] or row["validation"]) for row in rows])
-    assert found is not None
-    deviation = "" if found.deviation is None else f" ±{found.deviation:.1f}"
-    return f"{found.mean:.1f}{deviation}"
+    values = [100 * float(row["test"] or row["validation"]) for row in rows]
+    deviation = f" ±{statistics.stdev(values):.1f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.1f}{deviation}"
 
 
 def compare(name: str, variants: dict[str, list[Row]]) -> str:

@@ -23,10 +23,10 @@ import yaml
 from bench.experiment_data import minilm_folder
 from bench.measure import RESULTS
 from ptv2_fast.training import run_folder
+from ptv2_fast.training.finished_runs import find_runs, flags
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.report.data import find_runs
 from ptv2_fast.training.sweeps import ablation
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, sweep_of
 from ptv2_fast.training.sweeps.sweep import run_sweep
@@ -177,20 +177,13 @@ def rows(output: Path, data: Path) -> Iterator[dict[str, Any]]:
 def command(config: RunConfig, data: Path) -> str:
     """The `ptv2-fast train` command of a run, with DATA for the folder of the data."""
     defaults = RunConfig.from_dict({"task": config.data.task, "model": config.model.model}).flat()
-    words = ["ptv2-fast", "train"]
-
-    def text_of(value: Any) -> str:
-        text = str(value).replace(str(minilm_folder()), "all-MiniLM-L6-v2")
-        return text.replace(str(data), "DATA")
-
-    for name, value in config.flat().items():
-        if value is not None and (name in ("task", "model") or value != defaults[name]):
-            flag = "--" + name.replace("_", "-")
-            if isinstance(value, bool):
-                words.append(flag if value else flag.replace("--", "--no-", 1))
-            else:
-                words += [flag, text_of(value)]
-    return shlex.join(words)
+    named = ("task", "model", "method")
+    given = {n: v for n, v in config.flat().items() if n in named or v != defaults[n]}
+    words = [
+        word.replace(str(minilm_folder()), "all-MiniLM-L6-v2").replace(str(data), "DATA")
+        for word in flags(given)
+    ]
+    return shlex.join(["ptv2-fast", "train", *words])
 
 
 def write_csv(output: Path, data: Path) -> None:

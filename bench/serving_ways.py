@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,7 @@ from ptv2_fast.encoders.families import find_family
 # Fine-tuned models beyond so many take turns on these: their time does not depend on the number,
 # their bytes are computed.
 MOST_MODELS = 8
+INSIDE = {"train_biases": True, "train_norms": True, "low_rank": LORA_RANK}
 
 Answer = Callable[[], Tensor]  # logits [B, 2], in the order of the batch
 
@@ -60,8 +62,8 @@ class Requests:
         return out
 
 
-def _attached(case: Case, double: bool) -> nn.Module:
-    model = ours(case, inference_mode=True).eval()
+def _attached(case: Case, double: bool, **more: Any) -> nn.Module:
+    model = ours(case, inference_mode=True, **more).eval()
     return model.double() if double else model
 
 
@@ -82,9 +84,11 @@ def _draw(model: nn.Module, adapter: int) -> dict[str, Tensor]:
     return tensors
 
 
-def bank(case: Case, adapters: int, requests: Requests, double: bool = False) -> Answer:
-    """One pass for all rows."""
-    model = _attached(case, double)
+def bank(
+    case: Case, adapters: int, requests: Requests, double: bool = False, **more: Any
+) -> Answer:
+    """One pass for all rows; `more`: fields of the prefix's configuration."""
+    model = _attached(case, double, **more)
     plain = classifier(case, "sdpa").to(model.dtype)
     shared = AdapterBank(plain)
     for adapter in range(adapters):
@@ -93,6 +97,11 @@ def bank(case: Case, adapters: int, requests: Requests, double: bool = False) ->
     names = [str(adapter) for adapter in requests.adapters]
     inputs = requests.of(list(range(len(names))))
     return lambda: torch.stack(shared(**inputs, adapter_names=names))
+
+
+def bank_inside(case: Case, adapters: int, requests: Requests) -> Answer:
+    """The bank with adapters that hold biases, norms and low-rank updates too, as presets' do."""
+    return bank(case, adapters, requests, **INSIDE)
 
 
 def switching(case: Case, adapters: int, requests: Requests, double: bool = False) -> Answer:
@@ -139,6 +148,7 @@ def encoder_alone(case: Case, adapters: int, requests: Requests) -> Answer:
 
 WAYS: dict[str, Callable[[Case, int, Requests], Answer]] = {
     "bank": bank,
+    f"bank, biases, norms and LoRA r{LORA_RANK} beside the prefix": bank_inside,
     "one attached model, a pass for each adapter": switching,
     "fine-tuned models, a pass for each": models,
     "LoRA r8, peft adapter_names": peft_lora,

@@ -273,7 +273,7 @@ def read_plan(data: Path, output: Path) -> dict[str, Task]:
         own |= {"decoding": None, "max_eval_examples": plan["max_eval_examples"]}
         base = experiment.base.flat() | own
         recipes = {
-            recipe: make_recipe(dict(options), base, experiment.variants)
+            recipe: make_recipe(options | entry.get(recipe, {}), base, experiment.variants)
             for recipe, options in plan["recipes"][entry["recipes"]].items()
         }
         tasks[name] = Task(

@@ -275,13 +275,16 @@ class PrefixEncoder(nn.Module):
     N(0, 0.02), biases are 0, all in float32; conversions to a narrower dtype move the module but
     leave it in its dtype, so that a float32 master survives `model.to(torch.bfloat16)`.
 
-    With `config.prefix_gate` there is also the parameter `gate` [L', H], zeros, whose size is the
-    gate. An offset itself would not train: where exp(offset) vanishes beside the text's weights,
-    so does its gradient, 1e-13 at -30, beside Adam's epsilon of 1e-8, and 30 units are thousands
-    of steps. The gate's own gradient is of the size of every other one at 0, and steps of a
-    learning rate of 0.01 open it within tens of them. The gradient of the prefix is that of an open
-    one times the gate, which Adam's scaling takes out again. A gate that is pushed below 0 comes up
-    on the other side, so that none stays shut with its prefix out of reach of any gradient.
+    With `config.prefix_gate` there is also the parameter `gate` [L', H], which starts at 0. Its
+    absolute value multiplies the prefix's weights in the softmax.
+
+    - The parameter is the factor and not its logarithm. The gradient of a logarithm vanishes with
+      the factor: 1e-13 at -30, far below Adam's epsilon of 1e-8. The factor's own gradient at 0 is
+      of ordinary size, so that tens of steps with a learning rate of 0.01 open the gate.
+    - The gradient of the prefix is that of an open one times the gate, which Adam's scaling takes
+      out again.
+    - A gate that a step pushes below 0 opens on the other side: none stays shut, where its prefix
+      would get no gradient.
 
     Args:
         config: see `PTuningV2Config`.

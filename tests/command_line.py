@@ -21,8 +21,8 @@ def save_tiny(folder: Path) -> dict[str, str]:
 
 def train_arguments(tiny, output, *more: str) -> list[str]:
     return [
-        "train", "--task", "token-classification", "--model", tiny["model"],
-        "--train-file", tiny["train"], "--validation-file", tiny["dev"],
+        "train", "--task", "token-classification", "--method", "p-tuning-v2",
+        "--model", tiny["model"], "--train-file", tiny["train"], "--validation-file", tiny["dev"],
         "--num_virtual_tokens", "4", "--init", "tokens", "--learning-rate", "0.1",
         "--head-learning-rate", "0.03", "--batch-size", "4", "--dropout", "0",
         "--no-progress", "--output", str(output), *more,

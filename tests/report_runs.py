@@ -21,6 +21,7 @@ def write_run(
     curve: list[tuple[int, float]] = (),
     metric: str = "accuracy",
     report: dict[str, Any] | None = None,
+    mistakes: dict[str, Any] | None = None,
     **options: Any,
 ) -> Path:
     """config.json, metrics.jsonl and report.json as a training writes them.
@@ -29,6 +30,7 @@ def write_run(
         scores: split -> metric -> value.
         curve: (step, validation score) pairs.
         report: entries of report.json that are not the usual ones.
+        mistakes: of mistakes.json; None = a run by a version that kept none.
         options: of config.json, flat.
     """
     folder.mkdir(parents=True)
@@ -42,6 +44,9 @@ def write_run(
         config["tasks"] = options.pop("tasks")
         del config["data"]
     for name, value in options.items():
+        if name == "mixed_batches":
+            config[name] = value
+            continue
         section = next((s for s, names in _SECTIONS.items() if name in names), "model")
         config[section][name] = value
     lines = [
@@ -70,6 +75,8 @@ def write_run(
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     (folder / "report.json").write_text(json.dumps(content | (report or {})))
+    if mistakes is not None:
+        (folder / "mistakes.json").write_text(json.dumps(mistakes))
     return folder
 
 

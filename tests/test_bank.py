@@ -6,6 +6,7 @@ import json
 import threading
 import warnings
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ import ptv2_fast
 from ptv2_fast import AdapterBank, PTuningV2Config, load_adapter, save_adapter
 from ptv2_fast.encoders.families import FAMILIES
 from ptv2_fast.encoders.lifecycle import require_attachment
+from ptv2_fast.frozen import engine
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
@@ -50,8 +52,11 @@ ADAPTERS = {
     "grade": ("sequence", 1, {"num_virtual_tokens": 20, "layers": (2,), "prefix_projection": True}),
     "choices": ("choice", 2, {"num_virtual_tokens": 3, "layers": (0, 2)}),
     "gated": ("sequence", 5, {"num_virtual_tokens": 5, "prefix_gate": True}),
-    "alone": ("token", 4, {"num_virtual_tokens": 2, "low_rank": 2}),
-}
+    "updated": ("token", 4, {"num_virtual_tokens": 2, "low_rank": 2}),
+    "inside": ("sequence", 3, {"num_virtual_tokens": 4, "layers": (1, 2), "train_biases": True,
+                               "train_norms": True, "low_rank": 3}),
+    "norms": ("sequence", 2, {"num_virtual_tokens": 0, "train_norms": True}),
+}  # fmt: skip
 
 
 def with_adapter(plain, head: str, num_labels: int, fields: dict, **options):
@@ -64,6 +69,8 @@ def with_adapter(plain, head: str, num_labels: int, fields: dict, **options):
     weights = plain.state_dict()
     own = model.base_model.state_dict()
     model.base_model.load_state_dict({n: t for n, t in weights.items() if n in own}, strict=False)
+    if model_type == "modernbert":
+        fields = {name: value for name, value in fields.items() if name != "train_biases"}
     ptv2_fast.attach(model, PTuningV2Config(**fields))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
@@ -137,11 +144,11 @@ def alone(found: dict, asked: list[str], ids: Tensor, lengths) -> tuple[Tensor, 
     return tuple(results)
 
 
-def test_every_row_equals_its_adapter_alone(case):
+def test_every_row_equals_its_adapter_alone(case, monkeypatch):
     plain, models, _ = case
     names = [*models, "__base__"]
     lengths = [(5 * number) % 14 + 1 for number in range(24)]
-    asked = [names[(number * 5) % len(names)] for number in range(24)]
+    asked = [names[(number * 7) % len(names)] for number in range(24)]
     ids, mask = texts_of(lengths)
     assert len(set(asked)) == len(names)
 
@@ -152,12 +159,27 @@ def test_every_row_equals_its_adapter_alone(case):
     expected = plain_results(separate, *models.values(), plain)
     for how in ("frozen", "hook"):
         bank = bank_of(case, how)
-        with torch.no_grad():
+        run = mock.patch.object(bank._shared, "run", wraps=bank._shared.run)
+        with torch.no_grad(), run as calls:
             assert_close_to_plain(bank(ids, mask, asked), expected, how)
+            # One pass for all, whatever they train; transformers' own layers read prefixes alone.
+            inside = [m for m in bank._members.values() if m.values is not None]
+            assert len(inside) == 3
+            assert calls.call_count == (1 if how == "frozen" else 2), "the first runs nothing"
             reordered = bank(ids.flip(0), mask.flip(0).bool(), asked[::-1])[::-1]
             assert_close_to_plain(reordered, expected, f"{how}, another order")
-            # Without a prefix in layer 0.
-            several, texts = ["grade", "answers", "__base__"], range(4)
+            # Heads that read the first token alone: of the last layer nothing else is computed.
+            first = [
+                n for n, name in enumerate(asked) if ADAPTERS.get(name, ("",))[0] == "sequence"
+            ]
+            own = bank(ids[first], mask[first], [asked[number] for number in first])
+            of_first = [expected[number] for number in first]
+            assert_close_to_plain(own, of_first, f"{how}, first tokens")
+            with monkeypatch.context() as patch:
+                patch.setattr(engine, "CPU_CHUNK", 32)
+                assert_close_to_plain(bank(ids, mask, asked), expected, f"{how}, in parts")
+            # Nothing differs in layer 0.
+            several, texts = ["grade", "answers", "inside", "__base__"], range(4)
             shared = bank(ids[:4], mask[:4], [several for _ in texts])
             single = [bank(ids[:4], mask[:4], [name] * 4) for name in several]
             for text in texts:

@@ -222,6 +222,7 @@ def test_an_uploaded_run_opens_elsewhere(made, tmp_path, monkeypatch):
     assert written.data.base_model == "user/base" and "P-Tuning v2 on user/base," in written.text
     assert "--model user/base " in written.text
     assert not list(copied.glob(".ptv2*")) and not (copied / "checkpoints").exists()
+    assert (run / "mistakes.json").is_file() and not (copied / "mistakes.json").exists()
     assert not list(copied.rglob("*.bin"))
     config = json.loads((copied / "config.json").read_text())
     assert config["data"]["train_file"] == "train.csv"

@@ -196,7 +196,8 @@ def test_deep_nesting_does_not_kill_the_process(tmp_path):
     for task, name in itertools.product(("text-classification", "question-answering"), names):
         file = tmp_path / name
         file.write_text("[" * 100_000)
-        commands.append(["train", "--task", task, "--model", "unread", "--train-file", str(file),
+        commands.append(["train", "--task", task, "--method", "p-tuning-v2", "--model", "unread",
+                         "--train-file", str(file),
                          "--output", str(tmp_path / "run")])  # fmt: skip
     code = f"from ptv2_fast import cli; print(*map(cli.main, {commands}))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""What `ptv2-fast models` and README say of each family, against what attach does."""
+"""What `ptv2-fast models` and the documentation say of each family, against what attach does."""
 
 import dataclasses
 import re
@@ -21,21 +21,19 @@ ROOT = Path(__file__).parents[1]
 ROWS = {row.model_type: row for row in family_rows()}
 
 
-def table_of_readme() -> str:
-    readme = (ROOT / "README.md").read_text()
-    return readme.partition("<!-- models: made by make readme-tables -->\n")[2].partition("\n<!--")[
-        0
-    ]
+def documented_table() -> str:
+    page = (ROOT / "docs" / "support.md").read_text()
+    return page.partition("<!-- models: made by make model-table -->\n")[2].partition("\n<!--")[0]
 
 
-def test_readme_has_the_table_that_the_command_prints(capsys):
+def test_the_documentation_has_the_table_that_the_command_prints(capsys):
     """To the letter with the version that constraints.txt pins; of others only what is ours."""
     assert cli.main(["models", "--markdown"]) == 0
-    printed, readme = capsys.readouterr().out.removesuffix("\n"), table_of_readme()
+    printed, documented = capsys.readouterr().out.removesuffix("\n"), documented_table()
     if f"transformers=={transformers.__version__};" in (ROOT / "constraints.txt").read_text():
-        assert readme == printed, "make readme-tables"
+        assert documented == printed, "make model-table"
     found = {}
-    for line in readme.splitlines()[2:]:
+    for line in documented.splitlines()[2:]:
         names, _, _, offset, _ = (cell.strip() for cell in line.strip("|").split("|"))
         found |= dict.fromkeys(names.split(", "), offset)
     assert found == {name: row.position_offset for name, row in ROWS.items()}

@@ -131,7 +131,8 @@ def test_a_number_is_learnt_and_predicted(tmp_path, capsys):
     run = str(tmp_path / "run")
     command = [
         "train", "--task", "stsb", "--data-dir", str(tmp_path), "--output", run, "--no-progress",
-        "--model", save_tiny_model(tmp_path / "model"), "--num-virtual-tokens", "4",
+        "--model", save_tiny_model(tmp_path / "model"), "--method", "p-tuning-v2",
+        "--num-virtual-tokens", "4",
         "--learning-rate", "0.03", "--batch-size", "5", "--num-train-epochs", "12",
         "--dropout", "0",
     ]  # fmt: skip

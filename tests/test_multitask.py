@@ -1,14 +1,19 @@
 """Several data sets on one prefix: heads, batches, resuming, continuation, bad input."""
 
 import collections
+import contextlib
 import copy
 import dataclasses
+import itertools
 import json
+import types
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from transformers import TrainerCallback
 
 from ptv2_fast import cli, load_adapter, save_adapter
@@ -18,12 +23,22 @@ from ptv2_fast.training.models import load_run
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import MultiTaskOrder, batches_per_epoch
+from ptv2_fast.training.multitask.shared_pass import SharedPass, check_shared_pass
 from ptv2_fast.training.multitask.train import MultiTaskTrainer, prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig, options_of_run
 from ptv2_fast.training.order import Batching
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import pace
-from tests.models import P, attached, make_batch, one_thread, outputs_of, tiny_model  # noqa: F401
+from tests.models import (
+    BACKBONES,
+    P,
+    assert_close_to_model,
+    attached,
+    make_batch,
+    one_thread,  # noqa: F401
+    outputs_of,
+    tiny_model,
+)
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 
 ADAPTER = "adapter/ptv2_adapter.safetensors"
@@ -115,11 +130,13 @@ def test_one_prefix_learns_two_label_sets(trained, tiny, capsys):
 
 def test_each_data_set_has_a_run_folder_of_the_usual_form(trained, tiny, capsys):
     report = json.loads((trained / "report.json").read_text())
+    mistakes = json.loads((trained / "mistakes.json").read_text())
     for task in tiny["tasks"]:
         single = str(trained / "tasks" / task["name"])
         assert cli.main(["eval", "--run", single, "--data", task["validation_file"]]) == 0
         scores = json.loads(capsys.readouterr().out)
         assert report["metrics"][f"{task['name']}/validation"].items() <= scores.items()
+        assert mistakes[f"{task['name']}/validation"]["classes"] == scores["classes"]
     assert cli.main(["eval", "--run", str(trained), "--data", "x"]) == 2
     assert "its tasks are in" in capsys.readouterr().err
 
@@ -174,6 +191,33 @@ def test_batches_of_tokens_are_of_one_data_set():
     assert len(seen) == 140
 
 
+@pytest.mark.parametrize("batching", [Batching(4, None), Batching(None, 100)])
+def test_mixed_batches_keep_the_shares_and_the_lengths_together(batching):
+    lengths = [torch.randint(1, 50, (count,)).tolist() for count in (30, 12, 5)]
+    every = [length for own in lengths for length in own]
+    batches = [9, 3, 1]
+    orders = [MultiTaskOrder(lengths, batches, batching, 5, mixed) for mixed in (False, True)]
+    seen = []
+    for epoch in range(4):
+        for order in orders:
+            order.set_epoch(epoch)
+        apart, mixed = (order.batches() for order in orders)
+        # The same examples, in other company.
+        examples = [sorted(row for batch in epoch for row in batch) for epoch in (apart, mixed)]
+        assert examples[0] == examples[1] and len(mixed) == 13
+        assert len(list(orders[1])) == len(orders[1]) == len(orders[0])
+        owners = [{(row >= 30) + (row >= 42) for row in batch} for batch in mixed]
+        assert set.union(*owners) == {0, 1, 2} and max(map(len, owners)) > 1
+        # These batches are sorted as one group: their ranges of lengths do not overlap.
+        ranges = sorted((min(every[i] for i in b), max(every[i] for i in b)) for b in mixed)
+        assert all(low[1] <= high[0] for low, high in itertools.pairwise(ranges))
+        seen.append(mixed)
+    assert len({str(sorted(map(sorted, epoch))) for epoch in seen}) == 4
+    fresh = MultiTaskOrder(lengths, batches, batching, 5, True)
+    fresh.set_epoch(3)
+    assert fresh.batches() == seen[3]
+
+
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
 @pytest.mark.parametrize("head", ["sequence", "token", "question", "choice"])
 def test_the_active_head_is_that_of_its_own_model(model_type, head):
@@ -218,7 +262,7 @@ def test_a_batch_trains_the_prefix_and_its_own_head_only(tiny, tmp_path):
     seen = collections.Counter()
     for batch in trainer.get_train_dataloader():
         trainer.model.zero_grad()
-        number = batch["task_number"]
+        ((number, _),) = batch["parts"]
         seen[number] += 1
         trainer.compute_loss(trainer.model, batch).backward()
         assert trainer.model.prefix_encoder.embedding.weight.grad.abs().sum() > 0
@@ -230,6 +274,133 @@ def test_a_batch_trains_the_prefix_and_its_own_head_only(tiny, tmp_path):
         trainer.collate([trainer.train_dataset[0], trainer.train_dataset[24]])
 
 
+class Switched(torch.nn.Module):
+    """An attached model and its heads, which are copied together."""
+
+    def __init__(self, models: list, **fields) -> None:
+        super().__init__()
+        self.heads = TaskHeads(models[0], [take_head(model) for model in models])
+        self.model = attached(model=models[0], **fields)
+
+    def gradients(self, batches: list[dict], turns) -> tuple[Tensor, ...]:
+        """Of the mean loss of all rows, `turns` around the calls of the model."""
+        rows = [len(batch["input_ids"]) for batch in batches]
+        loss = torch.zeros(())
+        with turns as current:
+            for number, batch in enumerate(batches):
+                self.heads.activate(number)
+                current.turn = number
+                loss = loss + rows[number] / sum(rows) * self.model(**batch).loss
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        return (loss.detach(), *torch.autograd.grad(loss, trained))
+
+
+def labelled(head: str, lengths: tuple[int, ...], num_labels: int) -> dict[str, Tensor]:
+    batch = make_batch(head, lengths, max(lengths))
+    if head == "question":
+        starts = torch.tensor([length // 2 for length in lengths])
+        return {**batch, "start_positions": starts, "end_positions": starts + 1}
+    if head == "token":
+        labels = torch.randint(0, num_labels, batch["input_ids"].shape)
+        return {**batch, "labels": labels.masked_fill(batch["attention_mask"] == 0, -100)}
+    return {**batch, "labels": torch.randint(0, num_labels, (len(lengths),))}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "head", "backbone"),
+    [
+        *itertools.product(
+            ["bert"], ["sequence", "token", "question", "choice"], ["frozen", "hook"]
+        ),
+        ("roberta", "sequence", BACKBONES["roberta"][0]),
+        ("deberta-v2", "token", BACKBONES["deberta-v2"][0]),
+    ],
+)
+def test_a_mixed_batch_has_the_gradients_of_separate_ones(model_type, head, backbone):
+    counts = (2, 5, 3) if head in ("sequence", "token") else (2, 2, 2)
+    more = [{} if head in ("question", "choice") else {"num_labels": n} for n in counts]
+    models = [tiny_model(model_type, head, **own) for own in more]
+    switched = Switched(models, backbone=backbone).train()
+    rows = ((5, 9), (11, 3, 4), (7,))
+    batches = [labelled(head, *own) for own in zip(rows, counts, strict=True)]
+    runs = []
+    switched.model.base_model.register_forward_hook(lambda *unused: runs.append(0))
+    actual = switched.gradients(batches, SharedPass(switched.model, batches, pad=1))
+    assert len(runs) == 1
+
+    def separate(copied: Switched) -> tuple[Tensor, ...]:
+        return copied.gradients(batches, contextlib.nullcontext(types.SimpleNamespace()))
+
+    assert_close_to_model(actual, separate, switched)
+
+
+def test_models_without_a_backbone_inside_are_refused_for_mixed_batches():
+    with pytest.raises(ValueError, match="mixed_batches: expected a model with a head around"):
+        check_shared_pass(tiny_model("bert", "bare"))
+    model = tiny_model()
+    model.config.model_type = "longformer"
+    with pytest.raises(
+        ValueError, match=r"mixed_batches: expected a model of a known family.*long"
+    ):
+        check_shared_pass(model)
+
+
+def uneven(trainer: MultiTaskTrainer) -> tuple[dict, list[int]]:
+    """A batch with unequal numbers of rows of the data sets, and these."""
+    for batch in trainer.get_train_dataloader():
+        rows = [len(part["input_ids"]) for _, part in batch["parts"]]
+        if len(set(rows)) == 2:
+            return batch, rows
+    raise AssertionError("no such batch")
+
+
+def gradients_of(trainer: MultiTaskTrainer, loss: Tensor) -> list[Tensor]:
+    trained = [p for p in trainer.model.parameters() if p.requires_grad]
+    return [loss.detach(), *torch.autograd.grad(loss, trained)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"label_smoothing_factor": 0.1, "gradient_checkpointing": True, "backbone": "hook"},
+        {"method": "fine-tuning"},
+        {"method": "lora", "lora_dropout": 0.0},
+        {"method": "prompt-tuning", "batch_size": None, "batch_tokens": 40},
+    ],
+)
+def test_the_loss_of_a_mixed_batch_is_the_mean_over_its_rows(changes, tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, mixed_batches=True, **changes)
+    model = trainer.model.double().train()
+    batch, rows = uneven(trainer)
+    assert trainer.floating_point_ops(batch) > 0
+    whole = gradients_of(trainer, trainer.compute_loss(model, copy.deepcopy(batch)))
+    losses = [trainer.compute_loss(model, {"parts": [part]}) for part in batch["parts"]]
+    mean = (rows[0] * losses[0] + rows[1] * losses[1]) / sum(rows)
+    torch.testing.assert_close(whole, gradients_of(trainer, mean))
+
+
+def test_a_mixed_batch_is_one_forward_of_a_distributed_model(tiny, tmp_path):
+    trainer = make_trainer(tiny, tmp_path, mixed_batches=True, gradient_checkpointing=True)
+    model = trainer.model.double().train()
+    batch, _ = uneven(trainer)
+    alone = gradients_of(trainer, trainer.compute_loss(model, batch))
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)  # fmt: skip
+    try:
+        unused = trainer.args.ddp_find_unused_parameters
+        wrapper = DistributedDataParallel(model, find_unused_parameters=unused)
+        for parts in (batch["parts"], batch["parts"][:1], batch["parts"]):
+            model.zero_grad()
+            loss = trainer.compute_loss(wrapper, {"parts": parts})
+            loss.backward()
+        trained = [p.grad for p in model.parameters() if p.requires_grad]
+        torch.testing.assert_close([loss.detach(), *trained], alone)
+        del wrapper
+    finally:
+        torch.distributed.destroy_process_group()
+    assert "forward" not in vars(model)
+
+
 class Kill(TrainerCallback):
     def on_step_end(self, args, state, control, **unused):
         if state.global_step == 17:
@@ -237,7 +408,11 @@ class Kill(TrainerCallback):
 
 
 @pytest.mark.parametrize(
-    ("method", "batch"), [("p-tuning-v2", {"batch_tokens": 40}), ("linear-probe", {})]
+    ("method", "batch"),
+    [
+        ("p-tuning-v2", {"batch_tokens": 40, "mixed_batches": True}),
+        ("linear-probe", {}),
+    ],
 )
 def test_a_killed_run_resumes_to_the_same_bits(method, batch, tiny, tmp_path):
     """In the middle of the second epoch; both heads and what they share."""
@@ -247,12 +422,15 @@ def test_a_killed_run_resumes_to_the_same_bits(method, batch, tiny, tmp_path):
         tiny, max_steps=30, save_steps=5, eval_steps=5, dropout=0.1, temperature=3, method=method
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    train_tasks(prepare_tasks(config, whole))
+    report = train_tasks(prepare_tasks(config, whole))
     with pytest.raises(KeyboardInterrupt):
         train_tasks(prepare_tasks(config, killed), [Kill()])
     cache = str(tmp_path / "cache")
     tasks = tuple(dataclasses.replace(task, feature_cache=cache) for task in config.tasks)
-    train_tasks(prepare_tasks(dataclasses.replace(config, tasks=tasks), killed, resume=True))
+    config = dataclasses.replace(config, tasks=tasks)
+    again = train_tasks(prepare_tasks(config, killed, resume=True))
+    assert again["metrics"] == report["metrics"]
+    assert report["mixed_batches"] is config.mixed_batches is ("mixed_batches" in batch)
     assert not (killed / "checkpoints").exists()
     file = ADAPTER if method == "p-tuning-v2" else "trained.safetensors"
     for name in ("first", "second"):
@@ -352,15 +530,17 @@ def test_a_start_from_another_encoder_or_an_unfinished_run_is_refused(trained, t
 
 
 def test_a_configuration_repeats_itself_and_shares_data_options(tiny):
-    config = multi_config(tiny, long_input="error", temperature=2)
+    config = multi_config(tiny, long_input="error", temperature=2, **{"mixed-batches": True})
     assert [task.long_input for task in config.tasks] == ["error", "error"]
     assert [task.max_length for task in config.tasks] == [None, 20]
     content = json.loads(json.dumps(config.to_dict()))
     assert MultiTaskConfig.from_dict(content) == config
-    # A run of a version without --decoding.
-    del content["tasks"][1]["decoding"]
+    assert config.mixed_batches and config.flat()["mixed_batches"]
+    # A run of a version without --decoding and --mixed-batches.
+    del content["tasks"][1]["decoding"], content["mixed_batches"]
     again = MultiTaskConfig.from_dict(options_of_run(content | {"found": {}}))
     assert [task.decoding for task in again.tasks] == [None, "argmax"]
+    assert again.mixed_batches is False
 
 
 def test_bad_configurations_name_what_is_wrong(tiny):
@@ -380,3 +560,5 @@ def test_bad_configurations_name_what_is_wrong(tiny):
             multi_config(tiny, tasks=tasks)
     with pytest.raises(ValueError, match="temperature: expected a number > 0, got 0"):
         multi_config(tiny, temperature=0)
+    with pytest.raises(ValueError, match="mixed_batches: expected true or false, got 'yes'"):
+        multi_config(tiny, mixed_batches="yes")

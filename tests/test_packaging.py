@@ -1,6 +1,7 @@
 """What is shipped, and which part may import which."""
 
 import ast
+import itertools
 import os
 import subprocess
 import sys
@@ -35,7 +36,7 @@ ALLOWED = {
         "files",
     },
     "ptv2_fast.serving": {"serving", "training", "tasks", "encoders", "adapters"},
-    "ptv2_fast.recipes": {"training", "tasks"},
+    "ptv2_fast.recipes": {"recipes", "training", "tasks"},
     "ptv2_fast.training": {"training", "tasks", "encoders", "adapters", "prefix", "ops", "files"},
     "ptv2_fast.tasks": {"tasks", "files"},
     "ptv2_fast.adapters": {"adapters", "encoders", "files", "prefix"},
@@ -49,6 +50,8 @@ TORCH_ONLY = ("ptv2_fast.ops", "ptv2_fast.frozen", "ptv2_fast.prefix", "ptv2_ker
 # What an extra brings may be imported here only; elsewhere, what is always installed.
 EXTRAS = {
     "bench.": "bench",
+    "docs.": "docs",
+    "examples.": "dev",
     "ptv2_fast.serving": "serve",
     "setup": "dev",
     "tests.": "dev",
@@ -116,10 +119,10 @@ def test_imports_are_declared():
     distributions = packages_distributions()
     extras = {part: {**declared(), **declared(extra)} for part, extra in EXTRAS.items()}
     paths = {**modules(), "setup": ROOT / "setup.py"}
-    for folder in ("bench", "tests"):
+    for folder in ("bench", "docs", "examples", "tests"):
         for path in (ROOT / folder).rglob("*.py"):
             paths[".".join(path.relative_to(ROOT).with_suffix("").parts)] = path
-    known = {*PACKAGES, "bench", "tests", *PEERS, *sys.stdlib_module_names}
+    known = {*PACKAGES, "bench", "tests", "tiny", *PEERS, *sys.stdlib_module_names}
     for module, path in paths.items():
         allowed = next((extras[part] for part in extras if module.startswith(part)), declared())
         for name in {name.split(".")[0] for name in imports_of(path)} - known:
@@ -143,7 +146,8 @@ def pinned(file: str, python: str) -> dict[str, str]:
 def test_every_requirement_is_pinned(python):
     """No upper caps for users; development and its oldest environment know their versions."""
     newest, oldest = pinned("constraints.txt", python), pinned("constraints-oldest.txt", python)
-    for name, requirement in {**declared(), **declared("dev"), **declared("demo")}.items():
+    extras = [declared(extra).items() for extra in ("", "dev", "demo", "docs")]
+    for name, requirement in dict(itertools.chain(*extras)).items():
         if requirement.marker and not requirement.marker.evaluate({"python_version": python}):
             continue
         ((operator, lowest),) = ((part.operator, part.version) for part in requirement.specifier)
@@ -228,8 +232,9 @@ def test_wheel_holds_both_packages(source, tmp_path, with_cpp):
     subprocess.run([*command, "-w", tmp_path, source], check=True, env=environment)
     (wheel,) = tmp_path.glob("*.whl")
     held = set(zipfile.ZipFile(wheel).namelist())
-    assert {"ptv2_fast/__init__.py", "ptv2_kernels/forward.py"} <= held
-    assert not any(name.startswith(("tests/", "bench/", "kernels/")) for name in held)
+    assert {"ptv2_fast/__init__.py", "ptv2_fast/py.typed", "ptv2_kernels/forward.py"} <= held
+    others = ("bench/", "docs/", "examples/", "kernels/", "tests/")
+    assert not any(name.startswith(others) for name in held)
     tables = {f"ptv2_fast/recipes/{p.name}" for p in (ROOT / "ptv2_fast/recipes").glob("*.yaml")}
     assert {"ptv2_fast/serving/server.py", "ptv2_fast/serving/page.html"} <= held
     assert tables <= held and "ptv2_fast/recipes/rte-roberta-large.yaml" in tables

@@ -18,7 +18,8 @@ def model(tmp_path_factory) -> str:
 def plan(capsys, model, folder, task: str, train: str, *more: str) -> dict:
     output = folder / "run"
     command = ["train", "--task", task, "--model", model, "--train-file", train, "--dry-run",
-               "--num-virtual-tokens", "4", "--output", str(output), *more]  # fmt: skip
+               "--method", "p-tuning-v2", "--num-virtual-tokens", "4", "--output", str(output),
+               *more]  # fmt: skip
     assert cli.main(command) == 0
     assert not output.exists()
     return json.loads(capsys.readouterr().out.partition("\n")[2])
@@ -54,10 +55,12 @@ def test_a_multitask_run_shows_steps_time_and_memory(model, tmp_path, capsys):
         ],
     }  # fmt: skip
     (tmp_path / "multi.json").write_text(json.dumps(config))
-    command = ["multitask", "--config", str(tmp_path / "multi.json"), "--dry-run"]
+    command = ["multitask", "--config", str(tmp_path / "multi.json"), "--dry-run",
+               "--mixed-batches"]  # fmt: skip
     assert cli.main([*command, "--output", str(tmp_path / "run")]) == 0
     shown = json.loads(capsys.readouterr().out.partition("\n")[2])
     run, training = shown["run"], shown["training"]
+    assert shown["mixed_batches"] is True
     assert {name: part["batches_per_epoch"] for name, part in run["tasks"].items()} == {
         "first": 6, "second": 3
     }  # fmt: skip

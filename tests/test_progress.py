@@ -36,10 +36,12 @@ def test_final_weights_are_scored_once(changes, tiny, tmp_path, monkeypatch):  #
     scored = {step: metrics_at(tmp_path / "run", step) for step in (2, 4, 6)}
     best = max(scored, key=lambda step: scored[step]["f1"])
     assert found == scored[best if len(changes) == 1 and changes["save_steps"] else 6]
+    wrong: dict = {}
     assert found == score(
         prepared.model, prepared.task, prepared.features["validation"], prepared.tokenizer,
-        prepared.labels,
+        prepared.labels, wrong=wrong,
     )  # fmt: skip
+    assert json.loads((tmp_path / "run" / "mistakes.json").read_text()) == {"validation": wrong}
 
 
 def test_the_bar_of_a_time_limit_is_over_seconds(tiny, tmp_path, monkeypatch, capsys):  # noqa: F811

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 from ptv2_fast import cli
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.run import train
-from ptv2_fast.training.statistic import Statistic
+from ptv2_fast.training.seeds import over_seeds
 from ptv2_fast.training.sweeps import sweep as sweep_module
 from ptv2_fast.training.sweeps.ablation import (
     depth_sweep,
@@ -156,7 +156,8 @@ def test_mean_and_deviation_over_the_seeds_of_each_setting(base, tmp_path):
     assert (found["n"], found["mean"]) == (3, pytest.approx(2 / 3))
     assert found["sd"] == pytest.approx(math.sqrt(78 / 900 / 2))
     assert eight["metrics"]["validation"]["f1"] == {"n": 1, "mean": 0.25, "sd": None}
-    assert Statistic.of([1.0, math.nan]).deviation is None
+    row = over_seeds([("f1", 1.0), ("f1", math.nan)], ["metric"]).loc["f1"]
+    assert math.isnan(row["mean"]) and math.isnan(row["sd"]) and row["n"] == 2
 
     write_results(tmp_path, sweep, outcome)
     table = rows(tmp_path)

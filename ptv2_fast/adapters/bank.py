@@ -1,5 +1,6 @@
 """Many adapters on one encoder: each row of a batch reads the prefix of its own, in one pass."""
 
+import functools
 import inspect
 import json
 import os
@@ -27,6 +28,7 @@ from ptv2_fast.adapters.bank_models import (
 from ptv2_fast.adapters.bank_prefixes import stack_prefixes
 from ptv2_fast.adapters.bank_rows import (
     Row,
+    adapters_of,
     check_inputs,
     check_lengths,
     passes,
@@ -42,6 +44,7 @@ from ptv2_fast.adapters.loading import (
 )
 from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import read_adapter
+from ptv2_fast.encoders.backbone_forward import NeedsFrozenBlocksError
 from ptv2_fast.encoders.bank_attachment import BankCall, Repeat, attach_bank
 from ptv2_fast.encoders.lifecycle import check_model, require_attachment
 from ptv2_fast.prefix import PTuningV2Config
@@ -123,11 +126,12 @@ class PrefixBank:
         dtypes = _dtypes_of(tensors)
         is_trainable, place = not attachment.config.inference_mode, f"model {name}"
         if has_known_code(kind):
-            model = self._model(description, tensors, place, kind, options)
+            model, make = self._model(description, tensors, place, kind, options)
         else:
             check_tensors(tensors, tensors, place)
-            model = copy_around(self._plain, attached_model, tensors)
-        self._put(name, model, description, dtypes, is_trainable)
+            make = functools.partial(copy_around, self._plain, attached_model, tensors)
+            model = make()
+        self._put(name, model, make, description, dtypes, is_trainable)
 
     def unload(self, name: str) -> None:
         """Forget an adapter; forwards that run already finish with it.
@@ -182,9 +186,10 @@ class PrefixBank:
     ) -> list[Any]:
         """Run each text with its adapter, all in one pass of the encoder.
 
-        Adapters whose layers differ from the encoder's (trained biases, norms, low-rank updates,
-        `modules_to_save` inside it, added tokens) run in a pass of their own, and so do models of a
-        user's own class.
+        Adapters whose layers are others than the encoder's (`modules_to_save` inside it, added
+        tokens, norms of heads that train) run in a pass of their own, and so do models of a user's
+        own class. So do those with trained biases, norms or low-rank updates in training, and where
+        no frozen blocks run.
 
         Args:
             input_ids: int64 [B, T].
@@ -239,16 +244,28 @@ class PrefixBank:
         if mask is not None:  # some code of transformers reads numbers
             inputs = {**inputs, "attention_mask": mask.bool().long()}
         places = places_of(mask, batch)
-        results: list[Any] = [None] * len(rows)
-        for group in passes(rows, self._shared.model.training):
-            chosen = [rows[number] for number in group]
-            for number, result in zip(group, self._run(chosen, inputs, places), strict=True):
-                results[number] = result
-        found = iter(results)
+        is_training = self._shared.model.training
+        apart = is_training or any(tensor.requires_grad for tensor in inputs.values())
+        found = iter(self._results(rows, inputs, places, apart))
         return [
             next(found) if isinstance(names, str) else [next(found) for _ in names]
             for names in adapter_names
         ]
+
+    def _results(
+        self, rows: list[Row], inputs: dict[str, Tensor], places: list[Place], apart: bool
+    ) -> list[Any]:
+        """That of each row; `apart`: as that of `passes`."""
+        results: list[Any] = [None] * len(rows)
+        for group in passes(rows, self._shared.model.training, apart):
+            chosen = [rows[number] for number in group]
+            try:
+                found = self._run(chosen, inputs, places)
+            except NeedsFrozenBlocksError:
+                found = self._results(chosen, inputs, places, apart=True)
+            for number, result in zip(group, found, strict=True):
+                results[number] = result
+        return results
 
     def _find(self, members: dict[str, Member], name: str, what: str = "name") -> Member:
         """An adapter by its name; `what` names the argument, for the message."""
@@ -285,9 +302,9 @@ class PrefixBank:
         """
         description, tensors = read_adapter(folder)
         dtypes = _dtypes_of(tensors)
-        model = self._model(description, tensors, folder, adapt=adapt)
+        model, make = self._model(description, tensors, folder, adapt=adapt)
         warn_of_another_base(description.get("base_model"), self._plain, folder)
-        self._put(name, model, description, dtypes, is_trainable, run)
+        self._put(name, model, make, description, dtypes, is_trainable, run)
 
     def _model(
         self,
@@ -297,29 +314,34 @@ class PrefixBank:
         kind: type[PreTrainedModel] | None = None,
         options: dict[str, Any] | None = None,
         adapt: Callable[[PreTrainedModel], None] | None = None,
-    ) -> PreTrainedModel:
-        """A model with this adapter on the bank's encoder."""
+    ) -> tuple[PreTrainedModel, Callable[[], PreTrainedModel]]:
+        """A model with this adapter on the bank's encoder, and what makes one without it."""
         read_config(description, place)
         labels = read_labels(description, place)
         check_same_model(description, self._plain, with_head=False)
         kind = kind or find_class(self._plain, description["model_class"], place)
         tensors = fit_dtypes(tensors, kind, self._plain, self._shared.family)
-        model = model_around(self._plain, kind, tensors, labels, options)
-        if adapt is not None:
-            adapt(model)
-        return put_adapter(model, description, tensors, place)
+
+        def make() -> PreTrainedModel:
+            model = model_around(self._plain, kind, tensors, labels, options)
+            if adapt is not None:
+                adapt(model)
+            return model
+
+        return put_adapter(make(), description, tensors, place), make
 
     def _put(
         self,
         name: str,
         model: PreTrainedModel,
+        make: Callable[[], PreTrainedModel],
         description: dict[str, Any],
         dtypes: dict[str, torch.dtype],
         is_trainable: bool,
         run: Any = None,
     ) -> None:
         base_model = description.get("base_model")
-        member = Member(self._shared, self._plain, model, base_model, dtypes, is_trainable)
+        member = Member(self._shared, self._plain, model, make, base_model, dtypes, is_trainable)
         member.train(False)
         member.run_of = run
         with self._lock:
@@ -330,8 +352,9 @@ class PrefixBank:
         """The results of rows that share a pass."""
         texts = [row.text for row in rows]
         first = rows[0].member
-        if first is not None and first.runs_alone:
-            return first.run(select(inputs, texts), [places[text] for text in texts])
+        if first is not None and all(row.member is first for row in rows):
+            if first.runs_alone or first.values is not None:
+                return first.run(select(inputs, texts), [places[text] for text in texts])
         states = self._states(rows, inputs)
         results: list[Any] = [None] * len(rows)
         for member in dict.fromkeys(row.member for row in rows):
@@ -360,7 +383,9 @@ class PrefixBank:
         # Texts that start at the same position are the same below the lowest prefix.
         starts = [(row.text, 0 if row.member is None else row.member.offset) for row in rows]
         once = list(dict.fromkeys(starts))
-        lowest = min(layers, default=len(shared.layers) - 1)
+        adapters = adapters_of(rows)
+        inside = [member.lowest for member in members if member is not None]
+        lowest = min([*layers, *inside], default=len(shared.layers) - 1)
         # A convolution behind the first layer reads the batch of the embeddings.
         has_convolution = shared.relative is not None and shared.relative.has_convolution
         repeat = None
@@ -375,6 +400,7 @@ class PrefixBank:
             0.0 if rows[0].member is None else rows[0].member.prefix_dropout,
             repeat,
             all(row.member is not None and row.member.first_token_only for row in rows),
+            adapters,
         )
         return shared.run(call, **select(inputs, [text for text, _ in starts]))
 

@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import os
 import threading
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import write_adapter
 from ptv2_fast.encoders.attachment import Attachment
 from ptv2_fast.encoders.bank_attachment import BankAttachment, GivenStates
+from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.first_token import reads_first_token_only
 from ptv2_fast.encoders.lifecycle import require_attachment
 from ptv2_fast.encoders.pads import reads_pads
@@ -32,6 +34,7 @@ class Member:
         shared: the bank's backbone.
         backbone: the same without prefixes.
         model: with the adapter, on what is frozen of this backbone; it is taken apart.
+        make: makes such a model without the adapter.
         base_model: what the adapter was trained on, by its name.
         dtypes: of the adapter's tensors, in which they are written.
         keep_projection: do not fold that of its prefix, so that it can train.
@@ -39,8 +42,10 @@ class Member:
     Attributes:
         model: of its class, without encoder layers where it shares the bank's pass.
         encoder: its prefix.
-        runs_alone: its layers or embeddings differ from those of the bank, or a class of the user's
-            calls them in a way that is not known.
+        runs_alone: its layers or embeddings are others than those of the bank, or a class of the
+            user's calls them in a way that is not known.
+        values: the biases, norms and updates that it has inside of them, or None.
+        lowest: the lowest layer with one; behind the last one where there is none.
         offset: positions in front of its first token.
         prefix_dropout: in training.
         first_token_only: its head reads the first token's state and no other.
@@ -55,6 +60,7 @@ class Member:
         shared: BankAttachment,
         backbone: PreTrainedModel,
         model: PreTrainedModel,
+        make: Callable[[], PreTrainedModel],
         base_model: str | None,
         dtypes: dict[str, torch.dtype],
         keep_projection: bool,
@@ -71,17 +77,27 @@ class Member:
         self._reads_pads = reads_pads(model)
         self._names = _inputs_of(model)
         self._head_names = [n for n in attachment.saved_names if not n.startswith(ENCODER_NAME)]
+        vectors, family = attachment.vectors, attachment.family
         has_words = (
             model.get_input_embeddings().weight is not backbone.get_input_embeddings().weight
         )
-        self.runs_alone = has_words or self._has_own_code or _differs_inside(attachment)
-        if self.runs_alone:
+        differs = has_words or self._has_own_code or _differs_inside(attachment)
+        self.runs_alone = differs or shared.cannot_read(vectors)
+        self.values = None if self.runs_alone else shared.values_of(vectors)
+        self.lowest = min(vectors.layers_inside, default=len(shared.layers))
+        self._is_whole = self.runs_alone or self.values is not None
+        if self._is_whole:
             attachment.frozen.share_weights(shared.frozen)
             for name, parameter in model.named_parameters():
                 if name in self._head_names:
                     parameter.data = parameter.data.to(backbone.dtype)
         else:
             self._take_apart(attachment, keep_projection)
+            self._read_by(model, family)
+        if self.values is not None:
+            head = make()
+            _share(model, head, self._head_names)
+            self._read_by(head, family)
         # Hooks of a task may keep something from one part of the model to the next.
         has_hooks = bool(model._forward_pre_hooks)
         self._lock: Any = threading.Lock() if has_hooks else contextlib.nullcontext()
@@ -94,11 +110,15 @@ class Member:
         has_projection = self.encoder.projection is not None
         self._description["prefix_config"]["prefix_projection"] = has_projection
         attachment.undo()
-        self.model.config.return_dict = True
-        self._is_bare = self.model.base_model is self.model
-        head = (p.dtype for n, p in self.model.named_parameters() if n in self._head_names)
-        self._head_dtype = next(head, None)
-        self._given = GivenStates(cast(Any, self.model.base_model), attachment.family)
+
+    def _read_by(self, head: PreTrainedModel, family: Family) -> None:
+        """Let the head of this model read states; its layers are taken out."""
+        self._head = head
+        head.config.return_dict = True
+        self._is_bare = head.base_model is head
+        dtypes = (p.dtype for n, p in head.named_parameters() if n in self._head_names)
+        self._head_dtype = next(dtypes, None)
+        self._given = GivenStates(cast(Any, head.base_model), family)
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -116,12 +136,14 @@ class Member:
         self.model.train(mode)
         for parameter in self.parameters:
             parameter.requires_grad_(mode)
-        if self.runs_alone:
+        if self._is_whole:
             require_attachment(self.model).set_trainable(mode)
+        if self.values is not None:
+            self.values.forget()
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the adapter as `save_adapter` does."""
-        if self.runs_alone:
+        if self._is_whole:
             attachment = require_attachment(self.model)
             kept = written_tensors(attachment)
             kept = {name: tensor.to(self._dtypes[name]) for name, tensor in kept.items()}
@@ -135,6 +157,8 @@ class Member:
 
     def layers(self) -> dict[int, LayerPrefix]:
         """Layer index -> its prefix."""
+        if self.encoder.config.num_virtual_tokens == 0:
+            return {}
         trains = torch.is_grad_enabled() and any(
             parameter.requires_grad for parameter in self.encoder.parameters()
         )
@@ -153,18 +177,23 @@ class Member:
         states = states.to(self._head_dtype or states.dtype)
         if not self._reads_pads:
             with self._given.of(states):
-                return self.run(inputs, places)
+                return self._run(self._head, inputs, places)
         results = []
         for row, place in enumerate(places):
             own = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
             length = states.shape[1]
             own = {n: t[:, place] if t.shape[1:2] == (length,) else t for n, t in own.items()}
             with self._given.of(states[row : row + 1, place]):
-                results += self.run(own, [slice(None)])
+                results += self._run(self._head, own, [slice(None)])
         return results
 
     def run(self, inputs: dict[str, Tensor], places: list[Place]) -> list[Tensor]:
         """What the model makes of rows, for each."""
+        return self._run(self.model, inputs, places)
+
+    def _run(
+        self, model: PreTrainedModel, inputs: dict[str, Tensor], places: list[Place]
+    ) -> list[Tensor]:
         names = inputs if self._names is None else self._names
         known: dict[str, Any] = {n: tensor for n, tensor in inputs.items() if n in names}
         if self._has_choices:  # each row is one choice of one example
@@ -172,7 +201,7 @@ class Member:
         if not self._has_own_code or "return_dict" in names:
             known["return_dict"] = True
         with self._lock:
-            output = self.model(**known)
+            output = model(**known)
         if "start_logits" in output:
             return _cut(torch.stack((output.start_logits, output.end_logits), dim=-1), places)
         if "logits" not in output:
@@ -196,11 +225,19 @@ def _inputs_of(model: PreTrainedModel) -> tuple[str, ...] | None:
 
 
 def _differs_inside(attachment: Attachment) -> bool:
-    """Whether something trains, or has trained, inside the frozen part of a model."""
-    config, model = attachment.config, attachment.model
-    stems = frozen_stems(model, attachment.family)
-    inside = any(name.startswith(stems) for name in attachment.saved_names)
-    return inside or config.train_biases or config.train_norms or config.low_rank is not None
+    """Whether modules inside the frozen part of a model train, or have trained, themselves."""
+    stems = frozen_stems(attachment.model, attachment.family)
+    return any(name.startswith(stems) for name in attachment.saved_names)
+
+
+def _share(model: PreTrainedModel, other: PreTrainedModel, names: list[str]) -> None:
+    """Give another model of the same class these tensors of a model."""
+    for name in names:
+        path, _, key = name.rpartition(".")
+        own, others = model.get_submodule(path), other.get_submodule(path)
+        for kept, taken in ((own._parameters, others._parameters), (own._buffers, others._buffers)):
+            if key in kept:
+                taken[key] = kept[key]  # type: ignore[assignment]
 
 
 def _reads_first_token_only(attachment: Attachment) -> bool:

@@ -1,5 +1,6 @@
 """The rows of a mixed batch: what they are, what is expected of them, which share a pass."""
 
+from collections import Counter
 from typing import Any, NamedTuple
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 from transformers import PretrainedConfig
 
 from ptv2_fast.adapters.bank_members import Member, Place
+from ptv2_fast.encoders.bank_attachment import AdapterRows
 from ptv2_fast.encoders.family import Family
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -83,20 +85,43 @@ def places_of(mask: Tensor | None, batch: int) -> list[Place]:
     return [slice(length) for length in lengths] if is_right else list(mask.unbind(0))
 
 
-def passes(rows: list[Row], is_training: bool) -> list[list[int]]:
+def passes(rows: list[Row], is_training: bool, apart: bool) -> list[list[int]]:
     """The numbers of the rows of each pass.
 
-    In training, adapters of one pass have one probability of dropout on their prefix.
+    In training, adapters of one pass have one probability of dropout on their prefix. Where some
+    have values of their own inside of the layers, the rows of each stand together.
+
+    Args:
+        rows: of a batch.
+        is_training: dropout is on.
+        apart: adapters with such values have passes of their own.
     """
     found: dict[Any, list[int]] = {}
     for number, (_, member) in enumerate(rows):
         key: Any = 0.0
-        if member is not None and member.runs_alone:
+        if member is not None and (member.runs_alone or (apart and member.values is not None)):
             key = member
         elif member is not None and is_training:
             key = member.prefix_dropout
         found.setdefault(key, []).append(number)
+    order = {member: n for n, member in enumerate(dict.fromkeys(row.member for row in rows))}
+    for numbers in found.values():
+        if any(_has_values(rows[number].member) for number in numbers):
+            numbers.sort(key=lambda number: order[rows[number].member])
     return list(found.values())
+
+
+def adapters_of(rows: list[Row]) -> AdapterRows | None:
+    """What the adapters of a pass have inside of the layers, or None."""
+    if not any(_has_values(row.member) for row in rows):
+        return None
+    counts = Counter(row.member for row in rows)
+    values = [None if member is None else member.values for member in counts]
+    return AdapterRows(values, list(counts.values()))
+
+
+def _has_values(member: Member | None) -> bool:
+    return member is not None and member.values is not None
 
 
 def check_lengths(

@@ -61,10 +61,12 @@ def save_adapter(
 ) -> None:
     """Write ptv2_config.json and ptv2_adapter.safetensors; old files are replaced whole.
 
-    The tensors are the prefix (with its MLP, so that training can go on, and with the biases and
-    norms that train beside it), everything outside the
-    embeddings and encoder layers, `modules_to_save`, and the embeddings of tokens that were added
-    to the vocabulary of the base model.
+    The tensors are
+
+    - the prefix, with its MLP, so that training can go on, and with the biases, norms and low-rank
+      updates that train beside it;
+    - everything outside the embeddings and encoder layers (head, pooler), and `modules_to_save`;
+    - the embeddings of tokens that were added to the vocabulary of the base model.
 
     Args:
         model: an attached model.

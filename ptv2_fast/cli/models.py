@@ -16,7 +16,7 @@ def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "models", _models, "list the encoders that are served", _NOTE)
     parser.add_argument(
-        "--markdown", action="store_true", help="as README's table, equal families in one row"
+        "--markdown", action="store_true", help="as a Markdown table, equal families in one row"
     )
 
 

@@ -1,5 +1,6 @@
 """ptv2-fast multitask."""
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,12 @@ def add(commands: Any) -> None:
         help="batches are drawn from n examples in proportion to n ** (1 / temperature): 1 = by "
         "size, large = equally often (default: 1.0)",
     )
+    run.add_argument(
+        "--mixed-batches",
+        action=argparse.BooleanOptionalAction,
+        help="let a batch hold examples of several data sets, in the same proportions, instead of "
+        "one after the other (default: no)",
+    )
     add_options(parser.add_argument_group("model"), ModelOptions)
     add_options(parser.add_argument_group("training"), TrainingOptions)
 
@@ -68,11 +75,11 @@ def _read_config(options: dict[str, Any], started: Path | None) -> MultiTaskConf
     if started is not None and (started / run_folder.CONFIG).is_file():
         before, _ = run_folder.read_run_config(started, MultiTaskConfig)
         values |= flatten_tasks(before.to_dict())
-    config_file, temperature = options.pop("config"), options.pop("temperature")
+    config_file = options.pop("config")
+    own = {name: options.pop(name) for name in ("temperature", "mixed_batches")}
     if config_file is not None:
         values = with_changes(values, read_multitask_file(config_file))
-    if temperature is not None:
-        values["temperature"] = temperature
+    values |= {name: value for name, value in own.items() if value is not None}
     return MultiTaskConfig.from_dict(with_changes(values, options))
 
 

@@ -28,6 +28,8 @@ from ptv2_fast.training.options import (
 BAD_INPUT = 2
 INTERRUPTED = 130
 
+NONE = "none"  # as the value of an option: the option is not set
+
 
 class Parser(argparse.ArgumentParser):
     """One line for a bad option instead of the whole usage, with what may have been meant."""
@@ -106,7 +108,10 @@ def add_command(
 
 def add_run_settings(parser: argparse.ArgumentParser) -> None:
     """--recipe, --config and every option of a run."""
-    parser.add_argument("--recipe", help="start from a recipe (`ptv2-fast tasks` lists them)")
+    parser.add_argument(
+        "--recipe",
+        help="start from a recipe (`ptv2-fast tasks` lists them; none: from none)",
+    )
     parser.add_argument(
         "--config",
         help="options from a .json, .toml or .yaml file; those given here win; config.json of a "
@@ -130,7 +135,7 @@ def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) ->
     """
     values = dict(before or {})
     recipe, config_file = options.pop("recipe"), options.pop("config")
-    if recipe is not None:
+    if recipe not in (None, NONE):
         values = with_changes(values, read_recipe(recipe))
     if config_file is not None:
         values = with_changes(values, read_config_file(config_file))
@@ -162,17 +167,21 @@ def add_options(group: Any, part: type[Options], names: Sequence[str] | None = N
     for field in dataclasses.fields(part):  # type: ignore[arg-type]
         if names is not None and field.name not in names:
             continue
-        kind, _ = value_type(hints[field.name])
+        kind, optional = value_type(hints[field.name])
         flags = [with_dashes(f"--{n}") for n in (field.name, *field.metadata["aliases"])]
         help_text = field.metadata["help"]
         if names is None and field.default is not None and kind is not bool:
             help_text += f" (default: {field.default})"
+        choices = field.metadata["choices"]
         settings: dict[str, Any] = {"type": kind}
+        if optional and (choices or kind is not str):  # a recipe or a file may have set it
+            settings = {"type": _or_none(kind), "action": _StoreOrNone}
+            choices = choices and (*choices, NONE)
         if kind is bool:
             settings = {"action": argparse.BooleanOptionalAction}
             help_text += f" (default: {'yes' if field.default else 'no'})"
-        if field.metadata["choices"]:
-            settings["choices"] = field.metadata["choices"]
+        if choices:
+            settings["choices"] = choices
         elif kind is not bool:
             settings["metavar"] = "TEXT" if kind is str else "N"
         group.add_argument(
@@ -182,6 +191,23 @@ def add_options(group: Any, part: type[Options], names: Sequence[str] | None = N
             help=help_text.replace("%", "%%"),
             **settings,
         )
+
+
+def _or_none(kind: type) -> Callable[[str], Any]:
+    """The type of an option that "none" takes back."""
+
+    def read(text: str) -> Any:
+        return text if text == NONE else kind(text)
+
+    read.__name__ = kind.__name__  # in argparse's message
+    return read
+
+
+class _StoreOrNone(argparse.Action):
+    """Stores None for "none"."""
+
+    def __call__(self, parser, namespace, values, option_string=None):  # type: ignore[no-untyped-def]
+        setattr(namespace, self.dest, None if values == NONE else values)
 
 
 def quieten(progress: bool = False) -> None:

@@ -32,7 +32,8 @@ if TYPE_CHECKING:
 
 _EXAMPLE = """examples:
   ptv2-fast train --task token-classification --model bert-base-cased --output runs/ner \\
-      --train-file train.txt --validation-file valid.txt --num-virtual-tokens 32
+      --train-file train.txt --validation-file valid.txt
+  ptv2-fast train --task token-classification --method p-tuning-v2 --num-virtual-tokens 100 ...
   ptv2-fast train --recipe rte-roberta-large --output runs/rte
   ptv2-fast train --recipe rte-roberta-large --seeds 11,12,13 --output runs/rte-seeds
   ptv2-fast eval --run runs/ner --data test.txt
@@ -43,6 +44,10 @@ _EXAMPLE = """examples:
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "train", _train, "train a method on a task", _EXAMPLE)
+    parser.description = (
+        "Train a method on a task. Without --method, --recipe and --config it starts from the "
+        "preset for the task and the encoder's width: a prefix, biases, norms and low-rank updates."
+    )
     run = parser.add_argument_group("run")
     add_output(run, "run")
     run.add_argument(
@@ -62,7 +67,8 @@ def _train(options: dict[str, Any]) -> None:
     if seeds is not None or (resume and (folder / SWEEP).is_file()):
         _train_sweep(options, folder, seeds, flags)
         return
-    config = checked(run_config, options, checked(_before, folder) if resume else None)
+    before = checked(_before, folder) if resume else {}
+    config = checked(run_config, options, before or checked(_preset, options))
     if not is_complete(config, folder, resume, flags["overwrite"]):
         _train_one(config, folder, **flags)
 
@@ -93,7 +99,8 @@ def _train_sweep(
         sweep = rest_of(before, options, seeds)
     else:
         refuse_given(options, {"seed"})
-        sweep = checked(seeds_sweep, checked(run_config, options), seeds)
+        config = checked(run_config, options, checked(_preset, options))
+        sweep = checked(seeds_sweep, config, seeds)
     run_and_print(sweep, folder, **flags)
 
 
@@ -103,6 +110,22 @@ def _before(folder: Path) -> dict[str, Any]:
         return {}
     config, _ = run_folder.read_run_config(folder)
     return config.flat()
+
+
+def _preset(options: dict[str, Any]) -> dict[str, Any]:
+    """The options of the preset for the task and the encoder; none where the user names a method,
+    a recipe or a file."""
+    if options["recipe"] is not None or options["config"] is not None or "method" in options:
+        return {}
+    given = {name: value for name, value in options.items() if name not in ("recipe", "config")}
+    config = RunConfig.from_dict(given)  # what is wrong is said before the heavy imports
+    check_places(config.model, config.data)
+    quieten(config.training.progress)
+    from ptv2_fast.recipes.default import default_recipe
+
+    name, values = default_recipe(config)
+    print(f"recipe: {name}, as no method is named (--recipe none for none)", file=sys.stderr)
+    return values
 
 
 def _train_one(

@@ -48,6 +48,7 @@ from ptv2_fast.encoders.vocabulary import (
     check_vocabulary,
     restore_rows,
 )
+from ptv2_fast.frozen.adapter_rows import AdapterRows
 from ptv2_fast.frozen.layout import Repeat
 from ptv2_fast.prefix import BankPrefix, LayerPrefix, PrefixEncoder, PTuningV2Config
 
@@ -77,12 +78,14 @@ def find_attachment(model: nn.Module) -> "Attachment | None":
 class Given(NamedTuple):
     """What one forward has in front of its tokens.
 
-    `layers`: layer index -> prefix. `dropout`: on it, in training. `repeat`: see `PrefixState`.
+    `layers`: layer index -> prefix. `dropout`: on it, in training. `repeat`, `adapters`: see
+    `PrefixState`.
     """
 
     layers: Mapping[int, LayerPrefix] | Mapping[int, BankPrefix]
     dropout: float
     repeat: Repeat | None = None
+    adapters: AdapterRows | None = None
 
 
 class Attachment:

@@ -14,6 +14,7 @@ from transformers import AttentionInterface, PretrainedConfig
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, bidirectional_mask_function
 
 from ptv2_fast.encoders.disentangled import RelativePositions
+from ptv2_fast.frozen.adapter_rows import AdapterRows
 from ptv2_fast.frozen.engine import Block, FrozenRun
 from ptv2_fast.frozen.layout import Repeat
 from ptv2_fast.ops import disentangled_prefix_attention, prefix_attention
@@ -63,6 +64,7 @@ class PrefixState:
 
     `layers` maps a layer index to its prefix; a layer that is not in it runs without one.
     `repeat`: the rows that each text becomes, in frozen blocks from some layer on.
+    `adapters`: what these have inside of the layers, which only frozen blocks read.
     `key_shape`: number and width of its heads. With `run` the layers are frozen `blocks` and call
     no attention function. Whoever used the prefix of a layer notes the layer in `called`.
     `relative`: the position tables of an encoder that has some.
@@ -79,6 +81,7 @@ class PrefixState:
     backend: str | None = None
     relative: RelativePositions | None = None
     repeat: Repeat | None = None
+    adapters: AdapterRows | None = None
     # A bias as transformers has it, and its copy.
     _bias: tuple[Tensor, Tensor] | None = None
 

@@ -36,6 +36,10 @@ FIRST_TOKEN_ARGUMENT = "ptv2_first_token_only"
 _OWN_NAME = "_ptv2_forward"
 
 
+class NeedsFrozenBlocksError(RuntimeError):
+    """A forward that only frozen blocks can run, where transformers' own code would."""
+
+
 class BackboneForward:
     """Takes the place of a backbone's `forward`, so that `model.forward(...)` has its prefix too.
 
@@ -243,8 +247,11 @@ def _start(
         key_shape=(attachment.encoder.num_heads, attachment.encoder.head_dim),
         relative=attachment.relative,
         repeat=given.repeat,
+        adapters=given.adapters,
     )
     state.run = _start_blocks(attachment, arguments, state, first_token_only)
+    if state.run is None and state.adapters is not None:
+        raise NeedsFrozenBlocksError("several adapters with updates in one pass")
     if state.run is None and backbone.training:
         if attachment.own_attention:
             checkpoint_unless_frozen(attachment.layers)

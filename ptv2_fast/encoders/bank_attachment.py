@@ -15,6 +15,8 @@ from ptv2_fast.encoders.attachment import Attachment, Given
 from ptv2_fast.encoders.backbone_forward import FIRST_TOKEN_ARGUMENT
 from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.lifecycle import check_model, make_encoder
+from ptv2_fast.encoders.vectors import TrainedVectors
+from ptv2_fast.frozen.adapter_rows import AdapterRows, AdapterValues
 from ptv2_fast.frozen.layout import Repeat
 from ptv2_fast.prefix import BankPrefix, LayerPrefix, PTuningV2Config
 
@@ -29,6 +31,7 @@ class BankCall:
         prefix_dropout: in training.
         repeat: the rows that each text becomes (see `PrefixState`).
         first_token_only: nothing but the first token's state is read.
+        adapters: what the rows' adapters have inside of the layers, or None.
     """
 
     layers: Mapping[int, LayerPrefix] | Mapping[int, BankPrefix]
@@ -36,6 +39,7 @@ class BankCall:
     prefix_dropout: float = 0.0
     repeat: Repeat | None = None
     first_token_only: bool = False
+    adapters: AdapterRows | None = None
 
 
 class _Running(threading.local):
@@ -77,15 +81,29 @@ class BankAttachment(Attachment):
     def given(self) -> Given:
         """As that of `Attachment`."""
         call = _call()
-        return Given(call.layers, call.prefix_dropout, call.repeat)
+        return Given(call.layers, call.prefix_dropout, call.repeat, call.adapters)
 
     def repeat_inputs(self, rows: Tensor) -> None:
         """As that of `Attachment`."""
         call = _call()
         call.offset = None if call.offset is None else call.offset[rows]
 
+    def values_of(self, vectors: TrainedVectors) -> AdapterValues | None:
+        """What an adapter of another model of this class has inside of the layers, if anything."""
+        stand_ins = vectors.on(self.layers)
+        return AdapterValues(stand_ins) if stand_ins else None
+
+    def cannot_read(self, vectors: TrainedVectors) -> bool:
+        """Whether norms of heads are among them, which are those of all rows of a pass."""
+        return self.frozen.has_head_norms_of(vectors.on(self.layers))
+
     def run(self, call: BankCall, **inputs: Tensor) -> Tensor:
-        """The last states of each row, [B, T, C]."""
+        """The last states of each row, [B, T, C].
+
+        Raises:
+            NeedsFrozenBlocksError: before anything runs, with `adapters` where the layers cannot be
+                frozen blocks.
+        """
         marks = {FIRST_TOKEN_ARGUMENT: True} if call.first_token_only else {}
         with _running(call):
             return self.model(**inputs, **marks).last_hidden_state
@@ -119,7 +137,7 @@ class _Handed(threading.local):
     states: Tensor | None = None
 
 
-class _Output(BaseModelOutputWithPooling):
+class GivenOutput(BaseModelOutputWithPooling):
     """States; what else the backbones of some families give, such as a cache, is None."""
 
     def __getattr__(self, name: str) -> None:
@@ -146,7 +164,7 @@ class GivenStates:
         """As the backbone's own forward, whatever it is given."""
         states = cast(Tensor, self._handed.states)
         pooled = self.family.pooled(self.backbone, states)
-        return _Output(last_hidden_state=states, pooler_output=pooled)
+        return GivenOutput(last_hidden_state=states, pooler_output=pooled)
 
     @contextlib.contextmanager
     def of(self, states: Tensor) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""What each family is served with: the data of `ptv2-fast models`, and of README's table.
+"""What each family is served with: the data of `ptv2-fast models`, and of docs/support.md.
 
 Read off the table of families and what the installed transformers has for a `model_type`.
 """

@@ -225,6 +225,7 @@ class FrozenBackbone:
             padded_above=0 if has_convolution else None,
             stand_ins=stand_ins,
             repeat=state.repeat,
+            adapters=state.adapters,
         )
 
     def _reads_distances(self, state: PrefixState) -> bool:
@@ -239,6 +240,14 @@ class FrozenBackbone:
         """
         for own, others in zip(self._forwards, other._forwards, strict=False):
             own.block = own.block._replace(reader=others.block.reader)
+
+    def has_head_norms_of(self, stand_ins: StandIns) -> bool:
+        """Whether norms of the heads of queries and keys are among these modules."""
+        return any(
+            norm in stand_ins
+            for forward in self._forwards
+            for norm in forward.block.modules.head_norms
+        )
 
     def join_weights(self) -> None:
         """Do now, and not in the first forward, what rearranges parameters in memory."""

@@ -19,14 +19,15 @@ def attach(
 ) -> PreTrainedModel:
     """Put a trainable prefix in front of every layer's attention (P-Tuning v2), in place.
 
-    The backbone (embeddings and encoder layers) is frozen; the prefix, registered as
-    `prefix_encoder` with float32 weights, and everything outside the backbone are trainable; so are
-    copies of biases and norms and updates of matrices, where the configuration says so, which lie
-    with the prefix. The
-    class of the model and the signature of its forward do not change.
+    Frozen: the backbone, which is embeddings and encoder layers. Trainable: the prefix, registered
+    as `prefix_encoder` with float32 weights, and everything outside the backbone, as head and
+    pooler. With `train_biases`, `train_norms` or `low_rank` the prefix encoder also holds trainable
+    copies of biases and norms, and updates of matrices. The class of the model and the signature of
+    its forward do not change.
 
-    At the end two tokens run through the backbone to prove that every layer calls the attention
-    operator once. On the meta device, or with hooks on all modules, the first forward proves it.
+    At the end two tokens run through the backbone, to prove that every layer calls the attention
+    operator exactly once. On the meta device, or with hooks on all modules, the first forward
+    proves it.
 
     Args:
         model: a model of transformers of a supported family, bare or with a head.

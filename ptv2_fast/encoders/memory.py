@@ -59,24 +59,25 @@ def predict_step(
     devices: int = 1,
     device_type: str = "cuda",
 ) -> StepMemory:
-    """The memory of a training step of frozen blocks, or, of sharded weights, by the hook.
+    """The memory of a training step on each device, by formula.
 
-    With several devices each has a share of the weights and a batch of its own; a layer's weights
-    are gathered while it runs, and the next ones meanwhile (FSDP's full shards). What embeddings
-    and head keep is left out.
+    On one device the layers run as `config.backbone` says. On several they run by the hook with
+    sharded weights (FSDP's full shards): each device has a share of the weights and a batch of its
+    own, and gathers the weights of a layer while it runs, and those of the next one meanwhile. What
+    embeddings and head keep for the backward pass is left out.
 
     Args:
         model: with its head, not attached; it may be on the meta device.
         config: of the prefix, with the policy that is asked about.
-        sequences, tokens: of the batch of one device; tokens are those that are no padding, of each
-            sequence.
+        sequences: in the batch of one device.
+        tokens: of each sequence, padding not counted.
         dtype: of the frozen weights.
-        devices: that share the weights.
+        devices: how many share the weights.
         device_type: "cuda" or "cpu".
 
     Raises:
-        ValueError: for a model without frozen blocks, for other blocks than LayerNorms and plain
-            networks by the hook, whose bytes are not known, and for a memory_budget.
+        ValueError: for a model without frozen blocks; by the hook, for layers other than those with
+            LayerNorms and a plain network, whose bytes are not known; for a memory_budget.
     """
     if config.memory_budget is not None:
         raise ValueError("memory_budget: expected None and a policy in recompute, got a budget")

@@ -8,12 +8,14 @@ as transformers runs them, the forward of the backbone's modules does.
 
 import copy
 import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 
 from ptv2_fast.encoders.family import Family
+from ptv2_fast.frozen.vectors import StandIns
 from ptv2_fast.frozen.weights import is_plain
 from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
 
@@ -233,6 +235,18 @@ class TrainedVectors:
             forward.attachment = None
             if vars(forward.module).get("forward") is forward:
                 del forward.module.forward
+
+    @property
+    def layers_inside(self) -> set[int]:
+        """The numbers of the layers that have some."""
+        return {each.layer for each in self._found}
+
+    def on(self, layers: Sequence[nn.Module]) -> StandIns:
+        """`stand_ins` of the same modules in other layers of the same form."""
+        return {
+            layers[each.layer].get_submodule(each.path): self.stand_ins[each.module]
+            for each in self._found
+        }
 
     def check(self) -> None:
         """Check, in front of a forward, that the modules are still in the layers.

@@ -174,12 +174,12 @@ class BlockArithmetic:
             return BranchEnd(
                 None, self.ops.dropout_add(input, layer.bias, residual, *dropout), None
             )
-        return BranchEnd(
-            *self.ops.dropout_add_norm(
-                input, layer.bias, residual, norm.weight, norm.beta, norm.epsilon,
-                norm.subtract_mean, *dropout,
-            )
+        out, *rest = self.ops.dropout_add_norm(
+            input, layer.bias, residual, norm.weight, norm.beta, norm.epsilon,
+            norm.subtract_mean, *dropout,
         )  # fmt: skip
+        norm.scale_parts(out)
+        return BranchEnd(out, *rest)
 
     def _branch_gradient(
         self, grad_sum: Tensor | None, grad_out: Tensor | None, grad_other: Tensor | None,

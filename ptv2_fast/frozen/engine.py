@@ -6,6 +6,7 @@ from typing import NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
+from ptv2_fast.frozen.adapter_rows import AdapterRows
 from ptv2_fast.frozen.block import BlockResult, run_block
 from ptv2_fast.frozen.call import AttentionInputs, BlockCall, BlockTensors, Dropout
 from ptv2_fast.frozen.layout import Layout, Repeat, repeat_sequences
@@ -71,6 +72,7 @@ class FrozenRun:
         context_lengths: int32 [B], of rows that all of a sequence see, or None: see
             `prefix_attention`.
         stand_ins: what trains of the prefixed layers.
+        adapters: what each sequence has inside of the layers, forward only; instead of `stand_ins`.
         repeat: from a layer on the batch is another one, whose rows read the texts of this one; not
             with `padded_above` in front of that layer.
     """
@@ -86,6 +88,7 @@ class FrozenRun:
     context_lengths: Tensor | None = None
     padded_above: int | None = None
     stand_ins: StandIns = field(default_factory=dict)
+    adapters: AdapterRows | None = None
     repeat: Repeat | None = None
     _seeds: Tensor | None = None
     _policies: tuple[str, ...] | None = None
@@ -128,6 +131,8 @@ class FrozenRun:
         if self.repeat is not None and index == self.repeat.layer:
             hidden, handed = self._repeat(hidden, self.repeat.rows), None
         weights = block.reader.read(products_dtype(hidden, modules))
+        is_below_repeat = self.repeat is not None and index < self.repeat.layer
+        adapters = None if is_below_repeat else self.adapters  # which have nothing there
         # Under autocast the products have its dtype and the rest has the weights' own.
         hidden = hidden.to(modules.dtype)
         attention_input = None
@@ -135,7 +140,7 @@ class FrozenRun:
             if handed is not None and handed.input is not None:
                 attention_input = handed.input
             else:
-                handed, attention_input = None, self._first_norm(hidden, modules, weights)
+                handed, attention_input = None, self._first_norm(hidden, modules, weights, adapters)
         dropout = _dropout_of(modules, self.prefix_dropout if prefix is not None else 0.0)
         if prefix is None:
             empty = hidden.new_empty(modules.key_value_heads, 0, modules.head_dim)
@@ -156,6 +161,12 @@ class FrozenRun:
             if next_norm is not None:
                 beta = vectors.output_norm_beta
                 next_norm = norm_with(next_norm, vectors.output_norm_weight, beta)
+        first_token_only = is_last and self.first_token_only
+        if adapters is not None:
+            starts, chunk = self.layout.cu_seqlens, _chunk(hidden)
+            weights, next_norm = adapters.of_block(
+                weights, output_norm, next_norm, starts, chunk, first_token_only
+            )
         call = BlockCall(
             weights=weights,
             dropout=dropout,
@@ -163,7 +174,7 @@ class FrozenRun:
             chunk=_chunk(hidden),
             tokens=self.layout.tokens,
             max_seqlen=self.layout.shape[1],
-            first_token_only=is_last and self.first_token_only,
+            first_token_only=first_token_only,
             next_norm=next_norm,
             previous_norm=None if previous is None else previous.norm,
         )
@@ -204,9 +215,17 @@ class FrozenRun:
             self.context_lengths = self.context_lengths[rows]
         return hidden
 
-    def _first_norm(self, hidden: Tensor, modules: BlockModules, weights: BlockWeights) -> Tensor:
+    def _first_norm(
+        self,
+        hidden: Tensor,
+        modules: BlockModules,
+        weights: BlockWeights,
+        adapters: AdapterRows | None,
+    ) -> Tensor:
         """The attention's input in a pre-norm block that no block below hands one to."""
         module, norm = cast(nn.Module, modules.first_norm), cast(Norm, weights.first_norm)
+        if adapters is not None:
+            norm = adapters.of_norm(norm, module, adapters.tokens(self.layout.cu_seqlens))
         if module not in self.stand_ins:
             return _normalise(hidden, norm)
         chunk, tokens = _chunk(hidden), self.layout.tokens
@@ -281,10 +300,13 @@ def _normalise(hidden: Tensor, norm: Norm) -> Tensor:
     """The norm of a residual stream that comes from outside of the blocks; torch's own."""
     shape, weight = hidden.shape[-1:], norm.weight.to(hidden.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        if not norm.subtract_mean:
-            return nn.functional.rms_norm(hidden, shape, weight, norm.epsilon)
-        beta = None if norm.beta is None else norm.beta.to(hidden.dtype)
-        return nn.functional.layer_norm(hidden, shape, weight, beta, norm.epsilon)
+        if norm.subtract_mean:
+            beta = None if norm.beta is None else norm.beta.to(hidden.dtype)
+            normal = nn.functional.layer_norm(hidden, shape, weight, beta, norm.epsilon)
+        else:
+            normal = nn.functional.rms_norm(hidden, shape, weight, norm.epsilon)
+        norm.scale_parts(normal)
+        return normal
 
 
 def _chunk(hidden: Tensor) -> int:

@@ -9,6 +9,7 @@ _OF_ONEDNN = (
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else ()
 )
+_SMALL = 4096
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -16,8 +17,9 @@ def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     On a CPU straight to oneDNN: torch sends fp32 to MKL, which is slower on processors of AMD (with
     the few columns of a low-rank update up to 4 times), and adds the bias of bf16 in a pass of its
-    own.
+    own. A result of few numbers is sooner there by torch, whose calls cost less.
     """
-    if weight.device.type == "cpu" and weight.dtype in _OF_ONEDNN and input.shape[0] > 0:
+    is_small = input.shape[0] * weight.shape[0] < _SMALL
+    if weight.device.type == "cpu" and weight.dtype in _OF_ONEDNN and not is_small:
         return torch.ops.mkldnn._linear_pointwise(input, weight, bias, "none", [], "")
     return nn.functional.linear(input, weight, bias)

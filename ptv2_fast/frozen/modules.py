@@ -10,13 +10,33 @@ from ptv2_fast.frozen.spec import BlockShape, BlockSpec
 from ptv2_fast.ops.layout import widened
 
 
+class NormPart(NamedTuple):
+    """The rows first to last - 1 of a norm's output, and what scales and shifts them, [hidden]."""
+
+    rows: tuple[int, int]
+    weight: Tensor
+    beta: Tensor | None
+
+
 class Norm(NamedTuple):
-    """A norm's weights, [hidden], float32 (float64 for a float64 model)."""
+    """A norm's weights, [hidden], float32 (float64 for a float64 model).
+
+    With `parts` the weight is 1, there is no beta, and they follow.
+    """
 
     weight: Tensor
     beta: Tensor | None
     epsilon: float
     subtract_mean: bool  # a LayerNorm; else an RMSNorm
+    parts: tuple[NormPart, ...] = ()
+
+    def scale_parts(self, normal: Tensor) -> None:
+        """Scale and shift the rows of each part, in place."""
+        for (first, last), weight, beta in self.parts:
+            rows = normal[first:last]
+            rows.mul_(weight)
+            if beta is not None:
+                rows.add_(beta)
 
 
 class DropoutSource(NamedTuple):

@@ -1,5 +1,6 @@
-"""What stands beside the scores of a model: a constant answer's, and those of each class."""
+"""What stands beside the scores of a model: a constant answer's, those of each class, errors."""
 
+import math
 from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -11,6 +12,9 @@ if TYPE_CHECKING:
     from ptv2_fast.tasks.task import Examples, Task
 
 FIGURES = ("precision", "recall", "f1", "support")
+ERROR = ("where", "text", "expected", "answer")
+MOST_ERRORS = 100  # that are kept with their texts
+_LONGEST = 1000  # characters of such a text
 
 
 class Compared(ABC):
@@ -36,11 +40,28 @@ class Compared(ABC):
             for answer, _ in self.count_labels(examples).most_common(2)
         }
 
+    def pairs(self, results: list, examples: "Examples") -> tuple[list[str], list[str]]:
+        """The right labels and those that are given, one behind the other; empty without any."""
+        return self.expected(examples), self.answers(results)
+
     def classes(
         self, results: list, examples: "Examples", labels: list[str]
     ) -> dict[str, dict[str, float]]:
         """Precision, recall, F1 and support (how often it is right) of each class, if any."""
-        return label_figures(self.expected(examples), self.answers(results), labels)
+        return label_figures(*self.pairs(results, examples), labels)
+
+    def losses(self, results: list, examples: "Examples") -> list[float]:
+        """How wrong each result is: 0 = right; here by how sure of the wrong label it is."""
+        right = map(str.__eq__, self.expected(examples), self.answers(results))
+        return [
+            0.0 if is_right else share(result["logits"])
+            for is_right, result in zip(right, results, strict=True)
+        ]
+
+    def shown(self, example: dict, expected: Any, result: Any) -> tuple[str, str, str]:
+        """An example for a reader: its text, what is right, what the result says."""
+        texts = (example.get(name) for name in ("text", "text_pair"))
+        return " | ".join(text for text in texts if text), expected, result["label"]
 
 
 def compare(
@@ -63,6 +84,30 @@ def compare(
     return found
 
 
+def mistakes(
+    task: "Task", results: list, examples: "Examples", labels: list[str]
+) -> dict[str, Any]:
+    """What results get wrong, JSON-ready.
+
+    Returns:
+        wrong: how many; classes: see `Compared.classes`; confusion: right label -> given label ->
+        how often; errors: the worst of them, each a table of ERROR.
+    """
+    confusion: dict[str, dict[str, int]] = {}
+    pairs = zip(*task.pairs(results, examples), strict=True)
+    for (right, given), count in Counter(pairs).items():
+        confusion.setdefault(right, {})[given] = count
+    losses, expected = task.losses(results, examples), task.expected(examples)
+    wrong = sorted(filter(losses.__getitem__, range(len(losses))), key=lambda index: -losses[index])
+    errors = []
+    for index in wrong[:MOST_ERRORS]:
+        words = task.shown(examples.table[index], expected[index], results[index])
+        short = [word if len(word) <= _LONGEST else f"{word[:_LONGEST]}…" for word in words]
+        errors.append(dict(zip(ERROR, (examples.where(index), *short), strict=True)))
+    classes = task.classes(results, examples, labels)
+    return {"wrong": len(wrong), "classes": classes, "confusion": confusion, "errors": errors}
+
+
 def baseline(task: "Task", examples: "Examples", labels: list[str]) -> dict[str, Any]:
     """The `answer` that scores best when it is given always, and its metrics; {} without any."""
     scores = {
@@ -80,6 +125,8 @@ def label_figures(
 ) -> dict[str, dict[str, float]]:
     """Precision, recall, F1 and support of each label that occurs, those of `labels` in front."""
     seen = {*true, *predicted}
+    if not seen:
+        return {}
     names = [label for label in labels if label in seen]
     names += sorted(seen - set(names))
     figures = precision_recall_fscore_support(true, predicted, labels=names, zero_division=0)
@@ -87,3 +134,9 @@ def label_figures(
     return {
         name: dict(zip(FIGURES, row, strict=True)) for name, row in zip(names, rows, strict=True)
     }
+
+
+def share(logits: list[float]) -> float:
+    """The probability of the largest logit."""
+    best = max(logits)
+    return 1 / math.fsum(math.exp(logit - best) for logit in logits)

@@ -15,10 +15,11 @@ from transformers import (
 
 from ptv2_fast.tasks.cells import parse_list
 from ptv2_fast.tasks.columns import Columns
+from ptv2_fast.tasks.comparison import share
 from ptv2_fast.tasks.one_label import OneLabel
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_rows, read_table
-from ptv2_fast.tasks.task import Collator, Examples, Features, share, was_cut
+from ptv2_fast.tasks.task import Collator, Examples, Features, was_cut
 
 _NUMBERED_CHOICE = re.compile(r"choice(\d+)")
 
@@ -129,6 +130,12 @@ class MultipleChoice(OneLabel):
     ) -> list[dict[str, Any]]:
         # Not by the labels: another file may have more choices than the training data.
         return [{"label": str(logits.index(max(logits))), "logits": logits} for logits in predicted]
+
+    def shown(self, example: dict, expected: str, result: Any) -> tuple[str, str, str]:
+        """The text with its choices, and of these the right one and the chosen one."""
+        choices = example["choices"]
+        text = " | ".join((example["text"], *choices))
+        return text, choices[int(expected)], choices[int(result["label"])]
 
     def describe(
         self,

@@ -177,11 +177,7 @@ class QuestionAnswering(Task):
         published = examples.table["answers"][:]
         scores: dict[str, list[tuple[float, float]]] = {"": [], "has_answer_": [], "no_answer_": []}
         for result, answers in zip(results, published, strict=True):
-            accepted = list(answers)
-            if self.options.unanswerable:  # the script of SQuAD 2.0
-                accepted = [answer for answer in answers if normalize_answer(answer)] or [""]
-            both = token_f1(result["text"], accepted), exact_match(result["text"], accepted)
-            scores[""].append(both)
+            scores[""].append(both := self._matches(result, answers))
             scores["has_answer_" if answers else "no_answer_"].append(both)
         if not self.options.unanswerable:
             scores = {"": scores[""]}
@@ -194,6 +190,13 @@ class QuestionAnswering(Task):
                 named |= {f"{kind}f1": float(f1), f"{kind}em": float(em)}
         return named
 
+    def _matches(self, result: dict[str, Any], answers: Sequence[str]) -> tuple[float, float]:
+        """Word F1 and exact match of a result."""
+        accepted = list(answers)
+        if self.options.unanswerable:  # the script of SQuAD 2.0
+            accepted = [answer for answer in answers if normalize_answer(answer)] or [""]
+        return token_f1(result["text"], accepted), exact_match(result["text"], accepted)
+
     def expected(self, examples: Examples) -> list[list[str]]:
         return examples.table["answers"][:]
 
@@ -204,10 +207,18 @@ class QuestionAnswering(Task):
         """No answer, where questions may have none."""
         return {_NONE: [{"text": ""}] * len(examples)} if self.options.unanswerable else {}
 
-    def classes(
-        self, results: list, examples: Examples, labels: list[str]
-    ) -> dict[str, dict[str, float]]:
-        return {}
+    def pairs(self, results: list, examples: Examples) -> tuple[list[str], list[str]]:
+        return [], []
+
+    def losses(self, results: list, examples: Examples) -> list[float]:
+        """Where the answer does not match exactly, by the words it shares with the right ones."""
+        pairs = zip(results, self.expected(examples), strict=True)
+        matches = (self._matches(result, answers) for result, answers in pairs)
+        return [0.0 if exact else 2.0 - f1 for f1, exact in matches]
+
+    def shown(self, example: dict, expected: list[str], result: Any) -> tuple[str, str, str]:
+        answers = " / ".join(dict.fromkeys(expected)) or _NONE
+        return example["question"], answers, result["text"] or _NONE
 
     def titles(self, labels: list[str]) -> dict[str, str]:
         script = "2.0" if self.options.unanswerable else "1.1"

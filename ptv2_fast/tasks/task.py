@@ -4,7 +4,6 @@ import difflib
 import functools
 import itertools
 import json
-import math
 import re
 import unicodedata
 from abc import ABC, abstractmethod
@@ -445,12 +444,6 @@ def _tokenize_batch(
 def was_cut(encoding: Any, count: int) -> list[bool]:
     """For each of `count` inputs of a fast tokenizer's batch whether truncation cut it."""
     return [bool(encoding.encodings[index].overflowing) for index in range(count)]
-
-
-def share(logits: list[float]) -> float:
-    """The probability of the largest logit."""
-    best = max(logits)
-    return 1 / math.fsum(math.exp(logit - best) for logit in logits)
 
 
 def label_remarks(labels: Iterable[str]) -> dict[str, Any]:

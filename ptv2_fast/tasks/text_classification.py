@@ -7,10 +7,11 @@ from typing import Any
 from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.columns import Columns
+from ptv2_fast.tasks.comparison import share
 from ptv2_fast.tasks.one_label import OneLabel
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, read_columns, read_rows
-from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, share, was_cut
+from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, was_cut
 
 
 class TextClassification(OneLabel):

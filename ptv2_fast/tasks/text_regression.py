@@ -78,10 +78,17 @@ class TextRegression(TextClassification):
         mean = statistics.fmean(self.expected(examples))
         return {f"{mean:.6g}": [{_OUTPUT: mean}] * len(examples)}
 
-    def classes(
-        self, results: list, examples: Examples, labels: list[str]
-    ) -> dict[str, dict[str, float]]:
-        return {}
+    def pairs(self, results: list, examples: Examples) -> tuple[list[str], list[str]]:
+        return [], []
+
+    def losses(self, results: list, examples: Examples) -> list[float]:
+        """The distance from what is right."""
+        pairs = zip(self.expected(examples), results, strict=True)
+        return [abs(number - result[_OUTPUT]) for number, result in pairs]
+
+    def shown(self, example: dict, expected: float, result: Any) -> tuple[str, str, str]:
+        text, *_ = super().shown(example, "", {"label": ""})
+        return text, f"{expected:.6g}", f"{result[_OUTPUT]:.6g}"
 
 
 def _as_number(label: Any) -> float | None:

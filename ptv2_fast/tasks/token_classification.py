@@ -31,7 +31,6 @@ from ptv2_fast.tasks.chunks import (
     spans,
 )
 from ptv2_fast.tasks.columns import Columns
-from ptv2_fast.tasks.comparison import label_figures
 from ptv2_fast.tasks.conll import holds_columns, read_conll
 from ptv2_fast.tasks.decoding import (
     MOST_LABELS,
@@ -319,10 +318,26 @@ class TokenClassification(Task):
         self, results: list, examples: Examples, labels: list[str]
     ) -> dict[str, dict[str, float]]:
         """Of types of chunks, or of labels of words."""
-        true, scheme = self.expected(examples), self.scheme(labels)
+        scheme = self.scheme(labels)
         if scheme is not None:
-            return chunk_figures(scheme, true, results)
-        return label_figures(self.answers(true), self.answers(results), labels)
+            return chunk_figures(scheme, self.expected(examples), results)
+        return super().classes(results, examples, labels)
+
+    def pairs(self, results: list, examples: Examples) -> tuple[list[str], list[str]]:
+        """Of the words."""
+        return self.answers(self.expected(examples)), self.answers(results)
+
+    def losses(self, results: list, examples: Examples) -> list[float]:
+        """How many words have another label."""
+        pairs = zip(self.expected(examples), results, strict=True)
+        return [float(sum(map(str.__ne__, true, tags))) for true, tags in pairs]
+
+    def shown(self, example: dict, expected: list[str], result: Any) -> tuple[str, str, str]:
+        """The sentence, and the labels of the words that have another one."""
+        words = list(zip(example["words"], expected, result, strict=True))
+        right = ", ".join(f"{word} {true}" for word, true, given in words if true != given)
+        said = ", ".join(f"{word} {given}" for word, true, given in words if true != given)
+        return " ".join(example["words"]), right, said
 
     def titles(self, labels: list[str]) -> dict[str, str]:
         scheme = self.scheme(labels)

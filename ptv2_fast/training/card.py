@@ -15,15 +15,14 @@ from ptv2_fast.files import ADAPTER_CONFIG_NAMES, leads_out, read_json_object
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.report.data import COLUMNS, Run, find_runs
-from ptv2_fast.training.report.run_tables import run_details
+from ptv2_fast.training.finished_runs import COLUMNS, Run, find_runs
 from ptv2_fast.training.run_place import find_place
 
 CARD = "README.md"
-# What stays here: checkpoints of an unfinished run, marks and locks of the folder, and what Trainer
-# leaves beside a checkpoint: pickles, and a record with names of this machine.
-_LEFT_OUT = ["checkpoints/**", ".ptv2-fast*", "*.tmp", "*.bin", "*.pt", "*.pth",
-             "*trainer_state.json"]  # fmt: skip
+# What stays here: checkpoints of an unfinished run, texts of the data, marks and locks, and what
+# Trainer leaves beside a checkpoint: pickles, and a record with names of this machine.
+_LEFT_OUT = ["checkpoints/**", run_folder.MISTAKES, ".ptv2-fast*", "*.tmp", "*.bin", "*.pt",
+             "*.pth", "*trainer_state.json"]  # fmt: skip
 # The parts of JSON files that name files, by the files' names; labels may look like paths.
 _PLACES_IN = {
     run_folder.CONFIG: ("data", "tasks", "model"),
@@ -251,7 +250,7 @@ def _text(run: Run, base_model: str | None) -> str:
     base = base_model or _file_name(result.model)
     command = shlex.join(
         base if word == result.model else word if word.startswith("--") else _file_name(word)
-        for word in shlex.split(run_details(run, title).command)
+        for word in shlex.split(run.command())
     )
     return f"""# {title}
 

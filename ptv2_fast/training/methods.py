@@ -1,14 +1,16 @@
 """The methods by name: each prepares a model of transformers in place for training."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from datasets import Dataset
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import AutoModel, PretrainedConfig, PreTrainedModel
 
 from ptv2_fast.encoders import FAMILIES, attach, max_input_tokens
 from ptv2_fast.encoders.families import find_family
+from ptv2_fast.encoders.vectors import find_vectors
 from ptv2_fast.prefix import PTuningV2Config
 from ptv2_fast.training.baselines import (
     fine_tuning,
@@ -22,6 +24,8 @@ from ptv2_fast.training.options import ModelOptions
 
 # Takes the model, the options and token ids to start from (None with init="normal").
 Method = Callable[[PreTrainedModel, ModelOptions, Tensor | None], None]
+
+_INSIDE: dict[str, Any] = {"train_biases": True, "train_norms": True, "low_rank": 1}
 
 
 def prefix_config(options: ModelOptions) -> PTuningV2Config:
@@ -88,6 +92,22 @@ def prepare_model(
     if options.init == "tokens" and train_table is not None:
         init_ids = sample_token_ids(train_table, options.num_virtual_tokens)
     METHODS[options.method](model, options, init_ids)
+
+
+def missing_inside(config: PretrainedConfig) -> list[str]:
+    """The options that would train something beside the prefix which an encoder does not have."""
+    if config.model_type not in FAMILIES:
+        return list(_INSIDE)
+    with torch.device("meta"):
+        model = AutoModel.from_config(config)
+    missing = []
+    for name, value in _INSIDE.items():
+        prefix = PTuningV2Config(num_virtual_tokens=1, **{name: value})
+        try:
+            find_vectors(model.base_model, FAMILIES[config.model_type], prefix)
+        except ValueError:
+            missing.append(name)
+    return missing
 
 
 def longest_input(model: PreTrainedModel, options: ModelOptions) -> tuple[int, str]:

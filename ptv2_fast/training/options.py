@@ -207,7 +207,7 @@ class TrainingOptions(Options):
         "peak learning rate of biases and norms that train (default: that of the head, at most "
         f"{MOST_FOR_BIASES:g})",
     )
-    low_rank_learning_rate: float = option(2e-3, "peak learning rate of low-rank updates")
+    low_rank_learning_rate: float = option(1e-3, "peak learning rate of low-rank updates")
     weight_decay: float = option(0.0, "of AdamW, not on biases and norms")
     adam_beta1: float = option(0.9, "of AdamW: decay of the average of gradients")
     adam_beta2: float = option(0.999, "of AdamW: decay of the average of their squares")

@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import filelock
 
-from ptv2_fast.files import read_json
+from ptv2_fast.files import plain_name, read_json
 
 MARKER = ".ptv2-fast"
 LOCK = ".ptv2-fast.lock"
@@ -94,6 +94,45 @@ def check_place(folder: Path, what: str = "output") -> None:
         raise ValueError(f"{what}: expected a folder, got the file {str(nearest)!r}")
     if not os.access(nearest, os.W_OK):
         raise ValueError(f"{what}: expected a folder that can be written, got {str(nearest)!r}")
+
+
+def check_replaceable(folder: Path, kind: str) -> set[str]:
+    """The names of the files that a former `replace_files` left in a folder.
+
+    Raises:
+        ValueError: for a file, a folder that cannot be written or that holds something else.
+    """
+    check_place(folder)
+    mark = read_mark(folder)
+    if mark is None and not contents(folder):
+        return set()
+    names = (mark or {}).get("files")
+    if mark is None or mark[_KIND] != kind or not isinstance(names, list):
+        raise ValueError(
+            f"output: expected a new folder or one of a former {kind} with {MARKER}, got "
+            f"{str(folder)!r}"
+        )
+    return {plain_name(name, f"{folder / MARKER}: files") for name in names}
+
+
+def replace_files(folder: Path, kind: str, files: dict[str, bytes]) -> None:
+    """Write files in the place of those that a former call left in a folder; others stay.
+
+    Raises:
+        ValueError: as `check_replaceable`; for a file of that name which is not ours.
+    """
+    before = check_replaceable(folder, kind)
+    foreign = [name for name in files if name not in before and (folder / name).exists()]
+    if foreign:
+        raise ValueError(f"output: expected no files of others by our names, got {foreign}")
+    folder.mkdir(parents=True, exist_ok=True)
+    # Known as ours before they are there, and until they are gone.
+    write_mark(folder, kind, files=sorted({*before, *files}))
+    for name in before - files.keys():
+        (folder / name).unlink(missing_ok=True)
+    for name, content in files.items():
+        write_bytes(folder / plain_name(name, "files"), content)
+    write_mark(folder, kind, files=sorted(files))
 
 
 def is_first() -> bool:

@@ -104,20 +104,35 @@ def join_batches(
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The inputs of all batches as one, padded on the right, and the adapter of each row."""
     names = dict.fromkeys(name for _, _, batch in batches for name in batch.inputs)
-    longest = max(batch.inputs["input_ids"].shape[1] for _, _, batch in batches)
     joined = {}
     for name in names:
         parts = []
-        for pooled, _, batch in batches:
+        for _, _, batch in batches:
             ids = batch.inputs["input_ids"]
-            part = batch.inputs.get(name, torch.zeros_like(ids))
-            pad = pooled.run.tokenizer.pad_token_id if name == "input_ids" else 0
-            parts.append(nn.functional.pad(part, (0, longest - ids.shape[1]), value=pad))
-        joined[name] = torch.cat(parts)
+            parts.append(batch.inputs.get(name, torch.zeros_like(ids)))
+        pads = [0] * len(parts)
+        if name == "input_ids":
+            pads = [pooled.run.tokenizer.pad_token_id for pooled, _, _ in batches]
+        joined[name] = join_rows(parts, pads)
     owners = [
         pooled.name for pooled, _, batch in batches for _ in range(len(batch.inputs["input_ids"]))
     ]
     return joined, owners
+
+
+def join_rows(parts: Sequence[Tensor], pads: Sequence[int]) -> Tensor:
+    """Tensors [rows, T] of several batches as one, padded on the right to the longest.
+
+    Args:
+        parts: one of each batch.
+        pads: what each is padded with.
+    """
+    longest = max(part.shape[1] for part in parts)
+    padded = [
+        nn.functional.pad(part, (0, longest - part.shape[1]), value=pad)
+        for part, pad in zip(parts, pads, strict=True)
+    ]
+    return torch.cat(padded)
 
 
 def _as_outputs(results: list[Tensor], batch: Batch) -> Any:

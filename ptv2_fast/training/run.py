@@ -62,9 +62,11 @@ def train(prepared: Prepared, callbacks: list[TrainerCallback] | None = None) ->
         if is_first():
             save_trained(prepared.model, config.model.method, folder)
         wait_for_all()
-        report = _report(prepared, clock, trainer)
+        known, known_mistakes = trainer.final_scores.get(""), trainer.final_mistakes.get("")
+        metrics, wrong = score_splits(prepared, known, known_mistakes)
+        report = _report(prepared, clock, trainer, metrics)
         if is_first():
-            run_folder.finish(folder, report)
+            run_folder.finish(folder, report, wrong)
         return report
 
 
@@ -135,12 +137,14 @@ class _MetricsFile(TrainerCallback):
         run_folder.write_text(self.path, "".join(lines))
 
 
-def _report(prepared: Prepared, clock: StepClock, trainer: PacedTrainer) -> dict[str, Any]:
+def _report(
+    prepared: Prepared, clock: StepClock, trainer: PacedTrainer, metrics: dict[str, Any]
+) -> dict[str, Any]:
     return {
         "task": prepared.config.data.task,
         "metric": prepared.task.metric,
         "metric_title": prepared.task.titles(prepared.labels)[prepared.task.metric],
-        "metrics": score_splits(prepared, trainer.final_scores.get("")),
+        "metrics": metrics,
         "saved_bytes": run_folder.saved_bytes(prepared.folder),
         "started_from": prepared.started_from,
         **describe_data(prepared),
@@ -149,25 +153,24 @@ def _report(prepared: Prepared, clock: StepClock, trainer: PacedTrainer) -> dict
 
 
 def score_splits(
-    prepared: Prepared, validation: dict[str, float] | None
-) -> dict[str, dict[str, float]]:
-    """The metrics of every split but the training data.
+    prepared: Prepared, validation: dict[str, float] | None, wrong: dict[str, Any] | None
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, Any]]]:
+    """The metrics of every split but the training data, and what `mistakes` finds there.
 
     Args:
         prepared: with the trained model.
-        validation: those of the validation split, when they are known.
+        validation, wrong: those of the validation split, when they are known.
     """
     options = prepared.config.training
-    known = {} if validation is None else {"validation": validation}
-    return {
-        name: known.get(name)
-        or score(
-            prepared.model, prepared.task, features, prepared.tokenizer, prepared.labels,
-            options.eval_batch_size, options.bf16, options.progress,
-        )
-        for name, features in prepared.features.items()
-        if name != "train"
-    }  # fmt: skip
+    metrics = {} if validation is None else {"validation": validation}
+    found = {} if validation is None else {"validation": wrong or {}}
+    for name, features in prepared.features.items():
+        if name != "train" and name not in metrics:
+            metrics[name] = score(
+                prepared.model, prepared.task, features, prepared.tokenizer, prepared.labels,
+                options.eval_batch_size, options.bf16, options.progress, found.setdefault(name, {}),
+            )  # fmt: skip
+    return metrics, {name: own for name, own in found.items() if own}
 
 
 def describe_data(prepared: Prepared) -> dict[str, dict[str, Any]]:

@@ -1,9 +1,9 @@
 """The folder of a run: what is where, and writing that a crash cannot leave half done.
 
-config.json, metrics.jsonl and report.json; adapter/ (p-tuning-v2), model/ (fine-tuning) or
-trained.safetensors (the other methods); tokenizer/; checkpoints/ until the run is finished. A
-multi-task run keeps in tasks/NAME/ a folder of this form for each of its tasks, instead of what was
-trained.
+config.json, metrics.jsonl, mistakes.json and report.json; adapter/ (p-tuning-v2), model/
+(fine-tuning) or trained.safetensors (the other methods); tokenizer/; checkpoints/ until the run is
+finished. A multi-task run keeps in tasks/NAME/ a folder of this form for each of its tasks, instead
+of what was trained.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig, options_of_ru
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
 REPORT = "report.json"
+MISTAKES = "mistakes.json"  # by split, as `mistakes` in tasks/comparison.py describes it
 ADAPTER = "adapter"
 MODEL = "model"
 TRAINED = "trained.safetensors"
@@ -229,7 +230,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     """
     report = read_json(folder / REPORT)
     names = ("task", "method", "model", "metrics")
-    missing = [name for name in names if not report.get(name)]
+    missing = [name for name in names if report.get(name) is None]
     if missing:
         raise ValueError(f"{REPORT}: expected the keys {missing}")
     metrics = report["metrics"]
@@ -292,8 +293,10 @@ def write_config(folder: Path, config: Config, found: dict[str, Any]) -> None:
     write_json(folder / CONFIG, {**NO_MODEL, **config.to_dict(), "found": found})
 
 
-def finish(folder: Path, report: dict[str, Any]) -> None:
-    """Write report.json, and delete the checkpoints: with fine-tuning they would fill a disk."""
+def finish(folder: Path, report: dict[str, Any], mistakes: dict[str, Any]) -> None:
+    """Write mistakes.json and report.json, and delete the checkpoints: with fine-tuning they would
+    fill a disk."""
+    write_json(folder / MISTAKES, mistakes)
     write_json(folder / REPORT, report)
     shutil.rmtree(folder / CHECKPOINTS, ignore_errors=True)
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptv2_fast.tasks.comparison import compare
+from ptv2_fast.tasks.comparison import compare, mistakes
 from ptv2_fast.tasks.sources import TYPED, Part, file_source
 from ptv2_fast.tasks.task import Examples, Features, Task
 from ptv2_fast.training.progress import scoring_bar
@@ -85,9 +85,12 @@ def score(
     batch_size: int = 32,
     bf16: bool = False,
     progress: bool | None = None,
+    wrong: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """The metrics of `task` on labelled features."""
+    """The metrics of `task` on labelled features; `wrong` receives what `mistakes` finds."""
     results = predict(model, task, features, tokenizer, labels, batch_size, bf16, progress)
+    if wrong is not None:
+        wrong |= mistakes(task, results, features.examples, labels)
     return task.metrics(results, features.examples, labels)
 
 

@@ -78,6 +78,7 @@ class PacedTrainer(Trainer):
         self.batch_tokens = batch_tokens
         self.average: MovingAverage | None = None
         self.scored: dict[int, dict[str, dict[str, float]]] = {}
+        self._mistakes: dict[int, dict[str, dict[str, Any]]] = {}
         self._shown = Progress(clock, progress)
         self.head_learning_rate, self.epoch_decay = head_learning_rate, epoch_decay
         of_head = head_learning_rate or args.learning_rate
@@ -144,9 +145,21 @@ class PacedTrainer(Trainer):
 
         Empty when these were not scored, or before the run was resumed.
         """
+        return self.scored.get(self._final_step, {})
+
+    @property
+    def final_mistakes(self) -> dict[str, dict[str, Any]]:
+        """What was wrong where these are the scores."""
+        return self._mistakes.get(self._final_step, {})
+
+    @property
+    def _final_step(self) -> int:
         state = self.state
-        step = state.best_global_step if self._ends_with_best else state.global_step
-        return self.scored.get(cast(int, step), {})
+        return cast(int, state.best_global_step if self._ends_with_best else state.global_step)
+
+    def mistakes_of(self, name: str) -> dict[str, Any]:
+        """Where `scores` leaves what is wrong at present on a data set."""
+        return self._mistakes[self.state.global_step].setdefault(name, {})
 
     @property
     def _ends_with_best(self) -> bool:
@@ -240,6 +253,9 @@ class PacedTrainer(Trainer):
     ) -> dict[str, float]:
         """Score the validation examples."""
         started = time.perf_counter()
+        best = self.state.best_global_step  # the one that this may fall behind
+        self._mistakes = {step: own for step, own in self._mistakes.items() if step == best}
+        self._mistakes[self.state.global_step] = {}
         with self.average.applied() if self.average else contextlib.nullcontext():
             scores = self.scored[self.state.global_step] = self.scores()
         figures = {
@@ -301,6 +317,7 @@ class TaskTrainer(PacedTrainer):
         scores = score(
             cast(PreTrainedModel, self.model), self.task, self.validation, self.tokenizer,
             self.labels, self.args.eval_batch_size, self.args.bf16, self.progress,
+            self.mistakes_of(""),
         )  # fmt: skip
         return {"": scores}
 

@@ -16,6 +16,8 @@ from ptv2_fast.training.options import (
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
+# Options that a run of one task does not have.
+_OWN = ("tasks", "temperature", "mixed_batches")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,7 @@ class MultiTaskConfig:
         model, training: as for one task.
         temperature: batches are drawn from a data set of n rows in proportion to
             n ** (1 / temperature): 1 = by size, large = equally often.
+        mixed_batches: let a batch hold rows of several data sets, in the same proportions.
 
     Raises:
         ValueError: naming what does not go together.
@@ -38,6 +41,7 @@ class MultiTaskConfig:
     model: ModelOptions
     training: TrainingOptions
     temperature: float = 1.0
+    mixed_batches: bool = False
 
     def __post_init__(self) -> None:
         if len(self.tasks) < 2 or len(self.tasks) != len(self.names):
@@ -67,6 +71,8 @@ class MultiTaskConfig:
         if type(temperature) not in (int, float) or not temperature > 0:
             raise ValueError(f"temperature: expected a number > 0, got {temperature!r}")
         object.__setattr__(self, "temperature", float(temperature))
+        if type(self.mixed_batches) is not bool:
+            raise ValueError(f"mixed_batches: expected true or false, got {self.mixed_batches!r}")
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "MultiTaskConfig":
@@ -82,7 +88,7 @@ class MultiTaskConfig:
         tables = shared.pop("tasks", None)
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             raise ValueError(f"tasks: expected a list of tables of data options, got {tables!r}")
-        temperature = shared.pop("temperature", 1.0)
+        own_options = {name: shared.pop(name) for name in _OWN if name in shared}
         data = _part(DataOptions, shared)
         tasks, names = [], []
         for table in tables:
@@ -94,7 +100,7 @@ class MultiTaskConfig:
             names.append(table.get("name", tasks[-1].task))
         model = ModelOptions(**_part(ModelOptions, shared))
         training = TrainingOptions(**_part(TrainingOptions, shared))
-        return cls(tuple(tasks), tuple(names), model, training, temperature)
+        return cls(tuple(tasks), tuple(names), model, training, **own_options)
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` takes, JSON-ready."""
@@ -107,6 +113,7 @@ class MultiTaskConfig:
             "model": dataclasses.asdict(self.model),
             "training": dataclasses.asdict(self.training),
             "temperature": self.temperature,
+            "mixed_batches": self.mixed_batches,
         }
 
     def flat(self) -> dict[str, Any]:
@@ -115,8 +122,8 @@ class MultiTaskConfig:
         data = {
             f"{t['name']}.{key}": value for t in tables.pop("tasks") for key, value in t.items()
         }
-        temperature = tables.pop("temperature")
-        return {**data, **tables["model"], **tables["training"], "temperature": temperature}
+        model, training = tables.pop("model"), tables.pop("training")
+        return {**data, **model, **training, **tables}
 
     def singles(self) -> dict[str, RunConfig]:
         """The run of each data set alone, by name."""
@@ -127,13 +134,14 @@ class MultiTaskConfig:
 
 
 def flatten_tasks(values: dict[str, Any]) -> dict[str, Any]:
-    """Options in one table under their own names, beside `tasks` and `temperature`.
+    """Options in one table under their own names, beside those of multi-task runs alone.
 
     Raises:
         ValueError: for a name that is no option.
     """
-    own = {name: values[name] for name in ("tasks", "temperature") if name in values}
-    return flatten({name: value for name, value in values.items() if name not in own}) | own
+    names = {name: str(name).replace("-", "_") for name in values}
+    own = {names[name]: value for name, value in values.items() if names[name] in _OWN}
+    return flatten({name: value for name, value in values.items() if names[name] not in own}) | own
 
 
 def read_multitask_file(path: str | Path) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The order of multi-task training: batches of one data set each, sampled by temperature."""
+"""The order of multi-task training: batches of one data set or of all, sampled by temperature."""
 
 import bisect
 import itertools
@@ -31,23 +31,31 @@ def batches_per_epoch(sizes: Sequence[int], total: int, temperature: float) -> l
 
 
 class MultiTaskOrder(BatchOrder):
-    """A random order of batches, each of one data set and of examples of similar length.
+    """A random order of batches of examples of similar length, each of one data set or of all.
 
-    Every batch is full. A data set is passed through in a random order, again and again; an epoch
-    goes on where the one before stopped, so that no example is left out for long. The order depends
-    on the seed and the epoch alone.
+    An epoch has as many examples of a data set either way, and every batch is full. A data set is
+    passed through in a random order, again and again; an epoch goes on where the one before
+    stopped, so that no example is left out for long. The order depends on the seed and the epoch
+    alone.
 
     Args:
         lengths: tokens of the rows of each data set.
         batches: how many batches of each data set an epoch has.
         batching: rows in a batch.
         seed: of the order.
+        is_mixed: let a batch hold examples of several data sets.
     """
 
     def __init__(
-        self, lengths: list[list[int]], batches: list[int], batching: Batching, seed: int
+        self,
+        lengths: list[list[int]],
+        batches: list[int],
+        batching: Batching,
+        seed: int,
+        is_mixed: bool = False,
     ) -> None:
         self.lengths, self.batches_of, self.batching, self.seed = lengths, batches, batching, seed
+        self.is_mixed = is_mixed
         self.count = sum(batches)
 
     def __len__(self) -> int:
@@ -56,14 +64,22 @@ class MultiTaskOrder(BatchOrder):
 
     def batches(self) -> list[list[int]]:
         """Batches of indices into the data sets one after another."""
-        batches: list[list[int]] = []
+        drawn: list[list[int]] = []
         first = 0
         for lengths, count in zip(self.lengths, self.batches_of, strict=True):
             rows = self._draw(len(lengths), self.batching.examples(lengths, count))
-            for batch in self.batching.cut(rows, lengths, count):
-                batches.append([first + row for row in batch])
+            drawn.append([first + row for row in rows])
             first += len(lengths)
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        counts = self.batches_of
+        if self.is_mixed:
+            together = list(itertools.chain.from_iterable(drawn))
+            shuffled = torch.randperm(len(together), generator=generator).tolist()
+            drawn, counts = [[together[n] for n in shuffled]], [self.count]
+        every = list(itertools.chain.from_iterable(self.lengths))
+        batches: list[list[int]] = []
+        for rows, count in zip(drawn, counts, strict=True):
+            batches += self.batching.cut(rows, every, count)
         return [batches[n] for n in torch.randperm(len(batches), generator=generator).tolist()]
 
     def _draw(self, size: int, count: int) -> list[int]:

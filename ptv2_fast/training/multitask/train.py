@@ -6,10 +6,13 @@ Any other method works too: what it adds is shared.
 
 import dataclasses
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
 import datasets
+import torch
+from torch import Tensor
 from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -28,6 +31,7 @@ from ptv2_fast.training.models import load_pretrained, save_trained
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import CombinedRows, MultiTaskOrder, batches_per_epoch
+from ptv2_fast.training.multitask.shared_pass import SharedPass, call_as_forward, check_shared_pass
 from ptv2_fast.training.order import Batching
 from ptv2_fast.training.output import is_first, wait_for_all
 from ptv2_fast.training.prepare import (
@@ -48,7 +52,7 @@ from ptv2_fast.training.start import find_starts, start_from
 from ptv2_fast.training.trainer import PacedTrainer
 
 MEAN = "mean"  # of the data sets' selecting metrics
-_TASK = "task_number"  # in a batch: which data set it is from
+_PARTS = "parts"  # of a batch: the rows of each data set in it, behind its number
 
 
 @dataclasses.dataclass
@@ -108,6 +112,8 @@ def prepare_tasks(
     model, heads = None, []
     for task, _, labels in data.values():
         loaded, tokenizer = load_pretrained(config.model, task, labels)
+        if config.mixed_batches:
+            check_shared_pass(loaded)
         heads.append(take_head(loaded))
         model = model or loaded
     assert model is not None
@@ -135,6 +141,8 @@ def prepare_tasks(
     order = MultiTaskOrder(row_lengths, batches, batching, seed=0)
     metric = MEAN if scored else None
     arguments = training_arguments(first, folder, len(order), sum(batches), metric)
+    # A batch does not reach every head; transformers' own choice depends on checkpointing.
+    arguments.ddp_find_unused_parameters = True
     parts = {
         name: Prepared(
             singles[name], task, model, tokenizer, labels, lengths[name], features[name], arguments,
@@ -157,7 +165,7 @@ def _token_ids(train: list[Features]) -> datasets.Dataset:
 
 
 class MultiTaskTrainer(PacedTrainer):
-    """A Trainer whose batches are each from one data set and go through its head.
+    """A Trainer whose batches go through the heads of the data sets that they are from.
 
     Args:
         prepared: the run.
@@ -182,14 +190,13 @@ class MultiTaskTrainer(PacedTrainer):
         )
 
     def collate(self, rows: list[tuple[int, dict[str, Any]]]) -> Any:
-        """A batch of one data set, and its number."""
-        numbers = {number for number, _ in rows}
-        if len(numbers) > 1:
-            raise RuntimeError(f"a batch holds rows of the data sets {sorted(numbers)}")
-        (number,) = numbers
-        batch = self.collators[number]([row for _, row in rows])
-        batch[_TASK] = number
-        return batch
+        """The batch of each data set, behind its number."""
+        rows_of: dict[int, list[dict[str, Any]]] = {}
+        for number, row in rows:
+            rows_of.setdefault(number, []).append(row)
+        if len(rows_of) > 1 and not self.prepared.config.mixed_batches:
+            raise RuntimeError(f"a batch holds rows of the data sets {sorted(rows_of)}")
+        return {_PARTS: [(n, self.collators[n](own)) for n, own in sorted(rows_of.items())]}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> MultiTaskOrder:
         batching = Batching.of(self.prepared.config.training)
@@ -197,12 +204,37 @@ class MultiTaskTrainer(PacedTrainer):
         lengths = [batching.lengths_of(part.features["train"]) for part in parts]
         if self.batch_tokens is None:
             batching = Batching(self.args.train_batch_size, None)
-        return MultiTaskOrder(lengths, self.prepared.batches, batching, self.args.seed)
+        is_mixed = self.prepared.config.mixed_batches
+        return MultiTaskOrder(lengths, self.prepared.batches, batching, self.args.seed, is_mixed)
 
     def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        """The loss of the head of the batch's data set."""
-        self.prepared.heads.activate(inputs.pop(_TASK))
-        return super().compute_loss(model, inputs, *args, **kwargs)
+        """The losses of the heads of the batch's data sets, each by its part of the rows."""
+        parts = inputs[_PARTS]
+        if len(parts) == 1:
+            ((number, batch),) = parts
+            self.prepared.heads.activate(number)
+            return super().compute_loss(model, batch, *args, **kwargs)
+        if model is self.model:
+            return self._mixed_loss(parts)
+        own = cast(PreTrainedModel, self.model)
+        return call_as_forward(model, own, lambda: self._mixed_loss(parts))
+
+    def _mixed_loss(self, parts: Sequence[tuple[int, Any]]) -> Tensor:
+        model = cast(PreTrainedModel, self.model)
+        rows = [len(batch["input_ids"]) for _, batch in parts]
+        losses: list[Tensor] = []
+        pad = cast(int, self.prepared.tokenizer.pad_token_id)
+        with SharedPass(model, [batch for _, batch in parts], pad) as shared:
+            for shared.turn, (number, batch) in enumerate(parts):
+                self.prepared.heads.activate(number)
+                losses.append(cast(Tensor, super().compute_loss(model, batch)))
+        weighted = [count * loss for count, loss in zip(rows, losses, strict=True)]
+        return torch.stack(weighted).sum() / sum(rows)
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        """As Trainer's, of all parts of a batch."""
+        of_part = super().floating_point_ops
+        return sum(of_part(batch) for _, batch in inputs[_PARTS])
 
     def scores(self) -> dict[str, dict[str, float]]:
         """See `PacedTrainer`."""
@@ -213,7 +245,7 @@ class MultiTaskTrainer(PacedTrainer):
                 scores[name] = score(
                     cast(PreTrainedModel, self.model), part.task, part.features["validation"],
                     part.tokenizer, part.labels, self.args.eval_batch_size, self.args.bf16,
-                    self.progress,
+                    self.progress, self.mistakes_of(name),
                 )  # fmt: skip
         return scores
 
@@ -250,9 +282,9 @@ def train_tasks(
             for number in range(len(prepared.parts)):
                 _save_single(prepared, number)
         wait_for_all()
-        report = _report(prepared, clock, trainer)
+        report, mistakes = _report(prepared, clock, trainer)
         if is_first():
-            run_folder.finish(folder, report)
+            run_folder.finish(folder, report, mistakes)
         return report
 
 
@@ -266,15 +298,20 @@ def _save_single(prepared: PreparedTasks, number: int) -> None:
         save_trained(model, part.config.model.method, part.folder)
 
 
-def _report(prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer) -> dict[str, Any]:
-    known = trainer.final_scores
+def _report(
+    prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What report.json and mistakes.json say."""
+    known, known_mistakes = trainer.final_scores, trainer.final_mistakes
     metrics: dict[str, Any] = {}
+    mistakes: dict[str, Any] = {}
     data: dict[str, dict[str, Any]] = {}
     tasks: dict[str, dict[str, Any]] = {}
     for number, (name, part) in enumerate(prepared.parts.items()):
         prepared.heads.activate(number)
-        scores = score_splits(part, known.get(name))
+        scores, wrong = score_splits(part, known.get(name), known_mistakes.get(name))
         metrics |= {f"{name}/{split}": own for split, own in scores.items()}
+        mistakes |= {f"{name}/{split}": own for split, own in wrong.items()}
         for key, values in describe_data(part).items():
             data.setdefault(key, {}).update({f"{name}/{s}": v for s, v in values.items()})
         tasks[name] = {
@@ -286,10 +323,11 @@ def _report(prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer
         }
     prepared.heads.activate(0)
     first = next(iter(prepared.parts.values()))
-    return {
+    report = {
         "task": first.config.data.family,
         "tasks": tasks,
         "temperature": prepared.config.temperature,
+        "mixed_batches": prepared.config.mixed_batches,
         "metric": MEAN,
         "metrics": metrics,
         "saved_bytes": sum(run_folder.saved_bytes(p.folder) for p in prepared.parts.values()),
@@ -297,3 +335,4 @@ def _report(prepared: PreparedTasks, clock: StepClock, trainer: MultiTaskTrainer
         **data,
         **describe_training(first, clock, trainer.state.global_step),
     }
+    return report, mistakes

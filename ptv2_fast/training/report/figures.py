@@ -1,57 +1,47 @@
-"""The figures of a report, each as a PNG and as SVG that takes its colours from the page."""
+"""The figures of a report, each as a PNG and as SVG for its page."""
 
 import html
 import io
-import itertools
 import re
 import textwrap
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import matplotlib
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure as Canvas
-from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
+import numpy
+import pandas
+from matplotlib.figure import Figure
 
-INK, FAINT, PAGE = "#1b2430", "#8a94a3", "#fefefe"
-# Colours that stay apart in the common forms of colour blindness; markers and dashes differ too.
-# The page defines the same names for light and dark.
-STYLES = {
-    "FT": ("#b8470a", "s", "-"),
-    "PT": ("#00785a", "^", (0, (4, 2))),
-    "PT-2": ("#0a5fb8", "o", "-"),
-    "MPT-2": ("#a23b7c", "D", (0, (6, 2, 1, 2))),
-    "Multi-task": ("#6a4fc0", "P", (0, (1, 1.5))),
-    "LP": ("#5d6875", "v", (0, (1, 1.5))),
-    "P-tuning": ("#8a6500", "X", (0, (4, 2))),
-    "LoRA": ("#2f3a48", "<", (0, (6, 2, 1, 2))),
-}
-_OTHER = ("#5d6876", "h", "-")
-VARIABLES = {INK: "ink", FAINT: "faint", PAGE: "page", _OTHER[0]: "series-other"} | {
-    colour: f"series-{name.lower()}" for name, (colour, _, _) in STYLES.items()
-}
-_WIDTH = 4.2  # inches; readable when shrunk to a telephone's width
-_LABEL = 22  # characters in a line of a row's label
+from ptv2_fast.training.report.compare import SWEEP, metric_name
+
+_INK, _FAINT = "#1b2430", "#7d8794"  # the page has its own colour of text instead of the first
+# Seen on white and on black, apart in the common forms of colour blindness; shapes differ too.
+STYLES: dict[str, tuple[str, str, Any]] = {
+    "FT": ("#c8591a", "s", "-"), "PT": ("#12876a", "^", (0, (4, 2))),
+    "PT-2": ("#2f79cc", "o", "-"), "MPT-2": ("#b8509a", "D", (0, (6, 2, 1, 2))),
+    "Multi-task": ("#7a62cc", "P", (0, (1, 1.5))), "LP": ("#6b7684", "v", (0, (1, 1.5))),
+    "P-tuning": ("#97751a", "X", (0, (4, 2))), "LoRA": ("#5a7090", "<", (0, (6, 2, 1, 2))),
+    "": ("#747f8c", "h", "-"),  # any other
+}  # fmt: skip
 _SETTINGS: Any = {
-    "svg.fonttype": "none", "svg.hashsalt": "ptv2-fast", "text.parse_math": False,
-    "font.size": 9.5, "font.family": "sans-serif", "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK, "text.color": INK, "xtick.color": FAINT, "ytick.color": FAINT,
-    "xtick.labelcolor": INK, "ytick.labelcolor": INK, "axes.spines.top": False,
-    "axes.spines.right": False, "axes.grid": True, "grid.color": FAINT, "grid.alpha": 0.25,
-    "grid.linewidth": 0.6, "axes.axisbelow": True, "legend.frameon": False,
-    "lines.linewidth": 1.4, "lines.markersize": 4.5,
+    "svg.fonttype": "none", "text.parse_math": False, "font.size": 9.5, "axes.edgecolor": _FAINT,
+    "axes.labelcolor": _INK, "text.color": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _FAINT,
+    "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4,
+}  # fmt: skip
+# By kind of ablation: what is drawn along the axis, what a line is of, and the axis' label.
+_SWEEPS = {
+    "depth": ("layers", "order", "layers with a prefix"),
+    "length": ("num_virtual_tokens", "prefix_projection", "prefix length"),
+}
+WORDS = {
+    False: "prefix itself", True: "computed by an MLP", "linear": "linear layer on [CLS]",
+    "lm": "language-model head, label words",
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Figure:
-    """A drawn figure.
-
-    Attributes:
-        name: of the PNG file, and of its place in the page.
-        alt: what it shows, in words.
-    """
+class Drawing(NamedTuple):
+    """A drawn figure; `alt` says what it shows, and `name` is that of the PNG file."""
 
     name: str
     caption: str
@@ -60,181 +50,146 @@ class Figure:
     png: bytes
 
 
-@dataclass(frozen=True)
-class Line:
-    """Points that belong together; `style` is a column of the table."""
+def draw(
+    name: str, caption: str, points: pandas.DataFrame, x_label: str, y_label: str = "", *,
+    rows: Sequence[str] = (), joined: bool = True, ticks: Any = (), base: int = 0,
+) -> Drawing:  # fmt: skip
+    """Draw points with x, y and `label`, which is a key of STYLES unless there is a `style`; and as
+    far as there are with `line` (which of several of a label), `sd` of y and `note`.
 
-    label: str
-    style: str
-    x: Sequence[float]
-    y: Sequence[float]
-    deviations: Sequence[float] | None = None
-    notes: Sequence[str] = ()
-
-
-def draw_lines(
-    name: str, caption: str, alt: str, lines: Sequence[Line], *, x_label: str, y_label: str,
-    ticks: Sequence[float] = (), logarithmic: bool = False, markers: bool = True,
-) -> Figure:  # fmt: skip
-    """Lines over a common x axis; those of the same label count as one in the legend."""
-
-    def draw(canvas: Canvas) -> None:
+    `rows` are names that y counts, from the top. With `base` the x axis is logarithmic.
+    """
+    labels = [textwrap.fill(row, 22) for row in rows]
+    lines = max(2, *(label.count("\n") + 1 for label in labels)) if rows else 2
+    height = 1.2 + 0.16 * len(rows) * lines if rows else 3.0
+    plain = {"line": 0, "sd": 0.0, "note": "", "style": points["label"]}
+    points = points.assign(**{n: v for n, v in plain.items() if n not in points})
+    points["below"] = points["y"] < points.groupby("x")["y"].transform("max")
+    with matplotlib.rc_context(_SETTINGS | {"svg.hashsalt": name}):
+        canvas = Figure(figsize=(4.2, height), layout="constrained")  # readable on a telephone
         axes = canvas.subplots()
-        for line in lines:
-            _draw_line(axes, line, markers)
-        _draw_notes(axes, lines)
-        if logarithmic:
-            axes.set_xscale("log", base=2)
-        if ticks:
-            axes.xaxis.set_major_locator(FixedLocator(list(ticks)))
-            axes.xaxis.set_minor_locator(NullLocator())
-            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-        else:
-            axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-        if any(any(line.notes) for line in lines):
-            axes.margins(y=0.12)
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        _legend(canvas, axes)
-
-    return _figure(name, caption, alt, draw, 3.0)
-
-
-def draw_dots(
-    name: str, caption: str, alt: str, rows: Sequence[tuple[str, dict[str, float]]], x_label: str
-) -> Figure:
-    """One row a task, one dot a column of the table."""
-    labels = [textwrap.fill(label, _LABEL) for label, _ in rows]
-    # A row of one or two lines is one high, each further line adds a half.
-    heights = [max(1.0, (label.count("\n") + 1) / 2) for label in labels]
-    ends = list(itertools.accumulate(heights))
-    places = [end - height / 2 for end, height in zip(ends, heights, strict=True)]
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.subplots()
-        columns = list(dict.fromkeys(column for _, values in rows for column in values))
-        for place, (_, values) in zip(places, rows, strict=True):
-            axes.plot([min(values.values()), max(values.values())], [place, place],
-                      color=FAINT, linewidth=1.0, zorder=1)  # fmt: skip
-        for column in columns:
-            points = [(v[column], place) for place, (_, v) in zip(places, rows, strict=True)
-                      if column in v]  # fmt: skip
-            colour, marker, _ = STYLES.get(column, _OTHER)
-            axes.plot(*zip(*points, strict=True), linestyle="none", marker=marker, color=colour,
-                      markersize=7, label=column, markeredgecolor=PAGE,
-                      markeredgewidth=0.7)  # fmt: skip
-        axes.set_yticks(places, labels, fontsize=8.5, linespacing=1.1)
-        axes.set_ylim(ends[-1], 0.0)
-        axes.grid(axis="y", visible=False)
-        axes.xaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel(x_label)
-        _legend(canvas, axes)
-
-    return _figure(name, caption, alt, draw, 1.2 + 0.32 * ends[-1])
-
-
-def draw_points(
-    name: str, caption: str, alt: str, points: dict[str, list[tuple[float, float]]], *,
-    x_label: str, y_label: str, level: float | None = None,
-) -> Figure:  # fmt: skip
-    """Points of each column of the table over a logarithmic x axis, in per cent."""
-
-    def draw(canvas: Canvas) -> None:
-        axes = canvas.subplots()
-        if level is not None:
-            axes.axhline(level, color=FAINT, linewidth=1.0, zorder=1)
-        for column, pairs in points.items():
-            colour, marker, _ = STYLES.get(column, _OTHER)
-            axes.plot(*zip(*pairs, strict=True), linestyle="none", marker=marker, color=colour,
-                      markersize=7, label=column, markeredgecolor=PAGE,
-                      markeredgewidth=0.7)  # fmt: skip
-        axes.set_xscale("log")
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g} %"))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_locator(MaxNLocator(6))
-        axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
-        _legend(canvas, axes)
-
-    return _figure(name, caption, alt, draw, 3.0)
-
-
-def _draw_line(axes: Axes, line: Line, markers: bool) -> None:
-    colour, marker, dashes = STYLES.get(line.style, _OTHER)
-    axes.plot(line.x, line.y, color=colour, linestyle=dashes, label=line.label,
-              zorder=3 if line.style == "PT-2" else 2,
-              marker=marker if markers or len(line.x) == 1 else "")  # fmt: skip
-    if line.deviations is not None and any(line.deviations):
-        axes.errorbar(line.x, line.y, line.deviations, color=colour, linestyle="none",
-                      capsize=2.5, elinewidth=1.0)  # fmt: skip
-
-
-def _draw_notes(axes: Axes, lines: Sequence[Line]) -> None:
-    """Above the highest point of a place, below the others."""
-    highest: dict[float, float] = {}
-    for line in lines:
-        for x, y in zip(line.x, line.y, strict=True):
-            highest[x] = max(y, highest.get(x, y))
-    for line in lines:
-        for x, y, note in zip(line.x, line.y, line.notes, strict=False):
-            below = y < highest[x]
-            axes.annotate(note, (x, y), xytext=(5, -5 if below else 5), fontsize=8,
-                          textcoords="offset points", ha="left",
-                          va="top" if below else "bottom")  # fmt: skip
-
-
-def _legend(canvas: Canvas, axes: Axes) -> None:
-    handles = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
-    if handles:
-        columns = min(5, len(handles))
-        # Matplotlib fills column by column; the entries are to be read row by row.
-        labels = [label for c in range(columns) for label in list(handles)[c::columns]]
-        canvas.legend([handles[label] for label in labels], labels, loc="outside upper left",
-                      ncols=columns, columnspacing=1.0, handlelength=1.8)  # fmt: skip
-
-
-def _figure(
-    name: str, caption: str, alt: str, draw: Callable[[Canvas], None], height: float
-) -> Figure:
-    with matplotlib.rc_context(_SETTINGS):
-        canvas = Canvas(figsize=(_WIDTH, height), layout="constrained")
-        draw(canvas)
+        handles: dict[str, Any] = {}
+        for (label, style, _), own in points.groupby(["label", "style", "line"], sort=False):
+            colour, marker, dashes = STYLES.get(style, STYLES[""])
+            handles[label] = axes.errorbar(
+                own["x"], own["y"], own["sd"] if own["sd"].any() else None, color=colour,
+                marker=marker if len(own) <= 12 or not joined else "", capsize=2.5,
+                markersize=4.5 if joined else 7, linestyle=dashes if joined else "",
+            )  # fmt: skip
+            for x, y, note, below in own[["x", "y", "note", "below"]].itertuples(index=False):
+                axes.annotate(note, (x, y), (5, -5 if below else 5), textcoords="offset points",
+                              fontsize=8, va="top" if below else "bottom")  # fmt: skip
+        if base:
+            axes.set_xscale("log", base=base)
+        if len(ticks):
+            axes.set_xticks(ticks)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.minorticks_off()
+        axes.margins(y=0.12)
+        axes.set(xlabel=x_label, ylabel=y_label)
+        if rows:
+            axes.set_yticks(range(len(rows)), labels, fontsize=8.5)
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+        canvas.legend([*handles.values()], [*handles], loc="outside upper left", ncols=4)
         png, svg = io.BytesIO(), io.StringIO()
         canvas.savefig(png, format="png", dpi=200, facecolor="white")
-        none: dict[str, Any] = dict.fromkeys(("Date", "Creator", "Format", "Type"))
-        canvas.savefig(svg, format="svg", transparent=True, metadata=none)
-    return Figure(name, caption, alt, _for_page(svg.getvalue(), name, alt), png.getvalue())
+        canvas.savefig(svg, format="svg", transparent=True)
+    highest = points.groupby("label", sort=False)["x" if rows else "y"].max()
+    words = ", ".join(f"{label} {value:.1f}" for label, value in highest.items())
+    alt = f"{caption} Highest: {words}."
+    return Drawing(name, caption, alt, _inline(svg.getvalue(), name, alt), png.getvalue())
 
 
-def _for_page(svg: str, name: str, alt: str) -> str:
-    """An SVG file as an element of the page.
-
-    Colours become the page's variables, the font the page's, and names of elements unique.
-    """
-    box = re.search(r'viewBox="([^"]+)"', svg)
-    assert box is not None
+def _inline(svg: str, name: str, alt: str) -> str:
+    """An SVG file as an element of the page, whose font and colour of text are the page's."""
     inner = svg[svg.index(">", svg.index("<svg")) + 1 : svg.rindex("</svg>")]
-    inner = re.sub(r"<style.*?</style>| font-family: [^;]*;", "", inner, flags=re.DOTALL)
-    inner = re.sub(r' transform="rotate\(-0 [^"]*"', "", inner)
+    inner = re.sub(r"<(metadata|style).*?</\1>| font-family: [^;]*;", "", inner, flags=re.DOTALL)
     used = set(re.findall(r'(?:xlink:href="|url\()#([^")]+)', inner))
     inner = re.sub(r' id="([^"]+)"', lambda m: m[0] if m[1] in used else "", inner)
-    inner = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\g<1>{name}-", inner)
-    inner = inner.replace("xlink:href", "href")
-    for colour, variable in VARIABLES.items():
-        inner = inner.replace(colour, f"var(--{variable})")
-    numbers = r' (?:d|x|y|width|height|transform)="[^"]*"'
-    inner = re.sub(numbers, lambda match: _shorter(match[0]), inner)
-    inner = re.sub(r"\s*\n\s*", "\n", inner).strip()
-    title = f'<title id="{name}-alt">{html.escape(alt)}</title>'
-    opening = f'<svg viewBox="{box[1]}" role="img" aria-labelledby="{name}-alt">'
-    return f"{opening}{title}{inner}</svg>"
+    inner = inner.replace("xlink:href", "href").replace(_INK, "currentColor")
+    numbers = r' (?:d|x|y|transform)="[^"]*"'
+    inner = re.sub(numbers, lambda m: re.sub(r"(\.\d)\d+", r"\1", m[0]), inner)
+    box = svg.partition('viewBox="')[2].partition('"')[0]
+    opening = f'<svg viewBox="{box}" role="img" aria-labelledby="{name}-alt">'
+    return f'{opening}<title id="{name}-alt">{html.escape(alt)}</title>{inner}</svg>'
 
 
-def _shorter(attribute: str) -> str:
-    """Coordinates to a tenth of a point, without line ends and what SVG lets one leave out."""
-    text = re.sub(r"-?\d+\.\d+", lambda match: f"{float(match[0]):.1f}", attribute)
-    text = " " + " ".join(text.split())
-    if "C" not in text:
-        text = text.replace(" L ", " ")  # points after M are lines anyway
-    return text.replace(".0 ", " ").replace('.0"', '"')
+def overview_drawings(standing: pandas.DataFrame) -> list[Drawing]:
+    """Scores of all methods, and scores against the part that is trained."""
+    table, drawings = standing.dropna(subset="mean"), []
+    names = table["title"] + ", " + table["split"]
+    names = names + ", " + table["model"] if table["model"].nunique() > 1 else names
+    rows = [*dict.fromkeys(names)]
+    table = table.assign(label=table.index, x=100 * table["mean"], y=names.map(rows.index), sd=0.0)
+    if table["label"].nunique() > 1:
+        caption = "Score of each method by data set, in per cent."
+        drawings.append(draw("scores", caption, table, "score, per cent", rows=rows, joined=False))
+    table = table.assign(x=100 * table["part"], y=100 * table["ratio"]).dropna(subset=["x", "y"])
+    table = table[table["first"] & (table["x"] > 0)]
+    if table["label"].nunique() > 1:
+        caption = "Score against the part of the parameters that is trained; fine-tuning is 100."
+        drawings.append(draw("parameters", caption, table, "part trained, per cent",
+                             "per cent of fine-tuning", joined=False, base=10))  # fmt: skip
+    return drawings
+
+
+def curve_drawings(results: pandas.DataFrame) -> list[Drawing]:
+    """Two for each data set and model: over seconds of training, and over steps."""
+    drawings: dict[str, Drawing] = {}
+    axes = {"seconds": ("train_seconds", "seconds of training steps"), "step": ("step", "steps")}
+    models = results.groupby("title")["model"].nunique()
+    for (title, model), own in results.groupby(["title", "model"], sort=False):
+        words = title if models[title] == 1 else f"{title} {model}"
+        start = f"curve-{re.sub('[^a-z0-9]+', '-', words.lower()).strip('-')}"
+        start += f"-{len(drawings)}" * any(name.startswith(f"{start}-s") for name in drawings)
+        for axis, (key, label) in axes.items():
+            lines = []
+            for number, (column, result) in enumerate(own[["column", "result"]].values):
+                score = "_".join(filter(None, ("eval", result.name, result.metric)))
+                table = pandas.DataFrame(result.run.curve).reindex(columns=[key, score])
+                table = table.apply(pandas.to_numeric, errors="coerce").set_axis(["x", "y"], axis=1)
+                table = table[numpy.isfinite(table).all(axis=1)]
+                table = table.iloc[:: max(1, len(table) // 150)]  # no more are seen
+                lines.append(table.assign(y=100 * table["y"], label=column, line=number))
+            points = pandas.concat(lines)
+            if len(points):
+                y_label = f"{metric_name(result.metric)} on validation"
+                caption, name = f"{title}, {model}: {y_label} over {label}.", f"{start}-{axis}"
+                drawings[name] = draw(name, caption, points, label, y_label)
+    return [*drawings.values()]
+
+
+def sweep_drawings(sweeps: pandas.DataFrame) -> list[Drawing]:
+    """The paper's figures 3 and 4, of ablations of depth and length that have two points at least.
+
+    The prefix in every layer belongs to both lines of figure 3.
+    """
+    drawings: list[Drawing] = []
+    for (kind, _, title, y_label), own in sweeps.groupby(SWEEP, sort=False):
+        if kind not in _SWEEPS or len(own) < 2:
+            continue
+        x, by, x_label = _SWEEPS[kind]
+        own = own.assign(x=own[x], y=100 * own["mean"], sd=100 * own["sd"].fillna(0))
+        own = own.assign(note=own["depth"]) if kind == "depth" else own
+        whole = own[own[by] == "all"]
+        lines = {"all": whole.assign(label="all")} if len(whole) == len(own) else {}
+        for value, line in own.drop(whole.index).groupby(by, sort=False):
+            line = pandas.concat([line, whole]).assign(label=WORDS.get(value, value))
+            lines[value] = line.sort_values("x")
+        styles = ["PT-2", "FT", *lines][: len(lines)]
+        points = pandas.concat(lines.values(), keys=styles, names=["style"]).reset_index(0)
+        caption = f"Prefix {kind} on {title}."
+        if {"ascending", "descending"} <= lines.keys():
+            pairs = lines["descending"].merge(lines["ascending"], on="x")
+            pairs = pairs[pairs["depth_x"] != pairs["depth_y"]]
+            better = (pairs["mean_x"] > pairs["mean_y"]).sum()
+            caption += (
+                " Labels are the layers with a prefix, from the bottom (ascending) or the top "
+            )
+            caption += "(descending). Upper layers are better than as many lower ones at "
+            caption += f"{better} of {len(pairs)} depths."
+        name, base = f"{kind}-{len(drawings) + 1}", 2 if kind == "length" else 0
+        drawings.append(
+            draw(name, caption, points, x_label, y_label, ticks=own["x"].unique(), base=base)
+        )
+    return drawings

@@ -1,271 +1,191 @@
-"""The tables of a report as text, ready for the template."""
+"""The tables of a report: frames of text and of `Html`, whose index stands in front of the rows."""
 
-import itertools
-import math
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
+from html import escape
 from typing import Any
 
-from ptv2_fast.tasks.benchmarks import BENCHMARKS
-from ptv2_fast.training.report.compare import Comparison, Setting
-from ptv2_fast.training.report.data import COLUMNS
-from ptv2_fast.training.statistic import Statistic
+import numpy
+import pandas
+
+from ptv2_fast.training.finished_runs import COLUMNS, COUNTS, Result, Run
+from ptv2_fast.training.report.compare import SWEEP, mark_best, percent
+from ptv2_fast.training.report.figures import WORDS
+from ptv2_fast.training.seeds import over_seeds
 
 # (task, model) -> the published figures; as ptv2_fast.recipes.published.published.
 Published = Callable[[str, str], Sequence[Any]]
-
 NONE = "–"  # noqa: RUF001
-CHANCE = "chance"
+_PAPER = ("FT", "PT", "PT-2", "MPT-2")  # its columns
+# Units by the value from which on they are printed: (from, how much one is, name).
+SHARES = ((0, 0.01, "%"),)
+_TIMES = ((7200, 3600, "h"), (120, 60, "min"), (1, 1, "s"), (0, 1e-3, "ms"))
+_SIZES = ((1e9, 1e9, "GB"), (1e6, 1e6, "MB"), (1e3, 1e3, "kB"), (0, 1, "B"))
+_COSTS: dict[str, tuple[str, Any]] = {
+    "Trained parameters": ("trainable_parameters", ()),
+    "Part trained": ("part", SHARES),
+    "Saved": ("saved_bytes", _SIZES),
+    "A step": ("step_seconds", _TIMES),
+    "Training": ("train_seconds", _TIMES),
+    "Kept for backward": ("kept_bytes", _SIZES),
+    "Peak memory": ("peak_memory_bytes", _SIZES),
+}
 
 
-@dataclass(frozen=True)
-class Cell:
-    """One cell.
+class Html(str):
+    """Text that is HTML already."""
 
-    Attributes:
-        detail: smaller, after the text.
-        reference: on a line of its own, as a published figure.
-        best: set in bold.
-        link: a place in the page, as "#run-1".
-    """
-
-    text: str
-    detail: str = ""
-    reference: str = ""
-    best: bool = False
-    link: str = ""
+    def __html__(self) -> "Html":  # what jinja2 asks for
+        return self
 
 
-@dataclass(frozen=True)
-class Row:
-    """A row; those of the same group that follow each other stand under its name."""
-
-    head: Cell
-    cells: tuple[Cell, ...]
-    group: str = ""
+def _cell(text: str, *details: str, best: bool = False) -> Html:
+    """Text, and smaller lines under it."""
+    first = f"<b>{escape(text)}</b>" if best else escape(text)
+    lines = [f"<small>{escape(line)}</small>" for line in details if line]
+    return Html("<br>".join([first, *lines]))
 
 
-@dataclass(frozen=True)
-class Table:
-    """A table: `columns` maps each title to what it means, or to nothing."""
-
-    caption: str
-    corner: str
-    columns: dict[str, str]
-    rows: tuple[Row, ...]
-    notes: tuple[str, ...] = field(default=())
-    numeric: bool = True
-
-    def groups(self) -> list[tuple[str, list[Row]]]:
-        """The rows, those of the same group together."""
-        return [(name, list(rows)) for name, rows in itertools.groupby(self.rows, _group_of)]
-
-    def meanings(self) -> list[tuple[str, str]]:
-        """The columns whose title needs words, with those words."""
-        pairs = self.columns.items()
-        return [(title, text) for title, text in pairs if text and text != title]
+def score_cells(scores: pandas.DataFrame, more: Mapping[Any, str] | None = None) -> pandas.Series:
+    """Mean, standard deviation and number of seeds, and more under them; the best in bold."""
+    more = more or {}
+    cells = {name: _cell(NONE, text) for name, text in more.items()}
+    for row in scores.itertuples():
+        spread = "" if pandas.isna(row.sd) else f"±{100 * row.sd:.1f}, n={row.n}"
+        best = getattr(row, "best", False)
+        cells[row.Index] = _cell(percent(row.mean), spread, more.get(row.Index, ""), best=best)
+    return pandas.Series(cells, dtype=object).rename_axis(index=scores.index.names)
 
 
-def _group_of(row: Row) -> str:
-    return row.group
+def score_table(scores: pandas.DataFrame) -> pandas.DataFrame:
+    """The same by the last level of the index, in the order in which rows and columns come."""
+    cells, columns = score_cells(scores), scores.index.unique("column")
+    rows = scores.index.droplevel("column").unique()
+    return cells.unstack("column").loc[rows, columns]
 
 
-def percent(score: float) -> str:
-    """0.8812 -> 88.1, as tables print scores."""
-    return f"{100 * score:.1f}" if math.isfinite(score) else "not a number"
-
-
-def score_cell(score: Statistic | None, best: bool = False, reference: str = "") -> Cell:
-    """Mean, standard deviation and number of seeds."""
-    if score is None:
-        return Cell(NONE, reference=reference)
-    detail = f"±{100 * score.deviation:.1f}, n={score.count}" if score.deviation is not None else ""
-    return Cell(percent(score.mean), detail, reference, best)
-
-
-def best_columns(scores: dict[str, Statistic]) -> set[str]:
-    """The columns whose score is printed as the highest one; none where there is no other."""
-    means = {name: percent(s.mean) for name, s in scores.items() if math.isfinite(s.mean)}
-    if len(means) < 2:
-        return set()
-    best = percent(max(scores[name].mean for name in means))
-    return {name for name, text in means.items() if text == best}
-
-
-def metric_name(metric: str) -> str:
-    """exact_match -> exact match; f1 -> F1."""
-    words = metric.replace("_", " ")
-    return words.upper() if len(words) <= 3 and words[-1:].isdigit() else words
+def scaled(value: float, units: Any) -> str:
+    """A cost with three digits."""
+    if pandas.isna(value):
+        return NONE
+    for start, size, unit in units:
+        if value >= start:
+            return f"{float(f'{value / size:.3g}'):g} {unit}"
+    return f"{value:,.0f}"
 
 
 def paper_table(
-    model: str, comparisons: Sequence[Comparison], published: Published | None = None
-) -> Table:
-    """The table in the paper's form for one model: a row for each data set and split."""
-    names = [n for n in COLUMNS if n in ("FT", "PT", "PT-2", "MPT-2")]
-    used = [name for one in comparisons for name in one.settings]
-    names += [n for n in dict.fromkeys((*COLUMNS, *used)) if n in used and n not in names]
-    sources: dict[str, bool] = {}
-    rows = []
-    for one in comparisons:
-        for split in one.splits:
-            scores = one.scores(split)
-            best = best_columns(scores)
-            printed = _printed(one, split, published, sources)
-            cells = [score_cell(scores.get(n), n in best, printed.get(n, "")) for n in names]
-            head = Cell(one.title, f"{split}, {metric_name(one.metric)}")
-            rows.append(Row(head, (*cells, Cell(ratio(one, split)))))
-    columns = {name: COLUMNS.get(name, name) for name in names}
-    columns["PT-2 / FT"] = "P-Tuning v2 as a part of fine-tuning"
-    caption = f"{model}: scores in per cent"
-    notes = _source_notes(sources)
-    if any(row.cells[-1].text == CHANCE for row in rows):
-        notes = (*notes, f"{CHANCE}: one of the two is no better than a constant answer.")
-    return Table(caption, "Data set", columns, tuple(rows), notes)
+    standing: pandas.DataFrame, find: Published | None = None
+) -> tuple[pandas.DataFrame, list[str]]:
+    """The paper's table, a row for each model, data set and split; and notes."""
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    sources: dict[str, str] = {}
+    for (model, title, split), scores in standing.groupby(["model", "title", "split"], sort=False):
+        metric, result = scores["metric"].iloc[0], scores["result"].iloc[0]
+        whole = all(result.data.get(name) is None for name in COUNTS)
+        printed = {}
+        for one in find(result.task, result.run.report["model"]) if find and whole else ():
+            asked = (one.metric, one.split, one.head) == (metric, split, "linear")
+            if asked and one.column not in printed:
+                mark = "" if one.verified else "†"
+                printed[one.column] = f"published {one.value:.1f}{mark}"
+                sources[one.source] = sources.get(one.source, "") or mark
+        row = rows[model, f"{title}: {scores['label'].iloc[0]}"] = dict.fromkeys(_PAPER)
+        ratio, chance = (scores[name].reindex(["FT", "PT-2"]) for name in ("ratio", "chance"))
+        words = "chance" if chance.notna().all() and chance.any() else NONE
+        words = f"{percent(ratio['PT-2'])} %" if pandas.notna(ratio["PT-2"]) else words
+        row |= {**score_cells(scores, printed), "PT-2 / FT": words}
+    cells = pandas.DataFrame([*rows.values()], pandas.MultiIndex.from_tuples(rows), dtype=object)
+    cells = cells[sorted(cells, key=lambda name: [*COLUMNS, name, "PT-2 / FT"].index(name))]
+    notes = [f"Published: {', '.join(sorted(sources))} (Liu et al. 2022)."] if sources else []
+    if any(sources.values()):
+        notes.append("† could not be compared with the printed table.")
+    return cells, notes
 
 
-def _source_notes(sources: dict[str, bool]) -> tuple[str, ...]:
-    if not sources:
-        return ()
-    note = f"Published figures: {', '.join(sorted(sources))} (P-Tuning v2, Liu et al. 2022)."
-    mark = "† This published figure could not be compared with the printed table."
-    return (note, mark) if any(sources.values()) else (note,)
-
-
-def ratio(one: Comparison, split: str) -> str:
-    """P-Tuning v2's score as a part of fine-tuning's, in words."""
-    value = one.ratio(split)
-    if value is not None:
-        return f"{100 * value:.1f} %"
-    chance = {"FT", "PT-2"} <= set(one.scores(split)) and (
-        one.is_chance("FT", split) or one.is_chance("PT-2", split)
-    )
-    return CHANCE if chance else NONE
-
-
-def _printed(
-    one: Comparison, split: str, published: Published | None, sources: dict[str, bool]
-) -> dict[str, str]:
-    """Column -> the published figure; adds its source, and whether any of it is unverified."""
-    data = one.any.first.data
-    part_of_it = any(data.get(f"max_{part}_examples") is not None for part in ("train", "eval"))
-    if published is None or one.task not in BENCHMARKS or part_of_it:
-        return {}
-    found: dict[str, str] = {}
-    for figure in published(one.task, one.any.first.model):
-        asked = (figure.metric, figure.split) == (one.metric, split)
-        if not asked or figure.head != "linear" or figure.column in found:
-            continue
-        mark = "" if figure.verified else "†"
-        found[figure.column] = f"published {figure.value:.1f}{mark}"
-        sources[figure.source] = sources.get(figure.source, False) or not figure.verified
-    return found
-
-
-def metrics_table(comparisons: Iterable[Comparison]) -> Table:
-    """Every metric on every split."""
-    comparisons = list(comparisons)
-    used = {name for one in comparisons for name in one.settings}
-    names = [*(n for n in COLUMNS if n in used), *sorted(used - set(COLUMNS))]
-    rows = []
-    for one in comparisons:
-        results = [result for s in one.settings.values() for result in s.results]
-        pairs = dict.fromkeys(
-            (split, metric)
-            for result in results
-            for split, values in result.scores.items()
-            for metric in values
-        )
-        for split, metric in pairs:
-            scores = one.scores(split, metric)
-            cells = tuple(score_cell(scores.get(name)) for name in names)
-            rows.append(Row(Cell(f"{split}, {metric_name(metric)}"), cells, _group(one)))
-    columns = {name: COLUMNS.get(name, name) for name in names}
-    return Table("Every metric on every split, times 100", "Split, metric", columns, tuple(rows))
-
-
-def _group(one: Comparison) -> str:
-    return f"{one.title}, {one.model}"
-
-
-_COSTS: dict[str, tuple[str, Callable[[float], str]]] = {
-    "trainable_parameters": ("Trained parameters", lambda value: f"{value:,.0f}"),
-    "part": ("Part trained", lambda value: share(value)),
-    "saved_bytes": ("Saved", lambda value: size(value)),
-    "step_seconds": ("A step", lambda value: seconds(value)),
-    "train_seconds": ("Training", lambda value: seconds(value)),
-    "kept_bytes": ("Kept for backward", lambda value: size(value)),
-    "peak_memory_bytes": ("Peak memory", lambda value: size(value)),
-}
-_COST_MEANINGS = {
-    "part": "trained parameters among those of the model",
-    "saved_bytes": "size of what is stored for the task",
-    "step_seconds": "median seconds of a training step",
-    "train_seconds": "seconds of all training steps, scoring and saving not counted",
-    "kept_bytes": "bytes that autograd keeps from forward to backward pass in a step",
-    "peak_memory_bytes": "of the accelerator, or of the process on a CPU",
-}
-
-
-def cost_table(comparisons: Iterable[Comparison]) -> Table:
+def cost_table(standing: pandas.DataFrame) -> pandas.DataFrame:
     """Score and cost of each method, by data set and model."""
-    rows = []
-    for one in comparisons:
-        split = one.splits[0]
-        scores = one.scores(split)
-        best = best_columns(scores)
-        for name, setting in one.settings.items():
-            score = scores.get(name)
-            cells = [Cell(percent(score.mean) if score else NONE, best=name in best)]
-            for cost, (_, form) in _COSTS.items():
-                value = cost_of(setting, cost)
-                cells.append(Cell(NONE if value is None else form(value)))
-            group = f"{_group(one)}: {metric_name(one.metric)} on {split}"
-            rows.append(Row(Cell(name), tuple(cells), group))
-    columns = {"Score": ""} | {title: _COST_MEANINGS.get(n, "") for n, (title, _) in _COSTS.items()}
-    return Table("Scores beside what they cost; means over seeds", "Method", columns, tuple(rows))
+    names = ["title", "model", "label", "column"]
+    table = standing[standing["first"]].reset_index().set_index(names)
+    cells = pandas.DataFrame({"Score": score_cells(table)})
+    for title, (name, units) in _COSTS.items():
+        cells[title] = [scaled(value, units) for value in table[name]]
+    return cells
 
 
-def cost_of(setting: Setting, name: str) -> float | None:
-    """A mean of report.json; `part` is trained parameters among all."""
-    if name == "part":
-        trained, total = setting.cost("trainable_parameters"), setting.cost("total_parameters")
-        return trained.mean / total.mean if trained and total and total.mean else None
-    cost = setting.cost(name)
-    return None if cost is None else cost.mean
+def sweep_table(sweeps: pandas.DataFrame) -> pandas.DataFrame:
+    """The comparisons of the reparameterisation of a prefix, and of heads."""
+    rows = {}
+    for (kind, _, title, label), own in sweeps.groupby(SWEEP, sort=False):
+        if axis := {"reparam": "prefix_projection", "head": "head"}.get(kind):
+            own = mark_best(own.set_index(own[axis].map(WORDS)))
+            rows[f"{title}: {label}"] = score_cells(own)
+    return pandas.DataFrame(rows, dtype=object).T
 
 
-def share(part: float) -> str:
-    """A part in per cent, with two digits at least."""
-    value = 100 * part
-    return f"{value:.1f} %" if value >= 10 else f"{value:.2g} %"
+def class_table(results: pandas.DataFrame) -> pandas.DataFrame:
+    """F1 of each class, and how often it is right."""
+    names = ["title", "model", "split", "class", "column"]
+    rows = [
+        (row.title, row.model, split, f"{name} ({values['support']:.0f})", row.column, values["f1"])
+        for row in results.itertuples()
+        for split in row.result.splits
+        for name, values in (row.result.mistakes(split) or {}).get("classes", {}).items()
+    ]
+    return score_table(over_seeds(rows, names)) if rows else pandas.DataFrame()
 
 
-def size(value: float) -> str:
-    """Bytes as kB, MB or GB (powers of ten)."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
-        if value >= scale:
-            return f"{value / scale:.{1 if value < 100 * scale else 0}f} {unit}"
-    return f"{value:.0f} B"
+def confusion_table(counts: Mapping[str, Mapping[str, int]]) -> pandas.DataFrame:
+    """Right labels and, as columns, those given: of many those that are confused most."""
+    table = pandas.DataFrame.from_dict(counts, orient="index")
+    labels = table.index.union(table.columns, sort=False)
+    table = table.reindex(index=labels, columns=labels).fillna(0).astype(int)
+    confused = table.sum() + table.sum(axis=1) - 2 * numpy.diag(table)
+    kept = labels[labels.isin(confused.nlargest(20).index)]
+    return table.loc[kept, kept].map(lambda count: str(count or NONE))
 
 
-def seconds(value: float) -> str:
-    """12 ms, 3.4 s, 12 min, 2.5 h."""
-    if value < 1:
-        return f"{1000 * value:.3g} ms"
-    if value < 120:
-        return f"{value:.3g} s"
-    return f"{value / 60:.3g} min" if value < 7200 else f"{value / 3600:.3g} h"
+def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.DataFrame:
+    """Every run with its score and every option that is not the same in all of them."""
+    options = [{name: text_of(value) for name, value in run.options.items()} for run in runs]
+    cells = pandas.DataFrame(options, dtype=object)
+    hidden = ("method", "task", "tasks", "seed")
+    cells = cells[[n for n in cells if cells[n].nunique() > 1 and n not in hidden]]
+    first = []
+    for run in runs:
+        pairs = [(one, split) for one in run.results for split in one.splits]
+        scores = [f"{titles[one]} {split} {percent(one.score(split))}" for one, split in pairs]
+        first.append((run.column, "; ".join(scores), run.seed))
+    cells = pandas.DataFrame(first, columns=["Method", "Score", "Seed"]).join(cells)
+    top = os.path.commonpath([run.folder.parent.absolute() for run in runs])
+    names = [escape(os.path.relpath(run.folder, top)) for run in runs]
+    links = [Html(f'<a href="#run-{number}">{name}</a>') for number, name in enumerate(names, 1)]
+    return cells.set_axis(pandas.Index(links, dtype=object))
 
 
-def pair_table(
-    kind: str, groups: dict[str, list[tuple[str, Statistic]]], caption: str, corner: str
-) -> Table:
-    """Two or more ways to do the same, one column each."""
-    names = list(dict.fromkeys(name for pairs in groups.values() for name, _ in pairs))
-    rows = []
-    for title, pairs in groups.items():
-        scores = dict(pairs)
-        best = best_columns(scores)
-        rows.append(Row(Cell(title), tuple(score_cell(scores.get(n), n in best) for n in names)))
-    return Table(caption, corner, dict.fromkeys(names, ""), tuple(rows))
+def machines_table(runs: Sequence[Run]) -> pandas.DataFrame:
+    """The machines and versions that runs used, and how many runs used them."""
+    parts = [[run.report.get(name) or {} for name in ("machine", "versions")] for run in runs]
+    rows = [{"processor": None, **machine, **versions} for machine, versions in parts]
+    table = pandas.DataFrame(rows, dtype=object).map(text_of)
+    return table.value_counts(sort=False).rename("runs").reset_index().set_index("runs")
+
+
+def remarks_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.DataFrame:
+    """What was odd in the data but accepted, and how many examples were cut; each said once."""
+    rows = [
+        (", ".join(titles[result] for result in run.results), split, f"{what}: {text_of(found)}")
+        for run in runs
+        for split, what, found in run.remarks()
+    ]
+    table = pandas.DataFrame(rows, columns=["data set", "split", "remark"])
+    return table.value_counts(sort=False).rename("runs").reset_index().set_index("data set")
+
+
+def text_of(value: Any) -> str:
+    """A value of a JSON file for a reader."""
+    if value is None or value != value:
+        return NONE
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -2,12 +2,13 @@
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.statistic import Statistic
+from ptv2_fast.training.seeds import over_seeds
 from ptv2_fast.training.sweeps.plan import Sweep
 
 RESULTS = "results.csv"
@@ -106,18 +107,15 @@ def summarize(sweep: Sweep, outcome: Outcome) -> dict[str, Any]:
 
 
 def _spread(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    values: dict[str, dict[str, list[float]]] = {}
-    for score in scores:
-        for split, metrics in score.items():
-            for name, value in metrics.items():
-                values.setdefault(split, {}).setdefault(name, []).append(value)
-    return {
-        split: {name: _summary(found) for name, found in metrics.items()}
-        for split, metrics in values.items()
-    }
-
-
-def _summary(values: list[float]) -> dict[str, Any]:
-    found = Statistic.of(values)
-    assert found is not None
-    return {"n": found.count, "mean": found.mean, "sd": found.deviation}
+    rows = [
+        (split, name, value)
+        for score in scores
+        for split, metrics in score.items()
+        for name, value in metrics.items()
+    ]
+    spread: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in over_seeds(rows, ["split", "metric"]).reset_index().itertuples():
+        sd = None if math.isnan(row.sd) else row.sd
+        found = {"n": row.n, "mean": row.mean, "sd": sd}
+        spread.setdefault(row.split, {})[row.metric] = found
+    return spread
