@@ -34,7 +34,8 @@ def made(tmp_path_factory) -> Path:
     peft.get_peft_model(plain, config).save_pretrained(folder / "peft")
     words = [
         "--task", "text-classification", "--train-file", data, "--validation-file", data,
-        "--model", model, "--num-virtual-tokens", "4", "--prefix-projection", "--max-steps", "1",
+        "--model", model, "--method", "p-tuning-v2", "--num-virtual-tokens", "4",
+        "--prefix-projection", "--max-steps", "1",
         "--seed", "7", "--position-offset", "prefix", "--init", "normal", "--no-progress",
         "--output", str(folder / "run"),
     ]  # fmt: skip
