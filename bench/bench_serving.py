@@ -22,6 +22,7 @@ import multiprocessing
 import statistics
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -29,7 +30,7 @@ from rich.table import Table
 
 from bench.cases import Case
 from bench.measure import RESULTS, machine_columns, merge_csv, sample_interleaved
-from bench.serving_ways import MOST_MODELS, WAYS, Answer, Requests, bank, switching
+from bench.serving_ways import INSIDE, MOST_MODELS, WAYS, Answer, Requests, bank, switching
 from bench.training_step import resident_bytes, return_freed_tensors
 
 CASES = [
@@ -45,16 +46,20 @@ MEBIBYTE = 2**20
 
 
 @torch.no_grad()
-def check(case: Case, adapters: int) -> None:
+def check(case: Case, adapters: int, **more: Any) -> None:
     """Refuse to go on unless the bank gives what each adapter alone does.
 
     Against float64 it may be twice as far as these are in float32, plus four rounding units.
+
+    Args:
+        case, adapters: what is measured.
+        more: fields of the prefix's configuration.
     """
     requests = Requests(case, adapters)
-    exact = switching(case, adapters, requests, double=True)().double()
-    yardstick = (switching(case, adapters, requests)().double() - exact).abs().max()
+    exact = switching(case, adapters, requests, double=True, **more)().double()
+    yardstick = (switching(case, adapters, requests, **more)().double() - exact).abs().max()
     budget = 2 * yardstick + 4 * torch.finfo(torch.float32).eps * exact.abs().max()
-    error = (bank(case, adapters, requests)().double() - exact).abs().max()
+    error = (bank(case, adapters, requests, **more)().double() - exact).abs().max()
     if not error <= budget:
         raise SystemExit(
             f"{case}, {adapters} adapters: the bank is {error:.2e} off, over {budget:.2e}"
@@ -94,6 +99,7 @@ def memory(way: str, case: Case, adapters: int) -> int:
 def measure(case: Case, rounds: int, output: Path, console: Console) -> None:
     """Check, time and weigh a case, and write its rows."""
     check(case, ADAPTERS[-1])
+    check(case, ADAPTERS[-1], **INSIDE)
     answers = {
         (count, way): make(case, count, Requests(case, count))
         for count in ADAPTERS

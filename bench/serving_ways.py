@@ -104,9 +104,11 @@ def bank_inside(case: Case, adapters: int, requests: Requests) -> Answer:
     return bank(case, adapters, requests, **INSIDE)
 
 
-def switching(case: Case, adapters: int, requests: Requests, double: bool = False) -> Answer:
+def switching(
+    case: Case, adapters: int, requests: Requests, double: bool = False, **more: Any
+) -> Answer:
     """One attached model, into which the tensors of the next adapter are copied before its pass."""
-    model = _attached(case, double)
+    model = _attached(case, double, **more)
     kept = [_draw(model, adapter) for adapter in range(adapters)]
     parameters = dict(model.named_parameters())
 

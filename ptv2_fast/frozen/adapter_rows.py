@@ -13,10 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from ptv2_fast.frozen.low_rank import LowRankUpdate
-from ptv2_fast.frozen.modules import BlockModules, Norm, NormPart
+from ptv2_fast.frozen.modules import BlockModules, Norm, NormPart, read_norm
 from ptv2_fast.frozen.vectors import LAYERS, StandIns, read_updates, read_vectors
 from ptv2_fast.frozen.weights import BlockWeights, FrozenLinear
-from ptv2_fast.ops.layout import widened
 
 Bounds = list[tuple[int, int]]  # of each adapter its first row, and that behind its last
 
@@ -54,14 +53,10 @@ class AdapterValues:
             self._read[modules, dtype] = found
         return found
 
-    def of_norm(self, module: nn.Module) -> tuple[Tensor, Tensor | None] | None:
-        """The weight and the beta of a norm, or None."""
+    def of_norm(self, module: nn.Module, norm: Norm) -> Norm:
+        """Its own values of a norm; those of the encoder where it has none."""
         stand_in = self._stand_ins.get(module)
-        if stand_in is None:
-            return None
-        beta = cast(Tensor | None, getattr(stand_in, "bias", None))
-        weight = cast(Tensor, stand_in.weight)
-        return widened(weight.detach()), None if beta is None else widened(beta.detach())
+        return norm if stand_in is None else read_norm(stand_in, norm.subtract_mean)
 
 
 class RowsLinear(FrozenLinear):
@@ -166,11 +161,10 @@ class AdapterRows:
             module: the norm.
             bounds: of the rows that it gets.
         """
-        found = [each.of_norm(module) for each in self._adapters]
-        if all(each is None for each in found):
+        own = [each.of_norm(module, norm) for each in self._adapters]
+        if all(each is norm for each in own):
             return norm
-        own = [(norm.weight, norm.beta) if each is None else each for each in found]
-        parts = (NormPart(rows, *values) for rows, values in zip(bounds, own, strict=True))
+        parts = (NormPart(rows, n.weight, n.beta) for rows, n in zip(bounds, own, strict=True))
         return norm._replace(weight=torch.ones_like(norm.weight), beta=None, parts=tuple(parts))
 
     def of_block(

@@ -9,7 +9,7 @@ _OF_ONEDNN = (
     if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
     else ()
 )
-_SMALL = 4096
+_SMALL = 4096  # numbers of a result
 
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
