@@ -50,7 +50,7 @@ def _step_seconds(config: RunConfig, seed: int) -> float:
     count = WARM_UP_STEPS + TIMED_STEPS
     changes = {"seed": seed, "max_steps": count, "num_train_epochs": None, "save_steps": 0,
                "logging_steps": 1}  # fmt: skip
-    config = RunConfig.from_dict(config.flat() | changes)
+    config = config.changed(changes)
     with tempfile.TemporaryDirectory() as place:
         prepared = prepare(config, Path(place) / "run")
         for split in set(prepared.features) - {"train"}:  # whose scoring takes longer

@@ -34,6 +34,7 @@ from bench.experiments import best_rate, command, variant_name
 from bench.measure import RESULTS, merge_csv
 from bench.step_times import TIMES, size_of_epoch, time_steps
 from ptv2_fast.recipes import read_recipe
+from ptv2_fast.tasks.option_table import GIVEN
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.dry_run import steps
 from ptv2_fast.training.options import RunConfig, with_changes
@@ -84,7 +85,7 @@ class Task:
 
     def _run(self, folder: Path, name: str, rate: float, seed: int) -> str:
         changes = {"learning_rate": rate, "seed": seed}
-        config = RunConfig.from_dict(self.recipes[name].base.flat() | changes)
+        config = self.recipes[name].base.changed(changes)
         run = f"{variant_name(name, rate)}-seed-{seed}"
         train_scored(config, folder / run, self.evaluations)
         return run
@@ -111,7 +112,7 @@ def train_scored(config: RunConfig, folder: Path, evaluations: int) -> None:
 
 
 def _scored_every(config: RunConfig, count: int | None) -> RunConfig:
-    training = dataclasses.replace(config.training, eval_steps=count, save_steps=None)
+    training = config.training.changed(eval_steps=count, save_steps=None)
     return dataclasses.replace(config, training=training)
 
 
@@ -271,7 +272,7 @@ def read_plan(data: Path, output: Path) -> dict[str, Task]:
         own: dict[str, Any] = {k: str(data / v) for k, v in entry.get("options", {}).items()}
         # Decoded as by default, which not all experiments are.
         own |= {"decoding": None, "max_eval_examples": plan["max_eval_examples"]}
-        base = experiment.base.flat() | own
+        base = with_changes(experiment.base.options(), own)
         recipes = {
             recipe: make_recipe(options | entry.get(recipe, {}), base, experiment.variants)
             for recipe, options in plan["recipes"][entry["recipes"]].items()
@@ -297,8 +298,8 @@ def make_recipe(options: dict[str, Any], base: dict[str, Any], variants: dict[st
     else:
         shipped = {} if start == "defaults" else read_recipe(start)
         plain = RunConfig.from_dict(base)
-        values = with_changes(dataclasses.asdict(plain.data), shipped)
-        values |= {"model": base["model"], "progress": False}
+        data = {**plain.data.model_dump(), GIVEN: plain.data.given}
+        values = with_changes(data, shipped | {"model": base["model"], "progress": False})
         rates = [RunConfig.from_dict(values).learning_rate]
     rates = options.pop("learning_rates", rates)
     return Recipe(RunConfig.from_dict(with_changes(values, options)), rates)

@@ -19,7 +19,8 @@ from tests.devices import unwritten_is_nan
 # What tests of tasks, training and reports need, and a machine for the kernels may not have.
 OPTIONAL = {
     "accelerate", "datasets", "fastapi", "filelock", "httpx", "jinja2", "matplotlib", "optuna",
-    "pandas", "peft", "prometheus_client", "sentence_transformers", "seqeval", "sklearn", "uvicorn",
+    "pandas", "peft", "prometheus_client", "sentence_transformers", "seqeval", "shtab", "sklearn",
+    "uvicorn",
 }  # fmt: skip
 
 

@@ -119,9 +119,9 @@ def test_a_table_of_positions_limits_the_length_and_nothing_else_does():
     for model_type, default, asked in (("t5", 512, 600), ("bert", 40, 40)):
         model = tiny_model(model_type, "token")
         for length, chosen in ((None, default), (asked, asked)):
-            data = DataOptions("token-classification", max_length=length)
+            data = DataOptions(task="token-classification", max_length=length)
             assert choose_max_length(data, model, options("lora")) == chosen
-    data = DataOptions("token-classification", max_length=41)
+    data = DataOptions(task="token-classification", max_length=41)
     with pytest.raises(ValueError, match="max_length: expected at most 40, got 41"):
         choose_max_length(data, model, options("lora"))
 

@@ -19,7 +19,8 @@ from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import MultiTaskOrder, batches_per_epoch
 from ptv2_fast.training.multitask.train import MultiTaskTrainer, prepare_tasks, train_tasks
-from ptv2_fast.training.options import RunConfig, options_of_run
+from ptv2_fast.training.option_files import options_of_run
+from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.order import Batching
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import pace
@@ -264,7 +265,7 @@ def test_a_killed_run_resumes_to_the_same_bits(method, batch, tiny, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train_tasks(prepare_tasks(config, killed), [Kill()])
     cache = str(tmp_path / "cache")
-    tasks = tuple(dataclasses.replace(task, feature_cache=cache) for task in config.tasks)
+    tasks = tuple(task.changed(feature_cache=cache) for task in config.tasks)
     config = dataclasses.replace(config, tasks=tasks)
     again = train_tasks(prepare_tasks(config, killed, resume=True))
     assert again["metrics"] == report["metrics"]

@@ -52,6 +52,7 @@ EXTRAS = {
     "bench.": "bench",
     "docs.": "docs",
     "examples.": "dev",
+    "ptv2_fast.cli.completion": "completion",
     "ptv2_fast.serving": "serve",
     "setup": "dev",
     "tests.": "dev",

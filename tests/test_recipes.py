@@ -83,7 +83,8 @@ def test_a_recipe_says_what_the_authors_script_says(name):
     assert (model.prefix_projection, model.encoder_hidden_size) == (
         (True, 512) if projected else (False, None)
     )
-    assert data.template == ("1" if projected else None)
+    templates = BENCHMARKS[data.task].templates
+    assert data.template == ("1" if projected else templates[0])
     assert (training.warmup_ratio, training.weight_decay, training.load_best) == (0, 0, True)
     if data.task in SUPERGLUE:
         assert (training.schedule, data.max_length) == ("linear", 128)

@@ -19,7 +19,8 @@ from optuna.trial import TrialState
 
 from ptv2_fast import cli
 from ptv2_fast.training import trainer
-from ptv2_fast.training.options import RunConfig, read_config_file
+from ptv2_fast.training.option_files import read_config_file
+from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.search import trials as search_trials
 from ptv2_fast.training.search.space import check_space, default_space, read_space
 from ptv2_fast.training.search.study import _check_same_search, run_search

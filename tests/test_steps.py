@@ -184,7 +184,7 @@ def test_a_run_with_an_average_scores_and_ends_with_it(method, tiny, tmp_path, m
     assert all(t.equal(scored[1][name]) for name, t in trained_tensors(prepared.model).items())
 
     config = dataclasses.replace(
-        config, training=dataclasses.replace(config.training, save_steps=2, load_best=False)
+        config, training=config.training.changed(save_steps=2, load_best=False)
     )
     train(prepare(config, tmp_path / "last"))
     with pytest.raises(KeyboardInterrupt):

@@ -1,7 +1,6 @@
 """Sweeps: several runs in one folder, resumed, with failures, and what the ablations expand to."""
 
 import csv
-import dataclasses
 import json
 import math
 
@@ -54,7 +53,7 @@ def base(tiny) -> RunConfig:
 def alone(base, tmp_path_factory):
     """The run of seed 12 by itself."""
     folder = tmp_path_factory.mktemp("alone") / "run"
-    config = dataclasses.replace(base, training=dataclasses.replace(base.training, seed=12))
+    config = base.changed({"seed": 12})
     run_once(config, folder)
     return folder
 
@@ -95,7 +94,7 @@ def test_an_interrupted_sweep_keeps_what_is_done_and_goes_on(base, alone, tmp_pa
     assert group["metrics"]["validation"]["f1"]["mean"] == pytest.approx(sum(f1) / 2)
 
     # More seeds may be added; other options may not.
-    other = dataclasses.replace(base, model=dataclasses.replace(base.model, num_virtual_tokens=5))
+    other = base.changed({"num_virtual_tokens": 5})
     with pytest.raises(ValueError, match="num_virtual_tokens 4 against 5"):
         run_sweep(seeds_sweep(other, [11, 13]), folder, resume=True)
     assert list(read_sweep(folder).joined_with(seeds_sweep(base, [7])).axes) == [

@@ -405,5 +405,7 @@ def test_missing_files_and_contradictory_options_are_errors(tmp_path):
         find_sources(DataOptions(task="text-classification"))
     with pytest.raises(ValueError, match="dataset: expected None beside train_file"):
         DataOptions(task="text-classification", dataset="rte", train_file="a.csv")
-    with pytest.raises(ValueError, match="max_length: expected a number"):
+    with pytest.raises(
+        ValueError, match="max_length: expected None or an integer >= 1, got 'long'"
+    ):
         DataOptions(task="text-classification", max_length="long")

@@ -95,7 +95,7 @@ def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
     assert not (output / "ner" / "fine-tuning-lr-0.01-seed-11" / "model").exists()
     assert plot.plot_time_to_score(results).is_file()
 
-    changed = RunConfig.from_dict(task.recipes["p-tuning-v2"].base.flat() | {"ema_decay": None})
+    changed = task.recipes["p-tuning-v2"].base.changed({"ema_decay": None})
     task.recipes["p-tuning-v2"] = Recipe(changed, [0.1])
     with pytest.raises(ValueError, match=r"ema_decay 0\.5 against None"):
         run_task("ner", task, tmp_path, output)

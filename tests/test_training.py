@@ -18,7 +18,8 @@ from ptv2_fast.training.divergence import DivergedError
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes, reset_peak_memory
 from ptv2_fast.training.methods import prepare_model, sample_token_ids
 from ptv2_fast.training.models import load_run
-from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig, read_config_file
+from ptv2_fast.training.option_files import read_config_file
+from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from ptv2_fast.training.trainer import head_parameters, vector_parameters

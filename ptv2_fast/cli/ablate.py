@@ -69,7 +69,7 @@ def _ablate(options: dict[str, Any]) -> None:
         return
     if kind == "head":
         options["head"] = "lm"  # the verbalizer is its option
-    base = checked(run_config, options, before.base.flat() if before else None)
+    base = checked(run_config, options, before.base.options() if before else None)
 
     from ptv2_fast.training.sweeps import ablation
 

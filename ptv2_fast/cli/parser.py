@@ -1,11 +1,9 @@
 """What the commands share: options made from dataclasses, and errors of one line."""
 
 import argparse
-import dataclasses
 import multiprocessing
 import os
 import sys
-import typing
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -13,14 +11,15 @@ from typing import Any, NoReturn
 
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.tasks.hints import close_to
-from ptv2_fast.tasks.options import DataOptions, Options, value_type
+from ptv2_fast.tasks.option_table import OptionTable
+from ptv2_fast.tasks.options import DataOptions
 from ptv2_fast.tasks.sources import find_sources
+from ptv2_fast.training.option_files import read_config_file
 from ptv2_fast.training.options import (
     METHODS_OF_OPTION,
-    SECTIONS,
+    TABLES,
     ModelOptions,
     RunConfig,
-    read_config_file,
     with_changes,
 )
 
@@ -117,8 +116,8 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
         help="options from a .json, .toml or .yaml file; those given here win; config.json of a "
         "run repeats it",
     )
-    for title, part in SECTIONS.items():
-        add_options(parser.add_argument_group(title), part)
+    for title, table in TABLES.items():
+        add_options(parser.add_argument_group(title), table)
 
 
 def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) -> RunConfig:
@@ -161,32 +160,28 @@ def check_places(model: ModelOptions, *data: DataOptions) -> None:
         raise BadInput(f"model: expected an existing folder, got {name!r}")
 
 
-def add_options(group: Any, part: type[Options], names: Sequence[str] | None = None) -> None:
-    """One option for each field of a dataclass; options that are not given are not set."""
-    hints = typing.get_type_hints(part)
-    for field in dataclasses.fields(part):  # type: ignore[arg-type]
-        if names is not None and field.name not in names:
-            continue
-        kind, optional = value_type(hints[field.name])
-        flags = [with_dashes(f"--{n}") for n in (field.name, *field.metadata["aliases"])]
-        help_text = field.metadata["help"]
-        if names is None and field.default is not None and kind is not bool:
-            help_text += f" (default: {field.default})"
-        choices = field.metadata["choices"]
-        settings: dict[str, Any] = {"type": kind}
-        if optional and (choices or kind is not str):  # a recipe or a file may have set it
-            settings = {"type": _or_none(kind), "action": _StoreOrNone}
-            choices = choices and (*choices, NONE)
-        if kind is bool:
+def add_options(group: Any, table: type[OptionTable], names: Sequence[str] | None = None) -> None:
+    """One option for each of a table, or for those named; what is not given is not set."""
+    for name in names or table.model_fields:
+        field, kind = table.model_fields[name], table.kind(name)
+        help_text, choices = str(field.description), kind.choices
+        settings: dict[str, Any] = {"type": kind.type}
+        if kind.type is bool:
             settings = {"action": argparse.BooleanOptionalAction}
             help_text += f" (default: {'yes' if field.default else 'no'})"
+        elif names is None and field.default is not None:
+            help_text += f" (default: {field.default})"
+        if kind.is_optional and (choices or kind.type is not str):
+            # A recipe or a file may have set it.
+            settings = {"type": _or_none(kind.type), "action": _StoreOrNone}
+            choices = choices and (*choices, NONE)
         if choices:
             settings["choices"] = choices
-        elif kind is not bool:
-            settings["metavar"] = "TEXT" if kind is str else "N"
+        elif kind.type is not bool:
+            settings["metavar"] = "TEXT" if kind.type is str else "N"
         group.add_argument(
-            *flags,
-            dest=field.name,
+            *(with_dashes(f"--{word}") for word in (name, *table.aliases(name))),
+            dest=name,
             default=argparse.SUPPRESS,
             help=help_text.replace("%", "%%"),
             **settings,

@@ -54,7 +54,7 @@ def rest_of(before: Sweep, options: dict[str, Any], seeds: list[int] | None) -> 
         BadInput: for options that the runs set themselves, or bad ones.
     """
     refuse_given(options, set().union(*before.changes.values()))
-    base = checked(run_config, options, before.base.flat())
+    base = checked(run_config, options, before.base.options())
     if seeds is not None:
         return checked(before.with_seeds, base, seeds)
     return dataclasses.replace(before, base=base)

@@ -109,7 +109,7 @@ def _before(folder: Path) -> dict[str, Any]:
     if not (folder / run_folder.CONFIG).is_file():
         return {}
     config, _ = run_folder.read_run_config(folder)
-    return config.flat()
+    return config.options()
 
 
 def _preset(options: dict[str, Any]) -> dict[str, Any]:

@@ -27,7 +27,6 @@ def make_task(options: DataOptions) -> "Task":
     Raises:
         ValueError: for options that this task does not take.
     """
-    options = options.with_benchmark_defaults()
     kind = "text-regression" if options.regression else options.family
     if options.head == "lm":
         kind = "text-classification by label words"

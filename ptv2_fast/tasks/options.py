@@ -1,12 +1,10 @@
-"""Options as dataclasses that check themselves and from which the command line is built."""
+"""The options of data: which task, and where its examples are."""
 
-import dataclasses
-import types
-import typing
-from typing import Any
+from typing import ClassVar, Literal
 
 from ptv2_fast.tasks.benchmarks import BENCHMARKS, Benchmark
 from ptv2_fast.tasks.hints import hint
+from ptv2_fast.tasks.option_table import Count, Integer, OptionTable, option
 
 FAMILIES = (
     "text-classification", "token-classification", "semantic-role-labeling", "multiple-choice",
@@ -14,64 +12,15 @@ FAMILIES = (
 )  # fmt: skip
 
 
-DECODINGS = ("argmax", "viterbi")
+class DataOptions(OptionTable):
+    """Which task, where its examples are, and how long an input may be.
 
-
-def option(default: Any, help: str, *, choices: tuple = (), aliases: tuple[str, ...] = ()) -> Any:
-    """A dataclass field with its help text, allowed values and further command line names."""
-    metadata = {"help": help, "choices": choices, "aliases": aliases}
-    return dataclasses.field(default=default, metadata=metadata)
-
-
-def value_type(annotation: Any) -> tuple[type, bool]:
-    """(int | float | bool | str, whether None is allowed) of a field's annotation."""
-    optional = isinstance(annotation, types.UnionType)
-    if optional:
-        annotation = next(a for a in typing.get_args(annotation) if a is not types.NoneType)
-    return annotation, optional
-
-
-class Options:
-    """Base of the option dataclasses: checks types, choices and signs of the fields.
-
-    Raises:
-        ValueError: naming the field, what was expected and what was given.
+    What a published data set sets stands where the option was not given.
     """
 
-    def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, choices = getattr(self, field.name), field.metadata["choices"]
-            kind, optional = value_type(hints[field.name])
-            if value is None and optional:
-                continue
-            if kind is float and type(value) is int and abs(value) < 2**1000:
-                value = float(value)
-                object.__setattr__(self, field.name, value)
-            if type(value) is not kind:
-                expected = {str: "text", bool: "true or false"}
-                name = expected.get(kind, f"a number ({kind.__name__})")
-                raise ValueError(f"{field.name}: expected {name}, got {value!r:.100}")
-            if type(value) is int and not -(2**63) <= value < 2**63:
-                raise ValueError(f"{field.name}: expected an integer of 64 bits, got a larger one")
-            if choices and value not in choices:
-                raise ValueError(f"{field.name}: expected one of {choices}, got {value!r:.100}")
-
-    @classmethod
-    def names(cls) -> dict[str, str]:
-        """The option that each name and alias stands for."""
-        fields = dataclasses.fields(cls)  # type: ignore[arg-type]
-        return {name: f.name for f in fields for name in (f.name, *f.metadata["aliases"])}
-
-    def require(self, condition: bool, name: str, expected: str) -> None:
-        """Raise a ValueError that names the field unless the condition holds."""
-        if not condition:
-            raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r:.100}")
-
-
-@dataclasses.dataclass(frozen=True)
-class DataOptions(Options):
-    """Which task, where its examples are, and how long an input may be."""
+    dependent: ClassVar[frozenset[str]] = frozenset(
+        {"template", *(name for benchmark in BENCHMARKS.values() for name in benchmark.options)}
+    )
 
     task: str | None = option(
         None,
@@ -112,11 +61,10 @@ class DataOptions(Options):
         "label", "text tasks: column of the label; multiple-choice: of the right one's index from 0"
     )
     regression: bool = option(False, "text-classification: labels are numbers to be predicted")
-    head: str = option(
+    head: Literal["linear", "lm"] = option(
         "linear",
         "text-classification: a new linear layer on the first token, or the pretrained language "
         "model's head reading label words at a mask token",
-        choices=("linear", "lm"),
     )
     verbalizer: str | None = option(
         None, "with --head lm: the word of each label, as good=great,bad=terrible"
@@ -136,12 +84,12 @@ class DataOptions(Options):
     predicate_column: str | None = option(
         None, "semantic-role-labeling: column of the verb's index, from 0 (default: pred)"
     )
-    conll_word_column: int | None = option(
+    conll_word_column: Integer | None = option(
         None,
         "CoNLL files: number of the words' column, from 0 (default: 0, or what the "
         "published data set has)",
     )
-    conll_tag_column: int | None = option(
+    conll_tag_column: Integer | None = option(
         None, "CoNLL files: number of the labels' column, -1 = last (default: likewise, else -1)"
     )
     conll_comments: bool = option(
@@ -149,68 +97,69 @@ class DataOptions(Options):
         "CoNLL files: leave out comments before a sentence, as CoNLL-U and GermEval have them "
         "(# and a text that is no word with a label)",
     )
-    tag_scheme: str = option(
+    tag_scheme: Literal["auto", "words"] = option(
         "auto",
         "token-classification: score whole chunks where the labels are of chunks (B-X, BIOES, "
         "BMES, BILOU, X-B, bare B), else single words; or single words whatever the labels",
-        choices=("auto", "words"),
     )
-    decoding: str | None = option(
+    decoding: Literal["argmax", "viterbi"] | None = option(
         None,
         "token tasks: how labels of chunks are chosen, each word's best (argmax), or the best "
         "sequence that their scheme allows, with some weight on how often labels follow each other "
         "in the training data (viterbi; default: that, where these keep to the scheme; IOB1 does "
         "not)",
-        choices=DECODINGS,
     )
-    max_length: int | None = option(
+    max_length: Count | None = option(
         None,
         "longest input in tokens (default: as the paper for a published data set, else what the "
         "model's positions allow)",
         aliases=("max_seq_length",),
     )
-    long_input: str = option(
+    long_input: Literal["truncate", "error"] = option(
         "truncate",
         "what to do with longer examples: cut them, and say how many, or stop",
-        choices=("truncate", "error"),
     )
-    doc_stride: int = option(
+    doc_stride: Count = option(
         128, "question-answering: tokens that two windows of a long context share"
     )
-    max_answer_length: int = option(30, "question-answering: longest answer in tokens")
-    n_best: int = option(20, "question-answering: how many starts and ends are combined")
+    max_answer_length: Count = option(30, "question-answering: longest answer in tokens")
+    n_best: Count = option(20, "question-answering: how many starts and ends are combined")
     unanswerable: bool = option(
         True, "question-answering: questions may have no answer, and the answer may be none"
     )
     null_score_threshold: float = option(
         0.0, "question-answering: no answer when its score is more than this above the best one's"
     )
-    max_train_examples: int | None = option(None, "train on this many examples, drawn by the seed")
-    max_eval_examples: int | None = option(
+    max_train_examples: Count | None = option(
+        None, "train on this many examples, drawn by the seed"
+    )
+    max_eval_examples: Count | None = option(
         None,
         "score only this many validation examples, drawn by the seed; test examples are all scored",
     )
     feature_cache: str | None = option(
         None, "folder that keeps tokenized examples for later runs (default: memory only)"
     )
-    preprocessing_num_workers: int = option(1, "processes that tokenize")
+    preprocessing_num_workers: Count = option(1, "processes that tokenize")
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
+    def check(self) -> None:
         known = (*FAMILIES, *BENCHMARKS)
         if self.task not in known:
             raise ValueError(
                 f"task: expected one of {FAMILIES} or a published data set, as `ptv2-fast tasks` "
                 f"lists them, got {self.task!r}" + hint(str(self.task), known)
             )
-        self.require(
-            self.data_dir is None or self.benchmark is not None,
-            "data_dir", f"None for the task {self.task}, which takes files or dataset",
-        )  # fmt: skip
         templates = self.benchmark.templates if self.benchmark else ()
         self.require(
             self.template is None or self.template in templates,
             "template", f"one of {templates}" if templates else f"None for the task {self.task}",
+        )  # fmt: skip
+        if self.benchmark is not None:
+            defaults = {"template": templates[0], **self.benchmark.options}
+            self.set_defaults({n: v for n, v in defaults.items() if n not in self.given})
+        self.require(
+            self.data_dir is None or self.benchmark is not None,
+            "data_dir", f"None for the task {self.task}, which takes files or dataset",
         )  # fmt: skip
         has_numbers = self.benchmark is not None and "regression" in self.benchmark.options
         self.require(
@@ -230,10 +179,6 @@ class DataOptions(Options):
         self.require(
             self.data_dir is None or self.dataset is None, "data_dir", "None beside dataset"
         )
-        for name in ("max_length", "max_train_examples", "max_eval_examples", "doc_stride",
-                     "max_answer_length", "n_best", "preprocessing_num_workers"):  # fmt: skip
-            value = getattr(self, name)
-            self.require(value is None or value >= 1, name, "None or an integer >= 1")
 
     @property
     def benchmark(self) -> Benchmark | None:
@@ -244,18 +189,3 @@ class DataOptions(Options):
     def family(self) -> str:
         """The task family."""
         return self.benchmark.family if self.benchmark else str(self.task)
-
-    def with_benchmark_defaults(self) -> "DataOptions":
-        """These options with what the published data set sets where they have the default."""
-        changes: dict[str, Any] = {}
-        if self.benchmark is not None:
-            defaults = {f.name: f.default for f in dataclasses.fields(self)}
-            given = {name: getattr(self, name) for name in self.benchmark.options}
-            changes = {
-                name: value
-                for name, value in self.benchmark.options.items()
-                if given[name] == defaults[name]
-            }
-            if self.template is None:
-                changes["template"] = self.benchmark.templates[0]
-        return dataclasses.replace(self, **changes)

@@ -416,8 +416,8 @@ class Task(Compared, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         contents = {name: examples.table[name][:] for name in examples.table.column_names}
         what = (
-            ptv2_fast.__version__, datasets.__version__, type(self).__name__, self.options,
-            _description(tokenizer), settings, contents,
+            ptv2_fast.__version__, datasets.__version__, type(self).__name__,
+            self.options.model_dump(), _description(tokenizer), settings, contents,
         )  # fmt: skip
         return str(folder / f"{Hasher.hash(what)}.arrow")
 

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from ptv2_fast.tasks.option_table import GIVEN
 from ptv2_fast.tasks.task import Features
+from ptv2_fast.training import run_folder
 from ptv2_fast.training.measure import kept_bytes
 from ptv2_fast.training.order import Batching
 from ptv2_fast.training.prepare import Prepared, runs_until_stopped
@@ -26,7 +28,7 @@ def describe_run(prepared: Prepared) -> dict[str, dict[str, Any]]:
 
     One training step and one batch of scoring are run to estimate time and memory.
     """
-    tables = without_nothing(prepared.config.to_dict())
+    tables = _options_set(prepared.config)
     tables["data"]["max_length"] = prepared.max_length
     batching = Batching.of(prepared.config.training)
     batches = batching.count(batching.lengths_of(prepared.features["train"]))
@@ -39,7 +41,7 @@ def describe_run(prepared: Prepared) -> dict[str, dict[str, Any]]:
 
 def describe_tasks(prepared: "PreparedTasks") -> dict[str, dict[str, Any]]:
     """The same of a multi-task run, with a step of each data set; data sets are in "tasks"."""
-    tables = without_nothing(prepared.config.to_dict())
+    tables = _options_set(prepared.config)
     parts, batches = list(prepared.parts.values()), prepared.batches
     for table, part in zip(tables["tasks"], parts, strict=True):
         table["max_length"] = part.max_length
@@ -214,6 +216,14 @@ def _loss(prepared: Prepared, features: Features, indices: list[int]) -> Tensor:
 def _wait(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def _options_set(config: run_folder.Config) -> dict[str, Any]:
+    """The tables of a run's options, without those that are not set."""
+    tables = config.to_dict()
+    for table in (tables, *tables.get("tasks", ())):
+        del table[GIVEN]
+    return without_nothing(tables)
 
 
 def without_nothing(value: Any) -> Any:

@@ -14,9 +14,11 @@ from ptv2_fast.files import without_word
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.tasks.comparison import ERROR, FIGURES
+from ptv2_fast.tasks.option_table import GIVEN
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig
-from ptv2_fast.training.options import RunConfig, defaults, options_of_run
+from ptv2_fast.training.option_files import options_of_run
+from ptv2_fast.training.options import RunConfig, defaults
 from ptv2_fast.training.sweeps.plan import SWEEP
 
 # The paper's columns first; then the other baselines.
@@ -113,6 +115,8 @@ class Run:
     def changed_options(self) -> dict[str, Any]:
         """The options that are not the defaults."""
         known = defaults()
+        if "task" in self.options:  # a published data set has some of its own
+            known |= DataOptions(task=self.options["task"]).model_dump(exclude={"task"})
         return {name: v for name, v in self.options.items() if v != known.get(name, math.nan)}
 
     def remarks(self) -> Iterator[tuple[str, str, Any]]:
@@ -315,6 +319,8 @@ def _options(config: dict[str, Any]) -> dict[str, Any]:
     if "tasks" not in values:
         return RunConfig.from_dict(values).flat()
     tables = MultiTaskConfig.from_dict(values).to_dict()
+    for table in (tables, *tables["tasks"]):
+        del table[GIVEN]
     return {**tables.pop("model"), **tables.pop("training"), **tables}
 
 

@@ -272,7 +272,7 @@ def open_run(folder: Path, changes: dict[str, Any] | None = None) -> OpenedRun:
     config, found = run_folder.read_run_config(folder)
     # How the run was carried out is not what it is: its cache may be anywhere.
     own = {"feature_cache": None, "preprocessing_num_workers": 1}
-    task = make_task(dataclasses.replace(config.data, **own, **(changes or {})))
+    task = make_task(config.data.changed(**own, **(changes or {})))
     task.remember(found)
     return OpenedRun(folder, checkpoint, config, task, found["labels"], found["max_length"])
 
@@ -378,7 +378,7 @@ def _load_tensors(model: PreTrainedModel, options: ModelOptions, file: Path) -> 
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file}: corrupt or truncated safetensors file ({error})") from error
     if options.method == "p-tuning-v1":  # of which the vectors were kept
-        options = dataclasses.replace(options, method="prompt-tuning")
+        options = options.changed(method="prompt-tuning")
     _check_sizes(tensors, options, file)
     prepare_model(model, options)
     targets = trained_tensors(model)

@@ -149,12 +149,13 @@ def choose_max_length(data: DataOptions, model: PreTrainedModel, options: ModelO
     limit, why = longest_input(model, options)
     if limit < 3:  # two special tokens and one of the text
         raise ValueError(f"num_virtual_tokens: expected room for an input, got none: {why}")
-    if data.max_length is not None and data.max_length > limit:
+    longest = data.max_length or limit
+    if longest > limit and "max_length" in data.given:
         family = FAMILIES.get(model.config.model_type)
         if family is not None and not family.has_position_table(model.config):
-            return data.max_length
-        raise ValueError(f"max_length: expected at most {limit}, got {data.max_length}; {why}")
-    return min(limit, data.with_benchmark_defaults().max_length or limit)
+            return longest
+        raise ValueError(f"max_length: expected at most {limit}, got {longest}; {why}")
+    return min(limit, longest)
 
 
 def runs_until_stopped(options: TrainingOptions) -> bool:

@@ -18,7 +18,8 @@ from typing import Any, Protocol
 
 from ptv2_fast.files import NO_MODEL, plain_name, read_json_object, without_word
 from ptv2_fast.training import output
-from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig, options_of_run
+from ptv2_fast.training.option_files import options_of_run
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"

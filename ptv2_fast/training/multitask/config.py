@@ -5,14 +5,16 @@ import re
 from pathlib import Path
 from typing import Any
 
+from ptv2_fast.tasks.option_table import GIVEN
 from ptv2_fast.tasks.options import DataOptions
+from ptv2_fast.training.option_files import read_table
 from ptv2_fast.training.options import (
     ModelOptions,
     RunConfig,
     TrainingOptions,
     check_label_smoothing,
     flatten,
-    read_table,
+    with_changes,
 )
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -89,41 +91,42 @@ class MultiTaskConfig:
         if not isinstance(tables, list) or not all(isinstance(table, dict) for table in tables):
             raise ValueError(f"tasks: expected a list of tables of data options, got {tables!r}")
         own_options = {name: shared.pop(name) for name in _OWN if name in shared}
-        data = _part(DataOptions, shared)
         tasks, names = [], []
         for table in tables:
             own = flatten({key: value for key, value in table.items() if key != "name"})
-            foreign = sorted(set(own) - set(DataOptions.names()))
+            foreign = sorted(set(own) - {*DataOptions.model_fields, GIVEN})
             if foreign:
                 raise ValueError(f"tasks: expected data options in the list, got {foreign}")
-            tasks.append(DataOptions(**{**data, **own}))
+            tasks.append(DataOptions.of(with_changes(shared, own)))
             names.append(table.get("name", tasks[-1].task))
-        model = ModelOptions(**_part(ModelOptions, shared))
-        training = TrainingOptions(**_part(TrainingOptions, shared))
+        model, training = ModelOptions.of(shared), TrainingOptions.of(shared)
         return cls(tuple(tasks), tuple(names), model, training, **own_options)
 
     def to_dict(self) -> dict[str, Any]:
         """What `from_dict` takes, JSON-ready."""
         tasks = [
-            {"name": name, **dataclasses.asdict(task)}
+            {"name": name, **task.model_dump(), GIVEN: task.given}
             for name, task in zip(self.names, self.tasks, strict=True)
         ]
         return {
             "tasks": tasks,
-            "model": dataclasses.asdict(self.model),
-            "training": dataclasses.asdict(self.training),
+            "model": self.model.model_dump(),
+            "training": self.training.model_dump(),
+            GIVEN: [*self.model.given, *self.training.given],
             "temperature": self.temperature,
             "mixed_batches": self.mixed_batches,
         }
 
     def flat(self) -> dict[str, Any]:
-        """All options in one table, JSON-ready; data options behind their data set's name."""
-        tables = self.to_dict()
+        """The values of all options in one table, JSON-ready; data options behind their data
+        set's name."""
         data = {
-            f"{t['name']}.{key}": value for t in tables.pop("tasks") for key, value in t.items()
+            f"{name}.{key}": value
+            for name, task in zip(self.names, self.tasks, strict=True)
+            for key, value in task.model_dump().items()
         }
-        model, training = tables.pop("model"), tables.pop("training")
-        return {**data, **model, **training, **tables}
+        shared = {**self.model.model_dump(), **self.training.model_dump()}
+        return {**data, **shared, **{name: getattr(self, name) for name in _OWN[1:]}}
 
     def singles(self) -> dict[str, RunConfig]:
         """The run of each data set alone, by name."""
@@ -151,8 +154,3 @@ def read_multitask_file(path: str | Path) -> dict[str, Any]:
         ValueError: for a missing or malformed file, or unknown options.
     """
     return flatten_tasks(read_table(path))
-
-
-def _part(part: type, values: dict[str, Any]) -> dict[str, Any]:
-    names = [field.name for field in dataclasses.fields(part)]
-    return {name: values[name] for name in names if name in values}

@@ -9,7 +9,7 @@ import yaml
 from optuna.trial import FrozenTrial, TrialState
 
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import RunConfig, with_changes
+from ptv2_fast.training.options import RunConfig
 
 BEST = "best.yaml"
 TRIALS = "trials.csv"
@@ -34,7 +34,7 @@ def trial_config(base: RunConfig, params: dict[str, Any], **more: Any) -> RunCon
     Raises:
         ValueError: when its values do not go together.
     """
-    return RunConfig.from_dict(with_changes(base.flat(), params | more))
+    return base.changed(params | more)
 
 
 def best_trial(study: optuna.Study) -> FrozenTrial | None:

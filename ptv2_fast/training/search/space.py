@@ -5,23 +5,14 @@ num_virtual_tokens: {choices: [8, 16, 32]}
 max_length: {low: 64, high: 256, step: 64}
 """
 
-import dataclasses
 import itertools
 import math
-import typing
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.tasks.options import value_type
-from ptv2_fast.training.options import (
-    DEFAULT_LEARNING_RATES,
-    SECTIONS,
-    RunConfig,
-    flatten,
-    read_table,
-    with_changes,
-)
+from ptv2_fast.training.option_files import read_table
+from ptv2_fast.training.options import DEFAULT_LEARNING_RATES, TABLES, RunConfig, flatten
 
 Space = dict[str, dict[str, Any]]
 
@@ -82,7 +73,7 @@ def read_space(path: str | Path) -> Space:
 
 def _fits(base: RunConfig, values: dict[str, Any]) -> bool:
     try:
-        RunConfig.from_dict(with_changes(base.flat(), values))
+        base.changed(values)
     except ValueError:
         return False
     return True
@@ -102,15 +93,13 @@ def check_space(space: Space, base: RunConfig) -> None:
         _check_entry(name, entry)
         for value in values_of(entry):
             try:
-                RunConfig.from_dict(with_changes(base.flat(), {name: value}))
+                base.changed({name: value})
             except ValueError as error:
                 raise ValueError(f"space: {error}") from error
     for first, second in itertools.combinations(space, 2):
         for values in itertools.product(values_of(space[first]), values_of(space[second])):
             try:
-                RunConfig.from_dict(
-                    with_changes(base.flat(), dict(zip((first, second), values, strict=True)))
-                )
+                base.changed(dict(zip((first, second), values, strict=True)))
             except ValueError as error:
                 raise ValueError(
                     f"space: expected values of {first} and {second} that go together, got "
@@ -155,9 +144,9 @@ def values_of(entry: dict[str, Any]) -> list[Any]:
 
 def option_type(name: str) -> type:
     """The type of an option's values."""
-    for part in SECTIONS.values():
-        if name in {field.name for field in dataclasses.fields(part)}:  # type: ignore[arg-type]
-            return value_type(typing.get_type_hints(part)[name])[0]
+    for table in TABLES.values():
+        if name in table.model_fields:
+            return table.kind(name).type
     raise ValueError(f"{name}: no such option")
 
 

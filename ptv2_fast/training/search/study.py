@@ -14,14 +14,11 @@ import filelock
 import optuna
 from optuna.trial import TrialState
 
+from ptv2_fast.tasks import DataOptions
+from ptv2_fast.tasks.option_table import GIVEN
 from ptv2_fast.training import output, run_folder
-from ptv2_fast.training.options import (
-    NEUTRAL_OPTIONS,
-    OF_EARLIER_RUNS,
-    RunConfig,
-    defaults,
-    with_changes,
-)
+from ptv2_fast.training.option_files import OF_EARLIER_RUNS, with_given
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, defaults
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.search.results import tidy, write_results
 from ptv2_fast.training.search.space import values_of
@@ -103,8 +100,7 @@ def _run_workers(search: Search, metric: str, until: float | None, worker: Worke
 def _facts(search: Search) -> dict[str, Any]:
     """What makes a study this search's own; reading the data shows bad input before any trial."""
     first = {name: values_of(entry)[0] for name, entry in search.space.items()}
-    config = RunConfig.from_dict(with_changes(search.base.flat(), first))
-    prepared = prepare(config, search.folder / "trial")
+    prepared = prepare(search.base.changed(first), search.folder / "trial")
     if "validation" not in prepared.features:
         raise ValueError("search: expected validation examples to compare trials by, got none")
     fixed = {
@@ -115,6 +111,7 @@ def _facts(search: Search) -> dict[str, Any]:
     sizes = {name: len(features.examples) for name, features in prepared.features.items()}
     facts = {
         **fixed,
+        GIVEN: search.base.to_dict()[GIVEN],
         "space": search.space,
         "labels": prepared.labels,
         "examples": sizes,
@@ -135,10 +132,13 @@ def _check_same_search(study: optuna.Study, facts: dict[str, Any]) -> None:
     # A version without an option did as with its default, or what is said of it.
     known = defaults() | OF_EARLIER_RUNS
     before = {name: value for name, value in known.items() if name in facts} | before
+    if GIVEN not in before and "task" in before:  # nor what the published data set sets
+        data = DataOptions.of(with_given(before)).model_dump()
+        before |= {name: data[name] for name in DataOptions.dependent if name in before}
     differences = [
         f"{name} {before.get(name)!r} against {facts.get(name)!r}"
         for name in {**before, **facts}
-        if before.get(name) != facts.get(name)
+        if before.get(name) != facts.get(name) and name != GIVEN
     ]
     if differences:
         raise ValueError(

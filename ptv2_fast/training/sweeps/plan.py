@@ -4,7 +4,8 @@
      "runs": {"ascending-1-4-seed-11":
               {"depth": "1-4", "order": "ascending", "layers": 4, "seed": 11}, ...},
      "changes": {"ascending-1-4-seed-11": {"depth": "1-4", "seed": 11}, ...},
-     "base": {all options of the runs, with those that a run changes as they were given}}
+     "base": {all options of the runs, with those that a run changes as they were given,
+              "given": [names of those that were given; the others are defaults]}}
 
 `runs` holds the axes of a figure. By kind, beside the seed:
     seeds    nothing
@@ -22,7 +23,8 @@ from typing import Any
 
 from ptv2_fast.files import plain_name
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import NEUTRAL_OPTIONS, OF_EARLIER_RUNS, RunConfig, with_changes
+from ptv2_fast.training.option_files import options_of_run
+from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig
 
 SWEEP = "sweep.json"
 
@@ -67,7 +69,7 @@ class Sweep:
         configs = {}
         for name, changes in self.changes.items():
             try:
-                configs[name] = RunConfig.from_dict(with_changes(self.base.flat(), changes))
+                configs[name] = self.base.changed(changes)
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         return configs
@@ -75,7 +77,8 @@ class Sweep:
     def write(self, folder: Path) -> None:
         """Write sweep.json."""
         content = {
-            "kind": self.kind, "runs": self.axes, "changes": self.changes, "base": self.base.flat()
+            "kind": self.kind, "runs": self.axes, "changes": self.changes,
+            "base": self.base.options(),
         }  # fmt: skip
         run_folder.write_json(folder / SWEEP, content)
 
@@ -135,7 +138,7 @@ def read_sweep(folder: Path) -> Sweep:
         parts = {name: content[name] for name in ("base", "runs", "changes")}
         if not all(isinstance(part, dict) for part in parts.values()):
             raise ValueError("expected tables under base, runs and changes")
-        base = RunConfig.from_dict(OF_EARLIER_RUNS | parts["base"])
+        base = RunConfig.from_dict(options_of_run(parts["base"]))
         return Sweep(str(content["kind"]), base, parts["changes"], parts["runs"])
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: no readable sweep ({error})") from error
