@@ -71,3 +71,42 @@ def test_version(capsys):
         cli.main(["--version"])
     assert ended.value.code == 0
     assert capsys.readouterr().out == f"ptv2-fast {ptv2_fast.__version__}\n"
+
+
+# Completes the last of some words, as bash does at the key Tab.
+TAB = """
+source "$1"; shift
+COMP_WORDS=("$@") COMP_CWORD=$(($# - 1))
+entry=$(complete -p ptv2-fast)
+$(sed 's/.*-F \\([^ ]*\\).*/\\1/' <<< "$entry") ptv2-fast "${@: -1}" "${@: -2:1}"
+echo "${COMPREPLY[@]}"
+"""
+
+
+def test_a_shell_completes_commands_options_and_values(tmp_path, capsys):
+    pytest.importorskip("shtab")
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--print-completion", "bash"])
+    assert ended.value.code == 0
+    (tmp_path / "script").write_text(capsys.readouterr().out)
+    (tmp_path / "train.csv").touch()
+    for words, completed in {
+        ("multi",): "multitask",
+        ("train", "--num-v"): "--num-virtual-tokens",
+        ("train", "--method", "p-tuning"): "p-tuning-v2 p-tuning-v1",
+        ("search", "--task", "squ"): "squad squad_v2",
+        ("ablate", "rep"): "reparam",
+        ("train", "--recipe", "preset-qa-m"): "preset-qa-minilm",
+        ("train", "--train-file", f"{tmp_path}/tr"): f"{tmp_path}/train.csv",
+    }.items():
+        done = subprocess.run(
+            ["bash", "-c", TAB, "bash", tmp_path / "script", "ptv2-fast", *words],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.stdout.split() == completed.split(), (words, done.stderr)
+
+
+def test_completion_without_its_package_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "shtab", None)
+    line = fails_with_one_line(["--print-completion", "zsh"], capsys)
+    assert "needs shtab: pip install 'ptv2-fast[completion]'" in line

@@ -26,6 +26,7 @@ from ptv2_fast.cli import (
     tasks,
     train,
 )
+from ptv2_fast.cli.completion import add_completion
 from ptv2_fast.cli.parser import BAD_INPUT, INTERRUPTED, BadInput, Parser, with_dashes
 
 __all__ = ["BAD_INPUT", "INTERRUPTED", "main"]
@@ -54,6 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"ptv2-fast {__version__}")
+    add_completion(parser)
     commands = parser.add_subparsers(metavar="command", required=True)
     for command in _COMMANDS:
         command.add(commands)
