@@ -1,4 +1,4 @@
-"""What the commands share: options made from dataclasses, and errors of one line."""
+"""What the commands share: options made from their tables, and errors of one line."""
 
 import argparse
 import multiprocessing
@@ -120,8 +120,8 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
         add_options(parser.add_argument_group(title), table)
 
 
-def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) -> RunConfig:
-    """The run's configuration: `before`, then the recipe's, the file's, and the options.
+def run_config(options: dict[str, Any], base: dict[str, Any] | None = None) -> RunConfig:
+    """The run's configuration: `base`, then the recipe's, the file's, and the options.
 
     Says on stderr which of the options the method does not read; a recipe or a file may hold
     options of other methods.
@@ -132,7 +132,7 @@ def run_config(options: dict[str, Any], before: dict[str, Any] | None = None) ->
     Raises:
         ValueError: for an unknown recipe, a bad file, an unknown option or a bad value.
     """
-    values = dict(before or {})
+    values = dict(base or {})
     recipe, config_file = options.pop("recipe"), options.pop("config")
     if recipe not in (None, NONE):
         values = with_changes(values, read_recipe(recipe))

@@ -1,4 +1,4 @@
-"""What a run is: model, method and training options, and how they are read from files."""
+"""What a run is: options of data, model and training, and flat tables of them."""
 
 import dataclasses
 from typing import Annotated, Any, Literal, get_args
