@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ptv2_fast.cli.parser import Parser, add_run_settings, run_config, with_dashes
-from ptv2_fast.tasks import DataOptions
+from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.tasks.option_table import GIVEN
 from ptv2_fast.training.multitask.config import MultiTaskConfig
@@ -197,6 +197,17 @@ def test_a_file_of_a_run_goes_to_another_task_without_its_defaults(tmp_path):
     assert (data.conll_word_column, data.conll_tag_column, data.max_length) == (None, 3, 99)
     # A file that lists everything wins over a recipe, also by defaults.
     assert from_command_line("--recipe", "conll2004-roberta-large", "--config", file) == config
+
+
+def test_what_is_scored_follows_what_is_given():
+    """Not the published figures, where they are of something else."""
+    labels, numbers = (make_task(DataOptions(task="stsb", regression=r)) for r in (False, True))
+    assert labels.figures == ("accuracy", "f1") and numbers.figures == ("pearson", "spearmanr")
+    assert make_task(DataOptions(task="stsb")).figures == numbers.figures
+    own = DataOptions(task="text-classification", regression=True)
+    assert make_task(own).figures == numbers.figures
+    squads = (make_task(DataOptions(task="squad", unanswerable=u)) for u in (False, True))
+    assert ["1.1" in t.titles([])["f1"] for t in squads] == [True, False]
 
 
 def test_values_stay_when_a_default_changes(tmp_path, monkeypatch):
