@@ -170,14 +170,14 @@ def rows(output: Path, data: Path) -> Iterator[dict[str, Any]]:
                 "versions": json.dumps(report["versions"]),
                 "command": f"python -m bench.experiments DATA runs {name}"
                 if several
-                else command(RunConfig.from_dict(run.options), data),
+                else command(run_folder.read_run_config(run.folder)[0], data),
             }
 
 
 def command(config: RunConfig, data: Path) -> str:
     """The `ptv2-fast train` command of a run, with DATA for the folder of the data."""
     defaults = RunConfig.from_dict({"task": config.data.task, "model": config.model.model}).flat()
-    named = ("task", "model", "method")
+    named = {"task", "model", "method"} | (config.data.dependent & {*config.data.given})
     given = {n: v for n, v in config.flat().items() if n in named or v != defaults[n]}
     words = [
         word.replace(str(minilm_folder()), "all-MiniLM-L6-v2").replace(str(data), "DATA")
