@@ -317,6 +317,10 @@ class RunConfig:
         """
         return RunConfig.from_dict(with_changes(self.options(), changes))
 
+    def parts(self) -> dict[str, "RunConfig"]:
+        """The run itself under the name "": a run of several data sets has one of each."""
+        return {"": self}
+
     @property
     def learning_rate(self) -> float:
         """The peak learning rate, by method when none was given."""

@@ -128,7 +128,7 @@ class MultiTaskConfig:
         shared = {**self.model.model_dump(), **self.training.model_dump()}
         return {**data, **shared, **{name: getattr(self, name) for name in _OWN[1:]}}
 
-    def singles(self) -> dict[str, RunConfig]:
+    def parts(self) -> dict[str, RunConfig]:
         """The run of each data set alone, by name."""
         return {
             name: RunConfig(task, self.model, self.training)

@@ -57,7 +57,7 @@ def run_search(search: Search, *, overwrite: bool = False, worker: Worker = work
 
     check()
     facts = _facts(search)
-    with output.alone(folder, "search", overwrite, check), readable_study(search):
+    with output.locked(folder, "search", overwrite, check), readable_study(search):
         study = open_study(search)
         _check_same_search(study, facts)
         _retry_dead_trials(study, folder)
@@ -101,21 +101,21 @@ def _facts(search: Search) -> dict[str, Any]:
     """What makes a study this search's own; reading the data shows bad input before any trial."""
     first = {name: values_of(entry)[0] for name, entry in search.space.items()}
     prepared = prepare(search.base.changed(first), search.folder / "trial")
-    if "validation" not in prepared.features:
+    if "validation" not in prepared.part.features:
         raise ValueError("search: expected validation examples to compare trials by, got none")
     fixed = {
         name: value
         for name, value in search.base.flat().items()
         if name not in NEUTRAL_OPTIONS and name not in search.space
     }
-    sizes = {name: len(features.examples) for name, features in prepared.features.items()}
+    sizes = {name: len(features.examples) for name, features in prepared.part.features.items()}
     facts = {
         **fixed,
         GIVEN: search.base.to_dict()[GIVEN],
         "space": search.space,
-        "labels": prepared.labels,
+        "labels": prepared.part.labels,
         "examples": sizes,
-        "metric": prepared.task.metric,
+        "metric": prepared.part.task.metric,
     }
     del prepared
     free_memory()
