@@ -196,7 +196,7 @@ class Backward {
           grad_query_ + (problem_.needs_query ? member * sequence_.queries * width_ : 0);
       for (int64_t first = 0; first < sequence_.queries; first += kBackwardRows) {
         const int64_t rows = smaller(kBackwardRows, sequence_.queries - first);
-        add_tile(seen_block(block, problem_, sequence_, first, rows), first, rows);
+        add_tile(visible_block(block, problem_, sequence_, first, rows), first, rows);
         sums_cleared_ = true;
       }
     }
@@ -389,7 +389,7 @@ class Backward {
     positions_.fold_columns(block, first, rows, gradients, grad_key_);
   }
 
-  // This sequence's prefix gradient, masked as its prefix was, onto the sum over the batch.
+  // This sequence's prefix gradient, with the dropout of its prefix, onto the sum over the batch.
   void add_dropped_prefix() {
     const auto sequence_head =
         static_cast<uint32_t>(sequence_.index * problem_.kv_heads() + kv_head_);

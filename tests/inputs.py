@@ -12,7 +12,7 @@ from ptv2_fast.ops.attention import Positions
 from ptv2_fast.ops.disentangled import position_slots
 from ptv2_fast.ops.options import Options
 
-ROWS = ("causal", "context", "window", "both")  # what rows see, beside the mask
+ROWS = ("causal", "context", "window", "both")  # what is visible to rows, beside the mask
 BIASES = ("none", "shared", "holes")  # shared by the batch; or its own, in fp32, hiding columns
 POSITIONS = ("both", "c2p", "p2c")  # of disentangled attention
 GATES = ("open", "closed")  # on the prefix: of very different sizes; or some of 0 among them
@@ -154,7 +154,7 @@ def make_inputs(
 ) -> Inputs:
     """Inputs with HF's transposed strides, or "sliced" ones that are views into a larger buffer.
 
-    `rows`: "all" tokens are seen by every row, or one of ROWS. `lse`: with a gradient of lse.
+    `rows`: "all" tokens are visible to every row, or one of ROWS. `lse`: with a gradient of lse.
     `bank`: rows of a prefix bank of unequal lengths, 0 = one shared prefix. `bias`: one of BIASES.
     `packed`: the packed layout of right-padded sequences. `positions`: one of POSITIONS.
     `gate`: one of GATES.

@@ -192,7 +192,7 @@ class TinyEncoder(nn.ModuleList):
 
 
 def context_of(hidden: Tensor) -> Tensor:
-    """Rows that all of a sequence see, int32 [B]: 0, 5, 2, ..."""
+    """Rows visible to all of a sequence, int32 [B]: 0, 5, 2, ..."""
     return torch.arange(0, 5 * len(hidden), 5, dtype=torch.int32, device=hidden.device) % 8
 
 

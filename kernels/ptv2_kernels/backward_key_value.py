@@ -22,7 +22,7 @@ from ptv2_kernels.tiles import (
     store_tile,
     zero_tile,
 )
-from ptv2_kernels.visibility import hide_from_rows, seeing_rows, unmasked_columns
+from ptv2_kernels.visibility import attending_rows, hide_from_rows, visible_columns
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -48,7 +48,7 @@ def _grad_key_value_kernel(
     BLOCK_QUERIES: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
 ):
-    """Loops over the rows that see the tile; grid (key tiles * batch, key/value heads)."""
+    """Loops over the rows that attend to the tile; grid (key tiles * batch, key/value heads)."""
     first_column, sequence = locate_tile(tokens, BLOCK_KEYS)
     kv_head, seed = tl.program_id(1), load_seed(extras)
     shared = locate(extras, sequence, kv_head * group, kv_head, heads, group, queries, tokens, seed)
@@ -57,13 +57,13 @@ def _grad_key_value_kernel(
     key_tile, value_tile = load_tokens(
         key, value, shared, first_column, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS, False
     )
-    unmasked = unmasked_columns(extras, shared, first_column, BLOCK_KEYS)
+    visible = visible_columns(extras, shared, first_column, BLOCK_KEYS)
     key_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
     value_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
 
-    begin, end = seeing_rows(extras, shared, first_column, BLOCK_KEYS)
+    begin, end = attending_rows(extras, shared, first_column, BLOCK_KEYS)
     first_tile = begin // BLOCK_QUERIES
-    end = tl.where(tl.max(unmasked.to(tl.int32), axis=0) > 0, end, 0)
+    end = tl.where(tl.max(visible.to(tl.int32), axis=0) > 0, end, 0)
     for member in range(group):
         place = with_head(shared, kv_head * group + member)
         for tile in range(first_tile, tl.cdiv(end, BLOCK_QUERIES)):
@@ -94,9 +94,9 @@ def _grad_key_value_kernel(
                 first_column, True, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
             )  # fmt: skip
 
-    # A column that nobody sees spoils its own row only, so that the loop needs no mask.
-    key_gradient = keep_rows(key_gradient, unmasked)
-    value_gradient = keep_rows(value_gradient, unmasked)
+    # What is computed for a hidden column stays in its own row: the loop needs no mask.
+    key_gradient = keep_rows(key_gradient, visible)
+    value_gradient = keep_rows(value_gradient, visible)
     value_gradient = undropped(value_gradient, extras)
     gradient = scale_tile(key_gradient, scale_log2 * LN_2)
     store_tile(

@@ -30,7 +30,7 @@ from ptv2_kernels.tiles import (
     store_tile,
     zero_tile,
 )
-from ptv2_kernels.visibility import hide_behind, hide_tokens, seen_columns
+from ptv2_kernels.visibility import hide_behind, hide_tokens, visible_range
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -93,7 +93,7 @@ def _grad_query_kernel(
             accumulator = add_product(grad_scores, key_tile, accumulator, INPUT_PRECISION)
         accumulator = undropped_prefix(accumulator, extras)
 
-    bounds = seen_columns(extras, place, first_row, BLOCK_QUERIES, BLOCK_KEYS)
+    bounds = visible_range(extras, place, first_row, BLOCK_QUERIES, BLOCK_KEYS)
     # First the tiles that need no mask, then the others.
     for part in tl.static_range(2):
         for first_column in range(bounds[part], bounds[part + 1], BLOCK_KEYS):

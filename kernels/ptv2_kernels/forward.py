@@ -44,7 +44,7 @@ from ptv2_kernels.softmax import (
     undropped_prefix,
 )
 from ptv2_kernels.tiles import load_queries, load_tokens, scale_tile, store_tile, zero_tile
-from ptv2_kernels.visibility import hide_behind, hide_tokens, seen_columns
+from ptv2_kernels.visibility import hide_behind, hide_tokens, visible_range
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -105,7 +105,7 @@ def _prefix_attention_forward_kernel(
             )  # fmt: skip
         state = state[0], state[1], undropped_prefix(state[2], extras)
 
-    bounds = seen_columns(extras, place, first_row, BLOCK_QUERIES, BLOCK_KEYS)
+    bounds = visible_range(extras, place, first_row, BLOCK_QUERIES, BLOCK_KEYS)
     # First the tiles that need no mask, then the others.
     for part in tl.static_range(2):
         for first_column in range(bounds[part], bounds[part + 1], BLOCK_KEYS):

@@ -108,8 +108,8 @@ def attend(
 ):  # fmt: skip
     """One step of the online softmax (Milakov & Gimelshein 2018), and of what it weighs.
 
-    What dropout keeps gets its factor at the end, by `undropped`. A row that has seen no visible
-    column keeps a finite pivot, hence no NaN.
+    What dropout keeps gets its factor at the end, by `undropped`. A row without a visible
+    column so far keeps a finite pivot, hence no NaN.
     """
     running_max, running_sum, accumulator = state
     new_max = tl.maximum(running_max, tl.max(scores, axis=1) * factor)

@@ -1,4 +1,10 @@
-"""Who sees what: padding, context lengths and windows; and the bias on the scores of tokens."""
+"""What is visible: padding, context lengths and windows; and the bias on the scores of tokens.
+
+Two words, here and in csrc/visibility.h. A column is *visible* to a row that attends to it: a
+prefix column always, a token column as key_mask, context_lengths and window say; others are hidden
+from it. An element is *inside* when there is one: what a tile has beyond its sequence, its prefix
+or head_dim is padding, neither read nor counted.
+"""
 
 import triton
 import triton.language as tl
@@ -7,10 +13,10 @@ SCANNED_AT_ONCE = tl.constexpr(512)
 
 
 @triton.jit
-def seen_columns(extras, place, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """(begin, middle, end) of the token columns that some row of a tile sees.
+def visible_range(extras, place, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(begin, middle, end): outside of them token columns are hidden from all rows of a tile.
 
-    Up to the middle, whole tiles of columns, every row sees every column.
+    Up to the middle, whole tiles of columns, every column is visible to every row.
     """
     begin, middle, end = 0, place.column_count, place.column_count
     if extras.key_mask_ptr is not None:
@@ -54,8 +60,8 @@ def mask_row(extras, place):
 
 
 @triton.jit
-def seeing_rows(extras, place, first_column, COLUMNS: tl.constexpr):
-    """[begin, end) of the rows that see some token column of a tile."""
+def attending_rows(extras, place, first_column, COLUMNS: tl.constexpr):
+    """[begin, end): to rows outside of them the token columns of a tile are hidden."""
     begin, end, last_column = 0, place.row_count, first_column + COLUMNS - 1
     if extras.context_lengths_ptr is not None:
         begin = tl.where(first_column < place.context, 0, first_column)
@@ -66,8 +72,8 @@ def seeing_rows(extras, place, first_column, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def unmasked_columns(extras, place, first_column, COLUMNS: tl.constexpr):
-    """Which token columns are inside the sequence and not masked."""
+def visible_columns(extras, place, first_column, COLUMNS: tl.constexpr):
+    """Which token columns of a tile are inside, and left visible by key_mask."""
     offsets = tl.arange(0, COLUMNS)
     visible = offsets < place.column_count - first_column
     if extras.key_mask_ptr is not None:
@@ -102,12 +108,12 @@ def hide_from_rows(scores, extras, place, first_row, first_column):
 
 @triton.jit
 def hide_tokens(scores, extras, place, first_row, first_column, WHOLE: tl.constexpr):
-    """Scores of one tile of tokens with -inf where a row does not see it; it sees a WHOLE tile."""
+    """Scores of one tile of tokens with -inf where hidden; of a WHOLE tile all are visible."""
     if WHOLE:
         return scores
     else:
-        unmasked = unmasked_columns(extras, place, first_column, scores.shape[1])
-        scores = tl.where(unmasked[None, :], scores, float("-inf"))
+        visible = visible_columns(extras, place, first_column, scores.shape[1])
+        scores = tl.where(visible[None, :], scores, float("-inf"))
         return hide_from_rows(scores, extras, place, first_row, first_column)
 
 

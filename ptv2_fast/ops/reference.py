@@ -3,9 +3,9 @@
     scores = scale * query @ [prefix_key ; key]^T + [0 ; bias]   (hidden token columns: -inf)
     out    = dropout(softmax(scores)) @ [prefix_value ; value]
 
-Row i sees token column j when key_mask shows it, j < context_length or j <= i, and
-|i - j| <= window; each of the three may be absent. It always sees its prefix: row
-prefix_index[b] of a bank, up to prefix_lengths of that row.
+Token column j is visible to row i when key_mask[j], j < context_length or j <= i, and
+|i - j| <= window; each of the three may be absent. Always visible is the prefix of its sequence:
+row prefix_index[b] of a bank, of which the first prefix_lengths columns are inside.
 Query head h reads key/value head h // (H / H_kv). Packed sequences are what they are when padded.
 
 Disentangled attention (He et al., "DeBERTa", ICLR 2021, section 3.1) adds to the score of row i and
@@ -225,7 +225,7 @@ def _sum_of_rows(per_sequence: Tensor, bank_rows: int, prefix_index: Tensor | No
 def visible_tokens(
     queries: int, tokens: int, options: Options, device: torch.device
 ) -> Tensor | None:
-    """Which token columns each row sees, bool, broadcasts to [B, H, T, S]; None = all."""
+    """Which token columns are visible to each row, bool, broadcasts to [B, H, T, S]; None = all."""
     rows = torch.arange(queries, device=device)[:, None]
     columns = torch.arange(tokens, device=device)
     conditions = []
@@ -251,11 +251,11 @@ def _scores(query: Tensor, keys: Tensor, tokens: int, options: Options) -> Tenso
     visible = visible_tokens(query.shape[2], tokens, options, query.device)
     inside = _inside_prefix(prefix_length, options)
     if visible is not None:
-        shown = torch.nn.functional.pad(visible, (prefix_length, 0), value=True)
-        scores = scores.masked_fill(~shown, float("-inf"))
+        visible = torch.nn.functional.pad(visible, (prefix_length, 0), value=True)
+        scores = scores.masked_fill(~visible, float("-inf"))
     if inside is not None:
-        shown = torch.nn.functional.pad(inside, (0, tokens), value=True)
-        scores = scores.masked_fill(~shown[:, None, None], float("-inf"))
+        inside = torch.nn.functional.pad(inside, (0, tokens), value=True)
+        scores = scores.masked_fill(~inside[:, None, None], float("-inf"))
     return scores
 
 
