@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ptv2_fast.ops.attention import Positions
 from ptv2_fast.ops.disentangled import position_slots
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 
 ROWS = ("causal", "context", "window", "both")  # what is visible to rows, beside the mask
 BIASES = ("none", "shared", "holes")  # shared by the batch; or its own, in fp32, hiding columns
@@ -88,13 +88,13 @@ class Inputs:
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
-    def raw_options(self, p: float = 0.0, prefix_p: float = 0.0) -> Options:
+    def raw_options(self, p: float = 0.0, prefix_p: float = 0.0) -> AttentionOptions:
         """The options of the raw operators, whose prefixes have four dimensions."""
         window = -1 if self.window is None else self.window
         gate = self.prefix_gate
         if gate is not None and gate.dim() == 1:
             gate = gate[None]
-        return Options(
+        return AttentionOptions(
             self.key_mask, self.seed, self.scale, p, prefix_p,
             self.context_lengths, window, self.prefix_index, self.prefix_lengths,
             self.cu_seqlens, self.max_seqlen or 0, self.bias,

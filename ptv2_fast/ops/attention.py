@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from ptv2_fast.ops.registration import (
     BACKENDS,
     CPP_IMPORT_ERROR,
@@ -292,7 +292,7 @@ def attend(
     suffix = _resolve_suffix(backend, query, positions is not None)
     if seed is None and (dropout_p > 0 or prefix_dropout_p > 0):
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
-    options = Options(
+    options = AttentionOptions(
         key_mask,
         seed,
         query.shape[-1] ** -0.5 if scale is None else float(scale),
