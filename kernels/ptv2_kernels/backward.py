@@ -28,7 +28,7 @@ from ptv2_kernels.backward_prefix import launch_backward_prefix
 from ptv2_kernels.backward_query import _grad_query_kernel
 from ptv2_kernels.configs import COMPILER_OPTIONS, launch_options, tile_widths
 from ptv2_kernels.launching import Launcher
-from ptv2_kernels.places import Place, locate_tile, row_pointers
+from ptv2_kernels.places import ProgramPlace, locate_tile, row_pointers
 from ptv2_kernels.tiles import load_queries, sum_rows
 
 
@@ -48,7 +48,7 @@ def _delta_kernel(
     """rowsum(out * grad_out) - grad_lse; grid (row tiles * batch, heads), packed: one sequence."""
     first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
     head = tl.program_id(1)
-    place = Place(
+    place = ProgramPlace(
         sequence=sequence, start=sequence, row_count=queries, column_count=0,
         head=head, kv_head=head, heads=heads, kv_heads=heads, queries=queries, tokens=0,
         context=0, seed=0,

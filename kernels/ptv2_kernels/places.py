@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 
-class Place(NamedTuple):
+class ProgramPlace(NamedTuple):
     """One head of one sequence; a tile of its scores begins at (first_row, first_column).
 
     A number each. Made by keyword: Triton's cache does not see the order of the fields.
@@ -37,7 +37,7 @@ def locate_tile(length, BLOCK: tl.constexpr):
 def locate(extras, sequence, head, kv_head, heads, group, queries, tokens, seed):
     """The place of a head of a sequence."""
     start, row_count, column_count = locate_sequence(extras, sequence, queries, tokens)
-    return Place(
+    return ProgramPlace(
         sequence=sequence,
         start=start,
         row_count=row_count,
@@ -56,7 +56,7 @@ def locate(extras, sequence, head, kv_head, heads, group, queries, tokens, seed)
 @triton.jit
 def with_head(place, head):
     """The place of another query head that reads the same key/value head."""
-    return Place(
+    return ProgramPlace(
         sequence=place.sequence,
         start=place.start,
         row_count=place.row_count,

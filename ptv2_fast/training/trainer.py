@@ -20,7 +20,7 @@ from transformers import (
 )
 from transformers.trainer_utils import SchedulerType
 
-from ptv2_fast.encoders.selection import ENCODER_NAME
+from ptv2_fast.encoders.adapter_tensors import ENCODER_NAME
 from ptv2_fast.encoders.vectors import VECTORS_NAME
 from ptv2_fast.tasks.task import Features, Task
 from ptv2_fast.training.averaging import MovingAverage
