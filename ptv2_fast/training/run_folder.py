@@ -37,9 +37,9 @@ _TABLES = (
     "machine", "versions", "examples", "drawn_from", "truncated_examples", "remarks", "tasks",
     "baselines",
 )  # fmt: skip
-_NUMBERS = (
-    "trainable_parameters", "total_parameters", "saved_bytes", "steps", "train_seconds",
-    "step_seconds", "kept_bytes", "peak_memory_bytes",
+COSTS = (
+    "trainable_parameters", "total_parameters", "saved_bytes", "steps", "step_seconds",
+    "train_seconds", "kept_bytes", "peak_memory_bytes",
 )  # fmt: skip
 
 
@@ -242,7 +242,7 @@ def read_report(folder: Path) -> dict[str, Any]:
     for name in ("task", "method", "model"):
         if not isinstance(report[name], str):
             raise ValueError(f"{REPORT}: expected text in {name!r}, got {report[name]!r:.100}")
-    for name in _NUMBERS:
+    for name in COSTS:
         if report.get(name) is not None and not is_number(report[name]):
             raise ValueError(f"{REPORT}: expected a number in {name!r}, got {report[name]!r:.100}")
     for name in (*_TABLES, "started_from"):

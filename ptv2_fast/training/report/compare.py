@@ -7,16 +7,16 @@ from typing import Any, NamedTuple
 
 import pandas
 
-from ptv2_fast.training.finished_runs import COLUMNS, VARIED, Run, data_titles, short_names
+from ptv2_fast.training.finished_runs import COLUMNS, Run, data_titles, short_names
 from ptv2_fast.training.options import NEUTRAL_OPTIONS
+from ptv2_fast.training.run_folder import COSTS
 from ptv2_fast.training.seeds import over_seeds
 
 # What two runs may differ in and still be one setting: the seed, and what leaves no mark.
 _NO_SETTING = NEUTRAL_OPTIONS | {"seed", "logging_steps", "save_steps"}
-_COSTS = ("trainable_parameters", "total_parameters", "saved_bytes", "step_seconds",
-          "train_seconds", "kept_bytes", "peak_memory_bytes")  # fmt: skip
 _METHOD = ["title", "model", "column"]
-SWEEP = ["kind", "folder", "title", "label"]
+ABLATION = ["kind", "folder", "title", "label"]  # what the points of one have in common
+_VARIED = ["depth", "order", "layers", "num_virtual_tokens", "prefix_projection", "head"]
 
 
 class Comparison(NamedTuple):
@@ -81,17 +81,17 @@ def _results(runs: Sequence[Run]) -> pandas.DataFrame:
                 "column": run.column, "seed": run.seed, "result": result,
                 "setting": json.dumps((result.name, options), sort_keys=True, default=str),
                 "validation": result.validation,
-                **{name: run.report.get(name) for name in _COSTS},
+                **{name: run.report.get(name) for name in COSTS},
             })  # fmt: skip
     places = [*dict.fromkeys((row["title"], row["model"]) for row in rows)]
     order = [*dict.fromkeys((*COLUMNS, *(row["column"] for row in rows)))]
     rows.sort(key=lambda r: (places.index((r["title"], r["model"])), order.index(r["column"])))
-    return pandas.DataFrame(rows).astype(dict.fromkeys(_COSTS, float))
+    return pandas.DataFrame(rows).astype(dict.fromkeys(COSTS, float))
 
 
 def _standing(results: pandas.DataFrame, scores: pandas.DataFrame) -> pandas.DataFrame:
     """Of one data set and model."""
-    costs = results.groupby("column", sort=False)[[*_COSTS]].mean()
+    costs = results.groupby("column", sort=False)[[*COSTS]].mean()
     first = results[["title", "model", "result"]].iloc[0]
     metric = first["result"].metric
     splits = [*dict.fromkeys(split for one in results["result"] for split in one.splits)]
@@ -112,21 +112,21 @@ def _standing(results: pandas.DataFrame, scores: pandas.DataFrame) -> pandas.Dat
     return pandas.concat(tables)
 
 
-def sweep_points(runs: Sequence[Run]) -> pandas.DataFrame:
-    """mean, sd and n of what ablations found, by the columns of SWEEP and what they varied."""
+def ablation_points(runs: Sequence[Run]) -> pandas.DataFrame:
+    """mean, sd and n of what ablations found, by the columns of ABLATION and what they varied."""
     titles, models = data_titles(runs), short_names(run.report["model"] for run in runs)
     rows = [
         {
-            "kind": run.place[0],
+            "kind": run.ablation[0],
             "folder": str(run.folder.parent),
             "title": f"{titles[result]}, {models[run.report['model']]}",
             "label": f"{metric_name(result.metric)} on {result.splits[0]}",
-            **run.place[1],
+            **run.ablation[1],
             "score": result.score(result.splits[0]),
         }
-        for run in runs if run.place for result in run.results
+        for run in runs if run.ablation for result in run.results
     ]  # fmt: skip
-    return over_seeds(rows, [*SWEEP, *VARIED]).reset_index()
+    return over_seeds(rows, [*ABLATION, *_VARIED]).reset_index()
 
 
 def mark_best(scores: pandas.DataFrame) -> pandas.DataFrame:

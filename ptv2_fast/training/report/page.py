@@ -11,7 +11,7 @@ from ptv2_fast.training.finished_runs import COLUMNS, LeftOut, Run, data_titles,
 from ptv2_fast.training.options import defaults
 from ptv2_fast.training.output import check_replaceable, replace_files
 from ptv2_fast.training.report import figures, tables
-from ptv2_fast.training.report.compare import compare, sweep_points
+from ptv2_fast.training.report.compare import ablation_points, compare
 
 PAGE = "index.html"
 MAX_BYTES = 1_000_000
@@ -38,13 +38,15 @@ def render(
     runs: Sequence[Run], left_out: Sequence[LeftOut] = (), published: tables.Published | None = None
 ) -> tuple[str, list[figures.Drawing]]:
     """The page, and its figures."""
-    found, sweeps = compare(runs), sweep_points(runs)
-    overview = figures.overview_drawings(found.standing)
-    curves, ablations = figures.curve_drawings(found.results), figures.sweep_drawings(sweeps)
+    comparison, ablations = compare(runs), ablation_points(runs)
+    overview = figures.overview_drawings(comparison.standing)
+    curves = figures.curve_drawings(comparison.results)
+    ablation_figures = figures.ablation_drawings(ablations)
     content = {
         "runs": runs, "left_out": left_out, "titles": data_titles(runs), "published": published,
-        "found": found, "sweeps": sweeps, "tables": tables, "DataFrame": tables.pandas.DataFrame,
-        "overview": overview, "curves": curves, "ablations": ablations, "defaults": defaults(),
+        "comparison": comparison, "ablations": ablations, "tables": tables,
+        "DataFrame": tables.pandas.DataFrame, "overview": overview, "curves": curves,
+        "ablation_figures": ablation_figures, "defaults": defaults(),
         "today": datetime.date.today(), "version": ptv2_fast.__version__,
     }  # fmt: skip
     environment = jinja2.Environment(
@@ -55,7 +57,7 @@ def render(
         "percent": tables.percent, "text": tables.text_of,
         "method": lambda column: str(COLUMNS.get(column, column)).partition(" (")[0],
     }  # fmt: skip
-    drawings = [*overview, *curves, *ablations]
+    drawings = [*overview, *curves, *ablation_figures]
     names = [one.name for one in drawings]
     without_steps = [name for name in names if not name.endswith("-step")]
     # Where examples and drawings must go for the page's size, the drawings' words stay.

@@ -1,15 +1,15 @@
-"""The tables of a report: frames of text and of `Html`, whose index stands in front of the rows."""
+"""The tables of a report: frames of text and of `Markup`; their index stands in front of rows."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy
 import pandas
+from markupsafe import Markup
 
 from ptv2_fast.training.finished_runs import COLUMNS, COUNTS, Result, Run
-from ptv2_fast.training.report.compare import SWEEP, mark_best, percent
+from ptv2_fast.training.report.compare import ABLATION, mark_best, percent
 from ptv2_fast.training.report.figures import WORDS
 from ptv2_fast.training.seeds import over_seeds
 
@@ -32,18 +32,11 @@ _COSTS: dict[str, tuple[str, Any]] = {
 }
 
 
-class Html(str):
-    """Text that is HTML already."""
-
-    def __html__(self) -> "Html":  # what jinja2 asks for
-        return self
-
-
-def _cell(text: str, *details: str, best: bool = False) -> Html:
+def _cell(text: str, *details: str, best: bool = False) -> Markup:
     """Text, and smaller lines under it."""
-    first = f"<b>{escape(text)}</b>" if best else escape(text)
-    lines = [f"<small>{escape(line)}</small>" for line in details if line]
-    return Html("<br>".join([first, *lines]))
+    first = Markup("<b>{}</b>" if best else "{}").format(text)
+    lines = [Markup("<small>{}</small>").format(line) for line in details if line]
+    return Markup("<br>").join([first, *lines])
 
 
 def score_cells(scores: pandas.DataFrame, more: Mapping[Any, str] | None = None) -> pandas.Series:
@@ -113,10 +106,10 @@ def cost_table(standing: pandas.DataFrame) -> pandas.DataFrame:
     return cells
 
 
-def sweep_table(sweeps: pandas.DataFrame) -> pandas.DataFrame:
+def ablation_table(ablations: pandas.DataFrame) -> pandas.DataFrame:
     """The comparisons of the reparameterisation of a prefix, and of heads."""
     rows = {}
-    for (kind, _, title, label), own in sweeps.groupby(SWEEP, sort=False):
+    for (kind, _, title, label), own in ablations.groupby(ABLATION, sort=False):
         if axis := {"reparam": "prefix_projection", "head": "head"}.get(kind):
             own = mark_best(own.set_index(own[axis].map(WORDS)))
             rows[f"{title}: {label}"] = score_cells(own)
@@ -158,8 +151,8 @@ def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.Data
         first.append((run.column, "; ".join(scores), run.seed))
     cells = pandas.DataFrame(first, columns=["Method", "Score", "Seed"]).join(cells)
     top = os.path.commonpath([run.folder.parent.absolute() for run in runs])
-    names = [escape(os.path.relpath(run.folder, top)) for run in runs]
-    links = [Html(f'<a href="#run-{number}">{name}</a>') for number, name in enumerate(names, 1)]
+    link = Markup('<a href="#run-{}">{}</a>')
+    links = [link.format(n, os.path.relpath(run.folder, top)) for n, run in enumerate(runs, 1)]
     return cells.set_axis(pandas.Index(links, dtype=object))
 
 
@@ -171,12 +164,12 @@ def machines_table(runs: Sequence[Run]) -> pandas.DataFrame:
     return table.value_counts(sort=False).rename("runs").reset_index().set_index("runs")
 
 
-def remarks_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.DataFrame:
+def data_notes_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.DataFrame:
     """What was odd in the data but accepted, and how many examples were cut; each said once."""
     rows = [
-        (", ".join(titles[result] for result in run.results), split, f"{what}: {text_of(found)}")
+        (", ".join(titles[result] for result in run.results), split, f"{note}: {text_of(value)}")
         for run in runs
-        for split, what, found in run.remarks()
+        for split, note, value in run.data_notes()
     ]
     table = pandas.DataFrame(rows, columns=["data set", "split", "remark"])
     return table.value_counts(sort=False).rename("runs").reset_index().set_index("data set")
