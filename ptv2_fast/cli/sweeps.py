@@ -66,10 +66,10 @@ def refuse_given(options: dict[str, Any], varied: Iterable[str]) -> None:
     Raises:
         BadInput: naming them.
     """
-    both = sorted(set(varied) & set(options))
-    if both:
-        raise BadInput(f"{both[0]}: expected no value, since the runs differ in it, got "
-                       f"{options[both[0]]!r}")  # fmt: skip
+    for name in sorted(set(varied) & set(options)):
+        raise BadInput(
+            f"{name}: expected no value, since the runs differ in it, got {options[name]!r}"
+        )
 
 
 def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:
@@ -98,8 +98,8 @@ def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry
         print(f"{len(configs)} runs; the first, {name}: {first}", file=sys.stderr)
         whole = json.dumps(of_all_runs(run["estimate"], len(left)))
         print(f"all that are to be run, if each is like {name}: {whole}", file=sys.stderr)
-        for name, own in sweep.runs.items():
-            print(name, *(f"{option}={value}" for option, value in own.items()))
+        for name, changes in sweep.runs.items():
+            print(name, *(f"{option}={value}" for option, value in changes.items()))
         return
     outcome = checked(
         run_sweep, sweep, folder, resume=resume, overwrite=overwrite,

@@ -270,12 +270,11 @@ def _describe_data(data: dict[str, Any]) -> dict[str, str]:
 def short_names(paths: Iterable[str]) -> dict[str, str]:
     """The ends of paths, of as few parts as tell them apart; "model" says too little."""
     parts = {path: path.replace("\\", "/").strip("/").split("/") for path in paths}
-    names = {path: path for path in parts}
-    for count in range(max(map(len, parts.values())), 0, -1):
-        shorter = {path: "/".join(own[-count:]) for path, own in parts.items()}
-        if len({*shorter.values()}) == len(names) and "model" not in shorter.values():
-            names = shorter
-    return names
+    for count in range(1, max(map(len, parts.values())) + 1):
+        names = {path: "/".join(words[-count:]) for path, words in parts.items()}
+        if len({*names.values()}) == len(names) and "model" not in names.values():
+            return names
+    return {path: path for path in parts}
 
 
 def _run_folders(top: Path) -> Iterator[Path]:
@@ -326,14 +325,14 @@ def _read_curve(folder: Path) -> list[dict[str, Any]]:
 def _read_mistakes(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / run_folder.MISTAKES
     content = run_folder.read_json(path) if path.is_file() else {}
-    for split, found in content.items():
+    for split, mistakes in content.items():
         try:
-            good = type(found["wrong"]) is int
-            for counts in found["confusion"].values():
+            good = type(mistakes["wrong"]) is int
+            for counts in mistakes["confusion"].values():
                 good = good and all(type(count) is int for count in counts.values())
-            for label in found["classes"].values():
+            for label in mistakes["classes"].values():
                 good = good and all(run_folder.is_number(label[name]) for name in FIGURES)
-            for error in found["errors"]:
+            for error in mistakes["errors"]:
                 good = good and all(isinstance(error[name], str) for name in ERROR)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path.name}: not readable of {split!r} ({error!r})") from error
@@ -348,30 +347,25 @@ def _read_ablation(folder: Path) -> tuple[str, dict[str, Any]] | None:
         return None
     content = run_folder.read_json(path)
     kind, runs = content.get("kind"), content.get("runs")
-    own = runs.get(folder.name) if isinstance(runs, dict) else None
-    if not isinstance(kind, str) or not isinstance(own, dict):
+    runs = runs if isinstance(runs, dict) else {}
+    changes = runs.get(folder.name)
+    if not isinstance(kind, str) or not isinstance(changes, dict):
         raise ValueError(f"{path}: expected its kind, and {folder.name!r} under 'runs'")
     if kind not in VARIED:
         return None
-    if any(type(own.get(name)) is not types for name, types in VARIED[kind].items()):
-        raise ValueError(f"{path}: expected {[*VARIED[kind]]} of {folder.name!r}, got {own!r:.100}")
-    values = {name: own[name] for name in VARIED[kind]}
+    values = {name: changes.get(name) for name in VARIED[kind]}
+    if any(type(values[name]) is not types for name, types in VARIED[kind].items()):
+        raise ValueError(f"{path}: expected {[*values]} of {folder.name!r}, got {changes!r:.100}")
     if kind == "depth":
-        first, last = _ends(own)
-        deepest = max(_ends(other)[1] for other in runs.values())
-        order = "ascending" if first == 1 else "descending"
-        values["order"] = "all" if (first, last) == (1, deepest) else order
+        try:
+            depths = {name: [*map(int, run["depth"].split("-"))] for name, run in runs.items()}
+            first, last = depths[folder.name]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected depths such as 1-4, got {runs!r:.100}") from error
+        is_all = first == 1 and last == max(map(max, depths.values()))
+        values["order"] = "all" if is_all else "ascending" if first == 1 else "descending"
         values["layers"] = last - first + 1
     return kind, values
-
-
-def _ends(run: dict[str, Any]) -> tuple[int, int]:
-    """The first and the last layer of a depth such as 1-4."""
-    try:
-        first, last = map(int, run["depth"].split("-"))
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{SWEEP}: expected depths such as 1-4, got {run!r:.100}") from error
-    return first, last
 
 
 # By attribute of a run: what it is, how it is read, and what stands for it where it cannot be.

@@ -114,9 +114,9 @@ def _inline(svg: str, name: str, alt: str) -> str:
     return f'{opening}<title id="{name}-alt">{html.escape(alt)}</title>{inner}</svg>'
 
 
-def overview_drawings(standing: pandas.DataFrame) -> list[Drawing]:
+def overview_drawings(main_scores: pandas.DataFrame) -> list[Drawing]:
     """Scores of all methods, and scores against the part that is trained."""
-    table, drawings = standing.dropna(subset="mean"), []
+    table, drawings = main_scores.dropna(subset="mean"), []
     names = table["title"] + ", " + table["split"]
     names = names + ", " + table["model"] if table["model"].nunique() > 1 else names
     rows = [*dict.fromkeys(names)]
@@ -125,7 +125,7 @@ def overview_drawings(standing: pandas.DataFrame) -> list[Drawing]:
         caption = "Score of each method by data set, in per cent."
         drawings.append(draw("scores", caption, table, "score, per cent", rows=rows, joined=False))
     table = table.assign(x=100 * table["part"], y=100 * table["ratio"]).dropna(subset=["x", "y"])
-    table = table[table["first"] & (table["x"] > 0)]
+    table = table[table["first_split"] & (table["x"] > 0)]
     if table["label"].nunique() > 1:
         caption = "Score against the part of the parameters that is trained; fine-tuning is 100."
         drawings.append(draw("parameters", caption, table, "part trained, per cent",

@@ -7,11 +7,11 @@ from pathlib import Path
 import jinja2
 
 import ptv2_fast
-from ptv2_fast.training.finished_runs import COLUMNS, LeftOut, Run, data_titles, find_runs
+from ptv2_fast.training.finished_runs import COLUMNS, LeftOut, Run, find_runs
 from ptv2_fast.training.options import defaults
 from ptv2_fast.training.output import check_replaceable, replace_files
 from ptv2_fast.training.report import figures, tables
-from ptv2_fast.training.report.compare import ablation_points, compare
+from ptv2_fast.training.report.compare import compare
 
 PAGE = "index.html"
 MAX_BYTES = 1_000_000
@@ -38,15 +38,14 @@ def render(
     runs: Sequence[Run], left_out: Sequence[LeftOut] = (), published: tables.Published | None = None
 ) -> tuple[str, list[figures.Drawing]]:
     """The page, and its figures."""
-    comparison, ablations = compare(runs), ablation_points(runs)
-    overview = figures.overview_drawings(comparison.standing)
+    comparison = compare(runs)
+    overview = figures.overview_drawings(comparison.main_scores)
     curves = figures.curve_drawings(comparison.results)
-    ablation_figures = figures.ablation_drawings(ablations)
+    ablations = figures.ablation_drawings(comparison.ablations)
     content = {
-        "runs": runs, "left_out": left_out, "titles": data_titles(runs), "published": published,
-        "comparison": comparison, "ablations": ablations, "tables": tables,
-        "DataFrame": tables.pandas.DataFrame, "overview": overview, "curves": curves,
-        "ablation_figures": ablation_figures, "defaults": defaults(),
+        "runs": runs, "left_out": left_out, "published": published, "comparison": comparison,
+        "tables": tables, "DataFrame": tables.pandas.DataFrame, "overview": overview,
+        "curves": curves, "ablations": ablations, "defaults": defaults(),
         "today": datetime.date.today(), "version": ptv2_fast.__version__,
     }  # fmt: skip
     environment = jinja2.Environment(
@@ -57,7 +56,7 @@ def render(
         "percent": tables.percent, "text": tables.text_of,
         "method": lambda column: str(COLUMNS.get(column, column)).partition(" (")[0],
     }  # fmt: skip
-    drawings = [*overview, *curves, *ablation_figures]
+    drawings = [*overview, *curves, *ablations]
     names = [one.name for one in drawings]
     without_steps = [name for name in names if not name.endswith("-step")]
     # Where examples and drawings must go for the page's size, the drawings' words stay.

@@ -68,12 +68,14 @@ def scaled(value: float, units: Any) -> str:
 
 
 def paper_table(
-    standing: pandas.DataFrame, find: Published | None = None
+    main_scores: pandas.DataFrame, find: Published | None = None
 ) -> tuple[pandas.DataFrame, list[str]]:
     """The paper's table, a row for each model, data set and split; and notes."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     sources: dict[str, str] = {}
-    for (model, title, split), scores in standing.groupby(["model", "title", "split"], sort=False):
+    for (model, title, split), scores in main_scores.groupby(
+        ["model", "title", "split"], sort=False
+    ):
         metric, result = scores["metric"].iloc[0], scores["result"].iloc[0]
         whole = all(result.data.get(name) is None for name in COUNTS)
         printed = {}
@@ -96,10 +98,10 @@ def paper_table(
     return cells, notes
 
 
-def cost_table(standing: pandas.DataFrame) -> pandas.DataFrame:
+def cost_table(main_scores: pandas.DataFrame) -> pandas.DataFrame:
     """Score and cost of each method, by data set and model."""
     names = ["title", "model", "label", "column"]
-    table = standing[standing["first"]].reset_index().set_index(names)
+    table = main_scores[main_scores["first_split"]].reset_index().set_index(names)
     cells = pandas.DataFrame({"Score": score_cells(table)})
     for title, (name, units) in _COSTS.items():
         cells[title] = [scaled(value, units) for value in table[name]]

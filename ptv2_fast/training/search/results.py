@@ -62,21 +62,21 @@ def trials_table(study: optuna.Study, metric: str) -> pandas.DataFrame:
 
     `message` says why a trial has no score, but for one that was stopped for a low one.
     """
-    parts = ("number", "state", "value", "params", "intermediate_values", "duration")
-    trials = study.trials_dataframe((*parts, "user_attrs", "system_attrs"))
-    trials = trials.reindex(columns=dict.fromkeys((*parts[:3], "duration", *trials)))
+    attributes = ("number", "state", "value", "params", "intermediate_values", "duration")
+    trials = study.trials_dataframe((*attributes, "user_attrs", "system_attrs"))
+    if trials.empty:
+        return pandas.DataFrame(columns=["trial", "state", metric, "message"])
     trials = trials[trials["state"].isin(_STATES)]
 
     def attribute(*names: str) -> pandas.Series:
         """The first of these columns that a trial has."""
         return trials.reindex(columns=names).bfill(axis=1).iloc[:, 0]
 
-    finished = trials["state"] == "COMPLETE"
     message = attribute("user_attrs_message")
-    table = pandas.DataFrame({
+    return pandas.DataFrame({
         "trial": trials["number"],
         "state": trials["state"].map(_STATES),
-        metric: trials["value"].where(finished),
+        metric: trials["value"].where(trials["state"] == "COMPLETE"),
         **{
             name.removeprefix("params_"): trials[name].convert_dtypes()
             for name in trials if name.startswith("params_")
@@ -89,4 +89,3 @@ def trials_table(study: optuna.Study, metric: str) -> pandas.DataFrame:
         "retry_of": attribute("system_attrs_failed_trial", "user_attrs_retry_of").astype("Int64"),
         "message": message.mask(message.isna() & (trials["state"] == "FAIL"), "its process died"),
     })  # fmt: skip
-    return table

@@ -23,8 +23,6 @@ VARIED: dict[str, dict[str, type]] = {
     "head": {"head": str},
 }
 
-Options = dict[str, Any]
-
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
@@ -41,13 +39,13 @@ class Sweep:
 
     kind: str
     base: RunConfig
-    runs: dict[str, Options]
+    runs: dict[str, dict[str, Any]]
 
     def __post_init__(self) -> None:
-        for name, own in self.runs.items():
+        for name, options in self.runs.items():
             plain_name(name, "runs")
-            if not isinstance(own, dict) or "seed" not in own:
-                raise ValueError(f"runs: expected tables with a seed, got {own!r:.100}")
+            if not isinstance(options, dict) or "seed" not in options:
+                raise ValueError(f"runs: expected tables with a seed, got {options!r:.100}")
 
     def configs(self) -> dict[str, RunConfig]:
         """The options of each run.
@@ -56,9 +54,9 @@ class Sweep:
             ValueError: naming the run whose options are bad.
         """
         configs = {}
-        for name, own in self.runs.items():
+        for name, options in self.runs.items():
             try:
-                configs[name] = RunConfig.from_dict(with_changes(self.base.flat(), own))
+                configs[name] = RunConfig.from_dict(with_changes(self.base.flat(), options))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         return configs
@@ -75,9 +73,9 @@ class Sweep:
             ValueError: for repeated seeds, or a bad value of an option.
         """
         variants = {}
-        for name, own in self.runs.items():
-            variant = name.removesuffix(f"seed-{own['seed']}").removesuffix("-")
-            variants[variant] = {n: value for n, value in own.items() if n != "seed"}
+        for name, options in self.runs.items():
+            variant = name.removesuffix(f"seed-{options['seed']}").removesuffix("-")
+            variants[variant] = {n: value for n, value in options.items() if n != "seed"}
         return sweep_of(self.kind, base, variants, seeds)
 
 
@@ -100,7 +98,7 @@ def read_sweep(folder: Path) -> Sweep:
 
 
 def sweep_of(
-    kind: str, base: RunConfig, variants: dict[str, Options], seeds: Sequence[int] | None
+    kind: str, base: RunConfig, variants: dict[str, dict[str, Any]], seeds: Sequence[int] | None
 ) -> Sweep:
     """Every variant with every seed; the runs are called <variant>-seed-<seed>.
 
