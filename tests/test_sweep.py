@@ -226,6 +226,15 @@ def test_ablations_refuse_what_they_cannot_vary(base, tiny):
         length_sweep(base, [0])
 
 
+def test_a_sweep_of_an_earlier_version_is_read(base, tmp_path):
+    """Its `runs` hold what figures need, and the runs' own options stand beside them."""
+    changes = {"all-1-2-seed-1": {"depth": "1-2", "seed": 1}}
+    places = {"all-1-2-seed-1": {"depth": "1-2", "order": "all", "layers": 2, "seed": 1}}
+    content = {"kind": "depth", "runs": places, "changes": changes, "base": base.flat()}
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    assert read_sweep(tmp_path) == Sweep("depth", base, changes)
+
+
 def arguments(tiny, *command: str) -> list[str]:
     words = [*command, "--no-progress"]
     for name in ("task", "model", "train_file", "validation_file", "batch_size"):
