@@ -72,7 +72,7 @@ def test_an_interrupted_sweep_keeps_what_is_done_and_goes_on(base, alone, tmp_pa
     monkeypatch.setattr(
         sweep_module,
         "train",
-        lambda run: train(run, [Stop()] if run.config.training.seed == 12 else None),
+        lambda run: train(run, [Stop()] if run.config.training.seed == 12 else []),
     )
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, folder)
