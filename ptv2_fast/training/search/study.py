@@ -114,7 +114,7 @@ def begin_search(search: Search, overwrite: bool) -> tuple[optuna.Study, str]:
     search.folder.mkdir(parents=True, exist_ok=True)
     with (
         search.turn(),
-        output.alone(search.folder, "search", overwrite, check),
+        output.locked(search.folder, "search", overwrite, check),
         readable_study(search),
     ):
         study = open_study(search)
@@ -193,7 +193,8 @@ def _describe(search: Search) -> dict[str, Any]:
     """What makes a study this search's own; reading the data shows bad input before any trial."""
     first = {name: values_of(entry)[0] for name, entry in search.space.items()}
     prepared = prepare(with_options(search.base, first), search.folder / "trial")
-    if "validation" not in prepared.features:
+    part = prepared.part
+    if "validation" not in part.features:
         raise ValueError("search: expected validation examples to compare trials by, got none")
     fixed = {
         name: value
@@ -203,11 +204,11 @@ def _describe(search: Search) -> dict[str, Any]:
     description = {
         **fixed,
         "space": search.space,
-        "labels": prepared.labels,
-        "examples": {name: len(part.examples) for name, part in prepared.features.items()},
-        "metric": prepared.task.metric,
+        "labels": part.labels,
+        "examples": {name: len(split.examples) for name, split in part.features.items()},
+        "metric": part.task.metric,
     }
-    del prepared
+    del prepared, part
     free_memory()
     return description
 

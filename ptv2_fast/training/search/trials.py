@@ -152,7 +152,8 @@ def _train_trial(search: Search, trial: optuna.Trial, values: dict[str, Any], me
         config = with_options(search.base, values | {"progress": False})
         prepared = prepare(config, trial_folder(search.folder, trial.number))
         # A search looks at the validation examples alone.
-        prepared.features = {name: prepared.features[name] for name in ("train", "validation")}
+        features = prepared.part.features
+        prepared.part.features = {name: features[name] for name in ("train", "validation")}
         report = train(prepared, [ReportEvaluations(trial, metric)])
         for name in ("trainable_parameters", "train_seconds"):
             trial.set_user_attr(name, report[name])
