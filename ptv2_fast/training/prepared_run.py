@@ -15,6 +15,7 @@ from ptv2_fast.training.models import TaskModel
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.heads import TaskHeads
 from ptv2_fast.training.order import Batching
+from ptv2_fast.training.predictions import Predictions
 
 
 @dataclasses.dataclass(eq=False)
@@ -37,9 +38,7 @@ class RunPart(TaskModel):
     def loss(self, features: Features, indices: list[int], bf16: bool) -> Tensor:
         """That of some rows as one batch, on the model's device."""
         device = self.model.device
-        rows = features.model_inputs(self.tokenizer, self.task.label_columns)
-        collate = self.task.collator(self.tokenizer)
-        batch = collate([rows[index] for index in indices]).to(device)
+        batch = Predictions(self, features).collate(indices).to(device)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
             return self.model(**batch).loss
 

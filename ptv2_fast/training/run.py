@@ -31,7 +31,7 @@ from ptv2_fast.training.scoring import score
 from ptv2_fast.training.trainer import MEAN, TaskTrainer
 
 
-def train(run: PreparedRun, callbacks: Sequence[TrainerCallback] = ()) -> dict[str, Any]:
+def train(run: PreparedRun, callbacks: Sequence[TrainerCallback] | None = None) -> dict[str, Any]:
     """Train, save what was trained, score it and write the report.
 
     Args:
@@ -54,7 +54,7 @@ def train(run: PreparedRun, callbacks: Sequence[TrainerCallback] = ()) -> dict[s
         clock = StepClock(options.max_seconds, options.eval_seconds)
         trainer = TaskTrainer(run, clock, [
             StopWhenDiverged(), FindBestCheckpoint(), MetricsFile(folder / run_folder.METRICS),
-            *callbacks,
+            *(callbacks or ()),
         ])  # fmt: skip
         trainer.train(resume_from_checkpoint=_checkpoint_of(run))
         require_finite(run.model)

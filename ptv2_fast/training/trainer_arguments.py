@@ -13,6 +13,11 @@ from ptv2_fast.training.options import RunConfig, TrainingOptions
 _ENDLESS_EPOCHS = 10_000
 # With --eval-seconds: no interval in steps.
 _NEVER = 10**9
+# Options that are Trainer's own.
+_SAME = (
+    "gradient_accumulation_steps", "weight_decay", "adam_beta1", "adam_beta2",
+    "label_smoothing_factor", "max_grad_norm", "seed", "bf16", "logging_steps",
+)  # fmt: skip
 
 
 def runs_until_stopped(options: TrainingOptions) -> bool:
@@ -58,20 +63,12 @@ def training_arguments(
         max_steps=max_steps or -1,
         per_device_train_batch_size=options.batch_size or max(1, round(rows / batches)),
         per_device_eval_batch_size=options.eval_batch_size,
-        gradient_accumulation_steps=options.gradient_accumulation_steps,
         learning_rate=config.learning_rate,
-        weight_decay=options.weight_decay,
-        adam_beta1=options.adam_beta1,
-        adam_beta2=options.adam_beta2,
-        label_smoothing_factor=options.label_smoothing_factor,
+        **{name: getattr(options, name) for name in _SAME},
         warmup_steps=options.warmup_ratio,
         # TaskTrainer multiplies the constant rate.
         lr_scheduler_type="constant" if options.schedule == "exponential" else options.schedule,
-        max_grad_norm=options.max_grad_norm,
-        seed=options.seed,
-        bf16=options.bf16,
         use_cpu=not torch.accelerator.is_available(),  # Trainer refuses bf16 on a CPU without it
-        logging_steps=options.logging_steps,
         logging_nan_inf_filter=False,  # StopWhenDiverged sees every loss
         eval_strategy="steps" if has_validation else "no",
         eval_steps=eval_steps,
