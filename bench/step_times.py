@@ -11,9 +11,9 @@ from typing import Any
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.machine import processor_name
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.order import Batching
-from ptv2_fast.training.prepare import Prepared, prepare, training_arguments
+from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
+from ptv2_fast.training.trainer_arguments import training_arguments
 
 TURNS, WARM_UP_STEPS, TIMED_STEPS = 3, 3, 20
 
@@ -50,22 +50,16 @@ def _step_seconds(config: RunConfig, seed: int) -> float:
     config = RunConfig.from_dict(config.flat() | changes)
     with tempfile.TemporaryDirectory() as place:
         prepared = prepare(config, Path(place) / "run")
-        for split in set(prepared.features) - {"train"}:  # whose scoring takes longer
-            del prepared.features[split]
+        features = prepared.part.features
+        for split in set(features) - {"train"}:  # whose scoring takes longer
+            del features[split]
         prepared.arguments = training_arguments(
-            config, prepared.folder, *size_of_epoch(prepared), None
+            config, prepared.folder, len(features["train"]), *prepared.batches, None
         )
         train(prepared)
         lines = (prepared.folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()
     seconds = {line["step"]: line["train_seconds"] for line in map(json.loads, lines)}
     return (seconds[count] - seconds[WARM_UP_STEPS]) / TIMED_STEPS
-
-
-def size_of_epoch(prepared: Prepared) -> tuple[int, int]:
-    """Examples and batches."""
-    batching = Batching.of(prepared.config.training)
-    lengths = batching.lengths_of(prepared.features["train"])
-    return len(lengths), batching.count(lengths)
 
 
 def _busy_seconds() -> float | None:

@@ -32,13 +32,15 @@ from bench import experiments
 from bench.experiments import command, variant_name
 from bench.measure import RESULTS, write_csv
 from bench.score_rows import KEY, REFERENCE, Curve, Row, best_rates, compared, read_rows
-from bench.step_times import size_of_epoch, time_steps
+from bench.step_times import time_steps
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.dry_run import steps
 from ptv2_fast.training.options import RunConfig, with_changes
-from ptv2_fast.training.prepare import Prepared, prepare, training_arguments
+from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.prepared_run import PreparedRun
 from ptv2_fast.training.run import train
+from ptv2_fast.training.trainer_arguments import training_arguments
 
 PLAN = Path(__file__).with_suffix(".yaml")
 CSV = RESULTS / "time-to-score.csv"
@@ -128,14 +130,15 @@ def _scored_every(config: RunConfig, count: int | None) -> RunConfig:
     return dataclasses.replace(config, training=training)
 
 
-def _score_evenly(prepared: Prepared, evaluations: int) -> None:
-    examples, batches = size_of_epoch(prepared)
-    total = steps(prepared, batches)
+def _score_evenly(prepared: PreparedRun, evaluations: int) -> None:
+    total = steps(prepared)
     if total is None:
         raise ValueError("num_train_epochs: expected a run that ends by its steps")
-    prepared.config = _scored_every(prepared.config, max(1, round(total / evaluations)))
+    part = prepared.part
+    config = _scored_every(part.config, max(1, round(total / evaluations)))
+    prepared.config = part.config = config
     prepared.arguments = training_arguments(
-        prepared.config, prepared.folder, examples, batches, prepared.task.metric
+        config, prepared.folder, len(part.features["train"]), *prepared.batches, part.task.metric
     )
 
 

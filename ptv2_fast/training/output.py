@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,34 +30,37 @@ class OutputTakenError(ValueError):
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name that then replaces the old one."""
-    temporary = temporary_name(path)
-    try:
+    with _replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def new_text(path: Path) -> Iterator[IO[str]]:
     """A text file to write into, which gets its name when all is written."""
-    temporary = temporary_name(path)
+    with _replacing(path) as temporary, temporary.open("x", encoding="utf-8") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file of a temporary name, which replaces the one of this name at the end."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            yield file
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
 
 
-def temporary_name(path: Path) -> Path:
-    """Where a file is written before it replaces that of its name."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
-
-
 def is_leftover(path: Path) -> bool:
     """Whether a file is one that a kill kept from getting its name."""
     return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def delete_leftovers(paths: Iterable[Path]) -> None:
+    """Delete those files that a kill kept from getting their names."""
+    for path in filter(is_leftover, paths):
+        _delete(path)
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
@@ -158,7 +161,7 @@ def _distributed() -> Any:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, kind: str, overwrite: bool, check: Callable[[], object]) -> Iterator[None]:
+def locked(folder: Path, kind: str, overwrite: bool, check: Callable[[], object]) -> Iterator[None]:
     """Within the context this process, and those of its training, write into the folder.
 
     The folder is created, or emptied, and cleared of what a kill left; the first of several
@@ -196,9 +199,7 @@ def alone(folder: Path, kind: str, overwrite: bool, check: Callable[[], object])
         if overwrite or not before:  # what was begun by an older version is not ours to delete
             write_mark(folder, kind)
         # The runs of a sweep may be somebody else's at the moment; they clear their own folders.
-        for path in folder.rglob("*.tmp") if kind == "run" else folder.glob("*.tmp"):
-            if is_leftover(path):
-                _delete(path)
+        delete_leftovers(folder.rglob("*.tmp") if kind == "run" else folder.glob("*.tmp"))
         wait_for_all()
         yield
     finally:

@@ -1,17 +1,17 @@
 """Files of which each row is for one adapter of a bank, for several or for all."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ptv2_fast.tasks.sources import TYPED, Part, Source
+from ptv2_fast.tasks.sources import Part, Source
 from ptv2_fast.tasks.table_parts import table_parts
-from ptv2_fast.tasks.tables import check_not_empty, read_table
+from ptv2_fast.tasks.tables import read_table
 from ptv2_fast.tasks.task import Examples, Task
 from ptv2_fast.training.bank import AdapterBank
-from ptv2_fast.training.pooling import Pooled
+from ptv2_fast.training.bank_batches import AdapterExamples
 from ptv2_fast.training.progress import reading_bar
+from ptv2_fast.training.scoring import typed_batches
 
 _COLUMN = "adapter"
 
@@ -49,16 +49,9 @@ def predict_typed(bank: AdapterBank, texts: Iterable[str], batch_size: int) -> I
     Raises:
         ValueError: when there is none, and for one that does not fit the task of an adapter.
     """
-    remaining, first = iter(texts), 1
-    batch = [*itertools.islice(remaining, Task.part_rows)]
-    check_not_empty(TYPED, len(batch))
-    while batch:
-        numbers = range(first, first + len(batch))
-        source = dataclasses.replace(TYPED, part=Part(numbers))
+    for batch, source in typed_batches(texts):
         examples = {name: bank.run_of(name).task.from_texts(batch, source) for name in bank.names}
         yield _predict(bank, [bank.names] * len(batch), examples, batch_size)
-        first += len(batch)
-        batch = [*itertools.islice(remaining, Task.part_rows)]
 
 
 def _table_parts(source: Source) -> Iterator[Examples]:
@@ -112,7 +105,10 @@ def _predict(
         examples: of each adapter, those of its rows in their order.
     """
     runs = {name: bank.run_of(name) for name in examples}
-    parts = [Pooled(name, runs[name], runs[name].features(own)) for name, own in examples.items()]
+    parts = [
+        AdapterExamples(name, runs[name], runs[name].featurize(own))
+        for name, own in examples.items()
+    ]
     bank.run_parts(parts, batch_size)
-    lines = {part.name: iter(part.lines()) for part in parts}
+    lines = {part.name: part.lines() for part in parts}
     return [{_COLUMN: name, **next(lines[name])} for names in asked for name in names]
