@@ -113,7 +113,7 @@ def test_what_is_given_stands_wherever_it_comes_from(task, name, value, tmp_path
         ).data,
         "a run's folder": read_run_config(tmp_path)[0].data,
         "a run's file": from_command_line("--config", str(tmp_path / "config.json")).data,
-        "an override": sweep_of("own", plain, {"a": (own, {})}, [1]).configs()["a-seed-1"].data,
+        "an override": sweep_of("own", plain, {"a": own}, [1]).configs()["a-seed-1"].data,
         "a sweep": read_sweep(tmp_path).configs()["seed-2"].data,
         "a task of several": multi.tasks[0],
         "one for all of several": shared.tasks[1],
