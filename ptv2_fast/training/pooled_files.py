@@ -1,13 +1,12 @@
 """Files of which each row is for one adapter of a bank, for several or for all."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from ptv2_fast.tasks.sources import TYPED, Part, Source
-from ptv2_fast.tasks.table_parts import table_parts
-from ptv2_fast.tasks.tables import check_not_empty, read_table
+from ptv2_fast.tasks.sources import Part, Source
+from ptv2_fast.tasks.table_parts import table_parts, text_parts
+from ptv2_fast.tasks.tables import read_table
 from ptv2_fast.tasks.task import Examples, Task
 from ptv2_fast.training.bank import AdapterBank
 from ptv2_fast.training.pooling import Pooled
@@ -49,16 +48,9 @@ def predict_typed(bank: AdapterBank, texts: Iterable[str], batch_size: int) -> I
     Raises:
         ValueError: when there is none, and for one that does not fit the task of an adapter.
     """
-    remaining, first = iter(texts), 1
-    batch = [*itertools.islice(remaining, Task.part_rows)]
-    check_not_empty(TYPED, len(batch))
-    while batch:
-        numbers = range(first, first + len(batch))
-        source = dataclasses.replace(TYPED, part=Part(numbers))
-        examples = {name: bank.run_of(name).task.from_texts(batch, source) for name in bank.names}
-        yield _predict(bank, [bank.names] * len(batch), examples, batch_size)
-        first += len(batch)
-        batch = [*itertools.islice(remaining, Task.part_rows)]
+    for part, source in text_parts(texts, Task.part_rows):
+        examples = {name: bank.run_of(name).task.from_texts(part, source) for name in bank.names}
+        yield _predict(bank, [bank.names] * len(part), examples, batch_size)
 
 
 def _table_parts(source: Source) -> Iterator[Examples]:

@@ -57,7 +57,6 @@ class Pooled:
         self.rows = list(features.model_inputs(tokenizer, task.label_columns))
         self._collate = task.collator(tokenizer)
         self._predicted: list[Any] = [None] * len(self.rows)
-        self._certain: list[Any] = [None] * len(self.rows)
 
     def sort_key(self, number: int) -> tuple[int, list[int]]:
         """By length, then by tokens."""
@@ -80,11 +79,9 @@ class Pooled:
     def take(self, numbers: list[int], batch: Batch, results: list[Tensor]) -> None:
         """Keep what the task reads in the results of a batch, one for each row of its inputs."""
         task, labels = self.run.task, self.run.labels
-        outputs = _as_outputs(results, batch)
-        found = task.predictions(outputs, batch.columns, labels)
-        certain = task.certainty(outputs, batch.columns, found)
-        for number, prediction, how in zip(numbers, found, certain, strict=True):
-            self._predicted[number], self._certain[number] = prediction, how
+        found = task.predictions(_as_outputs(results, batch), batch.columns, labels)
+        for number, prediction in zip(numbers, found, strict=True):
+            self._predicted[number] = prediction
 
     def lines(self) -> list[dict[str, Any]]:
         """One result for each example, as it is printed."""
@@ -94,9 +91,8 @@ class Pooled:
         """One for each example in the task's own terms, and as it is printed."""
         task, labels, features = self.run.task, self.run.labels, self._features
         results = task.results(self._predicted, features, labels)
-        scores = task.scores(self._certain, features)
-        rows = zip(features.examples.table, results, scores, strict=True)
-        return [(one, task.describe(row, one, labels, sure)) for row, one, sure in rows]
+        rows = zip(features.examples.table, results, strict=True)
+        return [(one, task.describe(row, one, labels)) for row, one in rows]
 
 
 def join_batches(

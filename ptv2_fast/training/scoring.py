@@ -1,7 +1,5 @@
 """Running a model over examples: predictions in their order, and scores."""
 
-import dataclasses
-import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,7 +8,8 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.comparison import compare, mistakes
-from ptv2_fast.tasks.sources import TYPED, Part, file_source
+from ptv2_fast.tasks.sources import file_source
+from ptv2_fast.tasks.table_parts import text_parts
 from ptv2_fast.tasks.task import Examples, Features, Task
 from ptv2_fast.training.progress import scoring_bar
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
     from ptv2_fast.training.models import TrainedRun
 
 
+@torch.no_grad()
 def predict(
     model: PreTrainedModel,
     task: Task,
@@ -33,30 +33,10 @@ def predict(
     Runs in eval mode, in batches of similar length, and draws nothing from torch's generator.
     A bar shows how far it is: with `progress`, or when that is None, on a terminal.
     """
-    predicted, _ = _run(
-        model, task, features, tokenizer, labels, batch_size, bf16, progress=progress
-    )
-    return task.results(predicted, features, labels)
-
-
-@torch.no_grad()
-def _run(
-    model: PreTrainedModel,
-    task: Task,
-    features: Features,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: list[str],
-    batch_size: int,
-    bf16: bool = False,
-    certain: bool = False,
-    progress: bool | None = None,
-) -> tuple[list[Any], list[Any]]:
-    """What is kept of the model's outputs, one per row, and with `certain` how sure it is."""
     rows = features.model_inputs(tokenizer, task.label_columns)
     collate = task.collator(tokenizer)
     order = sorted(range(len(rows)), key=features.lengths.__getitem__, reverse=True)
     predicted: list[Any] = [None] * len(rows)
-    certainty: list[Any] = [None] * len(rows)
     was_training = model.training
     model.eval()
     batches = range(0, len(order), batch_size)
@@ -69,11 +49,8 @@ def _run(
         found = task.predictions(outputs, batch, labels)
         for index, prediction in zip(indices, found, strict=True):
             predicted[index] = prediction
-        if certain:
-            for index, value in zip(indices, task.certainty(outputs, batch, found), strict=True):
-                certainty[index] = value
     model.train(was_training)
-    return predicted, certainty
+    return task.results(predicted, features, labels)
 
 
 def score(
@@ -166,14 +143,8 @@ def typed_parts(task: Task, texts: Iterable[str]) -> Iterator[Examples]:
     Raises:
         ValueError: as `Task.from_texts`.
     """
-    remaining = iter(texts)
-    batch = [*itertools.islice(remaining, task.part_rows)]
-    first = 1
-    while batch or first == 1:  # nothing at all is for the task to refuse
-        numbers = range(first, first + len(batch))
-        yield task.from_texts(batch, dataclasses.replace(TYPED, part=Part(numbers)))
-        first += len(batch)
-        batch = [*itertools.islice(remaining, task.part_rows)]
+    for part, source in text_parts(texts, task.part_rows):
+        yield task.from_texts(part, source)
 
 
 def _predict_examples(
@@ -188,10 +159,8 @@ def _describe(
 ) -> tuple[list[Any], Iterator[dict[str, Any]]]:
     """The results of the examples, and how they are printed, made when asked for."""
     task, labels = run.task, run.labels
-    predicted, certainty = _run(
-        run.model, task, features, run.tokenizer, labels, batch_size, certain=True,
-        progress=progress,
-    )  # fmt: skip
-    results, scores = task.results(predicted, features, labels), task.scores(certainty, features)
-    rows = zip(features.examples.table, results, scores, strict=True)
-    return results, (task.describe(row, one, labels, sure) for row, one, sure in rows)
+    results = predict(
+        run.model, task, features, run.tokenizer, labels, batch_size, progress=progress
+    )
+    rows = zip(features.examples.table, results, strict=True)
+    return results, (task.describe(row, one, labels) for row, one in rows)
