@@ -271,13 +271,13 @@ def plot_serving(path: Path) -> Path:
             axis.plot(*zip(*sorted(points), strict=True), marker="o", label=way)
         axis.set_xscale("log", base=2)
         axis.set_ylim(bottom=0)
-        axis.set_title(case, fontsize="medium")
+        axis.set_title(f"{case}\n{chosen[0]['machine']}", fontsize="small")
         axis.set_xlabel("adapters in the batch")
         axis.grid(linewidth=0.3)
     axes[0, 0].set_ylabel("texts a second")
-    figure.suptitle(f"many adapters, one batch: {rows[0]['machine']}")
+    figure.suptitle("many adapters, one batch")
     handles, labels = axes[0, 0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3)
+    figure.legend(handles, labels, loc="outside lower center", ncols=2)
     return _save(figure, path.with_suffix(".png"))
 
 

@@ -269,8 +269,7 @@ def read_plan(data: Path, output: Path) -> dict[str, Task]:
     for name, entry in plan["tasks"].items():
         experiment = known[entry.get("experiment", name)]
         own: dict[str, Any] = {k: str(data / v) for k, v in entry.get("options", {}).items()}
-        # Decoded as by default, which not all experiments are.
-        own |= {"decoding": None, "max_eval_examples": plan["max_eval_examples"]}
+        own |= plan["options"]
         base = experiment.base.flat() | own
         recipes = {
             recipe: make_recipe(options | entry.get(recipe, {}), base, experiment.variants)
