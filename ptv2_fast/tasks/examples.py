@@ -34,6 +34,10 @@ class Examples:
         """How messages call one example."""
         return f"{self.source.name} {self.unit} {self.source.number(index)}"
 
+    def error(self, index: int, expected: str, actual: Any) -> ValueError:
+        """To be raised for an example that is something else than is expected."""
+        return ValueError(f"{self.where(index)}: expected {expected}, got {actual!r}")
+
     def check_text(self, *columns: str) -> "Examples":
         """The same examples.
 
@@ -43,8 +47,7 @@ class Examples:
         for column in columns:
             for index, text in enumerate(self.table[column][:]):
                 if not isinstance(text, str) or not text.strip():
-                    where = self.where(index)
-                    raise ValueError(f"{where}: expected text in {column}, got {text!r}")
+                    raise self.error(index, f"text in {column}", text)
         return self
 
     def select(self, indices: list[int]) -> "Examples":

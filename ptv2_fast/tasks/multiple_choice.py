@@ -148,18 +148,15 @@ def _check_texts(examples: Examples) -> None:
     """Check that every row has a text and at least two choices, as many as the first row."""
     expected = 0
     for index, choices in enumerate(examples.check_text("text").table["choices"][:]):
-        where = examples.where(index)
         if not isinstance(choices, list) or not all(
             isinstance(choice, str) and choice.strip() for choice in choices
         ):
-            raise ValueError(f"{where}: expected a list of texts in choices, got {choices!r}")
+            raise examples.error(index, "a list of texts in choices", choices)
         if len(choices) < 2:
-            raise ValueError(f"{where}: expected at least two choices, got {choices}")
+            raise examples.error(index, "at least two choices", choices)
         expected = expected or len(choices)
         if len(choices) != expected:
-            raise ValueError(
-                f"{where}: expected {expected} choices, as in the first, got {len(choices)}"
-            )
+            raise examples.error(index, f"{expected} choices, as in the first", len(choices))
 
 
 def _check_indices(examples: Examples) -> None:
@@ -167,7 +164,5 @@ def _check_indices(examples: Examples) -> None:
     columns = (examples.table[name][:] for name in ("label", "choices"))
     for index, (label, choices) in enumerate(zip(*columns, strict=True)):
         if str(label) not in map(str, range(len(choices))):
-            raise ValueError(
-                f"{examples.where(index)}: expected the index of one of {len(choices)} choices as "
-                f"label, from 0, got {label!r}"
-            )
+            expected = f"the index of one of {len(choices)} choices as label, from 0"
+            raise examples.error(index, expected, label)

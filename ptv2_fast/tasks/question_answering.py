@@ -63,16 +63,14 @@ class QuestionAnswering(Task):
         """Each text is a question and its context with a tab between."""
         check_not_empty(source, len(texts))
         numbers = [str(source.number(index)) for index in range(len(texts))]
-        pairs = [text.partition("\t")[::2] for text in texts]
-        for number, pair, text in zip(numbers, pairs, texts, strict=True):
-            if not all(map(str.strip, pair)):
-                raise ValueError(
-                    f"{source.name} text {number}: expected a question and its context with a tab "
-                    f"between, got {text!r}"
-                )
-        questions, contexts = zip(*pairs, strict=True)
+        questions, contexts = zip(*(text.partition("\t")[::2] for text in texts), strict=True)
         table = MemoryTable({"id": numbers, "question": questions, "context": contexts})
-        return Examples(source, table, unit="text")
+        examples = Examples(source, table, unit="text")
+        for index, pair in enumerate(zip(questions, contexts, strict=True)):
+            if not all(map(str.strip, pair)):
+                expected = "a question and its context with a tab between"
+                raise examples.error(index, expected, texts[index])
+        return examples
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         return iter(())

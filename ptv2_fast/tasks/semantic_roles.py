@@ -47,16 +47,11 @@ class SemanticRoleLabeling(TokenClassification):
         rows = zip(columns["words"], columns["predicate"], strict=True)
         for index, (words, predicate) in enumerate(rows):
             if type(predicate) is not int or not 0 <= predicate < len(words):
-                raise ValueError(
-                    f"{examples.where(index)}: expected the index of a verb among {len(words)} "
-                    f"words, got {predicate!r}"
-                )
+                expected = f"the index of a verb among {len(words)} words"
+                raise examples.error(index, expected, predicate)
         for index, tags in enumerate(columns.get("tags", ())):
             if not all(map(IOB.fits, tags)):
-                raise ValueError(
-                    f"{examples.where(index)}: expected the labels O, B-ROLE and I-ROLE, got "
-                    f"{tags!r}"
-                )
+                raise examples.error(index, "the labels O, B-ROLE and I-ROLE", tags)
 
     @property
     def text_names(self) -> tuple[str, ...]:

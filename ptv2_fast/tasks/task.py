@@ -282,9 +282,7 @@ class Task(ABC):
         """Every label as (index of its example, the text that names it)."""
         for index, label in self.labels_of(examples):
             if not isinstance(label, int | str) or label == "":
-                raise ValueError(
-                    f"{examples.where(index)}: expected a label (text or an integer), got {label!r}"
-                )
+                raise examples.error(index, "a label (text or an integer)", label)
             yield index, str(label)
 
     def featurize(

@@ -52,10 +52,7 @@ class TextClassification(Task):
         pairs = [text.split("\t") for text in texts]
         for index, pair in enumerate(pairs):
             if len(pair) != 2:
-                raise ValueError(
-                    f"{examples.where(index)}: expected two texts with a tab between, got "
-                    f"{texts[index]!r}"
-                )
+                raise examples.error(index, "two texts with a tab between", texts[index])
         first, second = zip(*pairs, strict=True)
         table = MemoryTable({"text": first, "text_pair": second})
         return _check_texts(Examples(source, table, unit="text"))

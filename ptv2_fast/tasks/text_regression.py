@@ -44,9 +44,7 @@ class TextRegression(TextClassification):
         """
         for index, label in self.labels_of(examples):
             if _as_number(label) is None:
-                raise ValueError(
-                    f"{examples.where(index)}: expected a number as label, got {label!r}"
-                )
+                raise examples.error(index, "a number as label", label)
 
     def label_column(
         self, rows: dict[str, list], label_numbers: dict[str, int] | None

@@ -156,14 +156,9 @@ class TokenClassification(Task):
         for index, words in enumerate(columns["words"]):
             tags = columns["tags"][index] if "tags" in columns else words
             if not words or not _is_list_of_text(words):
-                raise ValueError(
-                    f"{examples.where(index)}: expected a list of words, got {words!r}"
-                )
+                raise examples.error(index, "a list of words", words)
             if not _is_list_of_text(tags) or len(tags) != len(words):
-                raise ValueError(
-                    f"{examples.where(index)}: expected one label for each of {len(words)} words, "
-                    f"got {tags!r}"
-                )
+                raise examples.error(index, f"one label for each of {len(words)} words", tags)
 
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Words are cut at blanks and around punctuation."""
