@@ -25,8 +25,9 @@ from bench.measure import RESULTS
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.finished_runs import find_runs, flags
 from ptv2_fast.training.multitask.config import MultiTaskConfig
-from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.run import train
 from ptv2_fast.training.sweeps import ablation
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, sweep_of
 from ptv2_fast.training.sweeps.sweep import run_sweep
@@ -218,7 +219,7 @@ def main() -> None:
             experiments[name].run(folder)
         elif not (folder / run_folder.REPORT).is_file():
             resume = (folder / run_folder.CONFIG).is_file()
-            train_tasks(prepare_tasks(multitask[name], folder, resume=resume))
+            train(prepare(multitask[name], folder, resume=resume))
         write_csv(arguments.output, arguments.data)
 
 

@@ -6,43 +6,40 @@ import statistics
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from ptv2_fast.training import run_folder
+from ptv2_fast.training.machine import processor_name
 from ptv2_fast.training.options import RunConfig
-from ptv2_fast.training.order import Batching
-from ptv2_fast.training.prepare import Prepared, prepare, training_arguments
+from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
+from ptv2_fast.training.trainer_arguments import training_arguments
 
-TIMES = "step-seconds.json"  # in the folder of a task
 TURNS, WARM_UP_STEPS, TIMED_STEPS = 3, 3, 20
 
 
-def time_steps(configs: dict[str, RunConfig], folder: Path) -> None:
-    """Measure the seconds of a step of each run, in turn, and write them into TIMES in the folder.
+def time_steps(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
+    """The seconds of a step of each run, measured in turn, with what else the machine did, and its
+    name.
 
-    Each turn draws its batches by a seed of its own, the same for all runs. What is there of other
-    runs stays.
+    Each turn draws its batches by a seed of its own, the same for all runs.
 
     Args:
         configs: of runs whose epochs end by their steps.
-        folder: created when missing.
     """
     started, busy, own = time.monotonic(), _busy_seconds(), time.process_time()
     seconds: dict[str, list[float]] = {name: [] for name in configs}
     for turn in range(TURNS):
         for name, config in configs.items():
             seconds[name].append(_step_seconds(config, seed=turn))
-            print(f"{folder.name}/{name}: {seconds[name][-1]:.4f} s a step", flush=True)
-    load = {}
+            print(f"{name}: {seconds[name][-1]:.4f} s a step", flush=True)
+    more: dict[str, Any] = {"timed on": processor_name()}
     if busy is not None:
         others = (_busy_seconds() or busy) - busy - (time.process_time() - own)
-        load = {"cores used by others": round(max(0.0, others / (time.monotonic() - started)), 2)}
-    file = folder / TIMES
-    known = run_folder.read_json(file) if file.is_file() else {}
-    for name, turns in seconds.items():
-        known[name] = {"step seconds": statistics.fmean(turns), "turns": turns, **load}
-    folder.mkdir(parents=True, exist_ok=True)
-    run_folder.write_json(file, known)
+        more["cores used by others"] = round(max(0.0, others / (time.monotonic() - started)), 2)
+    return {
+        name: {"step seconds": statistics.fmean(turns), **more} for name, turns in seconds.items()
+    }
 
 
 def _step_seconds(config: RunConfig, seed: int) -> float:
@@ -53,22 +50,16 @@ def _step_seconds(config: RunConfig, seed: int) -> float:
     config = RunConfig.from_dict(config.flat() | changes)
     with tempfile.TemporaryDirectory() as place:
         prepared = prepare(config, Path(place) / "run")
-        for split in set(prepared.features) - {"train"}:  # whose scoring takes longer
-            del prepared.features[split]
+        features = prepared.part.features
+        for split in set(features) - {"train"}:  # whose scoring takes longer
+            del features[split]
         prepared.arguments = training_arguments(
-            config, prepared.folder, *size_of_epoch(prepared), None
+            config, prepared.folder, len(features["train"]), *prepared.batches, None
         )
         train(prepared)
         lines = (prepared.folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()
     seconds = {line["step"]: line["train_seconds"] for line in map(json.loads, lines)}
     return (seconds[count] - seconds[WARM_UP_STEPS]) / TIMED_STEPS
-
-
-def size_of_epoch(prepared: Prepared) -> tuple[int, int]:
-    """Examples and batches."""
-    batching = Batching.of(prepared.config.training)
-    lengths = batching.lengths_of(prepared.features["train"])
-    return len(lengths), batching.count(lengths)
 
 
 def _busy_seconds() -> float | None:

@@ -1,25 +1,24 @@
 """How soon a recipe reaches fine-tuning's score: python -m bench.time_to_score DATA OUTPUT [TASK]
 
 DATA is what bench.experiment_data wrote; time_to_score.yaml says what is compared. A task that is
-held out runs only when it is named. Each run is a folder OUTPUT/TASK/RUN: a finished one is not
-repeated, one that was interrupted goes on. After each run results/time-to-score.csv is written from
-all that is in OUTPUT, beside the rows of other runs that it holds already.
+held out runs only when it is named. Each run is a folder OUTPUT/TASK/RUN, and a row in
+results/time-to-score.csv when it is finished. One whose row is there is not repeated, wherever its
+folder is, unless its options have changed; one that was interrupted goes on.
 
 With --time nothing is trained: the seconds of a step of each recipe are measured, the recipes in
-turn, on a machine that does nothing else. Seconds to a score are steps to it times those: whole
-runs take hours, and scores, unlike seconds, do not depend on what else a machine does meanwhile.
-Scoring and saving are not counted. A recipe reaches a mark, a part of the validation score that
-fine-tuning with the same seed ends with, where the straight line between two evaluations does. The
-row with the seed "mean" has the means of a recipe's seeds, and of a mark only where all have
-reached it.
+turn, on a machine that does nothing else, and written into the rows that are there. Seconds to a
+score are steps to it times those: whole runs take hours, and scores, unlike seconds, do not depend
+on what else a machine does meanwhile. Scoring and saving are not counted. A recipe reaches a mark,
+a part of the validation score that fine-tuning with the same seed ends with, where the straight
+line between two evaluations does. The row with the seed "mean" has the means of a recipe's seeds,
+and of a mark only where all have reached it.
 """
 
 import argparse
 import dataclasses
-import itertools
 import json
+import re
 import shutil
-import statistics
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -30,24 +29,21 @@ import transformers
 import yaml
 
 from bench import experiments
-from bench.experiments import best_rate, command, variant_name
-from bench.measure import RESULTS, merge_csv
-from bench.step_times import TIMES, size_of_epoch, time_steps
+from bench.experiments import command, variant_name
+from bench.measure import RESULTS, write_csv
+from bench.score_rows import KEY, REFERENCE, Curve, Row, best_rates, compared, read_rows
+from bench.step_times import time_steps
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.dry_run import steps
 from ptv2_fast.training.options import RunConfig, with_changes
-from ptv2_fast.training.prepare import Prepared, prepare, training_arguments
+from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.prepared_run import PreparedRun
 from ptv2_fast.training.run import train
+from ptv2_fast.training.trainer_arguments import training_arguments
 
 PLAN = Path(__file__).with_suffix(".yaml")
 CSV = RESULTS / "time-to-score.csv"
-REFERENCE = "fine-tuning"
-MARKS = (90, 95, 98)
-KEY = ("task", "recipe", "learning rate", "seed")
-_MEANS = ("validation", "test", "train seconds", "step seconds", "kept bytes")
-
-Curve = list[tuple[float, float]]  # (steps, score) of each evaluation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,31 +59,50 @@ class Task:
     """Recipes by name, fine-tuning among them.
 
     Attributes:
+        name: the task's.
         seeds: the first one chooses the learning rates.
         evaluations: in a run.
+        data: the folder of the data.
         held_out: it runs when it is named.
     """
 
+    name: str
     recipes: dict[str, Recipe]
     seeds: list[int]
     evaluations: int
+    data: Path
     held_out: bool = False
 
-    def run(self, folder: Path) -> Iterator[str]:
-        """Do the runs that are not finished; yields the name of each."""
+    def run(self, output: Path) -> Iterator[str]:
+        """Do the runs that the CSV file does not have, and write their rows; yields their names."""
         first, *others = self.seeds
         for name, recipe in self.recipes.items():
             for rate in recipe.rates:
-                yield self._run(folder, name, rate, first)
+                yield from self._run(output, name, rate, first)
+            best = best_rates(self._rows(), {name: recipe.rates}, first)[name]
             for seed in others:
-                yield self._run(folder, name, best_rate(folder, name, recipe.rates, first), seed)
+                yield from self._run(output, name, best, seed)
 
-    def _run(self, folder: Path, name: str, rate: float, seed: int) -> str:
+    def _run(self, output: Path, name: str, rate: float, seed: int) -> Iterator[str]:
         changes = {"learning_rate": rate, "seed": seed}
         config = RunConfig.from_dict(self.recipes[name].base.flat() | changes)
+        keys = dict(zip(KEY, (self.name, name, rate, seed), strict=True))
+        known = [row for row in self._rows() if all(row[key] == keys[key] for key in KEY)]
+        if any(_without_interval(row["command"]) == command(config, self.data) for row in known):
+            return
         run = f"{variant_name(name, rate)}-seed-{seed}"
-        train_scored(config, folder / run, self.evaluations)
-        return run
+        yield run
+        train_scored(config, output / self.name / run, self.evaluations)
+        row = figures(output / self.name / run, self.data)
+        write_rows(self, output, [keys | {"held out": self.held_out} | row])
+
+    def _rows(self) -> list[Row]:
+        return [row for row in read_rows(CSV) if row["task"] == self.name]
+
+
+def _without_interval(text: str) -> str:
+    """A command without what `train_scored` adds to it."""
+    return re.sub(r" --eval-steps \d+", "", text)
 
 
 def train_scored(config: RunConfig, folder: Path, evaluations: int) -> None:
@@ -115,14 +130,15 @@ def _scored_every(config: RunConfig, count: int | None) -> RunConfig:
     return dataclasses.replace(config, training=training)
 
 
-def _score_evenly(prepared: Prepared, evaluations: int) -> None:
-    examples, batches = size_of_epoch(prepared)
-    total = steps(prepared, batches)
+def _score_evenly(prepared: PreparedRun, evaluations: int) -> None:
+    total = steps(prepared)
     if total is None:
         raise ValueError("num_train_epochs: expected a run that ends by its steps")
-    prepared.config = _scored_every(prepared.config, max(1, round(total / evaluations)))
+    part = prepared.part
+    config = _scored_every(part.config, max(1, round(total / evaluations)))
+    prepared.config = part.config = config
     prepared.arguments = training_arguments(
-        prepared.config, prepared.folder, examples, batches, prepared.task.metric
+        config, prepared.folder, len(part.features["train"]), *prepared.batches, part.task.metric
     )
 
 
@@ -134,131 +150,26 @@ def curve_of(folder: Path, metric: str) -> Curve:
     return [(line["step"], line[name]) for line in lines if name in line]
 
 
-def steps_to(curve: Curve, mark: float) -> float | None:
-    """When a score is first reached, on straight lines between evaluations; None = never.
-
-    The first evaluation counts whole: what came before it is not known.
-    """
-    if curve and curve[0][1] >= mark:
-        return curve[0][0]
-    for (start, low), (end, high) in itertools.pairwise(curve):
-        if high >= mark:
-            return start + (end - start) * (mark - low) / (high - low)
-    return None
-
-
-def rows_of(task: Task, name: str, folder: Path, data: Path) -> list[dict[str, Any]]:
-    """The finished runs of a task, and a row of means for each recipe whose seeds are all there."""
-    first = task.seeds[0]
-    chosen = {
-        recipe: best_rate(folder, recipe, options.rates, first)
-        for recipe, options in task.recipes.items()
-    }
-    references = {
-        seed: _finished(folder, REFERENCE, chosen[REFERENCE], seed) for seed in task.seeds
-    }
-    times = run_folder.read_json(folder / TIMES) if (folder / TIMES).is_file() else {}
-    rows = []
-    for recipe, options in task.recipes.items():
-        for rate in options.rates:
-            own = []
-            for seed in task.seeds:
-                run = _finished(folder, recipe, rate, seed)
-                if run is None:
-                    continue
-                keys = dict(zip(KEY, (name, recipe, rate, seed), strict=True))
-                more = {"held out": task.held_out, "chosen": rate == chosen[recipe]}
-                figures = _figures(run, recipe, references[seed], times)
-                own.append(keys | more | figures | _origin(run, data))
-            rows += own
-            if len(own) == len(task.seeds) and rate == chosen[recipe]:
-                rows.append(_mean(own))
-    return rows
-
-
-def _finished(folder: Path, recipe: str, rate: float, seed: int) -> Path | None:
-    run = folder / f"{variant_name(recipe, rate)}-seed-{seed}"
-    return run if (run / run_folder.REPORT).is_file() else None
-
-
-def _figures(
-    run: Path, recipe: str, reference: Path | None, times: dict[str, Any]
-) -> dict[str, Any]:
-    """The figures of a run.
-
-    Args:
-        run: its folder.
-        recipe: its name.
-        reference: the folder of fine-tuning with the same seed, if that has run.
-        times: what `time_steps` wrote; without it there are no seconds.
-    """
+def figures(run: Path, data: Path) -> Row:
+    """What a run alone says: its row but for the key and for what compares it with others."""
     report = run_folder.read_report(run)
+    config, _ = run_folder.read_run_config(run)
     metric, metrics = report["metric"], report["metrics"]
-    timed = times.get(recipe, {})
-    step = timed.get("step seconds")
-    row = {
+    curve = [(count, round(value, 5)) for count, value in curve_of(run, metric)]
+    return {
         "method": report["method"],
         "metric": metric,
         "validation": metrics["validation"][metric],
         "test": metrics.get("test", {}).get(metric),
-        "train seconds": _product(report["steps"], step),
         "steps": report["steps"],
-        "step seconds": step,
-        "cores used by others": timed.get("cores used by others"),
         "kept bytes": report["kept_bytes"],
         "trainable parameters": report["trainable_parameters"],
-    }
-    curve = curve_of(run, metric)
-    if reference is not None:
-        whole = run_folder.read_report(reference)
-        goal = whole["metrics"]["validation"][metric]
-        its_step = times.get(REFERENCE, {}).get("step seconds")
-        its_seconds = _product(whole["steps"], its_step)
-        row["validation / fine-tuning"] = _ratio(row["validation"], goal)
-        row["test / fine-tuning"] = _ratio(
-            row["test"], whole["metrics"].get("test", {}).get(metric)
-        )
-        row["seconds / fine-tuning's whole"] = _ratio(row["train seconds"], its_seconds)
-        for mark in MARKS if goal > 0 else ():
-            seconds = _product(steps_to(curve, goal * mark / 100), step)
-            its = _product(steps_to(curve_of(reference, metric), goal * mark / 100), its_step)
-            row |= {
-                f"seconds to {mark} %": seconds,
-                f"to {mark} % / fine-tuning's": _ratio(seconds, its),
-                f"to {mark} % / fine-tuning's whole": _ratio(seconds, its_seconds),
-            }
-    return row | {"curve": json.dumps([(count, round(v, 5)) for count, v in curve])}
-
-
-def _product(value: float | None, other: float | None) -> float | None:
-    return None if value is None or other is None else value * other
-
-
-def _ratio(value: float | None, other: float | None) -> float | None:
-    return None if value is None or not other else value / other
-
-
-def _origin(run: Path, data: Path) -> dict[str, Any]:
-    report = run_folder.read_report(run)
-    config, _ = run_folder.read_run_config(run)
-    return {
+        "curve": json.dumps(curve),
         "threads": report["machine"]["threads"],
         "processor": report["machine"]["processor"],
         "versions": json.dumps(report["versions"]),
         "command": command(config, data),
     }
-
-
-def _mean(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """The means over the seeds, None where a seed has no value."""
-    first = rows[0]
-    ratios = [name for name in first if "/ fine-tuning" in name or name.startswith("seconds to ")]
-    row = {name: first[name] for name in (*KEY, "held out", "chosen", "method", "metric")}
-    row["seed"] = "mean"
-    for name in (*_MEANS, *ratios):
-        found = [r.get(name) for r in rows]
-        row[name] = None if None in found else statistics.fmean(found)
-    return row
 
 
 def read_plan(data: Path, output: Path) -> dict[str, Task]:
@@ -276,7 +187,7 @@ def read_plan(data: Path, output: Path) -> dict[str, Task]:
             for recipe, options in plan["recipes"][entry["recipes"]].items()
         }
         tasks[name] = Task(
-            recipes, plan["seeds"], plan["evaluations"], entry.get("held_out", False)
+            name, recipes, plan["seeds"], plan["evaluations"], data, entry.get("held_out", False)
         )
     return tasks
 
@@ -303,20 +214,27 @@ def make_recipe(options: dict[str, Any], base: dict[str, Any], variants: dict[st
     return Recipe(RunConfig.from_dict(with_changes(values, options)), rates)
 
 
-def run_task(name: str, task: Task, data: Path, output: Path) -> None:
-    """Do what is not finished of a task, and write the CSV file after each run."""
-    for run in task.run(output / name):
-        print(f"{name}/{run}", flush=True)
-        write_rows(name, task, data, output)
-
-
-def write_rows(name: str, task: Task, data: Path, output: Path) -> None:
-    """Write what is finished of a task into the CSV file, of which other runs' rows stay.
+def write_rows(
+    task: Task, output: Path, rows: list[Row], seconds: dict[str, Row] | None = None
+) -> None:
+    """Write runs of a task into the CSV file, and compare all of the task's that it has.
 
     Several processes may do so, each with a task of its own.
+
+    Args:
+        task: the runs'.
+        output: has the lock.
+        rows: of `figures`, with their keys; they take the place of those with the same keys.
+        seconds: what `time_steps` found, by recipe.
     """
     with filelock.FileLock(output / "csv.lock"):
-        merge_csv(CSV, rows_of(task, name, output / name, data), KEY)
+        known = {tuple(row[key] for key in KEY): row for row in [*read_rows(CSV), *rows]}
+        own = [row for row in known.values() if row["task"] == task.name]
+        for row in own:
+            row |= (seconds or {}).get(row["recipe"], {})
+        others = [row for row in known.values() if row["task"] != task.name]
+        rates = {name: recipe.rates for name, recipe in task.recipes.items()}
+        write_csv(CSV, [*others, *compared(own, rates, task.seeds)])
 
 
 def main() -> None:
@@ -349,10 +267,10 @@ def main() -> None:
         with filelock.FileLock(arguments.output / f"{name}.lock", timeout=0):
             if arguments.time:
                 configs = {key: recipe.base for key, recipe in task.recipes.items()}
-                time_steps(configs, arguments.output / name)
-                write_rows(name, task, arguments.data, arguments.output)
+                write_rows(task, arguments.output, [], time_steps(configs))
             else:
-                run_task(name, task, arguments.data, arguments.output)
+                for run in task.run(arguments.output):
+                    print(f"{name}/{run}", flush=True)
 
 
 if __name__ == "__main__":

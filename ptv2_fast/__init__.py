@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ptv2_fast.ops.backends import backends
     from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
     from ptv2_fast.training.bank import AdapterBank
-    from ptv2_fast.training.opening import load
+    from ptv2_fast.training.models import load
 
 __version__ = "0.1.0"
 
@@ -40,7 +40,7 @@ _LAZY = {
     "disabled": "ptv2_fast.encoders",
     "disentangled_prefix_attention": "ptv2_fast.ops",
     "get_nb_trainable_parameters": "ptv2_fast.encoders",
-    "load": "ptv2_fast.training.opening",
+    "load": "ptv2_fast.training.models",
     "load_adapter": "ptv2_fast.adapters",
     "prefix_attention": "ptv2_fast.ops",
     "prefix_attention_with_lse": "ptv2_fast.ops",

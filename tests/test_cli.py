@@ -92,7 +92,7 @@ def test_runs_of_earlier_versions_take_the_best_label_of_each_word(trained, tmp_
     assert run.task.affinity is None and run.task.options.decoding == "argmax"
     assert read_config_file(folder / "config.json")["decoding"] == "argmax"
     goes_on = prepare(run.config, folder, resume=True)
-    assert goes_on.task.affinity is None and goes_on.found == content["found"]
+    assert goes_on.part.task.affinity is None and goes_on.metadata == content["found"]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ from ptv2_fast.encoders.blocks import Heads
 from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from ptv2_fast.encoders.families import FAMILIES
 from ptv2_fast.training.baselines import PROMPT, add_prompt, trained_tensors
-from ptv2_fast.training.fitting import check_dropout, set_dropout
+from ptv2_fast.training.dropout import check_dropout, set_dropout
 from ptv2_fast.training.methods import METHODS, longest_input, prepare_model
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import ModelOptions, RunConfig
@@ -90,7 +90,7 @@ def takes_types(model) -> bool:
 def test_each_kind_of_family_trains_and_its_run_opens(model_type, tiny, tmp_path):
     model = save_model(model_type, tiny, tmp_path / "model")
     prepared = prepare(run_config(model, tiny, TASKS[model_type]), tmp_path / "run")
-    assert prepared.max_length == longest_input(prepared.model, prepared.config.model)[0]
+    assert prepared.part.max_length == longest_input(prepared.model, prepared.config.model)[0]
     before = {name: tensor.clone() for name, tensor in trained_tensors(prepared.model).items()}
     train(prepared)
     after = trained_tensors(prepared.model)

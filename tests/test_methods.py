@@ -18,7 +18,7 @@ from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import ModelOptions, RunConfig
 from ptv2_fast.training.prepare import choose_max_length, prepare
 from ptv2_fast.training.run import train
-from ptv2_fast.training.scoring import predict
+from ptv2_fast.training.scoring import run_model
 from tests.models import (
     MODEL_TYPES,
     MODELS,
@@ -170,9 +170,9 @@ def test_a_run_learns_and_its_folder_scores_the_same(method, data, tiny, tmp_pat
     (scores,) = report["metrics"].values()
     assert scores["f1"] > 0.9
     loaded = load_run(tmp_path / "run")
-    validation = prepared.features["validation"]
-    again = predict(loaded.model, loaded.task, validation, loaded.tokenizer, loaded.labels)
-    trained = predict(prepared.model, loaded.task, validation, loaded.tokenizer, loaded.labels)
+    validation = prepared.part.features["validation"]
+    again = run_model(loaded, validation).results
+    trained = run_model(prepared.part, validation).results
     assert again == trained, "to the last bit"
 
 
@@ -208,8 +208,8 @@ def test_a_killed_run_resumes_to_the_same_bits(method, tiny, tmp_path, caplog):
 def test_the_best_checkpoint_is_what_is_saved(method, tiny, tmp_path, monkeypatch):
     scores, states = iter([0.1, 0.9, 0.3]), []
 
-    def score(model, *unused):
-        states.append({name: t.clone() for name, t in final_tensors(model).items()})
+    def score(part, *unused):
+        states.append({name: t.clone() for name, t in final_tensors(part.model).items()})
         return {"f1": next(scores)}
 
     monkeypatch.setattr(trainer, "score", score)

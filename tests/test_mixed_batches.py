@@ -13,8 +13,8 @@ from torch.nn.parallel import DistributedDataParallel
 from ptv2_fast.training.multitask.heads import TaskHeads, take_head
 from ptv2_fast.training.multitask.order import MultiTaskOrder
 from ptv2_fast.training.multitask.shared_pass import SharedPass, check_shared_pass
-from ptv2_fast.training.multitask.train import MultiTaskTrainer
 from ptv2_fast.training.order import Batching
+from ptv2_fast.training.trainer import TaskTrainer
 from tests.models import (
     BACKBONES,
     assert_close_to_model,
@@ -124,7 +124,7 @@ def test_models_without_a_backbone_inside_are_refused_for_mixed_batches():
         check_shared_pass(model)
 
 
-def uneven(trainer: MultiTaskTrainer) -> tuple[dict, list[int]]:
+def uneven(trainer: TaskTrainer) -> tuple[dict, list[int]]:
     """A batch with unequal numbers of rows of the data sets, and these."""
     for batch in trainer.get_train_dataloader():
         rows = [len(part["input_ids"]) for _, part in batch["parts"]]
@@ -133,7 +133,7 @@ def uneven(trainer: MultiTaskTrainer) -> tuple[dict, list[int]]:
     raise AssertionError("no such batch")
 
 
-def gradients_of(trainer: MultiTaskTrainer, loss: Tensor) -> list[Tensor]:
+def gradients_of(trainer: TaskTrainer, loss: Tensor) -> list[Tensor]:
     trained = [p for p in trainer.model.parameters() if p.requires_grad]
     return [loss.detach(), *torch.autograd.grad(loss, trained)]
 

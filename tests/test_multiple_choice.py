@@ -9,7 +9,7 @@ import torch
 from ptv2_fast import cli
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import file_source
-from ptv2_fast.training.models import load_tokenizer
+from ptv2_fast.training.pretrained import load_tokenizer
 from tests.models import one_thread, tiny_model  # noqa: F401
 from tests.superglue_files import WRITERS
 from tests.tiny_run import save_tiny_model

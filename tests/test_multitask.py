@@ -6,6 +6,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import datasets
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,16 +14,20 @@ from transformers import TrainerCallback
 
 from ptv2_fast import cli, load_adapter, save_adapter
 from ptv2_fast.adapters import load_prefix
-from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.callbacks import StepClock
 from ptv2_fast.training.models import load_run
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.multitask.heads import TaskHeads, take_head
-from ptv2_fast.training.multitask.order import MultiTaskOrder, batches_per_epoch
-from ptv2_fast.training.multitask.train import MultiTaskTrainer, prepare_tasks, train_tasks
+from ptv2_fast.training.multitask.order import (
+    CombinedRows,
+    MultiTaskOrder,
+    batches_per_epoch,
+)
 from ptv2_fast.training.options import RunConfig, options_of_run
 from ptv2_fast.training.order import Batching
 from ptv2_fast.training.prepare import prepare
-from ptv2_fast.training.run import pace
+from ptv2_fast.training.run import train
+from ptv2_fast.training.trainer import TaskTrainer
 from tests.models import (
     P,
     attached,
@@ -183,6 +188,14 @@ def test_batches_of_tokens_are_of_one_data_set():
     assert len(seen) == 140
 
 
+def test_rows_of_several_tables_come_in_the_order_that_is_asked_for():
+    tables = [datasets.Dataset.from_dict({"a": rows}) for rows in ([0, 1, 2], [3, 4])]
+    rows = CombinedRows(tables)
+    assert len(rows) == 5 and rows[1] == (0, {"a": 1})
+    found = [(number, row["a"]) for number, row in rows.__getitems__([4, 0, 3, 2])]
+    assert found == [(1, 4), (0, 0), (1, 3), (0, 2)]
+
+
 @pytest.mark.parametrize("model_type", ["bert", "roberta", "electra"])
 @pytest.mark.parametrize("head", ["sequence", "token", "question", "choice"])
 def test_the_active_head_is_that_of_its_own_model(model_type, head):
@@ -216,9 +229,8 @@ def test_an_adapter_of_one_head_loads_into_a_plain_model(tmp_path):
     assert not plain(**batch).logits.equal(model(**batch).logits)
 
 
-def make_trainer(tiny, folder: Path, **changes) -> MultiTaskTrainer:
-    prepared = prepare_tasks(multi_config(tiny, **changes), folder)
-    return MultiTaskTrainer(prepared, **pace(prepared.config.training, StepClock(), folder))
+def make_trainer(tiny, folder: Path, **changes) -> TaskTrainer:
+    return TaskTrainer(prepare(multi_config(tiny, **changes), folder), StepClock())
 
 
 def test_a_batch_trains_the_prefix_and_its_own_head_only(tiny, tmp_path):
@@ -260,13 +272,13 @@ def test_a_killed_run_resumes_to_the_same_bits(method, batch, tiny, tmp_path):
         tiny, max_steps=30, save_steps=5, eval_steps=5, dropout=0.1, temperature=3, method=method
     )
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    report = train_tasks(prepare_tasks(config, whole))
+    report = train(prepare(config, whole))
     with pytest.raises(KeyboardInterrupt):
-        train_tasks(prepare_tasks(config, killed), [Kill()])
+        train(prepare(config, killed), [Kill()])
     cache = str(tmp_path / "cache")
     tasks = tuple(dataclasses.replace(task, feature_cache=cache) for task in config.tasks)
     config = dataclasses.replace(config, tasks=tasks)
-    again = train_tasks(prepare_tasks(config, killed, resume=True))
+    again = train(prepare(config, killed, resume=True))
     assert again["metrics"] == report["metrics"]
     assert report["mixed_batches"] is config.mixed_batches is ("mixed_batches" in batch)
     assert not (killed / "checkpoints").exists()
@@ -278,13 +290,13 @@ def test_a_killed_run_resumes_to_the_same_bits(method, batch, tiny, tmp_path):
         tasks = [tiny["tasks"][0], {**tiny["tasks"][1], "max_length": 19}]
         changed = multi_config(tiny, tasks=tasks, max_steps=30, save_steps=5, eval_steps=5,
                                dropout=0.1, method=method)  # fmt: skip
-        prepare_tasks(changed, killed, resume=True)
+        prepare(changed, killed, resume=True)
 
 
 @pytest.mark.parametrize("method", ["fine-tuning", "prompt-tuning"])
 def test_other_methods_share_what_they_train(method, tiny, tmp_path):
     config = multi_config(tiny, method=method, max_steps=12, learning_rate=1e-2)
-    report = train_tasks(prepare_tasks(config, tmp_path))
+    report = train(prepare(config, tmp_path))
     runs = [load_run(tmp_path / "tasks" / name) for name in ("first", "second")]
     batch = {"input_ids": torch.tensor([[2, 5, 9, 3]])}
     assert [run.model(**batch).logits.shape[-1] for run in runs] == [3, 4]
@@ -305,7 +317,7 @@ def test_continuation_starts_with_the_trained_prefix_and_head(place, trained, ti
     assert prepared.model.prefix_encoder.embedding.weight.requires_grad
     names = None if place.endswith("adapter") else ["first", "second"]
     started = {"folder": str(trained / place), "trained_with": names, "head": True}
-    assert prepared.found["started_from"] == started
+    assert prepared.metadata["started_from"] == started
 
 
 def test_continuation_on_other_labels_takes_the_prefix_alone(trained, tiny, tmp_path):
@@ -315,7 +327,7 @@ def test_continuation_on_other_labels_takes_the_prefix_alone(trained, tiny, tmp_
     weights = [run.model.prefix_encoder.embedding.weight for run in (prepared, before)]
     assert weights[0].equal(weights[1])
     assert not prepared.model.classifier.weight.equal(before.model.classifier.weight)
-    assert prepared.found["started_from"]["head"] is False
+    assert prepared.metadata["started_from"]["head"] is False
     whole = prepare(single_config(tiny, 1, start_from=str(trained)), tmp_path / "run")
     assert whole.model.classifier.weight.equal(before.model.classifier.weight)
 

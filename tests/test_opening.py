@@ -16,9 +16,9 @@ from ptv2_fast import PTuningV2Config, cli
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.tasks.token_classification import TokenClassification
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.models import load_pretrained
 from ptv2_fast.training.options import ModelOptions, RunConfig
 from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.pretrained import load_pretrained
 from ptv2_fast.training.run import train
 from tests.models import attached, make_batch, one_thread, tiny_config  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll

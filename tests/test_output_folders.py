@@ -20,8 +20,8 @@ from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from ptv2_fast.training.search.space import check_space, default_space
-from ptv2_fast.training.start import find_starts
 from ptv2_fast.training.sweeps.plan import read_sweep
+from ptv2_fast.training.warm_start import find_starts
 from tests.models import one_thread  # noqa: F401
 from tests.report_runs import write_run
 from tests.tiny_run import save_tiny_model, write_reviews
@@ -124,7 +124,7 @@ def test_one_of_several_processes_overwrites_while_the_others_wait(tmp_path, mon
         ranks.own.rank = rank
         if rank == 0:
             time.sleep(0.2)  # the other one is there first
-        with output.alone(tmp_path, "run", True, lambda: None):
+        with output.locked(tmp_path, "run", True, lambda: None):
             seen[rank] = (tmp_path / "old").exists()
             if rank == 0:
                 (tmp_path / "new").write_text("")
@@ -199,7 +199,10 @@ def test_two_trains_into_one_new_folder_are_one_run(tiny, tmp_path):
     first, second, third = (
         prepare(RunConfig.from_dict(tiny | {"seed": seed}), tmp_path / "run") for seed in (1, 2, 3)
     )
-    with run_folder.begun(first.folder, first.config, first.found, resume=False, overwrite=False):
+    lock = run_folder.locked_run(
+        first.folder, first.config, first.metadata, resume=False, overwrite=False
+    )
+    with lock:
         with pytest.raises(ValueError, match="another process is writing into"):
             train(second)
     with pytest.raises(ValueError, match="expected a new or empty folder"):

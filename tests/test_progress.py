@@ -37,10 +37,7 @@ def test_final_weights_are_scored_once(changes, tiny, tmp_path, monkeypatch):  #
     best = max(scored, key=lambda step: scored[step]["f1"])
     assert found == scored[best if len(changes) == 1 and changes["save_steps"] else 6]
     wrong: dict = {}
-    assert found == score(
-        prepared.model, prepared.task, prepared.features["validation"], prepared.tokenizer,
-        prepared.labels, wrong=wrong,
-    )  # fmt: skip
+    assert found == score(prepared.part, prepared.part.features["validation"], wrong=wrong)
     assert json.loads((tmp_path / "run" / "mistakes.json").read_text()) == {"validation": wrong}
 
 

@@ -13,7 +13,7 @@ from ptv2_fast import cli
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.answer_spans import Window, allow_no_answer, best_spans, find_answers
 from ptv2_fast.tasks.sources import file_source
-from ptv2_fast.training.models import load_tokenizer
+from ptv2_fast.training.pretrained import load_tokenizer
 from tests.models import one_thread  # noqa: F401
 from tests.squad_files import WRITERS, question, write_squad
 from tests.tiny_run import save_tiny_model

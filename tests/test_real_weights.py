@@ -17,8 +17,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AlbertForMaskedLM, BertModel, PreTrainedModel, RobertaForMaskedLM
 
 from bench.minilm_as_deberta import as_deberta_v2
-from ptv2_fast.training.models import load_tokenizer
 from ptv2_fast.training.packages import package_file
+from ptv2_fast.training.pretrained import load_tokenizer
 from tests.models import (
     BACKBONES,
     MODEL_TYPES,

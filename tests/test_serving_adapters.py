@@ -23,9 +23,10 @@ from ptv2_fast.serving.errors import RequestError
 from ptv2_fast.serving.options import ServeOptions
 from ptv2_fast.tasks.task import Task
 from ptv2_fast.training.bank import AdapterBank
-from ptv2_fast.training.models import load_encoder, load_run
+from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.pretrained import load_encoder
 from ptv2_fast.training.run import train
 from ptv2_fast.training.scoring import predict_texts
 from tests.models import one_thread  # noqa: F401

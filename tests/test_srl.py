@@ -10,7 +10,7 @@ from ptv2_fast import cli
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import TYPED, file_source, find_sources
 from ptv2_fast.tasks.task import Examples
-from ptv2_fast.training.models import load_tokenizer
+from ptv2_fast.training.pretrained import load_tokenizer
 from tests.conll_files import WRITERS, verbs_with_roles
 from tests.models import one_thread  # noqa: F401
 from tests.test_ner import byte_level_tokenizer

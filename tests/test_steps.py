@@ -13,7 +13,7 @@ from ptv2_fast.training import trainer
 from ptv2_fast.training.baselines import trained_tensors
 from ptv2_fast.training.dry_run import describe_run
 from ptv2_fast.training.models import load_run
-from ptv2_fast.training.order import LengthGroupedOrder, TokenOrder
+from ptv2_fast.training.order import Batching, LengthGroupedOrder
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from tests.models import make_batch, one_thread, tiny_model  # noqa: F401
@@ -22,7 +22,7 @@ from tests.test_training import FakeClock, run_config, tiny  # noqa: F401
 
 def test_the_order_groups_lengths_and_depends_on_seed_and_epoch_alone():
     lengths = torch.randint(1, 100, (1003,)).tolist()
-    order = LengthGroupedOrder(lengths, batch_size=4, seed=3)
+    order = LengthGroupedOrder(lengths, Batching(4, None), seed=3)
     first = list(order)
     assert sorted(first) == list(range(1003))
     assert list(order) == first
@@ -35,7 +35,7 @@ def test_the_order_groups_lengths_and_depends_on_seed_and_epoch_alone():
     second = list(order)
     assert second != first
     torch.rand(1)  # another state of the global generator
-    fresh = LengthGroupedOrder(lengths, batch_size=4, seed=3)
+    fresh = LengthGroupedOrder(lengths, Batching(4, None), seed=3)
     fresh.set_epoch(1)
     assert list(fresh) == second
     means = [sum(lengths[i] for i in first[k : k + 4]) for k in range(0, 200, 4)]
@@ -45,7 +45,7 @@ def test_the_order_groups_lengths_and_depends_on_seed_and_epoch_alone():
 def test_batches_of_tokens_have_similar_lengths_and_about_as_many_tokens():
     generator = torch.Generator().manual_seed(0)
     lengths = [*torch.randint(1, 100, (1002,), generator=generator).tolist(), 5000]
-    order = TokenOrder(lengths, tokens=400, seed=3)
+    order = LengthGroupedOrder(lengths, Batching(None, 400), seed=3)
     assert order.count == math.ceil(sum(lengths) / 400)
     first = order.batches()
     assert len(first) == order.count
@@ -57,9 +57,9 @@ def test_batches_of_tokens_have_similar_lengths_and_about_as_many_tokens():
     assert sum(max(batch) - min(batch) for batch in others) / len(others) < 10
     order.set_epoch(1)
     assert order.batches() != first
-    fresh = TokenOrder(lengths, tokens=400, seed=3)
+    fresh = LengthGroupedOrder(lengths, Batching(None, 400), seed=3)
     assert fresh.batches() == first and list(fresh) == [i for batch in first for i in batch]
-    few = TokenOrder([7, 900, 7], tokens=1, seed=0)
+    few = LengthGroupedOrder([7, 900, 7], Batching(None, 1), seed=0)
     assert sorted(few.batches()) == [[0], [1], [2]]
 
 
@@ -75,7 +75,7 @@ def test_a_run_of_batches_of_tokens_resumes_within_an_epoch(tiny, tmp_path):  # 
                 raise KeyboardInterrupt
 
     whole = prepare(config, tmp_path / "whole")
-    assert sum(whole.features["train"].lengths) == 24 * 7 + 24 * 2
+    assert sum(whole.part.features["train"].lengths) == 24 * 7 + 24 * 2
     described = describe_run(whole)["run"]
 
     def count(model, args, kwargs):
@@ -153,8 +153,8 @@ def test_a_run_with_an_average_scores_and_ends_with_it(method, tiny, tmp_path, m
     from the checkpoint before one that has lost its average."""
     scored, after_steps = [], []
 
-    def score(model, *unused):
-        scored.append({k: v.clone() for k, v in trained_tensors(model).items()})
+    def score(part, *unused):
+        scored.append({k: v.clone() for k, v in trained_tensors(part.model).items()})
         return {"f1": (0.1, 0.9, 0.3)[len(scored) - 1]}
 
     class Watch(TrainerCallback):
@@ -209,7 +209,7 @@ def test_label_smoothing_is_torchs(tiny, tmp_path):  # noqa: F811
             wanted.append(output.logits.detach().clone())
 
     prepared.model.register_forward_hook(loss, with_kwargs=True)
-    collate, labels = prepared.task.collator(prepared.tokenizer), []
+    collate, labels = prepared.part.task.collator(prepared.tokenizer), []
 
     def collator(tokenizer):
         def collate_and_keep(rows):
@@ -219,7 +219,7 @@ def test_label_smoothing_is_torchs(tiny, tmp_path):  # noqa: F811
 
         return collate_and_keep
 
-    prepared.task.collator = collator
+    prepared.part.task.collator = collator
     train(prepared)
     line = json.loads((tmp_path / "run/metrics.jsonl").read_text().splitlines()[0])
     smoothed = nn.functional.cross_entropy(

@@ -14,9 +14,9 @@ import torch
 from ptv2_fast.tasks import DataOptions, make_task
 from ptv2_fast.tasks.sources import TYPED, file_source, find_sources
 from ptv2_fast.tasks.task import Examples
-from ptv2_fast.training.models import load_tokenizer
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import read_data
+from ptv2_fast.training.pretrained import load_tokenizer
 from tests.superglue_files import WRITERS
 from tests.tiny_run import save_tiny_model, tagged_sentences, write_conll, write_reviews
 

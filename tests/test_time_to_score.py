@@ -1,13 +1,14 @@
 """The benchmark of scores over time: marks, ratios, what is repeated and what is held out."""
 
-import csv
 import json
+import shutil
 
 import pytest
 
 from bench import plot, time_to_score
+from bench.score_rows import KEY, MARKS, read_rows, steps_to
 from bench.step_times import time_steps
-from bench.time_to_score import Recipe, Task, make_recipe, run_task, steps_to
+from bench.time_to_score import Recipe, Task, make_recipe, write_rows
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.training.options import RunConfig
 from tests.models import one_thread  # noqa: F401
@@ -54,7 +55,7 @@ def task(tmp_path) -> Task:
             RunConfig.from_dict(base | {"num_virtual_tokens": 4, "ema_decay": 0.5}), [1e-4, 0.1]
         ),
     }
-    return Task(recipes, [11, 12], evaluations=2)
+    return Task("ner", recipes, [11, 12], evaluations=2, data=tmp_path)
 
 
 def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
@@ -63,42 +64,50 @@ def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
     results = tmp_path / "results" / "time-to-score.csv"
     monkeypatch.setattr(time_to_score, "CSV", results)
     output = tmp_path / "runs"
-    time_steps({name: recipe.base for name, recipe in task.recipes.items()}, output / "ner")
-    run_task("ner", task, tmp_path, output)
+    runs = list(task.run(output))
+    assert len(runs) == 5 and all((output / "ner" / run / "report.json").is_file() for run in runs)
+    assert not (output / "ner" / "fine-tuning-lr-0.01-seed-11" / "model").exists()
+    seconds = time_steps({name: recipe.base for name, recipe in task.recipes.items()})
+    write_rows(task, output, [], seconds)
     written = results.read_bytes()
-    monkeypatch.setattr(time_to_score, "train", None)  # called, it fails
-    run_task("ner", task, tmp_path, output)
+    shutil.rmtree(output / "ner" / runs[0])  # the row alone says that it is finished
+    assert list(task.run(output)) == []
     assert results.read_bytes() == written
-    with results.open(newline="") as file:
-        rows = {tuple(row[name] for name in time_to_score.KEY): row for row in csv.DictReader(file)}
-    assert list(rows) == [
-        ("ner", "fine-tuning", "0.01", seed) for seed in ("11", "12", "mean")
-    ] + [("ner", "p-tuning-v2", "0.0001", "11")] + [
-        ("ner", "p-tuning-v2", "0.1", seed) for seed in ("11", "12", "mean")
-    ]  # fmt: skip
+    rows = {tuple(row[name] for name in KEY): row for row in read_rows(results)}
+    assert list(rows) == [("ner", "fine-tuning", 0.01, seed) for seed in (11, 12, "mean")] + [
+        ("ner", "p-tuning-v2", 0.0001, 11)
+    ] + [("ner", "p-tuning-v2", 0.1, seed) for seed in (11, 12, "mean")]
     for (_, recipe, rate, seed), row in rows.items():
-        assert row["chosen"] == str(rate != "0.0001") and row["held out"] == "False"
+        assert row["chosen"] is (rate != 0.0001) and row["held out"] is False
         if seed == "mean":
             continue
         curve = json.loads(row["curve"])
-        assert len(curve) == 2 and row["steps"] == "16"
+        assert len(curve) == 2 and row["steps"] == 16
         assert [steps for steps, _ in curve] == [8, 16]
-        assert float(row["train seconds"]) == pytest.approx(16 * float(row["step seconds"]))
-        assert max(score for _, score in curve) == pytest.approx(float(row["validation"]), abs=1e-4)
+        assert row["step seconds"] == seconds[recipe]["step seconds"]
+        assert row["train seconds"] == pytest.approx(16 * row["step seconds"])
+        assert max(score for _, score in curve) == pytest.approx(row["validation"], abs=1e-4)
         assert f"--seed {seed}" in row["command"] and "--eval-steps 8" in row["command"]
         if recipe == "fine-tuning":
-            ratios = {row[f"to {mark} % / fine-tuning's"] for mark in time_to_score.MARKS}
-            assert ratios == {"1.0"} == {row["seconds / fine-tuning's whole"]}
-    seeds = [float(rows["ner", "p-tuning-v2", "0.1", seed]["validation"]) for seed in ("11", "12")]
-    mean = float(rows["ner", "p-tuning-v2", "0.1", "mean"]["validation"])
-    assert mean == pytest.approx(sum(seeds) / 2)
-    assert not (output / "ner" / "fine-tuning-lr-0.01-seed-11" / "model").exists()
+            reached = {row[f"to {mark} % / fine-tuning's"] for mark in MARKS}
+            assert reached == {1.0} == {row["seconds / fine-tuning's whole"]}
+        else:
+            assert row["seconds / fine-tuning's whole"] == pytest.approx(
+                row["step seconds"] / seconds["fine-tuning"]["step seconds"]
+            )
+    seeds = [rows["ner", "p-tuning-v2", 0.1, seed]["validation"] for seed in (11, 12)]
+    assert rows["ner", "p-tuning-v2", 0.1, "mean"]["validation"] == pytest.approx(sum(seeds) / 2)
+
+    # Steps that were timed on different machines give no ratio.
+    write_rows(task, output, [], {"p-tuning-v2": {"step seconds": 1.0, "timed on": "another"}})
+    other = next(row for row in read_rows(results) if row["recipe"] == "p-tuning-v2")
+    assert other["train seconds"] == 16 and other["seconds / fine-tuning's whole"] is None
     assert plot.plot_time_to_score(results).is_file()
 
     changed = RunConfig.from_dict(task.recipes["p-tuning-v2"].base.flat() | {"ema_decay": None})
     task.recipes["p-tuning-v2"] = Recipe(changed, [0.1])
     with pytest.raises(ValueError, match=r"ema_decay 0\.5 against None"):
-        run_task("ner", task, tmp_path, output)
+        list(task.run(output))
 
 
 def test_two_tasks_are_held_out():

@@ -13,15 +13,14 @@ from transformers import TrainerCallback
 
 from ptv2_fast.training import trainer
 from ptv2_fast.training.baselines import trained_tensors
-from ptv2_fast.training.clock import StepClock
-from ptv2_fast.training.divergence import DivergedError
+from ptv2_fast.training.callbacks import DivergedError, StepClock
 from ptv2_fast.training.measure import kept_bytes, peak_memory_bytes, reset_peak_memory
 from ptv2_fast.training.methods import prepare_model, sample_token_ids
 from ptv2_fast.training.models import load_run
+from ptv2_fast.training.optimization import head_parameters, vector_parameters
 from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig, read_config_file
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
-from ptv2_fast.training.trainer import head_parameters, vector_parameters
 from tests.models import make_batch, one_thread, tiny_model  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 
@@ -179,7 +178,7 @@ def test_biases_and_norms_train_at_a_rate_of_their_own_and_come_back(
 
 def test_token_ids_to_start_from_repeat_when_there_are_few(tiny, tmp_path):
     prepared = prepare(run_config(tiny), tmp_path / "run")
-    table = prepared.features["train"].table
+    table = prepared.part.features["train"].table
     ids = sample_token_ids(table.select(range(2)), 30)
     assert ids.shape == (30,)
     assert not set(ids.tolist()) & {0, 2, 3}, "special tokens are left out"
@@ -201,8 +200,8 @@ def test_a_run_ends_with_its_best_checkpoint(tiny, tmp_path, monkeypatch):
     scores = iter([0.1, 0.9, 0.3])
     states = []
 
-    def score(model, *unused):
-        states.append({k: v.clone() for k, v in trained_tensors(model).items()})
+    def score(part, *unused):
+        states.append({k: v.clone() for k, v in trained_tensors(part.model).items()})
         return {"f1": next(scores)}
 
     monkeypatch.setattr(trainer, "score", score)
@@ -221,8 +220,8 @@ def test_a_run_that_was_killed_after_its_last_step_takes_no_other(
     """In the middle of an epoch, and resumed in a folder of another name."""
     scores, states = iter([0.9, 0.3, 0.2, 0.1]), []
 
-    def score(model, *unused):
-        states.append({k: v.clone() for k, v in trained_tensors(model).items()})
+    def score(part, *unused):
+        states.append({k: v.clone() for k, v in trained_tensors(part.model).items()})
         return {"f1": next(scores)}
 
     def killed(*unused):

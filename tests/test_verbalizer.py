@@ -15,11 +15,12 @@ from ptv2_fast.tasks.features import TaskTokenizer
 from ptv2_fast.tasks.verbalizer import MaskReader, find_word_ids, read_verbalizer
 from ptv2_fast.training.baselines import trained_tensors
 from ptv2_fast.training.methods import prepare_model
-from ptv2_fast.training.models import load_run, load_tokenizer
+from ptv2_fast.training.models import load_run
 from ptv2_fast.training.options import METHODS, ModelOptions, RunConfig
 from ptv2_fast.training.prepare import prepare
+from ptv2_fast.training.pretrained import load_tokenizer
 from ptv2_fast.training.run import train
-from ptv2_fast.training.scoring import predict
+from ptv2_fast.training.scoring import run_model
 from tests.models import (
     BACKBONES,
     MODEL_TYPES,
@@ -212,9 +213,9 @@ def test_a_run_learns_and_its_folder_scores_the_same(method, folder, tmp_path):
     report = train(prepared)
     assert report["metrics"]["validation"]["accuracy"] > 0.8
     loaded = load_run(tmp_path / "run")
-    validation = prepared.features["validation"]
-    again = predict(loaded.model, loaded.task, validation, loaded.tokenizer, loaded.labels)
-    trained = predict(prepared.model, loaded.task, validation, loaded.tokenizer, loaded.labels)
+    validation = prepared.part.features["validation"]
+    again = run_model(loaded, validation).results
+    trained = run_model(prepared.part, validation).results
     assert again == trained, "to the last bit"
 
 

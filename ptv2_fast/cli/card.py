@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from ptv2_fast.cli.parser import add_command, checked
-from ptv2_fast.training.run_place import find_run
+from ptv2_fast.training.run_lookup import find_run
 
 _EXAMPLE = """examples:
   ptv2-fast card --run runs/ner

@@ -7,7 +7,7 @@ from ptv2_fast.cli.parser import BadInput, add_command, checked, quieten
 from ptv2_fast.files import find_description, read_json_object
 from ptv2_fast.training import output
 from ptv2_fast.training.run_folder import ADAPTER
-from ptv2_fast.training.run_place import is_run
+from ptv2_fast.training.run_lookup import is_run
 
 _EXAMPLE = """examples:
   ptv2-fast convert peft-adapter adapter --model roberta-base

@@ -1,13 +1,12 @@
 """ptv2-fast multitask."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.cli.parser import add_command, add_options, check_places, checked, quieten
+from ptv2_fast.cli.parser import add_command, add_options, checked
 from ptv2_fast.cli.sweeps import add_output
-from ptv2_fast.cli.train import is_complete, print_features, train_and_print
+from ptv2_fast.cli.train import train_and_print
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig, flatten_tasks, read_multitask_file
 from ptv2_fast.training.options import ModelOptions, TrainingOptions, with_changes
@@ -65,8 +64,7 @@ def _multitask(options: dict[str, Any]) -> None:
     folder = Path(options.pop("output"))
     flags = {name: options.pop(name) for name in ("resume", "overwrite", "dry_run")}
     config = checked(_read_config, options, folder if flags["resume"] else None)
-    if not is_complete(config, folder, flags["resume"], flags["overwrite"]):
-        _train(config, folder, **flags)
+    train_and_print(config, folder, **flags)
 
 
 def _read_config(options: dict[str, Any], started: Path | None) -> MultiTaskConfig:
@@ -81,18 +79,3 @@ def _read_config(options: dict[str, Any], started: Path | None) -> MultiTaskConf
         values = with_changes(values, read_multitask_file(config_file))
     values |= {name: value for name, value in own.items() if value is not None}
     return MultiTaskConfig.from_dict(with_changes(values, options))
-
-
-def _train(
-    config: MultiTaskConfig, folder: Path, resume: bool, overwrite: bool, dry_run: bool
-) -> None:
-    check_places(config.model, *config.tasks)
-    quieten(config.training.progress)
-    from ptv2_fast.training.dry_run import describe_tasks
-    from ptv2_fast.training.multitask.train import prepare_tasks, train_tasks
-
-    prepared = checked(prepare_tasks, config, folder, resume=resume, overwrite=overwrite)
-    for number, (name, part) in enumerate(prepared.parts.items()):
-        print_features(part, f"{name}/")
-        print(f"{name}: {prepared.batches[number]} batches an epoch", file=sys.stderr)
-    train_and_print(train_tasks, prepared, folder, dry_run, describe_tasks)

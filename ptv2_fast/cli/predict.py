@@ -94,8 +94,8 @@ def _of_adapters(
     model = checked(find_encoder, adapters, options["model"])
     quieten()
     from ptv2_fast.training.bank import AdapterBank
-    from ptv2_fast.training.models import load_encoder
-    from ptv2_fast.training.pooled_files import predict_rows, predict_typed
+    from ptv2_fast.training.bank_files import predict_rows, predict_typed
+    from ptv2_fast.training.pretrained import load_encoder
 
     bank = checked(AdapterBank, checked(load_encoder, model))
     changes = column_changes(options)

@@ -9,7 +9,7 @@ from typing import Any
 from ptv2_fast.cli.parser import BadInput, add_command, add_options, checked, quieten
 from ptv2_fast.tasks.options import DataOptions
 from ptv2_fast.training import output, run_folder
-from ptv2_fast.training.run_place import find_run
+from ptv2_fast.training.run_lookup import find_run
 
 _COLUMN_OPTIONS = (
     "text_column", "text_pair_column", "choices_column", "label_column", "words_column",

@@ -75,7 +75,7 @@ def _serve(options: dict[str, Any]) -> None:
     from ptv2_fast.serving.engine import BankEngine
     from ptv2_fast.serving.server import run
     from ptv2_fast.training.bank import AdapterBank
-    from ptv2_fast.training.models import load_encoder
+    from ptv2_fast.training.pretrained import load_encoder
 
     bank = checked(AdapterBank, checked(load_encoder, model))
     engine = BankEngine(bank, model, limits.max_batch_tokens)

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +27,7 @@ from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.sweeps.plan import SWEEP, seeds_sweep
 
 if TYPE_CHECKING:
-    from ptv2_fast.training.prepare import Prepared
+    from ptv2_fast.training.prepared_run import RunPart
 
 _EXAMPLE = """examples:
   ptv2-fast train --task token-classification --model bert-base-cased --output runs/ner \\
@@ -69,25 +68,7 @@ def _train(options: dict[str, Any]) -> None:
         return
     before = checked(_before, folder) if resume else {}
     config = checked(run_config, options, before or checked(_preset, options))
-    if not is_complete(config, folder, resume, flags["overwrite"]):
-        _train_one(config, folder, **flags)
-
-
-def is_complete(config: run_folder.Config, folder: Path, resume: bool, overwrite: bool) -> bool:
-    """Check the folder before the heavy imports; say so when the run in it has been finished.
-
-    Raises:
-        BadInput: for a folder that cannot be used, or the run of other options.
-    """
-    checked(run_folder.check_output, folder, resume, overwrite)
-    if not resume:
-        return False
-    checked(run_folder.check_same_run, folder, config)
-    complete = (folder / run_folder.REPORT).is_file()
-    if complete:
-        checked(run_folder.read_report, folder)
-        print(f"{folder} is complete: see {folder / run_folder.REPORT}", file=sys.stderr)
-    return complete
+    train_and_print(config, folder, **flags)
 
 
 def _train_sweep(
@@ -128,61 +109,69 @@ def _preset(options: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _train_one(
-    config: RunConfig, folder: Path, resume: bool, overwrite: bool, dry_run: bool
+def train_and_print(
+    config: run_folder.Config, folder: Path, resume: bool, overwrite: bool, dry_run: bool
 ) -> None:
-    check_places(config.model, config.data)
+    """Train and print the scores, unless the run in the folder has been finished.
+
+    A dry run prints what would be done instead.
+
+    Raises:
+        BadInput: for a folder that cannot be used, the run of other options and other bad input;
+            when the loss is no number any more, and when another process has taken the folder since
+            it was checked.
+    """
+    # Before the heavy imports.
+    checked(run_folder.check_run, folder, config, resume=resume, overwrite=overwrite)
+    if resume and (folder / run_folder.REPORT).is_file():
+        checked(run_folder.read_report, folder)
+        print(f"{folder} is complete: see {folder / run_folder.REPORT}", file=sys.stderr)
+        return
+    check_places(config.model, *(part.data for part in config.parts().values()))
     quieten(config.training.progress)
+    from ptv2_fast.encoders import print_trainable_parameters
+    from ptv2_fast.training.callbacks import DivergedError
     from ptv2_fast.training.dry_run import describe_run
+    from ptv2_fast.training.output import OutputTakenError, is_first
     from ptv2_fast.training.prepare import prepare
     from ptv2_fast.training.run import train
 
-    prepared = checked(prepare, config, folder, resume=resume, overwrite=overwrite)
-    print_features(prepared)
-    train_and_print(train, prepared, folder, dry_run, describe_run)
+    run = checked(prepare, config, folder, resume=resume, overwrite=overwrite)
+    for (name, part), batches in zip(run.parts.items(), run.batches, strict=True):
+        _print_part(part, f"{name}/" if name else "")
+        if name:
+            print(f"{name}: {batches} batches an epoch", file=sys.stderr)
+    print_trainable_parameters(run.model)
+    if dry_run:
+        print(json.dumps(describe_run(run), indent=2, ensure_ascii=False))
+        return
+    try:
+        report = train(run)
+    except (DivergedError, OutputTakenError) as error:
+        raise BadInput(error) from error
+    if is_first():
+        _print_scores(report)
+        print(f"written to {folder}")
 
 
-def print_features(prepared: "Prepared", prefix: str = "") -> None:
+def _print_part(part: "RunPart", prefix: str) -> None:
     """How many examples each split has, how many were cut, what was odd in its source, and what
     the metric means."""
-    for split, features in prepared.features.items():
+    for split, features in part.features.items():
         cut = features.truncated
-        note = f", {cut} cut to {prepared.max_length} tokens" if cut else ""
+        note = f", {cut} cut to {part.max_length} tokens" if cut else ""
         total = features.examples.drawn_from
         drawn = f" of {total}, drawn by the seed" if total else ""
         print(f"{prefix}{split}: {len(features.examples)} examples{drawn}{note}", file=sys.stderr)
         for remark, value in features.examples.remarks.items():
             print(f"{prefix}{split}: {remark}: {value}", file=sys.stderr)
-    metric, titles = prepared.task.metric, prepared.task.titles(prepared.labels)
+    metric, titles = part.task.metric, part.task.titles(part.labels)
     print(f"{prefix}metric: {metric} = {titles[metric]}", file=sys.stderr)
 
 
-def train_and_print(
-    train: Callable, prepared: Any, folder: Path, dry_run: bool, plan: Callable[[Any], Any]
-) -> None:
-    """Train and print the scores; a dry run prints what would be done instead.
-
-    Raises:
-        BadInput: when the loss is no number any more, and when another process has taken the folder
-            since it was checked.
-    """
-    from ptv2_fast.encoders import print_trainable_parameters
-    from ptv2_fast.training.divergence import DivergedError
-    from ptv2_fast.training.output import OutputTakenError, is_first
-
-    print_trainable_parameters(prepared.model)
-    if dry_run:
-        print(json.dumps(plan(prepared), indent=2, ensure_ascii=False))
-        return
-    try:
-        report = train(prepared)
-    except (DivergedError, OutputTakenError) as error:
-        raise BadInput(error) from error
-    if not is_first():
-        return
+def _print_scores(report: dict[str, Any]) -> None:
     for name, scores in report["metrics"].items():
         total = report["drawn_from"].get(name)
         part = f" ({report['examples'][name]} of {total} examples)" if total else ""
         figures = ", ".join(f"{key} {value:.4f}" for key, value in scores.items())
         print(f"{name}{part}: {figures}")
-    print(f"written to {folder}")

@@ -5,8 +5,8 @@ from typing import Any
 
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.training.methods import missing_inside
-from ptv2_fast.training.models import load_config
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.pretrained import load_config
 
 _KINDS = {
     "token-classification": "tagging",

@@ -13,14 +13,15 @@ from ptv2_fast.tasks.sources import Part, Source
 from ptv2_fast.tasks.task import Examples, Features
 from ptv2_fast.tasks.text_regression import TextRegression
 from ptv2_fast.training.bank import AdapterBank
-from ptv2_fast.training.pooling import AdapterRun, Pooled
-from ptv2_fast.training.run_place import find_run
+from ptv2_fast.training.bank_batches import AdapterExamples
+from ptv2_fast.training.predictions import BoundTask
+from ptv2_fast.training.run_lookup import find_run
 
 
 class _Content(NamedTuple):
     """Of a row: one text for the adapter that was loaded when it came."""
 
-    run: AdapterRun
+    run: BoundTask
     features: Features
 
 
@@ -103,7 +104,7 @@ class BankEngine:
             is_choice = isinstance(row.content.run.task, MultipleChoice)
             key = (row.adapter, id(row.content.run), len(row.lengths) if is_choice else 0)
             groups.setdefault(key, []).append(number)
-        parts: list[tuple[Pooled, list[int]]] = []
+        parts: list[tuple[AdapterExamples, list[int]]] = []
         found: dict[int, Prediction | Exception] = {}
         for (name, *_), numbers in groups.items():
             run = rows[numbers[0]].content.run
@@ -111,30 +112,30 @@ class BankEngine:
                 found |= dict.fromkeys(numbers, unloaded(name))
                 continue
             features = [rows[number].content.features for number in numbers]
-            parts.append((Pooled(name, run, _joined(features)), numbers))
+            parts.append((AdapterExamples(name, run, _joined(features)), numbers))
         if parts:
             longest = max(max(rows[n].lengths) for _, numbers in parts for n in numbers)
             batch_size = max(1, self._max_batch_tokens // longest)
             self._bank.run_parts([part for part, _ in parts], batch_size)
         for part, numbers in parts:
-            for number, (result, line) in zip(numbers, part.results(), strict=True):
+            for number, result, line in zip(numbers, part.results, part.lines(), strict=True):
                 found[number] = _prediction(part.run, result, line, rows[number].tokens)
         return [found[number] for number in range(len(rows))]
 
-    def _run_of(self, name: str) -> AdapterRun:
+    def _run_of(self, name: str) -> BoundTask:
         try:
             return self._bank.run_of(name)
         except ValueError as error:
             raise unknown_adapter(name, self.names) from error
 
-    def _is_current(self, name: str, run: AdapterRun) -> bool:
+    def _is_current(self, name: str, run: BoundTask) -> bool:
         try:
             return self._bank.run_of(name) is run
         except ValueError:
             return False
 
 
-def _typed(given: str | list[str], run: AdapterRun, place: int) -> str:
+def _typed(given: str | list[str], run: BoundTask, place: int) -> str:
     """A text as the task takes typed ones: with tabs between its parts.
 
     Raises:
@@ -155,7 +156,7 @@ def _typed(given: str | list[str], run: AdapterRun, place: int) -> str:
     return "\t".join(given)
 
 
-def _features(texts: list[str], run: AdapterRun, places: list[int], truncate: bool) -> Features:
+def _features(texts: list[str], run: BoundTask, places: list[int], truncate: bool) -> Features:
     """What the encoder reads of texts for one adapter.
 
     Raises:
@@ -168,7 +169,7 @@ def _features(texts: list[str], run: AdapterRun, places: list[int], truncate: bo
     except ValueError as error:
         raise RequestError(422, "validation", str(error)) from error
     try:
-        features = run.features(examples)
+        features = run.featurize(examples)
     except ValueError as error:
         if is_strict:
             raise _too_long(run) from error
@@ -178,7 +179,7 @@ def _features(texts: list[str], run: AdapterRun, places: list[int], truncate: bo
     return features
 
 
-def _too_long(run: AdapterRun) -> RequestError:
+def _too_long(run: BoundTask) -> RequestError:
     message = f"inputs: expected at most {run.max_length} tokens in a text, got more"
     hint = "" if run.task.options.long_input == "error" else "; with truncate they are cut"
     return RequestError(413, "validation", message + hint)
@@ -198,7 +199,7 @@ def _joined(features: Sequence[Features]) -> Features:
     )
 
 
-def _prediction(run: AdapterRun, result: Any, line: dict[str, Any], tokens: int) -> Prediction:
+def _prediction(run: BoundTask, result: Any, line: dict[str, Any], tokens: int) -> Prediction:
     logits = result.get("logits") if isinstance(result, dict) else None
     labels: Sequence[str] = run.labels
     if isinstance(run.task, MultipleChoice):

@@ -4,7 +4,7 @@ import contextlib
 import gzip
 import io
 import itertools
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import IO, Any
 
@@ -13,7 +13,7 @@ import pandas
 from datasets import Dataset
 
 from ptv2_fast.tasks.json_files import json_lines, json_table
-from ptv2_fast.tasks.sources import TYPED, Part, Source
+from ptv2_fast.tasks.sources import Part, Source
 from ptv2_fast.tasks.tables import checked_frame, spelt_cells, unreadable
 
 
@@ -59,14 +59,6 @@ def table_parts(
             return
         except (OSError, ValueError, EOFError) as error:
             raise unreadable(source, error) from error
-
-
-def text_parts(texts: Iterable[str], rows: int) -> Iterator[tuple[list[str], Source]]:
-    """Typed texts, so many at a time, with the source that numbers them; without any, none once."""
-    remaining, first = iter(texts), 1
-    while (part := [*itertools.islice(remaining, rows)]) or first == 1:
-        yield part, replace(TYPED, part=Part(range(first, first + len(part))))
-        first += max(len(part), 1)
 
 
 def joined(source: Source, parts: Sequence[Source]) -> Source:

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.run_place import find_run
+from ptv2_fast.training.run_lookup import find_run
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]{1,128}")
 

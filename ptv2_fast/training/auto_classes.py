@@ -64,7 +64,7 @@ class _Opener:
             ValueError: as `load`; for a run's own folder, an adapter of another head, and options
                 that have no meaning here.
         """
-        from ptv2_fast.training.opening import load  # which takes seconds to import
+        from ptv2_fast.training.models import load  # which takes seconds to import
 
         if find_description(folder) is None:
             raise ValueError(f"{folder}: expected an adapter with {CONFIG_NAME}, got none; call "

@@ -16,10 +16,11 @@ from ptv2_fast.adapters.bank import PrefixBank
 from ptv2_fast.adapters.bank_members import Member
 from ptv2_fast.files import read_json_object
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.fitting import drop_unknown_inputs, fit_padding
-from ptv2_fast.training.models import load_tokenizer, open_run
-from ptv2_fast.training.pooling import AdapterRun, Pooled, join_batches
-from ptv2_fast.training.run_place import find_place
+from ptv2_fast.training.bank_batches import AdapterExamples, join_batches
+from ptv2_fast.training.models import open_run
+from ptv2_fast.training.predictions import BoundTask
+from ptv2_fast.training.pretrained import fit_inputs, load_tokenizer
+from ptv2_fast.training.run_lookup import locate
 
 
 class AdapterBank(PrefixBank):
@@ -80,7 +81,7 @@ class AdapterBank(PrefixBank):
             raise ValueError(f"folder: expected a path, got {folder!r:.100}")
         folder = Path(folder)
         try:
-            if find_place(folder).run is None:
+            if locate(folder).run is None:
                 super().load(name, folder, is_trainable)
             else:
                 self._load_run(name, folder, is_trainable, changes)
@@ -99,11 +100,10 @@ class AdapterBank(PrefixBank):
         tokenizer = self._tokenizer(opened.folder / run_folder.TOKENIZER)
 
         def adapt(model: PreTrainedModel) -> None:
-            fit_padding(model.config, tokenizer)
-            drop_unknown_inputs(tokenizer, model)
+            fit_inputs(model, tokenizer)
             task.adapt_model(model, tokenizer, labels)
 
-        run = AdapterRun(task, labels, tokenizer, opened.max_length)
+        run = BoundTask(task, labels, tokenizer, opened.max_length)
         self._load(name, opened.adapter, is_trainable, adapt, run)
 
     def _tokenizer(self, folder: Path) -> PreTrainedTokenizerBase:
@@ -176,7 +176,7 @@ class AdapterBank(PrefixBank):
             raise ValueError("adapters: expected a bank that does not train; call train_mode()")
         with self._tokenizing:
             parts = [
-                _pooled(name, members[name].run_of, [texts[number] for number in numbers])
+                _typed_examples(name, members[name].run_of, [texts[number] for number in numbers])
                 for name, numbers in asked.items()
             ]
         self._run_parts(members, parts, batch_size)
@@ -188,7 +188,7 @@ class AdapterBank(PrefixBank):
             for number, names in enumerate(wanted)
         ]
 
-    def run_of(self, name: str) -> AdapterRun:
+    def run_of(self, name: str) -> BoundTask:
         """What the run of an adapter says about its texts.
 
         Raises:
@@ -201,7 +201,7 @@ class AdapterBank(PrefixBank):
         return run
 
     @torch.no_grad()
-    def run_parts(self, parts: Sequence[Pooled], batch_size: int) -> None:
+    def run_parts(self, parts: Sequence[AdapterExamples], batch_size: int) -> None:
         """Run examples of several adapters together; each part then has its results.
 
         Args:
@@ -218,17 +218,19 @@ class AdapterBank(PrefixBank):
         self._run_parts(members, parts, batch_size)
 
     def _run_parts(
-        self, members: dict[str, Member], parts: Sequence[Pooled], batch_size: int
+        self, members: dict[str, Member], parts: Sequence[AdapterExamples], batch_size: int
     ) -> None:
         rows = [(part, number) for part in parts for number in range(len(part.rows))]
         # Longest first; those of the same words lie side by side.
         rows.sort(key=lambda row: row[0].sort_key(row[1]), reverse=True)
         for first in range(0, len(rows), batch_size):
-            self._run_pooled(members, rows[first : first + batch_size])
+            self._run_rows(members, rows[first : first + batch_size])
 
-    def _run_pooled(self, members: dict[str, Member], rows: list[tuple[Pooled, int]]) -> None:
+    def _run_rows(
+        self, members: dict[str, Member], rows: list[tuple[AdapterExamples, int]]
+    ) -> None:
         """One pass over rows of several adapters, whose predictions go to their parts."""
-        chosen: dict[Pooled, list[int]] = {}
+        chosen: dict[AdapterExamples, list[int]] = {}
         for part, number in rows:
             chosen.setdefault(part, []).append(number)
         batches = [(part, numbers, part.batch(numbers)) for part, numbers in chosen.items()]
@@ -250,9 +252,9 @@ class AdapterBank(PrefixBank):
         first = 0
         for part, numbers, batch in batches:
             count = batch.inputs["input_ids"].shape[0]
-            part.take(numbers, batch, found[first : first + count])
+            part.take_rows(numbers, batch, found[first : first + count])
             first += count
 
 
-def _pooled(name: str, run: AdapterRun, texts: Sequence[str]) -> Pooled:
-    return Pooled(name, run, run.features(run.task.from_texts(texts)))
+def _typed_examples(name: str, run: BoundTask, texts: Sequence[str]) -> AdapterExamples:
+    return AdapterExamples(name, run, run.featurize(run.task.from_texts(texts)))

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.families import find_family
 from ptv2_fast.training.options import ModelOptions
-from ptv2_fast.training.output import temporary_name
+from ptv2_fast.training.output import write_bytes
 
 PROMPT = "prompt"  # the module that gives the vectors in front of the input
 LORA = ".lora_"  # in the names of LoRA's parameters
@@ -234,10 +234,5 @@ def _save_checkpoint(
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write a safetensors file under a temporary name that then replaces the old one."""
-    temporary = temporary_name(path)
     contents = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
-    try:
-        save_file(contents, temporary, {"format": "pt"})
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_bytes(path, save(contents, {"format": "pt"}))

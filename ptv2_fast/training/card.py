@@ -16,7 +16,7 @@ from ptv2_fast.tasks import DataOptions
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.finished_runs import COLUMNS, Run, find_runs
-from ptv2_fast.training.run_place import find_place
+from ptv2_fast.training.run_lookup import locate
 
 CARD = "README.md"
 # What stays here: checkpoints of an unfinished run, texts of the data, marks and locks, and what
@@ -86,7 +86,7 @@ def push_to_hub(
         OSError: when the hub cannot be reached or refuses.
     """
     folder = Path(folder)
-    place = find_place(folder)
+    place = locate(folder)
     _check_links(folder)
     shared = _shared_files(folder, base_model)
     if place.run == folder and not (folder / CARD).is_file():

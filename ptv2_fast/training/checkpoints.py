@@ -33,18 +33,18 @@ def last_checkpoint(
     Returns:
         Its folder; None when there is none, and training begins at its first step.
     """
-    found = {int(match[1]): path for path in folder.glob("*") if (match := _match(path))}
-    for step in sorted(found, reverse=True):
+    by_step = {int(match[1]): path for path in folder.glob("*") if (match := _match(path))}
+    for step in sorted(by_step, reverse=True):
         try:
-            _check(found[step], step, processes, needs_best, more)
+            _check(by_step[step], step, processes, needs_best, more)
         except (OSError, ValueError) as error:
             warnings.warn(
-                f"resume: {found[step]} is damaged ({error}); going on from the one before, or "
+                f"resume: {by_step[step]} is damaged ({error}); going on from the one before, or "
                 "from the beginning when there is none",
                 stacklevel=2,
             )
             continue
-        return found[step]
+        return by_step[step]
     return None
 
 

@@ -8,8 +8,8 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.adapters import export_peft, fold_adapter, save_adapter
 from ptv2_fast.adapters.convert import HEADS, ForeignAdapter, load_foreign, named_for, read_foreign
-from ptv2_fast.training.models import load_config, read_pretrained
-from ptv2_fast.training.opening import load
+from ptv2_fast.training.models import load
+from ptv2_fast.training.pretrained import load_config, read_pretrained
 
 
 def import_folder(

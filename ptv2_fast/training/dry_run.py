@@ -2,54 +2,42 @@
 
 import math
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ptv2_fast.tasks.task import Features
 from ptv2_fast.training.measure import kept_bytes
+from ptv2_fast.training.optimization import own_rates
 from ptv2_fast.training.order import Batching
-from ptv2_fast.training.prepare import Prepared, runs_until_stopped
-from ptv2_fast.training.trainer import update_parameters, vector_parameters, vector_rate
-
-if TYPE_CHECKING:
-    from ptv2_fast.training.multitask.train import PreparedTasks
+from ptv2_fast.training.prepared_run import PreparedRun, RunPart
+from ptv2_fast.training.trainer_arguments import runs_until_stopped
 
 _LABELS = 100  # how many are listed
 _STATES = 3  # a gradient and AdamW's two moments for each trained parameter, beside an average
 
 
-def describe_run(prepared: Prepared) -> dict[str, dict[str, Any]]:
+def describe_run(run: PreparedRun) -> dict[str, dict[str, Any]]:
     """The options as they hold, without those that are not set, and under "run" what follows.
 
-    One training step and one batch of scoring are run to estimate time and memory.
+    A training step and a batch of scoring of each data set are run to estimate time and memory.
     """
-    tables = without_nothing(prepared.config.to_dict())
-    tables["data"]["max_length"] = prepared.max_length
-    batching = Batching.of(prepared.config.training)
-    batches = batching.count(batching.lengths_of(prepared.features["train"]))
-    total = _describe_training(tables["training"], prepared, batches)
-    run: dict[str, Any] = describe_data(prepared)
-    run["steps"] = total
-    run["estimate"] = estimate([prepared], [1.0], total)
-    return tables | {"run": without_nothing(run)}
-
-
-def describe_tasks(prepared: "PreparedTasks") -> dict[str, dict[str, Any]]:
-    """The same of a multi-task run, with a step of each data set; data sets are in "tasks"."""
-    tables = without_nothing(prepared.config.to_dict())
-    parts, batches = list(prepared.parts.values()), prepared.batches
-    for table, part in zip(tables["tasks"], parts, strict=True):
+    options = without_nothing(run.config.to_dict())
+    data = options["tasks"] if "tasks" in options else [options["data"]]
+    for table, part in zip(data, run.parts.values(), strict=True):
         table["max_length"] = part.max_length
-    total = _describe_training(tables["training"], parts[0], sum(batches))
-    run: dict[str, Any] = {"tasks": {}, "steps": total}
-    for (name, part), count in zip(prepared.parts.items(), batches, strict=True):
-        run["tasks"][name] = {**describe_data(part), "batches_per_epoch": count}
-    shares = [count / sum(batches) for count in batches]
-    run["estimate"] = estimate(parts, shares, total, prepared.heads.activate)
-    return tables | {"run": without_nothing(run)}
+    options["training"] |= _training_options(run)
+    parts = {name: _describe_data(part) for name, part in run.parts.items()}
+    if run.heads is None:
+        described: dict[str, Any] = parts[""]
+    else:
+        for table, count in zip(parts.values(), run.batches, strict=True):
+            table["batches_per_epoch"] = count
+        described = {"tasks": parts}
+    described["steps"] = steps(run)
+    described["estimate"] = _estimate(run)
+    return options | {"run": without_nothing(described)}
 
 
 def of_all_runs(one: dict[str, Any], count: int) -> dict[str, Any]:
@@ -59,109 +47,81 @@ def of_all_runs(one: dict[str, Any], count: int) -> dict[str, Any]:
     return {"runs": count, **whole, "memory_bytes": one["memory_bytes"]}
 
 
-def _describe_training(table: dict[str, Any], prepared: Prepared, batches: int) -> int | None:
-    """Fill in the training options that were found; returns the optimizer steps.
-
-    Args:
-        table: those that were given.
-        prepared: the run, or one of its data sets.
-        batches: of an epoch.
-    """
-    arguments, options = prepared.arguments, prepared.config.training
-    total = steps(prepared, batches)
-    table["learning_rate"] = arguments.learning_rate
-    table.setdefault("head_learning_rate", arguments.learning_rate)
-    if vector_parameters(prepared.model):
-        rate = vector_rate(options.bias_learning_rate, table["head_learning_rate"])
-        table["bias_learning_rate"] = rate
-    if update_parameters(prepared.model):
-        table["low_rank_learning_rate"] = options.low_rank_learning_rate
-    if total is not None and arguments.max_steps < 0:
-        table["num_train_epochs"] = arguments.num_train_epochs
+def _training_options(run: PreparedRun) -> dict[str, Any]:
+    """The training options that were found."""
+    arguments, options = run.arguments, run.config.training
+    found: dict[str, Any] = {"learning_rate": arguments.learning_rate}
+    found["head_learning_rate"] = options.head_learning_rate or arguments.learning_rate
+    for name, (parameters, rate) in own_rates(run.model, options, arguments.learning_rate).items():
+        if parameters and rate is not None:
+            found[name] = rate
+    if steps(run) is not None and arguments.max_steps < 0:
+        found["num_train_epochs"] = arguments.num_train_epochs
     if arguments.eval_strategy != "no" and not options.eval_seconds:
-        table["eval_steps"] = arguments.eval_steps
+        found["eval_steps"] = arguments.eval_steps
     if arguments.save_strategy != "no" and not options.eval_seconds:
-        table["save_steps"] = arguments.save_steps
-    return total
+        found["save_steps"] = arguments.save_steps
+    return found
 
 
-def describe_data(prepared: Prepared) -> dict[str, Any]:
+def _describe_data(part: RunPart) -> dict[str, Any]:
     """Examples and labels of each split with their counts, and what the metric means."""
-    task = prepared.task
-    counts = {name: task.count_labels(f.examples) for name, f in prepared.features.items()}
+    task = part.task
+    counts = {name: task.count_labels(f.examples) for name, f in part.features.items()}
     return {
-        "metric": f"{task.metric} = {task.titles(prepared.labels)[task.metric]}",
-        "examples": {name: len(f.examples) for name, f in prepared.features.items()},
+        "metric": f"{task.metric} = {task.titles(part.labels)[task.metric]}",
+        "examples": {name: len(f.examples) for name, f in part.features.items()},
         "labels": {name: dict(count.most_common(_LABELS)) for name, count in counts.items()},
     }
 
 
-def steps(prepared: Prepared, batches: int) -> int | None:
-    """Optimizer steps of the whole run; None where time alone ends it.
-
-    Args:
-        prepared: the run, or one of its data sets.
-        batches: of an epoch.
-    """
-    if runs_until_stopped(prepared.config.training):
+def steps(run: PreparedRun) -> int | None:
+    """Optimizer steps of the whole run; None where time alone ends it."""
+    arguments = run.arguments
+    if runs_until_stopped(run.config.training):
         return None
-    arguments = prepared.arguments
     if arguments.max_steps > 0:
         return arguments.max_steps
-    epoch = math.ceil(batches / arguments.gradient_accumulation_steps)
+    epoch = math.ceil(sum(run.batches) / arguments.gradient_accumulation_steps)
     return math.ceil(arguments.num_train_epochs * epoch)
 
 
-def estimate(
-    parts: Sequence[Prepared],
-    shares: Sequence[float],
-    total: int | None,
-    activate: Callable[[int], object] = lambda number: None,
-) -> dict[str, Any]:
-    """Seconds of a step, of training and of scoring, and bytes of memory, on this machine.
-
-    Args:
-        parts: the data sets of one model.
-        shares: the part of all batches that is of each data set.
-        total: optimizer steps; None = until max_seconds.
-        activate: is called with the number of a data set before its step.
-    """
-    model, arguments = parts[0].model, parts[0].arguments
+def _estimate(run: PreparedRun) -> dict[str, Any]:
+    """Seconds of a step, of training and of scoring, and bytes of memory, on this machine."""
+    model, arguments, options = run.model, run.arguments, run.config.training
     cast(nn.Module, model).to(arguments.device)
-    step_seconds, scored, kept = 0.0, 0.0, 0
-    for number, (part, share) in enumerate(zip(parts, shares, strict=True)):
-        activate(number)
-        seconds, size = _step(part)
-        step_seconds += share * seconds * arguments.gradient_accumulation_steps
+    step_seconds, scoring_seconds, kept = 0.0, 0.0, 0
+    for (_, part), count in zip(run.active_parts(), run.batches, strict=True):
+        seconds, size = _step(run, part)
+        step_seconds += count / sum(run.batches) * seconds * arguments.gradient_accumulation_steps
         kept = max(kept, size)
-        scored += _scoring_seconds(part, total)
-    activate(0)
-    options = parts[0].config.training
-    limit, states = options.max_seconds, _STATES + (options.ema_decay is not None)
+        scoring_seconds += _scoring_seconds(run, part)
+    total, states = steps(run), _STATES + (options.ema_decay is not None)
     whole = math.inf if total is None else step_seconds * total
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     held = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return {
         "device": str(model.device),
         "step_seconds": round(step_seconds, 4),
-        "training_seconds": round(min(whole, limit or math.inf), 1),
-        "scoring_seconds": round(scored, 1),
+        "training_seconds": round(min(whole, options.max_seconds or math.inf), 1),
+        "scoring_seconds": round(scoring_seconds, 1),
         "memory_bytes": held + states * trained + kept,
     }
 
 
-def _step(prepared: Prepared) -> tuple[float, int]:
+def _step(run: PreparedRun, part: RunPart) -> tuple[float, int]:
     """Seconds of a training step on one batch, and bytes kept in one on the longest examples."""
-    model, train = prepared.model, prepared.features["train"]
-    batching = Batching.of(prepared.config.training)
+    model, train, bf16 = run.model, part.features["train"], run.config.training.bf16
+    batching = Batching.of(run.config.training)
     lengths = batching.lengths_of(train)
     order = sorted(range(len(train)), key=lengths.__getitem__, reverse=True)
-    drawn = torch.randperm(len(train), generator=torch.Generator().manual_seed(0)).tolist()
     model.train()
-    _loss(prepared, train, order[:1]).backward()  # what a first step alone needs is not counted
-    kept = kept_bytes(lambda: _loss(prepared, train, batching.first(order, lengths)), model)
+    part.loss(train, order[:1], bf16).backward()  # what a first step alone needs is not counted
+    longest = batching.first(order, lengths)
+    kept = kept_bytes(lambda: part.loss(train, longest, bf16), model)
+    drawn = batching.first(_drawn(train), lengths)
     started = time.perf_counter()
-    _loss(prepared, train, batching.first(drawn, lengths)).backward()
+    part.loss(train, drawn, bf16).backward()
     _wait(model.device)
     seconds = time.perf_counter() - started
     model.zero_grad(set_to_none=True)
@@ -169,46 +129,34 @@ def _step(prepared: Prepared) -> tuple[float, int]:
     return seconds, kept
 
 
-def scorings(prepared: Prepared, total: int | None) -> int:
-    """How often the validation examples are scored, the last time included.
-
-    Args:
-        total: optimizer steps; None = until max_seconds.
-    """
-    arguments, options = prepared.arguments, prepared.config.training
+def _scorings(run: PreparedRun) -> int:
+    """How often the validation examples are scored, the last time included."""
+    options, total = run.config.training, steps(run)
     if options.eval_seconds is not None and options.max_seconds is not None:
         return math.ceil(options.max_seconds / options.eval_seconds)
-    if total is None:
-        return 1
-    return math.ceil(total / int(arguments.eval_steps or total))
+    return 1 if total is None else math.ceil(total / int(run.arguments.eval_steps or total))
 
 
-def _scoring_seconds(prepared: Prepared, total: int | None) -> float:
+def _scoring_seconds(run: PreparedRun, part: RunPart) -> float:
     """Of all scorings during training and of a last one of each split not scored by then."""
-    arguments = prepared.arguments
-    times = scorings(prepared, total)
     seconds = 0.0
-    for name, features in prepared.features.items():
+    for name, features in part.features.items():
         if name == "train":
             continue
-        count = min(arguments.per_device_eval_batch_size, len(features))
-        rows = torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).tolist()
+        count = min(run.arguments.per_device_eval_batch_size, len(features))
+        rows = _drawn(features)[:count]
         started = time.perf_counter()
         with torch.no_grad():
-            _loss(prepared, features, rows[:count])
-        _wait(prepared.model.device)
+            part.loss(features, rows, run.config.training.bf16)
+        _wait(run.model.device)
         row = (time.perf_counter() - started) / count
-        seconds += row * len(features) * (times if name == "validation" else 1)
+        seconds += row * len(features) * (_scorings(run) if name == "validation" else 1)
     return seconds
 
 
-def _loss(prepared: Prepared, features: Features, indices: list[int]) -> Tensor:
-    task, model = prepared.task, prepared.model
-    table = features.model_inputs(prepared.tokenizer, task.label_columns)
-    rows = [table[index] for index in indices]
-    batch = task.collator(prepared.tokenizer)(rows).to(model.device)
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=prepared.config.training.bf16):
-        return model(**batch).loss
+def _drawn(features: Features) -> list[int]:
+    """All rows in a random order that is the same each time."""
+    return torch.randperm(len(features), generator=torch.Generator().manual_seed(0)).tolist()
 
 
 def _wait(device: torch.device) -> None:

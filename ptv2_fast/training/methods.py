@@ -1,5 +1,6 @@
 """The methods by name: each prepares a model of transformers in place for training."""
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -29,31 +30,17 @@ _INSIDE: dict[str, Any] = {"train_biases": True, "train_norms": True, "low_rank"
 
 
 def prefix_config(options: ModelOptions) -> PTuningV2Config:
-    """The prefix that the options describe.
+    """The prefix that the options describe; most of them have the names of its fields.
 
     Raises:
         ValueError: naming the field that is out of range.
     """
-    targets = options.low_rank_targets
-    return PTuningV2Config(
-        num_virtual_tokens=options.num_virtual_tokens,
-        prefix_projection=options.prefix_projection,
-        encoder_hidden_size=options.encoder_hidden_size,
-        prefix_dropout=options.prefix_dropout,
-        layers=None if options.depth is None else parse_depth(options.depth),
-        position_offset=options.position_offset,
-        init=options.init,
-        prefix_gate=options.prefix_gate,
-        train_biases=options.train_biases,
-        train_norms=options.train_norms,
-        low_rank=options.low_rank,
-        low_rank_alpha=options.low_rank_alpha,
-        low_rank_targets=None if targets is None else tuple(targets.split(",")),
-        backbone=options.backbone,
-        recompute=options.recompute,
-        memory_budget=options.memory_budget,
-        backbone_dtype=options.backbone_dtype,
-    )
+    names = [field.name for field in dataclasses.fields(PTuningV2Config)]
+    fields = {name: getattr(options, name) for name in names if hasattr(options, name)}
+    if options.low_rank_targets is not None:
+        fields["low_rank_targets"] = tuple(options.low_rank_targets.split(","))
+    layers = None if options.depth is None else parse_depth(options.depth)
+    return PTuningV2Config(layers=layers, **fields)
 
 
 def p_tuning_v2(model: PreTrainedModel, options: ModelOptions, init_ids: Tensor | None) -> None:

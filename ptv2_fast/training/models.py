@@ -1,11 +1,8 @@
-"""Pretrained encoders with a head in, trained ones out: loading and saving for every method."""
+"""What runs trained: written into their folders, and loaded from there or from adapters alone."""
 
-import contextlib
 import dataclasses
 import os
 import shutil
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,20 +11,21 @@ import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    PretrainedConfig,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ptv2_fast.adapters import check_tensors, load_adapter, save_adapter
-from ptv2_fast.encoders import FAMILIES
-from ptv2_fast.encoders.family_table import is_encoder
+from ptv2_fast.adapters import (
+    check_tensors,
+    load_adapter,
+    read_config,
+    read_labels,
+    save_adapter,
+)
+from ptv2_fast.encoders.adapter_files import read_adapter
+from ptv2_fast.encoders.attachment import ENCODER_NAME
 from ptv2_fast.tasks import make_task
 from ptv2_fast.tasks.task import Task
 from ptv2_fast.training import run_folder
+from ptv2_fast.training.auto_classes import AUTO_CLASSES, auto_class_of
 from ptv2_fast.training.baselines import (
     LORA,
     PROMPT,
@@ -35,180 +33,19 @@ from ptv2_fast.training.baselines import (
     trained_tensors,
     write_tensors,
 )
-from ptv2_fast.training.fitting import (
-    check_dropout,
-    drop_unknown_inputs,
-    fit_padding,
-    set_dropout,
-)
 from ptv2_fast.training.methods import prepare_model
 from ptv2_fast.training.options import ModelOptions, RunConfig
-from ptv2_fast.training.run_place import find_run
-
-
-def load_pretrained(
-    options: ModelOptions, task: Task, labels: list[str]
-) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The pretrained encoder with the task's head for the labels, and its tokenizer.
-
-    Warns when a head that should be pretrained is not.
-
-    Raises:
-        OSError, ValueError: for a model that cannot be loaded, or cannot serve the task.
-    """
-    changes: dict[str, Any] = {
-        "num_labels": len(labels),
-        "id2label": dict(enumerate(labels)),
-        "label2id": {label: number for number, label in enumerate(labels)},
-    }
-    assert options.model is not None
-    config = load_config(options.model, **changes)
-    _check_class(config, task)
-    set_dropout(config, options)
-    tokenizer = load_tokenizer(options.model)
-    fit_padding(config, tokenizer)
-    if config.model_type in FAMILIES:
-        FAMILIES[config.model_type].check_tokenizer(tokenizer)
-    model, drawn = read_pretrained(task.model_class, options.model, config)
-    _require_finite(model, options.model)
-    missing = [name for name in drawn if _is_of_encoder(name, model)]
-    if missing:
-        raise ValueError(
-            f"model: expected every weight of the encoder in {options.model}, missing "
-            f"{sorted(missing)!r:.200}"
-        )
-    if drawn and not task.head_is_new:
-        warnings.warn(
-            f"model: {options.model} has no pretrained head for {task.model_class}; a new one is "
-            "used, which has to be trained from nothing",
-            stacklevel=2,
-        )
-    drop_unknown_inputs(tokenizer, model)
-    check_dropout(model, options)
-    task.adapt_model(model, tokenizer, labels)
-    return model, tokenizer
-
-
-def load_encoder(name: str) -> PreTrainedModel:
-    """A pretrained encoder without a head, on the GPU where there is one.
-
-    Raises:
-        OSError, ValueError: for a model that cannot be loaded, lacks weights or is not served.
-    """
-    config = load_config(name)
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"model: expected an encoder that is served (`ptv2-fast models` lists them), got the "
-            f"model_type {config.model_type!r}"
-        )
-    auto = "AutoModelForTextEncoding" if config.is_encoder_decoder else "AutoModel"
-    with reading(f"model: {name}"):
-        model, report = getattr(transformers, auto).from_pretrained(
-            name, dtype=torch.float32, output_loading_info=True, trust_remote_code=False
-        )
-    _require_finite(model, name)
-    missing = [key for key in report["missing_keys"] if "pooler" not in key]
-    if missing:
-        raise ValueError(
-            f"model: expected every weight of the encoder in {name}, missing {missing!r:.200}"
-        )
-    return model.cuda() if torch.cuda.is_available() else model
-
-
-@contextlib.contextmanager
-def reading(what: str) -> Iterator[None]:
-    """Within the context transformers reads a model, a configuration or a tokenizer.
-
-    Args:
-        what: is read, for the message.
-
-    Raises:
-        OSError, MemoryError: of the machine.
-        ValueError: for whatever goes wrong in files of others: transformers and tokenizers check
-            few of them, and their errors are of any type.
-    """
-    try:
-        yield
-    except BaseException as error:
-        of_machine = isinstance(error, MemoryError) or getattr(error, "errno", None) is not None
-        # A panic of tokenizers is no Exception.
-        is_panic = type(error).__name__ == "PanicException"
-        if of_machine or not (is_panic or isinstance(error, Exception)):
-            raise
-        kind = "" if isinstance(error, OSError | ValueError) else f"{type(error).__name__}: "
-        words = " ".join(str(error).split())
-        raise ValueError(f"{what} cannot be read: {kind}{words:.300}") from error
-
-
-def read_pretrained(
-    auto: str, name: str, config: PretrainedConfig, dtype: torch.dtype = torch.float32
-) -> tuple[Any, list[str]]:
-    """A pretrained model, and the names of its weights that were drawn at random.
-
-    The checkpoint lacks these, or has others in their place, as of a head for more labels.
-
-    Args:
-        auto: name of transformers' class.
-        name: of the model, on the hub or a folder.
-        config: of the model.
-        dtype: of its weights.
-
-    Raises:
-        OSError, ValueError: when it cannot be read.
-    """
-    with reading(f"model: {name}"):
-        model, report = getattr(transformers, auto).from_pretrained(
-            name,
-            config=config,
-            dtype=dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,
-            trust_remote_code=False,
-        )
-    others = [key if isinstance(key, str) else key[0] for key in report["mismatched_keys"]]
-    return model, [*report["missing_keys"], *others]
-
-
-def load_config(name: str, **changes: Any) -> PretrainedConfig:
-    """The configuration of a pretrained model; code that comes with it does not run.
-
-    Raises:
-        OSError, ValueError: when it cannot be read, or asks for code from elsewhere.
-    """
-    with reading(f"model: {name}"):
-        config = AutoConfig.from_pretrained(name, trust_remote_code=False, **changes)
-    attention = config._attn_implementation
-    if attention is not None and not str(attention).isidentifier():  # a kernel of the hub
-        raise ValueError(f"model: expected {name} to run without foreign code, got the attention "
-                         f"implementation {attention!r:.100}")  # fmt: skip
-    return config
-
-
-def load_tokenizer(name: str | Path) -> PreTrainedTokenizerBase:
-    """A fast tokenizer that also takes text split into words; code with it does not run.
-
-    Args:
-        name: on the hub, or a folder; a Path is a folder and never looked for on the hub.
-
-    Raises:
-        OSError, ValueError: when there is no fast tokenizer of this model, or a damaged one.
-    """
-    if isinstance(name, Path) and not name.is_dir():
-        raise ValueError(f"tokenizer: expected a folder, got {str(name)!r}")
-    # Byte-level tokenizers refuse split words without the blank in front; others ignore it.
-    with reading(f"tokenizer: {name}"):
-        tokenizer = AutoTokenizer.from_pretrained(
-            name, add_prefix_space=True, trust_remote_code=False
-        )
-    if not tokenizer.is_fast:
-        raise ValueError(f"model: expected one with a fast tokenizer, got {str(name)!r}")
-    first = [*tokenizer.model_input_names][:1]
-    if first != ["input_ids"]:  # by which batches are padded
-        raise ValueError(
-            f"tokenizer: expected model_input_names that begin with 'input_ids' in {name}, got "
-            f"{first!r:.100}"
-        )
-    return tokenizer
+from ptv2_fast.training.predictions import BoundTask
+from ptv2_fast.training.pretrained import (
+    fit_inputs,
+    load_config,
+    load_pretrained,
+    load_tokenizer,
+    read_pretrained,
+    reading,
+    require_finite_weights,
+)
+from ptv2_fast.training.run_lookup import find_run, locate
 
 
 def save_trained(model: PreTrainedModel, method: str, folder: Path) -> None:
@@ -225,16 +62,12 @@ def save_trained(model: PreTrainedModel, method: str, folder: Path) -> None:
         write_tensors(folder / run_folder.TRAINED, final_tensors(model))
 
 
-@dataclasses.dataclass(frozen=True)
-class TrainedRun:
-    """A finished run, loaded from its folder."""
+@dataclasses.dataclass(eq=False)
+class TaskModel(BoundTask):
+    """The same with its model, which has the head of the task, and the options of the run."""
 
-    config: RunConfig
-    task: Task
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    labels: list[str]
-    max_length: int
+    config: RunConfig
 
 
 class OpenedRun(NamedTuple):
@@ -269,15 +102,16 @@ def open_run(folder: Path, changes: dict[str, Any] | None = None) -> OpenedRun:
         ValueError, OSError: for a folder without a run.
     """
     folder, checkpoint = find_run(folder)
-    config, found = run_folder.read_run_config(folder)
+    config, metadata = run_folder.read_run_config(folder)
     # How the run was carried out is not what it is: its cache may be anywhere.
     own = {"feature_cache": None, "preprocessing_num_workers": 1}
     task = make_task(dataclasses.replace(config.data, **own, **(changes or {})))
-    task.remember(found)
-    return OpenedRun(folder, checkpoint, config, task, found["labels"], found["max_length"])
+    task.remember(metadata)
+    labels, max_length = metadata["labels"], metadata["max_length"]
+    return OpenedRun(folder, checkpoint, config, task, labels, max_length)
 
 
-def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
+def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TaskModel:
     """Load what a run trained, in eval mode; the folder runs no code and names no place to write.
 
     Args:
@@ -289,85 +123,129 @@ def load_run(folder: Path, changes: dict[str, Any] | None = None) -> TrainedRun:
             a pretrained model that is gone.
     """
     opened = open_run(folder, changes)
-    folder, checkpoint, config, task, labels, max_length = opened
-    method = config.model.method
-    tokenizer = load_tokenizer(folder / run_folder.TOKENIZER)
-    if method == "fine-tuning":
-        directory = checkpoint or folder / run_folder.MODEL
-        _require(directory / "config.json")
-        with reading(f"model: {directory}"):
-            model, report = _model_class(task).from_pretrained(
-                directory,
-                dtype=torch.float32,
-                output_loading_info=True,
-                use_safetensors=True,
-                local_files_only=True,
-                trust_remote_code=False,
-            )
-        if report["missing_keys"]:
-            raise ValueError(
-                f"{directory}: expected every weight of {type(model).__name__}, missing "
-                f"{sorted(report['missing_keys'])!r:.200}"
-            )
-        _require_finite(model, directory)
-        fit_padding(model.config, tokenizer)
-        drop_unknown_inputs(tokenizer, model)
+    options, task, labels = opened.config.model, opened.task, opened.labels
+    tokenizer = load_tokenizer(opened.folder / run_folder.TOKENIZER)
+    model: Any
+    if options.method == "fine-tuning":
+        model = _load_whole(opened)
+        fit_inputs(model, tokenizer)
         task.adapt_model(model, tokenizer, labels)
     else:
-        model, _ = load_pretrained(config.model, task, labels)
-        fit_padding(model.config, tokenizer)
-        drop_unknown_inputs(tokenizer, model)
-        if method == "p-tuning-v2":
+        model, _ = load_pretrained(options, task, labels)
+        fit_inputs(model, tokenizer)
+        if options.method == "p-tuning-v2":
             load_adapter(model, opened.adapter)
-        elif checkpoint is not None:
-            raise ValueError(f"run: expected a finished run of {method}, got its {checkpoint.name}")
+        elif opened.checkpoint is not None:
+            raise ValueError(f"run: expected a finished run of {options.method}, got its "
+                             f"{opened.checkpoint.name}")  # fmt: skip
         else:
-            _load_tensors(model, config.model, folder / run_folder.TRAINED)
+            _load_tensors(model, options, opened.folder / run_folder.TRAINED)
     if torch.cuda.is_available():
         model.cuda()
-    return TrainedRun(config, task, model.eval(), tokenizer, labels, max_length)
+    return TaskModel(task, labels, tokenizer, opened.max_length, model.eval(), opened.config)
 
 
-def _model_class(task: Task) -> Any:
-    return getattr(transformers, task.model_class)
+def _load_whole(run: OpenedRun) -> PreTrainedModel:
+    """The model that fine-tuning wrote."""
+    folder = run.checkpoint or run.folder / run_folder.MODEL
+    _require(folder / "config.json")
+    with reading(f"model: {folder}"):
+        model, report = getattr(transformers, run.task.model_class).from_pretrained(
+            folder,
+            dtype=torch.float32,
+            output_loading_info=True,
+            use_safetensors=True,
+            local_files_only=True,
+            trust_remote_code=False,
+        )
+    if report["missing_keys"]:
+        raise ValueError(
+            f"{folder}: expected every weight of {type(model).__name__}, missing "
+            f"{sorted(report['missing_keys'])!r:.200}"
+        )
+    require_finite_weights(model, folder)
+    return model
 
 
-def _check_class(config: PretrainedConfig, task: Task) -> None:
-    """Check that transformers has this encoder with the task's head, and what the encoder needs.
+class Loaded(NamedTuple):
+    """A trained model, ready to use.
+
+    Attributes:
+        model: of a class of transformers, in eval mode; on the GPU where there is one.
+        tokenizer: that of its training.
+        labels: by number, as the head numbers them.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    labels: list[str]
+
+
+def load(folder: str | os.PathLike) -> Loaded:
+    """Load a trained model, its tokenizer and its labels; code that comes with it does not run.
+
+    Args:
+        folder: of a finished run of any method; of a checkpoint of a run; or of an adapter that
+            `save_adapter`, `save_pretrained` or Trainer wrote, whose base model is then loaded by
+            its name.
+
+    Returns:
+        A named tuple: `model, tokenizer, labels = load("runs/ner")`.
 
     Raises:
-        ValueError: when it has not, or a default is missing that no task can give.
+        ValueError: for a folder without any of them, one of several runs (naming them), one that is
+            corrupt, or a base model that cannot be loaded.
     """
-    mapping, kind = _model_class(task)._model_mapping, type(config)
-    is_served = kind in mapping
-    if is_served and config.model_type in FAMILIES:
-        is_served = is_encoder(mapping[kind], config)
-    if not is_served:
+    if not isinstance(folder, str | os.PathLike):
+        raise ValueError(f"folder: expected a path, got {folder!r:.100}")
+    folder = Path(folder)
+    try:
+        if locate(folder).run is None:
+            return _load_alone(folder)
+        run = load_run(folder)
+    except OSError as error:
+        raise ValueError(f"{folder}: {error}") from error
+    return Loaded(run.model, run.tokenizer, run.labels)
+
+
+def _load_alone(folder: Path) -> Loaded:
+    """An adapter outside a run, into the model that it names, in the dtype of its head."""
+    description, tensors = read_adapter(folder)
+    read_config(description, folder)
+    labels = read_labels(description, folder)
+    base, made_for = description.get("base_model"), description["model_class"]
+    auto = auto_class_of(str(made_for))
+    if not isinstance(base, str) or not base or auto is None:
         raise ValueError(
-            f"model: expected an encoder with a class for {task.model_class}, got the model_type "
-            f"{config.model_type!r} (`ptv2-fast models` lists the heads)"
+            f"{folder}: expected an adapter that names its base model, and one of the heads "
+            f"{[*AUTO_CLASSES]}, got {base!r:.100} and {made_for!r:.100}; make the model and call "
+            "ptv2_fast.load_adapter(model, folder)"
         )
-    if getattr(config, "default_language", "") is None:
+    heads = [t for name, t in tensors.items() if not name.startswith(ENCODER_NAME) and t.numel()]
+    dtypes = {tensor.dtype for tensor in heads if tensor.is_floating_point()}
+    dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
+    if str(made_for).endswith("EncoderModel"):  # whose AutoModel has a decoder too
+        auto = "AutoModelForTextEncoding"
+    config = load_config(base, num_labels=len(labels))
+    model, drawn = read_pretrained(auto, base, config, dtype)
+    missing = sorted(set(drawn) - set(tensors))
+    if missing:
         raise ValueError(
-            "model: expected a configuration with a default_language, which chooses the language "
-            f"adapters of {config.model_type!r}, got None"
+            f"{folder}: expected every weight in the adapter or in its base model {base}, missing "
+            f"{missing!r:.300}"
         )
+    load_adapter(model, folder)
+    if torch.cuda.is_available():
+        model.cuda()
+    own = (folder / "tokenizer.json").is_file()
+    tokenizer = load_tokenizer(folder if own else base)
+    fit_inputs(model, tokenizer)
+    return Loaded(model, tokenizer, [labels[number] for number in range(len(labels))])
 
 
 def _require(file: Path) -> None:
     if not file.is_file():
         raise ValueError(f"run: expected a finished run, got no {file}")
-
-
-def _is_of_encoder(name: str, model: PreTrainedModel) -> bool:
-    """Whether a method may leave a weight frozen; many encoders come without a pooler."""
-    return name.startswith(f"{model.base_model_prefix}.") and "pooler" not in name
-
-
-def _require_finite(model: PreTrainedModel, place: str | Path) -> None:
-    bad = [name for name, p in model.named_parameters() if not p.isfinite().all()]
-    if bad:
-        raise ValueError(f"{place}: expected finite numbers, got infinite or NaN ones in {bad[:3]}")
 
 
 def _load_tensors(model: PreTrainedModel, options: ModelOptions, file: Path) -> None:

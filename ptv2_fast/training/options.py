@@ -331,6 +331,10 @@ class RunConfig:
         """All options in one table, JSON-ready."""
         return {name: value for table in self.to_dict().values() for name, value in table.items()}
 
+    def parts(self) -> dict[str, "RunConfig"]:
+        """The run itself under the name "": a run of several data sets has one of each."""
+        return {"": self}
+
     @property
     def learning_rate(self) -> float:
         """The peak learning rate, by method when none was given."""

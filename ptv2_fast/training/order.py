@@ -73,32 +73,6 @@ class Batching:
         return self.size
 
 
-class LengthGroupedOrder(Sampler):
-    """A random order of the examples in which the examples of a batch have similar lengths."""
-
-    def __init__(self, lengths: list[int], batch_size: int, seed: int) -> None:
-        self.lengths, self.batch_size, self.seed = lengths, batch_size, seed
-        self.epoch = 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Called by the data loader."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        batches = batches_of_similar_length(order, self.lengths, self.batch_size)
-        # A short batch stays last, or the loader would cut all batches after it elsewhere.
-        whole = len(order) // self.batch_size
-        for number in torch.randperm(whole, generator=generator).tolist():
-            yield from batches[number]
-        for batch in batches[whole:]:
-            yield from batch
-
-
 class BatchOrder(Sampler):
     """A random order of batches, which may have unequal numbers of examples.
 
@@ -115,6 +89,10 @@ class BatchOrder(Sampler):
         """Called by the data loader."""
         self.epoch = epoch
 
+    @abstractmethod
+    def __len__(self) -> int:
+        """Examples in every epoch."""
+
     def __iter__(self) -> Iterator[int]:
         return itertools.chain.from_iterable(self.batches())
 
@@ -123,18 +101,18 @@ class BatchOrder(Sampler):
         """The batches of the epoch."""
 
 
-class TokenOrder(BatchOrder):
-    """Batches of similar lengths with about as many tokens each; every epoch has all examples once.
+class LengthGroupedOrder(BatchOrder):
+    """Batches of examples of similar lengths; every epoch has all examples once.
 
     Args:
         lengths: tokens of the examples.
-        tokens: in a batch.
+        batching: examples or tokens in a batch.
         seed: of the order.
     """
 
-    def __init__(self, lengths: list[int], tokens: int, seed: int) -> None:
-        self.lengths, self.seed = lengths, seed
-        self.count = Batching(None, tokens).count(lengths)
+    def __init__(self, lengths: list[int], batching: Batching, seed: int) -> None:
+        self.lengths, self.batching, self.seed = lengths, batching, seed
+        self.count = batching.count(lengths)
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -143,8 +121,12 @@ class TokenOrder(BatchOrder):
         """See `BatchOrder`."""
         generator = torch.Generator().manual_seed(self.seed + self.epoch)
         order = torch.randperm(len(self), generator=generator).tolist()
-        batches = batches_of_similar_tokens(order, self.lengths, self.count)
-        return [batches[n] for n in torch.randperm(self.count, generator=generator).tolist()]
+        batches = self.batching.cut(order, self.lengths, self.count)
+        # A short batch stays last, or the loader would cut all batches after it elsewhere.
+        size = self.batching.size
+        whole = self.count if size is None else len(order) // size
+        shuffled = torch.randperm(whole, generator=generator).tolist()
+        return [batches[n] for n in shuffled] + batches[whole:]
 
 
 class OrderedBatches(BatchSampler):

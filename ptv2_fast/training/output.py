@@ -30,29 +30,26 @@ class OutputTakenError(ValueError):
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file under a temporary name that then replaces the old one."""
-    temporary = temporary_name(path)
-    try:
+    with _replacing(path) as temporary:
         temporary.write_bytes(content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
 def new_text(path: Path) -> Iterator[IO[str]]:
     """A text file to write into, which gets its name when all is written."""
-    temporary = temporary_name(path)
+    with _replacing(path) as temporary, temporary.open("x", encoding="utf-8") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[Path]:
+    """A file of a temporary name, which replaces the one of this name at the end."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("x", encoding="utf-8") as file:
-            yield file
+        yield temporary
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def temporary_name(path: Path) -> Path:
-    """Where a file is written before it replaces that of its name."""
-    return path.with_name(f"{path.name}.{os.getpid()}.tmp")
 
 
 def is_leftover(path: Path) -> bool:
@@ -158,7 +155,7 @@ def _distributed() -> Any:
 
 
 @contextlib.contextmanager
-def alone(folder: Path, kind: str, overwrite: bool, check: Callable[[], object]) -> Iterator[None]:
+def locked(folder: Path, kind: str, overwrite: bool, check: Callable[[], object]) -> Iterator[None]:
     """Within the context this process, and those of its training, write into the folder.
 
     The folder is created, or emptied, and cleared of what a kill left; the first of several

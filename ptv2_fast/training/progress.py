@@ -9,7 +9,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback
 
 from ptv2_fast.tasks.task import Examples
-from ptv2_fast.training.clock import StepClock
+from ptv2_fast.training.callbacks import StepClock
 from ptv2_fast.training.output import is_first
 
 _SECONDS = (

@@ -8,17 +8,21 @@ of what was trained.
 
 import contextlib
 import csv
+import functools
 import io
 import json
 import math
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from ptv2_fast.files import NO_MODEL, plain_name, read_json_object, without_word
 from ptv2_fast.training import output
+from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.options import NEUTRAL_OPTIONS, RunConfig, options_of_run
+
+Config = RunConfig | MultiTaskConfig
 
 CONFIG = "config.json"
 METRICS = "metrics.jsonl"
@@ -35,26 +39,12 @@ MARKS = {"run": CONFIG, "sweep": "sweep.json", "search": "study.db"}
 # What report.json may hold, beside what names the run.
 _TABLES = (
     "machine", "versions", "examples", "drawn_from", "truncated_examples", "remarks", "tasks",
-    "baselines",
+    "baselines", "started_from",
 )  # fmt: skip
 _NUMBERS = (
     "trainable_parameters", "total_parameters", "saved_bytes", "steps", "train_seconds",
     "step_seconds", "kept_bytes", "peak_memory_bytes",
 )  # fmt: skip
-
-
-class Config(Protocol):
-    """The configuration of a run of one task or of several."""
-
-    @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Any:
-        """From option values."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """The tables of options, JSON-ready."""
-
-    def flat(self) -> dict[str, Any]:
-        """All options in one table, JSON-ready."""
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,15 +96,12 @@ def check_output(folder: Path, resume: bool, overwrite: bool, kind: str = "run")
     if not output.contents(folder):
         return
     mark = output.read_mark(folder)
-    if mark is None and not _begun_before_marks(folder, kind):
+    is_ours = _begun_before_marks(folder, kind) if mark is None else mark["kind"] == kind
+    if not is_ours:
+        other = "" if mark is None else f"a {mark['kind']!r:.20} folder "
         raise ValueError(
             f"output: expected a new or empty folder, or a {kind} folder with {MARKS[kind]}, got "
-            f"{str(folder)!r}"
-        )
-    if mark is not None and mark["kind"] != kind:
-        raise ValueError(
-            f"output: expected a new or empty folder, or a {kind} folder with {MARKS[kind]}, got "
-            f"a {mark['kind']!r:.20} folder {str(folder)!r}"
+            f"{other}{str(folder)!r}"
         )
     if overwrite and mark is None:
         raise ValueError(
@@ -137,22 +124,43 @@ def _begun_before_marks(folder: Path, kind: str) -> bool:
     return kind != "run" or "found" in read_json(file)
 
 
-def check_same_run(folder: Path, config: Config, found: dict[str, Any] | None = None) -> None:
-    """Check that the run in the folder was started with these options, and found the same.
+def check_run(
+    folder: Path,
+    config: Config,
+    metadata: dict[str, Any] | None = None,
+    *,
+    resume: bool,
+    overwrite: bool,
+) -> None:
+    """Check that a run may use this folder: at once, when its data is read, when it begins.
 
     Args:
-        folder: without a config.json there is nothing to compare with.
+        folder: of the output.
         config: of one task or of several.
-        found: labels, max_length and the like; None = not known yet.
+        metadata: labels, max_length and the like; None = not known yet.
+        resume, overwrite: as for `check_output`.
+
+    Raises:
+        ValueError: as `check_output`; when the run to go on with is another, naming what differs.
+    """
+    check_output(folder, resume, overwrite)
+    if resume:
+        check_same_run(folder, config, metadata)
+
+
+def check_same_run(folder: Path, config: Config, metadata: dict[str, Any] | None = None) -> None:
+    """Check that the run in the folder was started with these options and has this metadata.
+
+    Without a config.json there is nothing to compare with.
 
     Raises:
         ValueError: naming what differs.
     """
     if not (folder / CONFIG).is_file():
         return
-    old_config, old_found = read_run_config(folder, type(config))
-    before = old_config.flat() | old_found
-    now = config.flat() | (old_found if found is None else found)
+    old_config, old_metadata = read_run_config(folder, type(config))
+    before = old_config.flat() | old_metadata
+    now = config.flat() | (old_metadata if metadata is None else metadata)
     differences = [
         f"{name} {before.get(name)!r} against {now.get(name)!r}"
         for name in {**now, **before}
@@ -166,34 +174,34 @@ def check_same_run(folder: Path, config: Config, found: dict[str, Any] | None = 
 
 
 def read_run_config(folder: Path, kind: type[Config] = RunConfig) -> tuple[Any, dict[str, Any]]:
-    """The options of a run, and the facts found at its start (labels, max_length).
+    """The options of a run, and what else its start made known (labels, max_length).
 
     Args:
         folder: of the run.
-        kind: RunConfig, or the configuration of a multi-task run.
+        kind: of its configuration.
 
     Raises:
         ValueError: when the folder holds no run, one that cannot be read, or one of the other kind.
     """
     content = without_word(read_json(folder / CONFIG))
     if "tasks" in content and kind is RunConfig:
-        names = [str(single_folder(folder, name)) for name in task_names(content, folder)]
+        names = [str(part_folder(folder, name)) for name in task_names(content, folder)]
         raise ValueError(
             f"run: expected the run of one task, got a multi-task run; its tasks are in {names}"
         )
-    facts = content.get("found")
-    if not isinstance(facts, dict) or not {"labels", "max_length"} <= set(facts):
+    metadata = content.get("found")
+    if not isinstance(metadata, dict) or not {"labels", "max_length"} <= set(metadata):
         raise ValueError(f"{folder / CONFIG}: expected the key 'found' with labels and max_length")
     if kind is RunConfig:
-        _check_facts(facts, folder / CONFIG)
+        _check_metadata(metadata, folder / CONFIG)
     try:
-        return kind.from_dict(options_of_run(content)), facts
+        return kind.from_dict(options_of_run(content)), metadata
     except ValueError as error:
         raise ValueError(f"{folder / CONFIG}: {error}") from error
 
 
-def _check_facts(facts: dict[str, Any], place: Path) -> None:
-    labels, length = facts["labels"], facts["max_length"]
+def _check_metadata(metadata: dict[str, Any], place: Path) -> None:
+    labels, length = metadata["labels"], metadata["max_length"]
     if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f"{place}: found.labels: expected a list of text, got {labels!r:.100}")
     if type(length) is not int or not 0 < length < 2**31:
@@ -213,7 +221,7 @@ def task_names(content: dict[str, Any], folder: Path) -> list[str]:
     return [plain_name(table.get("name"), place) for table in tables]
 
 
-def single_folder(folder: Path, name: str) -> Path:
+def part_folder(folder: Path, name: str) -> Path:
     """Where a multi-task run keeps one of its tasks in the form of a run of its own.
 
     Raises:
@@ -239,15 +247,12 @@ def read_report(folder: Path) -> dict[str, Any]:
         values = scores.values() if isinstance(scores, dict) else [None]
         if not all(map(is_number, values)):
             raise ValueError(f"{REPORT}: expected scores by split in 'metrics', got {metrics!r}")
-    for name in ("task", "method", "model"):
-        if not isinstance(report[name], str):
-            raise ValueError(f"{REPORT}: expected text in {name!r}, got {report[name]!r:.100}")
-    for name in _NUMBERS:
-        if report.get(name) is not None and not is_number(report[name]):
-            raise ValueError(f"{REPORT}: expected a number in {name!r}, got {report[name]!r:.100}")
-    for name in (*_TABLES, "started_from"):
-        if not isinstance(report.get(name) or {}, dict):
-            raise ValueError(f"{REPORT}: expected a table in {name!r}, got {report[name]!r:.100}")
+    texts = dict.fromkeys(("task", "method", "model"), ("text", lambda v: isinstance(v, str)))
+    numbers = dict.fromkeys(_NUMBERS, ("a number", is_number))
+    tables = dict.fromkeys(_TABLES, ("a table", lambda v: not v or isinstance(v, dict)))
+    for name, (kind, fits) in (texts | numbers | tables).items():
+        if report.get(name) is not None and not fits(report[name]):
+            raise ValueError(f"{REPORT}: expected {kind} in {name!r}, got {report[name]!r:.100}")
     for table in ("remarks", "baselines"):
         for name, part in (report.get(table) or {}).items():
             if not isinstance(part, dict):
@@ -266,31 +271,28 @@ def is_number(value: object) -> bool:
 
 
 @contextlib.contextmanager
-def begun(
-    folder: Path, config: Config, found: dict[str, Any], *, resume: bool, overwrite: bool
+def locked_run(
+    folder: Path, config: Config, metadata: dict[str, Any], *, resume: bool, overwrite: bool
 ) -> Iterator[None]:
     """Within the context this process alone trains a run in the folder, whose config.json is there.
 
     Raises:
-        ValueError: as `check_output`; when another process writes there; when the run in the folder
-            is another.
+        ValueError: as `check_run`, since others may have used the folder after it was checked; when
+            another process writes there.
     """
-
-    def check() -> None:
-        check_output(folder, resume, overwrite)
-        if resume:
-            check_same_run(folder, config, found)
-
-    with output.alone(folder, "run", overwrite, check):
+    check = functools.partial(
+        check_run, folder, config, metadata, resume=resume, overwrite=overwrite
+    )
+    with output.locked(folder, "run", overwrite, check):
         if output.is_first():
-            write_config(folder, config, found)
+            write_config(folder, config, metadata)
         yield
 
 
-def write_config(folder: Path, config: Config, found: dict[str, Any]) -> None:
+def write_config(folder: Path, config: Config, metadata: dict[str, Any]) -> None:
     """Write config.json, in a folder that is made when missing."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_json(folder / CONFIG, {**NO_MODEL, **config.to_dict(), "found": found})
+    write_json(folder / CONFIG, {**NO_MODEL, **config.to_dict(), "found": metadata})
 
 
 def finish(folder: Path, report: dict[str, Any], mistakes: dict[str, Any]) -> None:

@@ -1,78 +1,66 @@
 """Running a model over examples: predictions in their order, and scores."""
 
+import dataclasses
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.comparison import compare, mistakes
-from ptv2_fast.tasks.sources import file_source
-from ptv2_fast.tasks.table_parts import text_parts
+from ptv2_fast.tasks.sources import TYPED, Part, Source, file_source
 from ptv2_fast.tasks.task import Examples, Features, Task
+from ptv2_fast.training.models import TaskModel
+from ptv2_fast.training.predictions import Predictions
 from ptv2_fast.training.progress import scoring_bar
-
-if TYPE_CHECKING:
-    from ptv2_fast.training.models import TrainedRun
 
 
 @torch.no_grad()
-def predict(
-    model: PreTrainedModel,
-    task: Task,
+def run_model(
+    run: TaskModel,
     features: Features,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: list[str],
     batch_size: int = 32,
     bf16: bool = False,
     progress: bool | None = None,
-) -> list[Any]:
-    """The results of `task`, one per example, in order.
+) -> Predictions:
+    """The predictions of a model.
 
     Runs in eval mode, in batches of similar length, and draws nothing from torch's generator.
     A bar shows how far it is: with `progress`, or when that is None, on a terminal.
     """
-    rows = features.model_inputs(tokenizer, task.label_columns)
-    collate = task.collator(tokenizer)
-    order = sorted(range(len(rows)), key=features.lengths.__getitem__, reverse=True)
-    predicted: list[Any] = [None] * len(rows)
+    model, predictions = run.model, Predictions(run, features)
+    order = sorted(range(len(features)), key=features.lengths.__getitem__, reverse=True)
     was_training = model.training
     model.eval()
     batches = range(0, len(order), batch_size)
     for first in scoring_bar(batches, features.examples.source.name, progress):
-        indices = order[first : first + batch_size]
-        batch = collate([rows[i] for i in indices]).to(model.device)
-        inputs = {name: t for name, t in batch.items() if name not in task.label_columns}
+        numbers = order[first : first + batch_size]
+        batch = predictions.collate(numbers).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-            outputs = model(**inputs)
-        found = task.predictions(outputs, batch, labels)
-        for index, prediction in zip(indices, found, strict=True):
-            predicted[index] = prediction
+            outputs = model(**predictions.inputs(batch))
+        predictions.take(numbers, batch, outputs)
     model.train(was_training)
-    return task.results(predicted, features, labels)
+    return predictions
 
 
 def score(
-    model: PreTrainedModel,
-    task: Task,
+    run: TaskModel,
     features: Features,
-    tokenizer: PreTrainedTokenizerBase,
-    labels: list[str],
     batch_size: int = 32,
     bf16: bool = False,
     progress: bool | None = None,
     wrong: dict[str, Any] | None = None,
 ) -> dict[str, float]:
-    """The metrics of `task` on labelled features; `wrong` receives what `mistakes` finds."""
-    results = predict(model, task, features, tokenizer, labels, batch_size, bf16, progress)
+    """The metrics of the task on labelled features; `wrong` receives what `mistakes` finds."""
+    results = run_model(run, features, batch_size, bf16, progress).results
     if wrong is not None:
-        wrong |= mistakes(task, results, features.examples, labels)
-    return task.metrics(results, features.examples, labels)
+        wrong |= mistakes(run.task, results, features.examples, run.labels)
+    return run.task.metrics(results, features.examples, run.labels)
 
 
 def evaluate_file(
-    run: "TrainedRun", path: Path, batch_size: int = 32
+    run: TaskModel, path: Path, batch_size: int = 32
 ) -> tuple[dict[str, Any], Iterator[dict[str, Any]]]:
     """The scores of a trained run on a labelled file, and its predictions.
 
@@ -86,18 +74,18 @@ def evaluate_file(
     """
     task, labels = run.task, run.labels
     examples = task.read(file_source(path))
-    features = task.featurize(examples, run.tokenizer, labels, run.max_length)
-    results, lines = _describe(run, features, batch_size)
-    scores: dict[str, Any] = dict(task.metrics(results, examples, labels))
+    features = run.featurize(examples, labelled=True)
+    predictions = run_model(run, features, batch_size)
+    scores: dict[str, Any] = dict(task.metrics(predictions.results, examples, labels))
     scores |= {"examples": len(examples), "truncated_examples": features.truncated}
     if examples.remarks:
         scores["remarks"] = examples.remarks
-    scores |= compare(task, results, examples, labels)
-    pairs = zip(lines, task.expected(examples), strict=True)
+    scores |= compare(task, predictions.results, examples, labels)
+    pairs = zip(predictions.lines(), task.expected(examples), strict=True)
     return scores, ({**line, "expected": expected} for line, expected in pairs)
 
 
-def predict_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> list[dict[str, Any]]:
+def predict_file(run: TaskModel, path: Path, batch_size: int = 32) -> list[dict[str, Any]]:
     """The predictions of a trained run for the examples of a file, as dictionaries.
 
     Raises:
@@ -107,7 +95,7 @@ def predict_file(run: "TrainedRun", path: Path, batch_size: int = 32) -> list[di
 
 
 def predict_texts(
-    run: "TrainedRun", texts: Sequence[str], batch_size: int = 32
+    run: TaskModel, texts: Sequence[str], batch_size: int = 32
 ) -> list[dict[str, Any]]:
     """The predictions of a trained run for typed texts, as dictionaries.
 
@@ -119,7 +107,7 @@ def predict_texts(
 
 
 def predict_parts(
-    run: "TrainedRun", parts: Iterable[Examples], batch_size: int = 32
+    run: TaskModel, parts: Iterable[Examples], batch_size: int = 32
 ) -> Iterator[list[dict[str, Any]]]:
     """The predictions of a trained run for examples that come a part after the other.
 
@@ -138,29 +126,31 @@ def predict_parts(
 
 
 def typed_parts(task: Task, texts: Iterable[str]) -> Iterator[Examples]:
-    """Typed texts as examples, `part_rows` of the task at a time.
+    """Typed texts as examples, a batch of `typed_batches` at a time.
 
     Raises:
         ValueError: as `Task.from_texts`.
     """
-    for part, source in text_parts(texts, task.part_rows):
-        yield task.from_texts(part, source)
+    return (task.from_texts(batch, source) for batch, source in typed_batches(texts))
+
+
+def typed_batches(texts: Iterable[str]) -> Iterator[tuple[list[str], Source]]:
+    """Typed texts, some at a time, each time with a source that numbers them.
+
+    Where nothing is typed that is an empty batch, for the task to refuse.
+    """
+    remaining, first = iter(texts), 1
+    batch = [*itertools.islice(remaining, Task.part_rows)]
+    while True:
+        yield batch, dataclasses.replace(TYPED, part=Part(range(first, first + len(batch))))
+        first += len(batch)
+        batch = [*itertools.islice(remaining, Task.part_rows)]
+        if not batch:
+            return
 
 
 def _predict_examples(
-    run: "TrainedRun", examples: Examples, batch_size: int, progress: bool | None = None
+    run: TaskModel, examples: Examples, batch_size: int, progress: bool | None = None
 ) -> list[dict[str, Any]]:
-    features = run.task.featurize(examples, run.tokenizer, None, run.max_length)
-    return list(_describe(run, features, batch_size, progress)[1])
-
-
-def _describe(
-    run: "TrainedRun", features: Features, batch_size: int, progress: bool | None = None
-) -> tuple[list[Any], Iterator[dict[str, Any]]]:
-    """The results of the examples, and how they are printed, made when asked for."""
-    task, labels = run.task, run.labels
-    results = predict(
-        run.model, task, features, run.tokenizer, labels, batch_size, progress=progress
-    )
-    rows = zip(features.examples.table, results, strict=True)
-    return results, (task.describe(row, one, labels) for row, one in rows)
+    features = run.featurize(examples)
+    return [*run_model(run, features, batch_size, progress=progress).lines()]

@@ -125,7 +125,7 @@ class MultiTaskConfig:
         model, training = tables.pop("model"), tables.pop("training")
         return {**data, **model, **training, **tables}
 
-    def singles(self) -> dict[str, RunConfig]:
+    def parts(self) -> dict[str, RunConfig]:
         """The run of each data set alone, by name."""
         return {
             name: RunConfig(task, self.model, self.training)

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.bank_attachment import GivenOutput
 from ptv2_fast.encoders.families import find_family
-from ptv2_fast.training.pooling import join_rows
+from ptv2_fast.training.bank_batches import join_rows
 
 
 def check_shared_pass(model: PreTrainedModel) -> None:

@@ -60,7 +60,7 @@ def run_search(search: Search, *, overwrite: bool = False, worker: Worker = work
 
     check()
     facts = _facts(search)
-    with output.alone(folder, "search", overwrite, check), readable_study(search):
+    with output.locked(folder, "search", overwrite, check), readable_study(search):
         study = open_study(search)
         _check_same_search(study, facts)
         _retry_dead_trials(study, folder)
@@ -105,20 +105,20 @@ def _facts(search: Search) -> dict[str, Any]:
     first = {name: values_of(entry)[0] for name, entry in search.space.items()}
     config = RunConfig.from_dict(with_changes(search.base.flat(), first))
     prepared = prepare(config, search.folder / "trial")
-    if "validation" not in prepared.features:
+    if "validation" not in prepared.part.features:
         raise ValueError("search: expected validation examples to compare trials by, got none")
     fixed = {
         name: value
         for name, value in search.base.flat().items()
         if name not in NEUTRAL_OPTIONS and name not in search.space
     }
-    sizes = {name: len(features.examples) for name, features in prepared.features.items()}
+    sizes = {name: len(features.examples) for name, features in prepared.part.features.items()}
     facts = {
         **fixed,
         "space": search.space,
-        "labels": prepared.labels,
+        "labels": prepared.part.labels,
         "examples": sizes,
-        "metric": prepared.task.metric,
+        "metric": prepared.part.task.metric,
     }
     del prepared
     free_memory()

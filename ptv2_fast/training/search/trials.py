@@ -22,7 +22,7 @@ from optuna.trial import TrialState
 from sqlalchemy.exc import SQLAlchemyError
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from ptv2_fast.training.divergence import DivergedError
+from ptv2_fast.training.callbacks import DivergedError
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
@@ -171,7 +171,8 @@ def _train_trial(
     except (ValueError, OSError) as error:
         return TrialState.PRUNED, None, one_line(error)
     # A search looks at the validation examples alone.
-    prepared.features = {name: prepared.features[name] for name in ("train", "validation")}
+    features = prepared.part.features
+    prepared.part.features = {name: features[name] for name in ("train", "validation")}
     try:
         report = train(prepared, [TrialWatch(trial, metric)])
     except optuna.TrialPruned:

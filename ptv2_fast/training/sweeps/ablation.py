@@ -7,8 +7,8 @@ sets a linear head against the language model's.
 
 from collections.abc import Sequence
 
-from ptv2_fast.training.models import load_config
 from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.pretrained import load_config
 from ptv2_fast.training.sweeps.plan import Sweep, sweep_of
 
 LENGTHS = (4, 8, 16, 32, 64, 128)

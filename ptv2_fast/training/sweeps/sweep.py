@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ptv2_fast.training import output, run_folder
-from ptv2_fast.training.divergence import DivergedError
+from ptv2_fast.training.callbacks import DivergedError
 from ptv2_fast.training.measure import reset_peak_memory
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
@@ -71,7 +71,7 @@ def run_sweep(
         found.append(check_sweep_output(sweep, folder, resume=resume, overwrite=overwrite))
 
     check()
-    with output.alone(folder, "sweep", overwrite, check):
+    with output.locked(folder, "sweep", overwrite, check):
         return _run_all(found[-1], folder, announce)
 
 

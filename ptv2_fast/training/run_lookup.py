@@ -9,19 +9,19 @@ from ptv2_fast.training import run_folder
 _NAMED = 5  # of several runs in a message
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a trained model is.
 
     Attributes:
         run: the folder of its run; None of an adapter alone.
-        trained: the checkpoint, or the adapter alone; None = what the run ended with.
+        weights: the checkpoint, or the adapter alone; None = what the run ended with.
     """
 
     run: Path | None
-    trained: Path | None
+    weights: Path | None
 
 
-def find_place(folder: Path) -> Place:
+def locate(folder: Path) -> Location:
     """What to open in a folder.
 
     Raises:
@@ -31,14 +31,14 @@ def find_place(folder: Path) -> Place:
     if not folder.is_dir():
         raise _no_run(folder)
     if is_run(folder):
-        return Place(folder, None)
+        return Location(folder, None)
     name = folder.absolute().name
     if name in (run_folder.ADAPTER, run_folder.MODEL) and is_run(above[0]):
-        return Place(above[0], None)
+        return Location(above[0], None)
     if above[0].name == run_folder.CHECKPOINTS and folder.is_dir() and is_run(above[1]):
-        return Place(above[1], folder)
+        return Location(above[1], folder)
     if find_description(folder) is not None:
-        return Place(None, folder)
+        return Location(None, folder)
     runs = [path for path in sorted(folder.glob("*")) if is_run(path)]
     if runs:
         # A search keeps what its best trial trained.
@@ -62,15 +62,15 @@ def find_run(folder: Path) -> tuple[Path, Path | None]:
     """The folder of a run, and that of its checkpoint where it is one that is named.
 
     Raises:
-        ValueError: as `find_place`, and for an adapter alone.
+        ValueError: as `locate`, and for an adapter alone.
     """
-    run, trained = find_place(folder)
+    run, weights = locate(folder)
     if run is None:
         raise ValueError(
             f"run: expected the folder of a run, got an adapter alone, {str(folder)!r}, which does "
             "not say how its task reads data; ptv2_fast.load opens it"
         )
-    return run, trained
+    return run, weights
 
 
 def is_run(folder: Path) -> bool:

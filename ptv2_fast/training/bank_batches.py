@@ -1,33 +1,14 @@
 """Texts of several adapters in one batch, and what each task makes of its part of the results."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase
 
-from ptv2_fast.tasks.task import Examples, Features, Task
-
-
-@dataclass(frozen=True)
-class AdapterRun:
-    """What the run of an adapter says about its texts.
-
-    Attributes:
-        max_length: tokens of the longest text.
-    """
-
-    task: Task
-    labels: list[str]
-    tokenizer: PreTrainedTokenizerBase
-    max_length: int
-
-    def features(self, examples: Examples) -> Features:
-        """What the encoder reads of examples, without their labels."""
-        return self.task.featurize(examples, self.tokenizer, None, self.max_length)
+from ptv2_fast.tasks.task import Features
+from ptv2_fast.training.predictions import BoundTask, Predictions
 
 
 class Batch(NamedTuple):
@@ -42,21 +23,18 @@ class Batch(NamedTuple):
     choices: int | None
 
 
-class Pooled:
-    """The examples of one adapter among those of others.
+class AdapterExamples(Predictions):
+    """The examples of one adapter among those of others, and what is predicted for them.
 
     Args:
         name: of the adapter.
-        run: it comes from.
-        features: of the examples, by `run.features`.
+        run: that it comes from.
+        features: of the examples, by `run.featurize`.
     """
 
-    def __init__(self, name: str, run: AdapterRun, features: Features) -> None:
-        self.name, self.run, self._features = name, run, features
-        task, tokenizer = run.task, run.tokenizer
-        self.rows = list(features.model_inputs(tokenizer, task.label_columns))
-        self._collate = task.collator(tokenizer)
-        self._predicted: list[Any] = [None] * len(self.rows)
+    def __init__(self, name: str, run: BoundTask, features: Features) -> None:
+        super().__init__(run, features)
+        self.name, self.rows = name, list(self.rows)
 
     def sort_key(self, number: int) -> tuple[int, list[int]]:
         """By length, then by tokens."""
@@ -67,36 +45,20 @@ class Pooled:
 
     def batch(self, numbers: list[int]) -> Batch:
         """Some of the rows."""
-        columns = dict(self._collate([self.rows[number] for number in numbers]))
-        names = [name for name in columns if name not in self.run.task.label_columns]
-        inputs = {name: columns[name] for name in names}
-        choices = None
+        columns = dict(self.collate(numbers))
+        inputs, choices = self.inputs(columns), None
         if inputs["input_ids"].dim() == 3:
             choices = inputs["input_ids"].shape[1]
             inputs = {name: tensor.flatten(0, 1) for name, tensor in inputs.items()}
         return Batch(columns, inputs, choices)
 
-    def take(self, numbers: list[int], batch: Batch, results: list[Tensor]) -> None:
+    def take_rows(self, numbers: list[int], batch: Batch, rows: list[Tensor]) -> None:
         """Keep what the task reads in the results of a batch, one for each row of its inputs."""
-        task, labels = self.run.task, self.run.labels
-        found = task.predictions(_as_outputs(results, batch), batch.columns, labels)
-        for number, prediction in zip(numbers, found, strict=True):
-            self._predicted[number] = prediction
-
-    def lines(self) -> list[dict[str, Any]]:
-        """One result for each example, as it is printed."""
-        return [line for _, line in self.results()]
-
-    def results(self) -> list[tuple[Any, dict[str, Any]]]:
-        """One for each example in the task's own terms, and as it is printed."""
-        task, labels, features = self.run.task, self.run.labels, self._features
-        results = task.results(self._predicted, features, labels)
-        rows = zip(features.examples.table, results, strict=True)
-        return [(one, task.describe(row, one, labels)) for row, one in rows]
+        self.take(numbers, batch.columns, _as_outputs(rows, batch))
 
 
 def join_batches(
-    batches: Sequence[tuple[Pooled, list[int], Batch]],
+    batches: Sequence[tuple[AdapterExamples, list[int], Batch]],
 ) -> tuple[dict[str, Tensor], list[str]]:
     """The inputs of all batches as one, padded on the right, and the adapter of each row."""
     names = dict.fromkeys(name for _, _, batch in batches for name in batch.inputs)
@@ -108,10 +70,10 @@ def join_batches(
             parts.append(batch.inputs.get(name, torch.zeros_like(ids)))
         pads = [0] * len(parts)
         if name == "input_ids":
-            pads = [pooled.run.tokenizer.pad_token_id for pooled, _, _ in batches]
+            pads = [part.run.tokenizer.pad_token_id for part, _, _ in batches]
         joined[name] = join_rows(parts, pads)
     owners = [
-        pooled.name for pooled, _, batch in batches for _ in range(len(batch.inputs["input_ids"]))
+        part.name for part, _, batch in batches for _ in range(len(batch.inputs["input_ids"]))
     ]
     return joined, owners
 

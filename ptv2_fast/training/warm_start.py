@@ -50,7 +50,7 @@ def find_starts(options: ModelOptions) -> list[Start]:
     if "tasks" not in content:
         return [_start_of_run(folder)]
     names = run_folder.task_names(content, folder)
-    return [_start_of_run(run_folder.single_folder(folder, name)) for name in names]
+    return [_start_of_run(run_folder.part_folder(folder, name)) for name in names]
 
 
 def _start_of_run(folder: Path) -> Start:
@@ -59,11 +59,11 @@ def _start_of_run(folder: Path) -> Start:
         raise ValueError(
             f"start_from: expected a finished run of p-tuning-v2, got no {adapter / CONFIG_NAME}"
         )
-    config, found = run_folder.read_run_config(folder)
-    return Start(adapter, config.data, found.get("trained_with"))
+    config, metadata = run_folder.read_run_config(folder)
+    return Start(adapter, config.data, metadata.get("trained_with"))
 
 
-def start_from(
+def warm_start(
     model: PreTrainedModel, options: ModelOptions, data: DataOptions | None
 ) -> dict[str, Any] | None:
     """Give an attached model the prefix of an earlier run, and its head where that fits.

@@ -1,10 +1,9 @@
-"""What a configuration and a tokenizer need so that a model of any family trains by our options."""
+"""Dropout by our options in models of any family."""
 
-import inspect
 import warnings
 
 from torch import nn
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel
 
 from ptv2_fast.encoders import FAMILIES
 from ptv2_fast.training.options import ModelOptions
@@ -50,12 +49,12 @@ def check_dropout(model: PreTrainedModel, options: ModelOptions) -> None:
     inside: set[float] = set()
     of_head: set[float] = set()
     for module in model.modules():
-        found = inside if module in backbone else of_head
+        group = inside if module in backbone else of_head
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
-                found.add(value)
+                group.add(value)
         if isinstance(module, nn.Dropout):
-            found.add(module.p)
+            group.add(module.p)
     kind, head = type(model).__name__, options.head_dropout
     for name, known in (("dropout", inside | of_head), ("attention_dropout", inside)):
         value = getattr(options, name)
@@ -66,35 +65,3 @@ def check_dropout(model: PreTrainedModel, options: ModelOptions) -> None:
         warnings.warn(
             f"head_dropout: no effect, the head of {kind} has no dropout of its own", stacklevel=2
         )
-
-
-def fit_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Let a model and its tokenizer agree on the pad token, in place; decoders often have none.
-
-    Then the token that ends a text takes its place, as in transformers' scripts: decoders classify
-    by the last token that is no pad. They get no cache, and every model padding on the right, as
-    frozen blocks and what reads the results of a batch want it.
-
-    Raises:
-        ValueError: when the tokenizer has neither.
-    """
-    if tokenizer.pad_token is None:
-        if tokenizer.eos_token is None:
-            raise ValueError(
-                "tokenizer: expected one with a pad token, or with an end-of-text token to take "
-                f"its place, got neither in {tokenizer.name_or_path or type(tokenizer).__name__}"
-            )
-        tokenizer.pad_token = tokenizer.eos_token
-    family = FAMILIES.get(config.model_type)
-    is_decoder = family is not None and family.is_decoder
-    if is_decoder or getattr(config, "pad_token_id", None) is None:
-        config.pad_token_id = tokenizer.pad_token_id
-    tokenizer.padding_side = "right"
-    if is_decoder:
-        config.use_cache = False
-
-
-def drop_unknown_inputs(tokenizer: PreTrainedTokenizerBase, model: PreTrainedModel) -> None:
-    """Let a tokenizer make what a model takes: some make types of tokens for models without."""
-    known = inspect.signature(model.forward).parameters
-    tokenizer.model_input_names = [n for n in tokenizer.model_input_names if n in known]

@@ -5,12 +5,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from ptv2_fast.tasks.sources import Part, Source
-from ptv2_fast.tasks.table_parts import table_parts, text_parts
+from ptv2_fast.tasks.table_parts import table_parts
 from ptv2_fast.tasks.tables import read_table
 from ptv2_fast.tasks.task import Examples, Task
 from ptv2_fast.training.bank import AdapterBank
-from ptv2_fast.training.pooling import Pooled
+from ptv2_fast.training.bank_batches import AdapterExamples
 from ptv2_fast.training.progress import reading_bar
+from ptv2_fast.training.scoring import typed_batches
 
 _COLUMN = "adapter"
 
@@ -48,9 +49,9 @@ def predict_typed(bank: AdapterBank, texts: Iterable[str], batch_size: int) -> I
     Raises:
         ValueError: when there is none, and for one that does not fit the task of an adapter.
     """
-    for part, source in text_parts(texts, Task.part_rows):
-        examples = {name: bank.run_of(name).task.from_texts(part, source) for name in bank.names}
-        yield _predict(bank, [bank.names] * len(part), examples, batch_size)
+    for batch, source in typed_batches(texts):
+        examples = {name: bank.run_of(name).task.from_texts(batch, source) for name in bank.names}
+        yield _predict(bank, [bank.names] * len(batch), examples, batch_size)
 
 
 def _table_parts(source: Source) -> Iterator[Examples]:
@@ -104,7 +105,10 @@ def _predict(
         examples: of each adapter, those of its rows in their order.
     """
     runs = {name: bank.run_of(name) for name in examples}
-    parts = [Pooled(name, runs[name], runs[name].features(own)) for name, own in examples.items()]
+    parts = [
+        AdapterExamples(name, runs[name], runs[name].featurize(own))
+        for name, own in examples.items()
+    ]
     bank.run_parts(parts, batch_size)
-    lines = {part.name: iter(part.lines()) for part in parts}
+    lines = {part.name: part.lines() for part in parts}
     return [{_COLUMN: name, **next(lines[name])} for names in asked for name in names]
