@@ -65,7 +65,7 @@ class Experiment:
             _run(plan(self.base, seeds=self.seeds, **settings), folder)
             return
         settings_of = {
-            (name, rate): ({**options, "learning_rate": rate}, {})
+            (name, rate): {**options, "learning_rate": rate}
             for name, (options, rates) in self.variants.items()
             for rate in rates
         }

@@ -10,7 +10,7 @@ class AttentionShape(Shape):
     """With what else decides about the scores.
 
     Args:
-        window: a row sees tokens at most so far away, and the whole prefix; None = all tokens.
+        window: tokens at most so far away are visible to a row, beside the prefix; None = all.
         has_bias: an additive bias [1, heads, tokens, tokens], as of relative positions.
         has_positions: both position terms of DeBERTa v3, 256 buckets over 512 distances.
     """

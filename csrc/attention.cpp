@@ -7,20 +7,10 @@
 namespace ptv2 {
 namespace {
 
-// The options of both operators, in the order of the schema.
-struct Options {
-  std::optional<Tensor> key_mask, seed;
-  double scale, dropout_p, prefix_dropout_p;
-  std::optional<Tensor> context_lengths;
-  int64_t window;
-  std::optional<Tensor> prefix_index, prefix_lengths, cu_seqlens;
-  int64_t max_seqlen;
-  std::optional<Tensor> bias, position_key, position_query, position_slots, prefix_gate;
-};
-
 // Batch, queries and tokens of a padded or a packed call. Rows behind the last packed sequence are
 // neither read nor written.
-void fill_layout(Problem& problem, const Tensor& query, const Tensor& key, const Options& options) {
+void fill_layout(Problem& problem, const Tensor& query, const Tensor& key,
+                 const AttentionOptions& options) {
   const int64_t rank = options.cu_seqlens.has_value() ? 3 : 4;
   STD_TORCH_CHECK(query.dim() == rank && key.dim() == rank, "query and key: expected ", rank,
                   " dimensions, got ", query.dim(), " and ", key.dim());
@@ -46,7 +36,7 @@ void fill_layout(Problem& problem, const Tensor& query, const Tensor& key, const
   }
 }
 
-void fill_bias(Problem& problem, const Options& options) {
+void fill_bias(Problem& problem, const AttentionOptions& options) {
   problem.bias.data = nullptr;
   if (!options.bias.has_value()) return;
   const Tensor& bias = *options.bias;
@@ -63,7 +53,7 @@ void fill_bias(Problem& problem, const Options& options) {
 }
 
 // The tables of disentangled attention: [H, slots, D], as many slots in both.
-void fill_positions(Problem& problem, const Tensor& query, const Options& options) {
+void fill_positions(Problem& problem, const Tensor& query, const AttentionOptions& options) {
   problem.position_key = problem.position_query = Table{};
   problem.position_slots = nullptr;
   const auto& slots = options.position_slots;
@@ -95,7 +85,7 @@ void fill_positions(Problem& problem, const Tensor& query, const Options& option
   problem.position_reach = distances / 2;
 }
 
-void fill_gate(Problem& problem, const Options& options) {
+void fill_gate(Problem& problem, const AttentionOptions& options) {
   problem.prefix_gate = Gate{};
   if (!options.prefix_gate.has_value()) return;
   const Tensor& gate = *options.prefix_gate;
@@ -114,7 +104,8 @@ std::vector<int64_t> token_shape(const Tensor& like, int64_t heads, int64_t rows
 
 // Whatever the forward and the backward call share.
 void fill_problem(Problem& problem, const Tensor& query, const Tensor& key, const Tensor& value,
-                  const Tensor& prefix_key, const Tensor& prefix_value, const Options& options) {
+                  const Tensor& prefix_key, const Tensor& prefix_value,
+                  const AttentionOptions& options) {
   const ScalarType dtype = query.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16,
                   "query: expected dtype float32 or bfloat16 on the CPU");
@@ -180,22 +171,9 @@ Tensor empty_tokens(const Tensor& like, int64_t heads) {
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> prefix_attention_forward(
-    Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
-    std::optional<Tensor> key_mask, std::optional<Tensor> seed, double scale, double dropout_p,
-    double prefix_dropout_p, std::optional<Tensor> context_lengths, int64_t window,
-    std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
-    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
-    std::optional<Tensor> position_key, std::optional<Tensor> position_query,
-    std::optional<Tensor> position_slots, std::optional<Tensor> prefix_gate) {
-  const Options options{key_mask,         seed,
-                        scale,            dropout_p,
-                        prefix_dropout_p, context_lengths,
-                        window,           prefix_index,
-                        prefix_lengths,   cu_seqlens,
-                        max_seqlen,       bias,
-                        position_key,     position_query,
-                        position_slots,   prefix_gate};
+std::tuple<Tensor, Tensor> prefix_attention_forward(const AttentionOptions& options, Tensor query,
+                                                    Tensor key, Tensor value, Tensor prefix_key,
+                                                    Tensor prefix_value) {
   ForwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, options);
   Tensor out = empty_tokens(query, problem.heads);
@@ -210,22 +188,9 @@ std::tuple<Tensor, Tensor> prefix_attention_forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_backward(
-    Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value,
-    Tensor out, Tensor lse, std::optional<Tensor> grad_lse, bool needs_query, bool needs_key_value,
-    bool needs_prefix, bool joint, std::optional<Tensor> key_mask, std::optional<Tensor> seed,
-    double scale, double dropout_p, double prefix_dropout_p, std::optional<Tensor> context_lengths,
-    int64_t window, std::optional<Tensor> prefix_index, std::optional<Tensor> prefix_lengths,
-    std::optional<Tensor> cu_seqlens, int64_t max_seqlen, std::optional<Tensor> bias,
-    std::optional<Tensor> position_key, std::optional<Tensor> position_query,
-    std::optional<Tensor> position_slots, std::optional<Tensor> prefix_gate) {
-  const Options options{key_mask,         seed,
-                        scale,            dropout_p,
-                        prefix_dropout_p, context_lengths,
-                        window,           prefix_index,
-                        prefix_lengths,   cu_seqlens,
-                        max_seqlen,       bias,
-                        position_key,     position_query,
-                        position_slots,   prefix_gate};
+    const AttentionOptions& options, Tensor grad_out, Tensor query, Tensor key, Tensor value,
+    Tensor prefix_key, Tensor prefix_value, Tensor out, Tensor lse, std::optional<Tensor> grad_lse,
+    bool needs_query, bool needs_key_value, bool needs_prefix, bool joint) {
   BackwardProblem problem{};
   fill_problem(problem, query, key, value, prefix_key, prefix_value, options);
   const int64_t heads = problem.heads, kv_heads = problem.kv_heads();
@@ -272,8 +237,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> prefix_attention_back
     grad_prefix_value = torch::stable::new_empty(query, bank);
     problem.grad_prefix_key = grad_prefix_key.mutable_data_ptr();
     problem.grad_prefix_value = grad_prefix_value.mutable_data_ptr();
-    if (prefix_gate.has_value()) {
-      grad_prefix_gate = torch::stable::new_empty(*prefix_gate, {problem.bank_rows, heads});
+    if (options.prefix_gate.has_value()) {
+      grad_prefix_gate = torch::stable::new_empty(*options.prefix_gate, {problem.bank_rows, heads});
       problem.grad_prefix_gate = static_cast<float*>(grad_prefix_gate.mutable_data_ptr());
     }
   }

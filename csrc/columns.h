@@ -1,7 +1,7 @@
 // Packed columns, and where the rows of a sequence and the prefix that it reads lie.
 #pragma once
 
-#include "visible.h"
+#include "visibility.h"
 
 #if defined(__SANITIZE_ADDRESS__)
 #define PTV2_ADDRESS_SANITIZER
@@ -160,8 +160,8 @@ PackedColumns<Operand> shared_prefix(const Geometry<Operand>& geometry, const Pr
   return PackedColumns<Operand>::take(arena, geometry, problem.prefix, backward);
 }
 
-// The packed prefix of a (sequence, key/value head): shared by all that read it, or masked for this
-// sequence.
+// The packed prefix of a (sequence, key/value head): shared by all that read it, or with this
+// sequence's dropout.
 template <class Operand, class Element>
 struct PrefixSource {
   PackedColumns<Operand> packed;

@@ -118,7 +118,7 @@ class Forward {
     positions_.pack_keys(key);
     for (int64_t row = 0; row < rows_; row += kForwardRows) {
       const int64_t rows = smaller(kForwardRows, rows_ - row);
-      add_tile(seen_block(block, problem_, sequence_, first_row_ + row, rows), row, rows);
+      add_tile(visible_block(block, problem_, sequence_, first_row_ + row, rows), row, rows);
     }
   }
 

@@ -11,15 +11,18 @@
 
 namespace {
 
+using Forward = ptv2::WithOptions<&ptv2::prefix_attention_forward>;
+using Backward = ptv2::WithOptions<&ptv2::prefix_attention_backward>;
+
 std::string cpu_capability() { return ptv2::cpu_level().name; }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(ptv2, CPU, m) {
-  m.impl("prefix_attention_forward", TORCH_BOX(&ptv2::prefix_attention_forward));
-  m.impl("prefix_attention_backward", TORCH_BOX(&ptv2::prefix_attention_backward));
-  m.impl("prefix_attention_forward_cpp", TORCH_BOX(&ptv2::prefix_attention_forward));
-  m.impl("prefix_attention_backward_cpp", TORCH_BOX(&ptv2::prefix_attention_backward));
+  m.impl("prefix_attention_forward", TORCH_BOX(&Forward::call));
+  m.impl("prefix_attention_backward", TORCH_BOX(&Backward::call));
+  m.impl("prefix_attention_forward_cpp", TORCH_BOX(&Forward::call));
+  m.impl("prefix_attention_backward_cpp", TORCH_BOX(&Backward::call));
   m.impl("bias_activation", TORCH_BOX(&ptv2::bias_activation));
   m.impl("bias_activation_backward", TORCH_BOX(&ptv2::bias_activation_backward));
   m.impl("gated_activation", TORCH_BOX(&ptv2::gated_activation));

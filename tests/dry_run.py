@@ -14,7 +14,7 @@ from triton.runtime.errors import OutOfResources
 from triton.runtime.jit import JITFunction
 
 from ptv2_fast import prefix_attention
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from ptv2_kernels.launching import Launcher
 from tests.elementwise_cases import DTYPES, calls_of, make_case, results_of
 from tests.fake_gpu import FakeGpu, fake_gpu
@@ -215,7 +215,7 @@ def _random_attention(generator: random.Random) -> None:
     }
     call.both(**needs)
     tensors = tuple(_elsewhere(generator, tensor) for tensor in call.tensors)
-    options = Options(*(_elsewhere(generator, option) for option in call.options))
+    options = AttentionOptions(*(_elsewhere(generator, option) for option in call.options))
     Call(tensors, options).both(**needs)
 
 

@@ -147,7 +147,7 @@ def lengths() -> dict[str, dict[str, Check]]:
 
 
 def options(precision: str) -> dict[str, dict[str, Check]]:
-    """What rows see, and everything else that a call may have."""
+    """What is visible to rows, and everything else that a call may have."""
     dtype = PRECISIONS[precision][0]
     square, none = Shape(3, 4, 300, 300, 20, 64), Shape(3, 4, 300, 300, 0, 64)
     grouped = Shape(3, 6, 150, 150, 33, 32, group=3)

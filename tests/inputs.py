@@ -10,9 +10,9 @@ from torch import Tensor
 
 from ptv2_fast.ops.attention import Positions
 from ptv2_fast.ops.disentangled import position_slots
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 
-ROWS = ("causal", "context", "window", "both")  # what rows see, beside the mask
+ROWS = ("causal", "context", "window", "both")  # what is visible to rows, beside the mask
 BIASES = ("none", "shared", "holes")  # shared by the batch; or its own, in fp32, hiding columns
 POSITIONS = ("both", "c2p", "p2c")  # of disentangled attention
 GATES = ("open", "closed")  # on the prefix: of very different sizes; or some of 0 among them
@@ -88,13 +88,13 @@ class Inputs:
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
-    def raw_options(self, p: float = 0.0, prefix_p: float = 0.0) -> Options:
+    def raw_options(self, p: float = 0.0, prefix_p: float = 0.0) -> AttentionOptions:
         """The options of the raw operators, whose prefixes have four dimensions."""
         window = -1 if self.window is None else self.window
         gate = self.prefix_gate
         if gate is not None and gate.dim() == 1:
             gate = gate[None]
-        return Options(
+        return AttentionOptions(
             self.key_mask, self.seed, self.scale, p, prefix_p,
             self.context_lengths, window, self.prefix_index, self.prefix_lengths,
             self.cu_seqlens, self.max_seqlen or 0, self.bias,
@@ -154,7 +154,7 @@ def make_inputs(
 ) -> Inputs:
     """Inputs with HF's transposed strides, or "sliced" ones that are views into a larger buffer.
 
-    `rows`: "all" tokens are seen by every row, or one of ROWS. `lse`: with a gradient of lse.
+    `rows`: "all" tokens are visible to every row, or one of ROWS. `lse`: with a gradient of lse.
     `bank`: rows of a prefix bank of unequal lengths, 0 = one shared prefix. `bias`: one of BIASES.
     `packed`: the packed layout of right-padded sequences. `positions`: one of POSITIONS.
     `gate`: one of GATES.

@@ -8,7 +8,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from tests.attention_checks import raw_pair
 from tests.devices import needs_memory
 from tests.elementwise_cases import Case, make_case, operator
@@ -42,7 +42,7 @@ def check_large_attention(device: torch.device, packed: bool) -> None:
         """[N, H, ...] each; the gradient of out is the query again."""
         starts = torch.arange(0, len(of_tokens[0]) + 1, tokens, dtype=torch.int32, device=device)
         layout = {"cu_seqlens": starts, "max_seqlen": tokens} if packed else {}
-        options = Options(None, None, width**-0.5, 0.0, 0.0, **layout)
+        options = AttentionOptions(None, None, width**-0.5, 0.0, 0.0, **layout)
         tensors = (*map(view, of_tokens), *prefixes)
         forward, backward = raw_pair("triton")
         out, lse = forward(*tensors, *options)

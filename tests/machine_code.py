@@ -1,9 +1,9 @@
 """Reads compiled kernels: registers, spills, occupancy, and what the hottest loop does.
 
 The hottest loop is, of the innermost natural loops that hold the most matrix work, the leanest:
-whole tiles that every row sees. The longest of them masks, too. Loops are found in the control-flow
-graph, not by looking for backward branches: on sm_80 they close by an unconditional branch and
-leave by a predicated call of a label, on sm_100 their blocks lie anywhere.
+whole tiles, visible to every row. The longest of them masks, too. Loops are found in the
+control-flow graph, not by looking for backward branches: on sm_80 they close by an unconditional
+branch and leave by a predicated call of a label, on sm_100 their blocks lie anywhere.
 """
 
 import re

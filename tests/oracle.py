@@ -127,8 +127,8 @@ def _scores(inputs: Inputs, query: Tensor, keys: Tensor) -> tuple[Tensor, Tensor
     row = torch.arange(scores.shape[2], device=scores.device)[:, None]
     column = torch.arange(scores.shape[3] - prefix_length, device=scores.device)
     if inputs.context_lengths is not None:
-        seen = inputs.context_lengths[:, None, None].maximum(row + 1)  # [B, T, 1]
-        visible[..., prefix_length:] &= (column < seen)[:, None]
+        end = inputs.context_lengths[:, None, None].maximum(row + 1)  # [B, T, 1]
+        visible[..., prefix_length:] &= (column < end)[:, None]
     if inputs.window is not None:
         visible[..., prefix_length:] &= column >= row - inputs.window
         visible[..., prefix_length:] &= column <= row + inputs.window

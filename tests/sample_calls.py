@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from ptv2_kernels import elementwise
 from ptv2_kernels.backward import launch_backward
 from ptv2_kernels.forward import launch_forward
@@ -32,7 +32,7 @@ class Sizes:
 @dataclass(frozen=True)
 class Call:
     tensors: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
-    options: Options
+    options: AttentionOptions
 
     def forward(self) -> tuple[Tensor, Tensor]:
         return launch_forward(*self.tensors, *self.options)
@@ -63,10 +63,12 @@ def _prefixes(sizes: Sizes, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.zeros(shape, dtype=dtype), torch.zeros(shape, dtype=dtype)
 
 
-def _options(sizes: Sizes, dropout_p: float, prefix_dropout_p: float, **others) -> Options:
+def _options(sizes: Sizes, dropout_p: float, prefix_dropout_p: float, **others) -> AttentionOptions:
     seed = torch.zeros(1, dtype=torch.int64) if dropout_p or prefix_dropout_p else None
     scale = sizes.head_dim**-0.5
-    options = Options(others.pop("key_mask", None), seed, scale, dropout_p, prefix_dropout_p)
+    options = AttentionOptions(
+        others.pop("key_mask", None), seed, scale, dropout_p, prefix_dropout_p
+    )
     return options._replace(**others)
 
 

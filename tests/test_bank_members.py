@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 import ptv2_fast
 from ptv2_fast import AdapterBank, PTuningV2Config, save_adapter
-from ptv2_fast.encoders.lifecycle import require_attachment
+from ptv2_fast.encoders.attaching import require_attachment
 from tests.bank_adapters import SIZES, results_of, texts_of, with_adapter
 from tests.models import DROPOUT, auto_class, is_served, one_thread, tiny_config, tiny_model  # noqa: F401
 

@@ -16,7 +16,7 @@ from ptv2_fast.ops.dropout import (
     FEED_FORWARD_STREAM,
     dropout_multiplier,
 )
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from ptv2_fast.ops.reference import reference_attention
 from ptv2_fast.training.measure import kept_bytes, process_memory
 from tests.models import (
@@ -69,7 +69,7 @@ def reference_forward(
             linear(hidden).unflatten(-1, (2, 8)).transpose(1, 2)
             for linear in (attention.query, attention.key, attention.value)
         )
-        options = Options(
+        options = AttentionOptions(
             mask, seed, 8**-0.5, attention.dropout.p, prefix_dropout,
             prefix_gate=gate[index : index + 1],
         )  # fmt: skip

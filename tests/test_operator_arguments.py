@@ -162,7 +162,7 @@ def test_a_score_of_nan_is_nan_in_its_rows_alone(backend, masked):
     options = {"backend": backend}
     if masked:  # one column remains
         options["key_mask"] = torch.arange(9).expand(2, 9) == 4
-        tensors[1][:, :, 7] = float("nan")  # seen by nobody
+        tensors[1][:, :, 7] = float("nan")  # visible to no row
     tensors[0][1, 0, 3, 5] = float("nan")
     out, lse = prefix_attention_with_lse(*tensors, **options)
     expected = torch.zeros(2, 2, 9, dtype=torch.bool)

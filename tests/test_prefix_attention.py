@@ -66,11 +66,11 @@ def test_backend_matches_oracle(shape, dtype, backend):
 @pytest.mark.usefixtures("nan_filled_empty")
 @pytest.mark.parametrize("backend", ["reference", "cpp", "triton"])
 @pytest.mark.parametrize("rows", ROWS)
-def test_rows_that_see_different_tokens_match_oracle(rows, backend):
+def test_rows_with_different_visible_tokens_match_oracle(rows, backend):
     """And the gradient of lse."""
     shape = Shape(3, 2, 75, 75, 7, 32)
     check([backend], shape, torch.float32, "right padding", 0.1, 0.2, rows=rows, lse=True)
-    shape = Shape(2, 1, 37, 37, 0, 16)  # without a prefix some rows see nothing
+    shape = Shape(2, 1, 37, 37, 0, 16)  # without a prefix nothing is visible to some rows
     check([backend], shape, torch.bfloat16, "random", 0.0, 0.0, rows=rows, lse=True)
 
 

@@ -1,14 +1,21 @@
 """Schemas, fakes and dispatch: opcheck on every raw operator, full-graph compilation, imports."""
 
+import inspect
 import itertools
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ptv2_fast.ops import options as options_module
 from ptv2_fast.ops.attention import prefix_attention
+from ptv2_fast.ops.options import AttentionOptions
+from ptv2_fast.ops.registration import BACKENDS
+from ptv2_kernels.arguments import describe_call
 from tests.inputs import Inputs, Shape, make_inputs
 from tests.tracing_checks import (
     check_compiles_as_one_graph,
@@ -30,6 +37,34 @@ def test_raw_operators_pass_opcheck(backend, packed):
 @pytest.mark.parametrize(("backend", "packed"), CASES)
 def test_public_function_compiles_as_one_graph(backend, packed):
     check_compiles_as_one_graph(backend, packed)
+
+
+def fields_in_cpp() -> list[str]:
+    """The members of the C++ struct of the options, in their order."""
+    header = (Path(__file__).parent.parent / "csrc" / "attention.h").read_text()
+    (members,) = re.findall(r"struct AttentionOptions \{\n(.*?)\n\};", header, re.DOTALL)
+    return re.findall(r"(\w+)[,;]", members)
+
+
+def test_options_are_the_same_in_schemas_cpp_and_triton():
+    fields = [*AttentionOptions._fields]
+    assert fields_in_cpp() == fields
+    launched = [*inspect.signature(describe_call).parameters.values()][3:]
+    assert [each.name for each in launched] == fields
+    defaults = {each.name: each.default for each in launched if each.default is not each.empty}
+    assert defaults == AttentionOptions._field_defaults
+    suffixes = ("", *("_" + name for name in BACKENDS))
+    for way, suffix in itertools.product(("forward", "backward"), suffixes):
+        operator = getattr(torch.ops.ptv2, f"prefix_attention_{way}{suffix}").default
+        arguments = operator._schema.arguments[-len(fields) :]
+        assert [each.name for each in arguments] == fields
+        given = {each.name: each.default_value for each in arguments if each.has_default_value()}
+        assert given == defaults
+
+
+def test_the_former_name_of_the_options_warns():
+    with pytest.warns(DeprecationWarning, match="AttentionOptions"):
+        assert options_module.Options is AttentionOptions
 
 
 class _Attention(torch.nn.Module):

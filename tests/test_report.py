@@ -144,7 +144,7 @@ class Page(HTMLParser):
 
 
 def test_seeds_are_one_setting_with_mean_and_sample_deviation(found):
-    score = found.standing.query("title == 'RTE'").loc["PT-2"]
+    score = found.main_scores.query("title == 'RTE'").loc["PT-2"]
     assert (score["n"], round(score["mean"], 9), round(score["sd"], 9)) == (3, 0.7, 0.1)
     # The three seeds, and the settings of the sweeps, of which one is that of the seeds, the option
     # given or not: the one with the most seeds is shown.
@@ -167,8 +167,8 @@ def test_the_better_of_two_settings_is_chosen_on_the_validation_split(tmp_path):
     for rate, on_validation, on_test in ((1, 0.7, 0.1), (2, 0.6, 0.9)):
         scores = {"validation": {"accuracy": on_validation}, "test": {"accuracy": on_test}}
         write_run(tmp_path / str(rate), scores, learning_rate=rate)
-    standing = compare(find_runs([tmp_path])[0]).standing
-    assert standing[["split", "mean"]].to_dict("records") == [{"split": "test", "mean": 0.1}]
+    main_scores = compare(find_runs([tmp_path])[0]).main_scores
+    assert main_scores[["split", "mean"]].to_dict("records") == [{"split": "test", "mean": 0.1}]
 
 
 def test_other_data_is_another_row_and_the_folder_of_the_same_data_is_not(tmp_path):
@@ -177,8 +177,8 @@ def test_other_data_is_another_row_and_the_folder_of_the_same_data_is_not(tmp_pa
     write_run(tmp_path / "c", validation(0.8), method="lora")
     write_run(tmp_path / "d", validation(0.9), data_dir="here/rte", max_train_examples=100)
     write_run(tmp_path / "e", validation(0.9), data_dir="here/rte", max_eval_examples=50)
-    standing = compare(find_runs([tmp_path])[0]).standing
-    assert {title: [*own.index] for title, own in standing.groupby("title")} == {
+    main_scores = compare(find_runs([tmp_path])[0]).main_scores
+    assert {title: [*own.index] for title, own in main_scores.groupby("title")} == {
         "RTE": ["FT", "PT-2", "LoRA"],
         "RTE (100 training examples)": ["PT-2"],
         "RTE (50 validation examples)": ["PT-2"],
@@ -205,7 +205,7 @@ def cells_of(row) -> dict[str, list[str]]:
 
 
 def test_cells_stand_in_the_columns_of_the_paper(found):
-    cells, notes = paper_table(found.standing.query("title == 'RTE'"), published)
+    cells, notes = paper_table(found.main_scores.query("title == 'RTE'"), published)
     row = cells_of(cells.iloc[0].fillna("–"))  # noqa: RUF001
     assert {name: lines[0] for name, lines in row.items()} == {
         "FT": "80.0", "PT": "55.0", "PT-2": "70.0", "MPT-2": "85.0", "Multi-task": "65.0",
@@ -271,9 +271,9 @@ def test_no_part_of_fine_tuning_is_given_where_a_constant_answer_is_as_good(tmp_
                       report={"baselines": baselines})  # fmt: skip
     for constant, cell, ratio in ((0.59, "chance", math.nan), (0.1, "75.0 %", 0.75)):
         runs, _ = find_runs([tmp_path / f"{constant}"])
-        standing = compare(runs).standing
-        assert standing["ratio"]["PT-2"] == pytest.approx(ratio, nan_ok=True)
-        assert [*paper_table(standing)[0]["PT-2 / FT"]] == [cell]
+        main_scores = compare(runs).main_scores
+        assert main_scores["ratio"]["PT-2"] == pytest.approx(ratio, nan_ok=True)
+        assert [*paper_table(main_scores)[0]["PT-2 / FT"]] == [cell]
         page = text_of(render(runs)[0])
         words = "No better than a constant answer: P-Tuning v2."
         assert (words in page) == (cell == "chance")
@@ -281,7 +281,7 @@ def test_no_part_of_fine_tuning_is_given_where_a_constant_answer_is_as_good(tmp_
 
 
 def test_costs_stand_beside_the_score(found):
-    cells = cost_table(found.standing.query("title == 'RTE'"))
+    cells = cost_table(found.main_scores.query("title == 'RTE'"))
     rows = {name: [lines[0] for lines in cells_of(row).values()]
             for (*_, name), row in cells.iterrows()}  # fmt: skip
     costs = ["4.32 kB", "250 ms", "90 s", "2.5 MB", "1.2 GB"]

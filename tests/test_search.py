@@ -1,6 +1,7 @@
 """Hyper-parameter search: spaces, trials that end in every way, and a search that was killed."""
 
 import csv
+import dataclasses
 import importlib.util
 import json
 import math
@@ -20,10 +21,11 @@ from optuna.trial import TrialState
 from ptv2_fast import cli
 from ptv2_fast.training import trainer
 from ptv2_fast.training.options import RunConfig, read_config_file
+from ptv2_fast.training.search import study as search_study
 from ptv2_fast.training.search import trials as search_trials
 from ptv2_fast.training.search.space import check_space, default_space, read_space
-from ptv2_fast.training.search.study import _check_same_search, run_search
-from ptv2_fast.training.search.trials import Search, TrialWatch, open_study
+from ptv2_fast.training.search.study import Search, check_same_search, open_study
+from ptv2_fast.training.search.trials import ReportEvaluations, run_search
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 
@@ -118,19 +120,19 @@ def test_a_space_may_name_the_model_and_use_aliases(tiny, tmp_path):
 def test_a_study_of_a_version_with_fewer_options_goes_on():
     study = optuna.create_study()
     study.set_user_attr("facts", {"seed": 3})
-    _check_same_search(study, {"seed": 3, "adam_beta1": 0.9})
+    check_same_search(study, {"seed": 3, "adam_beta1": 0.9})
     with pytest.raises(ValueError, match=r"adam_beta1 0\.9 against 0\.8$"):
-        _check_same_search(study, {"seed": 3, "adam_beta1": 0.8})
-    _check_same_search(study, {"seed": 3, "decoding": "argmax"})
+        check_same_search(study, {"seed": 3, "adam_beta1": 0.8})
+    check_same_search(study, {"seed": 3, "decoding": "argmax"})
     with pytest.raises(ValueError, match=r"decoding 'argmax' against None$"):
-        _check_same_search(study, {"seed": 3, "decoding": None})
+        check_same_search(study, {"seed": 3, "decoding": None})
 
 
 def test_evaluations_are_reported_but_for_those_that_are_no_number():
     study = optuna.create_study(direction="maximize")
-    watch = TrialWatch(study.ask(), "f1")
+    callback = ReportEvaluations(study.ask(), "f1")
     for f1 in (0.2, 0.7, math.nan, 0.5):
-        watch.on_evaluate(None, None, None, metrics={"eval_f1": f1})
+        callback.on_evaluate(None, None, None, metrics={"eval_f1": f1})
     assert study.trials[0].intermediate_values == {1: 0.2, 2: 0.7, 4: 0.5}
 
 
@@ -139,7 +141,8 @@ def test_a_trials_value_is_the_score_of_what_it_kept(tiny, tmp_path, monkeypatch
     scores = iter([0.9, 0.3])
     monkeypatch.setattr(trainer, "score", lambda *unused: {"f1": next(scores)})
     base = base_of(tiny, max_steps=4, eval_steps=2, save_steps=0)
-    (trial,) = run_search(Search(base, SPACE, tmp_path / "search", trials=1)).trials
+    study, _ = run_search(Search(base, SPACE, tmp_path / "search", trials=1))
+    (trial,) = study.trials
     assert trial.intermediate_values == {1: 0.9, 2: 0.3}
     assert trial.value == 0.3
 
@@ -153,7 +156,7 @@ def test_trials_go_on_and_those_with_bad_values_are_set_aside(tiny, tmp_path, ca
     open_study(search).enqueue_trial({"learning_rate": 0.01, "num_virtual_tokens": 60})
     open_study(search).enqueue_trial({"learning_rate": 0.1, "num_virtual_tokens": 4})
     more = Search(base, search.space, folder, trials=3)
-    study = run_search(more)
+    study, _ = run_search(more)
     assert [trial.state for trial in study.trials][1:] == [TrialState.PRUNED, TrialState.COMPLETE]
     with open(folder / "trials.csv", newline="") as file:
         rows = list(csv.DictReader(file))
@@ -175,7 +178,7 @@ def test_trials_go_on_and_those_with_bad_values_are_set_aside(tiny, tmp_path, ca
     assert again.read_bytes() == trained.read_bytes()
 
     before = len(study.trials)
-    assert len(run_search(more).trials) == before, "there are as many as asked for"
+    assert len(run_search(more)[0].trials) == before, "there are as many as asked for"
     for changes, message in (
         ({"batch_size": 8}, "batch_size 4 against 8"),
         ({"train_file": tiny["validation_file"]}, "train_file .* examples"),
@@ -193,7 +196,7 @@ def test_a_search_whose_trials_are_all_pruned_says_so(tiny, tmp_path, capsys, mo
     space = tmp_path / "space.yaml"
     space.write_text(yaml.safe_dump({"dropout": {"choices": [0.0, 0.1]}}))
     monkeypatch.setattr(
-        search_trials, "make_pruner", lambda prune: optuna.pruners.ThresholdPruner(lower=2.0)
+        search_study, "make_pruner", lambda prune: optuna.pruners.ThresholdPruner(lower=2.0)
     )
     folder = tmp_path / "search"
     assert cli.main(command(tiny, folder, space, "--trials", "1", "--dropout", "0.1")) == 2
@@ -209,13 +212,66 @@ def test_a_search_whose_trials_are_all_pruned_says_so(tiny, tmp_path, capsys, mo
     assert not (folder / "best.yaml").exists()
 
 
-def test_one_search_at_a_time_in_a_folder_and_only_with_optuna(tiny, tmp_path, capsys, monkeypatch):
+def states_of(study: optuna.Study) -> list[str]:
+    return [trial.state.name for trial in study.trials]
+
+
+def test_the_same_search_started_again_joins_the_one_that_runs(tiny, tmp_path):
+    """Another process is in trial 1, and later is gone without having ended it."""
+    folder, space = tmp_path / "search", {"learning_rate": SPACE["learning_rate"]}
+    first = Search(base_of(tiny, max_steps=1), space, folder, trials=1)
+    run_search(first)
+    other = open_study(first).ask()
+    search = dataclasses.replace(first, trials=3)
+    with filelock.FileLock(folder / "worker-other.lock"):
+        with pytest.raises(ValueError, match="a search is running in"):
+            run_search(search, overwrite=True)
+        study, _ = run_search(search)
+        assert states_of(study) == ["COMPLETE", "RUNNING", "COMPLETE"]
+    leftover = folder / f"trial-{other.number:04d}" / "report.json.7.tmp"
+    leftover.parent.mkdir()
+    leftover.touch()
+    study, _ = run_search(search)
+    assert states_of(study) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+    assert not leftover.exists()
+    with open(folder / "trials.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["state"] for row in rows] == ["finished", "died", "finished", "finished"]
+    assert [row["retry_of"] for row in rows] == ["", "", "", "1"]
+    assert rows[1]["message"] == "its process died"
+
+
+def test_a_trial_without_a_heartbeat_is_trained_by_others_that_go_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(search_study, "_DEAD_AFTER", 1)
+    folder, space = tmp_path / "search", {"learning_rate": SPACE["learning_rate"]}
+    search = Search(base_of(tiny, max_steps=1), space, folder, trials=1)
+    run_search(search)
+    study = open_study(search)
+    dead = study.ask()
+    study._storage.record_heartbeat(dead._trial_id)
+    time.sleep(2.5)  # heartbeats are in whole seconds
+    with filelock.FileLock(folder / "worker-other.lock"):
+        study, _ = run_search(dataclasses.replace(search, trials=3))
+    assert states_of(study) == ["COMPLETE", "FAIL", "COMPLETE", "COMPLETE"]
+
+
+def test_values_of_an_interrupted_trial_are_trained_again(tiny, tmp_path, monkeypatch):
+    def interrupt(*unused):
+        raise KeyboardInterrupt
+
+    search = Search(base_of(tiny, max_steps=1), SPACE, tmp_path / "search", trials=1)
+    monkeypatch.setattr(search_trials, "train", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run_search(search)
+    monkeypatch.undo()
+    study, _ = run_search(search)
+    assert states_of(study) == ["FAIL", "COMPLETE"]
+    assert study.trials[0].params == study.trials[1].params
+
+
+def test_a_damaged_study_and_a_missing_optuna_are_named(tiny, tmp_path, capsys, monkeypatch):
     folder = tmp_path / "search"
     folder.mkdir()
-    with filelock.FileLock(folder / "worker-1.lock"):  # a worker that outlived its search
-        (folder / "study.db").touch()
-        with pytest.raises(ValueError, match="a search is running in"):
-            run_search(Search(base_of(tiny), SPACE, folder, trials=1))
     (folder / "study.db").write_text("not a database")
     with pytest.raises(ValueError, match="study: expected a database"):
         run_search(Search(base_of(tiny), SPACE, folder, trials=1))
@@ -258,7 +314,7 @@ def test_a_killed_search_goes_on_with_two_workers(tiny, tmp_path, capsys):
     assert (folder / "trial-0000" / "report.json").stat().st_mtime_ns == report
     assert (trials[0].value, trials[0].params) == (first.value, first.params)
     assert trials[1].state == TrialState.FAIL
-    (retried,) = [trial for trial in trials if trial.user_attrs.get("retry_of") == 1]
+    (retried,) = [trial for trial in trials if trial.system_attrs.get("failed_trial") == 1]
     assert retried.params == second.params
     ended = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]
     assert len(ended) == 4 and len(trials) == 5

@@ -21,8 +21,8 @@ from ptv2_fast.training.sweeps.ablation import (
     reparam_sweep,
 )
 from ptv2_fast.training.sweeps.plan import Sweep, read_sweep, seeds_sweep, sweep_of
-from ptv2_fast.training.sweeps.results import Outcome, summarize, write_results
-from ptv2_fast.training.sweeps.sweep import run_once, run_sweep
+from ptv2_fast.training.sweeps.results import Outcome, summarize, write_sweep_results
+from ptv2_fast.training.sweeps.sweep import check_sweep_output, run_once, run_sweep
 from tests.models import one_thread  # noqa: F401
 from tests.tiny_run import save_tiny_model, write_conll
 
@@ -72,7 +72,7 @@ def test_an_interrupted_sweep_keeps_what_is_done_and_goes_on(base, alone, tmp_pa
     monkeypatch.setattr(
         sweep_module,
         "train",
-        lambda run: train(run, [Stop()] if run.config.training.seed == 12 else None),
+        lambda run: train(run, [Stop()] if run.config.training.seed == 12 else []),
     )
     with pytest.raises(KeyboardInterrupt):
         run_sweep(sweep, folder)
@@ -98,13 +98,14 @@ def test_an_interrupted_sweep_keeps_what_is_done_and_goes_on(base, alone, tmp_pa
     other = dataclasses.replace(base, model=dataclasses.replace(base.model, num_virtual_tokens=5))
     with pytest.raises(ValueError, match="num_virtual_tokens 4 against 5"):
         run_sweep(seeds_sweep(other, [11, 13]), folder, resume=True)
-    assert list(read_sweep(folder).joined_with(seeds_sweep(base, [7])).axes) == [
-        "seed-7", "seed-11", "seed-12",
-    ]  # fmt: skip
+    more = check_sweep_output(seeds_sweep(base, [7]), folder, resume=True)
+    assert list(more.runs) == ["seed-11", "seed-12", "seed-7"]
     # One of a version without --decoding goes on by the best label of each word, not half of it.
-    content = json.loads((folder / "sweep.json").read_text())
-    del content["base"]["decoding"]
-    (folder / "sweep.json").write_text(json.dumps(content))
+    for file, part in ((folder / "sweep.json", "base"), (folder / "seed-11/config.json", "data")):
+        content = json.loads(file.read_text())
+        del content[part]["decoding"]
+        file.write_text(json.dumps(content))
+    assert read_sweep(folder).base.data.decoding == "argmax"
     with pytest.raises(ValueError, match="decoding 'argmax' against None"):
         run_sweep(sweep, folder, resume=True)
 
@@ -119,9 +120,9 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tiny, tmp_path, capsys, 
     base = RunConfig.from_dict(tiny | {"position_offset": "prefix", "max_steps": 2,
                                        "logging_steps": 1, "save_steps": 0})  # fmt: skip
     variants = {
-        "long": ({"num_virtual_tokens": 60}, {}),
-        "wild": ({"learning_rate": 1e38, "max_grad_norm": 0.0, "max_steps": 4}, {}),
-        "fine": ({}, {}),
+        "long": {"num_virtual_tokens": 60},
+        "wild": {"learning_rate": 1e38, "max_grad_norm": 0.0, "max_steps": 4},
+        "fine": {},
     }
     sweep = sweep_of("seeds", base, variants, [1])
     outcome = run_sweep(sweep, tmp_path / "sweep")
@@ -145,7 +146,7 @@ def test_a_failing_run_is_recorded_and_the_others_go_on(tiny, tmp_path, capsys, 
 
 def test_mean_and_deviation_over_the_seeds_of_each_setting(base, tmp_path):
     """0.5, 0.6, 0.9: mean 2/3, squared distances 1/36 + 1/225 + 49/900 = 78/900, over 2."""
-    variants = {str(p): ({"num_virtual_tokens": p}, {}) for p in (4, 8)}
+    variants = {str(p): {"num_virtual_tokens": p} for p in (4, 8)}
     sweep = sweep_of("length", base, variants, [1, 2, 3])
     scores = {"4-seed-1": 0.5, "4-seed-2": 0.6, "4-seed-3": 0.9, "8-seed-2": 0.25}
     reports = {name: {"metrics": {"validation": {"f1": f1}}} for name, f1 in scores.items()}
@@ -159,7 +160,7 @@ def test_mean_and_deviation_over_the_seeds_of_each_setting(base, tmp_path):
     row = over_seeds([("f1", 1.0), ("f1", math.nan)], ["metric"]).loc["f1"]
     assert math.isnan(row["mean"]) and math.isnan(row["sd"]) and row["n"] == 2
 
-    write_results(tmp_path, sweep, outcome)
+    write_sweep_results(tmp_path, sweep, outcome)
     table = rows(tmp_path)
     assert list(table[0]) == ["name", "num_virtual_tokens", "seed", "error", "validation_f1"]
     assert [row["name"] for row in table] == ["4-seed-1", "4-seed-2", "4-seed-3", "8-seed-1",
@@ -169,45 +170,45 @@ def test_mean_and_deviation_over_the_seeds_of_each_setting(base, tmp_path):
 def test_depth_is_figure_3():
     """24 layers in steps of 4, from the first up and from the last down."""
     assert depths(24, 6) == [
-        ("ascending", "1-4", 4), ("ascending", "1-8", 8), ("ascending", "1-12", 12),
-        ("ascending", "1-16", 16), ("ascending", "1-20", 20),
-        ("descending", "21-24", 4), ("descending", "17-24", 8), ("descending", "13-24", 12),
-        ("descending", "9-24", 16), ("descending", "5-24", 20),
-        ("all", "1-24", 24),
+        ("ascending", "1-4"), ("ascending", "1-8"), ("ascending", "1-12"),
+        ("ascending", "1-16"), ("ascending", "1-20"),
+        ("descending", "21-24"), ("descending", "17-24"), ("descending", "13-24"),
+        ("descending", "9-24"), ("descending", "5-24"),
+        ("all", "1-24"),
     ]  # fmt: skip
-    assert [depth for _, depth, _ in depths(5, 2)] == ["1-2", "4-5", "1-5"]
+    assert [depth for _, depth in depths(5, 2)] == ["1-2", "4-5", "1-5"]
 
 
 def test_ablations_expand_to_named_runs(base, tiny):
     sweep = depth_sweep(base, steps=2, seeds=[11, 12])
-    assert sweep.axes == {
-        "ascending-1-1-seed-11": {"depth": "1-1", "order": "ascending", "layers": 1, "seed": 11},
-        "ascending-1-1-seed-12": {"depth": "1-1", "order": "ascending", "layers": 1, "seed": 12},
-        "descending-2-2-seed-11": {"depth": "2-2", "order": "descending", "layers": 1, "seed": 11},
-        "descending-2-2-seed-12": {"depth": "2-2", "order": "descending", "layers": 1, "seed": 12},
-        "all-1-2-seed-11": {"depth": "1-2", "order": "all", "layers": 2, "seed": 11},
-        "all-1-2-seed-12": {"depth": "1-2", "order": "all", "layers": 2, "seed": 12},
+    assert sweep.runs == {
+        "ascending-1-1-seed-11": {"depth": "1-1", "seed": 11},
+        "ascending-1-1-seed-12": {"depth": "1-1", "seed": 12},
+        "descending-2-2-seed-11": {"depth": "2-2", "seed": 11},
+        "descending-2-2-seed-12": {"depth": "2-2", "seed": 12},
+        "all-1-2-seed-11": {"depth": "1-2", "seed": 11},
+        "all-1-2-seed-12": {"depth": "1-2", "seed": 12},
     }
     config = sweep.configs()["descending-2-2-seed-12"]
     assert (config.model.depth, config.training.seed) == ("2-2", 12)
     assert config.model.num_virtual_tokens == 4
     sweep = length_sweep(base, [4, 8])
-    assert list(sweep.axes.values()) == [
+    assert list(sweep.runs.values()) == [
         {"num_virtual_tokens": 4, "prefix_projection": False, "seed": 42},
         {"num_virtual_tokens": 8, "prefix_projection": False, "seed": 42},
         {"num_virtual_tokens": 4, "prefix_projection": True, "seed": 42},
         {"num_virtual_tokens": 8, "prefix_projection": True, "seed": 42},
     ]
-    assert list(sweep.axes) == ["plain-4-seed-42", "plain-8-seed-42", "mlp-4-seed-42",
+    assert list(sweep.runs) == ["plain-4-seed-42", "plain-8-seed-42", "mlp-4-seed-42",
                                 "mlp-8-seed-42"]  # fmt: skip
-    assert len(length_sweep(base).axes) == 2 * 6
-    assert list(reparam_sweep(base).axes) == ["plain-seed-42", "mlp-seed-42"]
+    assert len(length_sweep(base).runs) == 2 * 6
+    assert list(reparam_sweep(base).runs) == ["plain-seed-42", "mlp-seed-42"]
     words = {"task": "text-classification", "head": "lm", "verbalizer": "good=good,bad=bad"}
     sweep = head_sweep(RunConfig.from_dict(tiny | words))
     assert [(c.data.head, c.data.verbalizer) for c in sweep.configs().values()] == [
         ("linear", None), ("lm", "good=good,bad=bad")
     ]  # fmt: skip
-    assert list(sweep.axes.values()) == [{"head": head, "seed": 42} for head in ("linear", "lm")]
+    assert list(sweep.runs) == ["linear-seed-42", "lm-seed-42"]
 
 
 def test_ablations_refuse_what_they_cannot_vary(base, tiny):
@@ -223,6 +224,15 @@ def test_ablations_refuse_what_they_cannot_vary(base, tiny):
         length_sweep(base, [4, 4])
     with pytest.raises(ValueError, match="plain-0-seed-42: num_virtual_tokens"):
         length_sweep(base, [0])
+
+
+def test_a_sweep_of_an_earlier_version_is_read(base, tmp_path):
+    """Its `runs` hold what figures need, and the runs' own options stand beside them."""
+    changes = {"all-1-2-seed-1": {"depth": "1-2", "seed": 1}}
+    places = {"all-1-2-seed-1": {"depth": "1-2", "order": "all", "layers": 2, "seed": 1}}
+    content = {"kind": "depth", "runs": places, "changes": changes, "base": base.flat()}
+    (tmp_path / "sweep.json").write_text(json.dumps(content))
+    assert read_sweep(tmp_path) == Sweep("depth", base, changes)
 
 
 def arguments(tiny, *command: str) -> list[str]:
@@ -291,7 +301,7 @@ def test_ablate_from_the_command_line(tiny, tmp_path, capsys):
 
 
 def test_a_run_in_the_sweep_with_other_options_stops_it_before_training(base, tmp_path):
-    sweep = Sweep("seeds", base, {"a": {"seed": 1}}, {"a": {"seed": 1}})
+    sweep = Sweep("seeds", base, {"a": {"seed": 1}})
     sweep.write(tmp_path)
     (tmp_path / "a").mkdir()
     foreign = base.to_dict() | {"found": {"labels": [], "max_length": 1}}

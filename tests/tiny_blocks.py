@@ -15,7 +15,7 @@ from ptv2_fast.ops.dropout import (
     FEED_FORWARD_STREAM,
     dropout_multiplier,
 )
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from ptv2_fast.ops.reference import reference_attention
 from ptv2_fast.prefix import LayerPrefix
 
@@ -132,7 +132,7 @@ class TinyBlock(nn.Module):
             query, key = (self._rotate(part, inputs) for part in (query, key))
         context = hidden.new_zeros(len(hidden), dtype=torch.int32) if self.spec.is_causal else None
         context = context_of(hidden) if self.has_context else context
-        options = Options(
+        options = AttentionOptions(
             mask, seed, HEAD_DIM**-0.5 if self.spec.scale is None else self.spec.scale,
             self.dropout.p, self.dropout.p, context_lengths=context,
             window=-1 if self.spec.window is None else self.spec.window, bias=inputs.bias,
@@ -192,7 +192,7 @@ class TinyEncoder(nn.ModuleList):
 
 
 def context_of(hidden: Tensor) -> Tensor:
-    """Rows that all of a sequence see, int32 [B]: 0, 5, 2, ..."""
+    """Rows visible to all of a sequence, int32 [B]: 0, 5, 2, ..."""
     return torch.arange(0, 5 * len(hidden), 5, dtype=torch.int32, device=hidden.device) % 8
 
 

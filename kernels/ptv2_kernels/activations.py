@@ -18,7 +18,7 @@ row of C elements of e bytes, each moved once: forward 2 C e, backward 3 C e; be
 import triton
 import triton.language as tl
 
-from ptv2_kernels.tiles import locate_tile
+from ptv2_kernels.places import locate_tile
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "quick_gelu")
 BLOCK_ROWS = 8

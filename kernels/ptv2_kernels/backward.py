@@ -28,7 +28,8 @@ from ptv2_kernels.backward_prefix import launch_backward_prefix
 from ptv2_kernels.backward_query import _grad_query_kernel
 from ptv2_kernels.configs import COMPILER_OPTIONS, launch_options, tile_widths
 from ptv2_kernels.launching import Launcher
-from ptv2_kernels.tiles import load_tile, locate_tile, row_pointers, sum_rows
+from ptv2_kernels.places import ProgramPlace, locate_tile, row_pointers
+from ptv2_kernels.tiles import load_queries, sum_rows
 
 
 @triton.jit(do_not_specialize=["queries"])
@@ -47,25 +48,22 @@ def _delta_kernel(
     """rowsum(out * grad_out) - grad_lse; grid (row tiles * batch, heads), packed: one sequence."""
     first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
     head = tl.program_id(1)
-    out_tile = load_tile(
-        out, sequence, head, first_row, queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
-    )
-    grad_out_tile = load_tile(
-        grad_out, sequence, head, first_row, queries, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
-    )
+    place = ProgramPlace(
+        sequence=sequence, start=sequence, row_count=queries, column_count=0,
+        head=head, kv_head=head, heads=heads, kv_heads=heads, queries=queries, tokens=0,
+        context=0, seed=0,
+    )  # fmt: skip
+    out_tile = load_queries(out, place, first_row, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS)
+    grad_out_tile = load_queries(grad_out, place, first_row, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS)
     delta = tl.zeros((BLOCK_QUERIES,), tl.float32)
     for chunk in tl.static_range(len(BLOCK_DIMS)):
         product = out_tile[chunk].to(tl.float32) * grad_out_tile[chunk].to(tl.float32)
         delta += sum_rows(product)
     inside = tl.arange(0, BLOCK_QUERIES) < queries - first_row
     if grad_lse_ptr is not None:
-        grad_lse_ptrs = row_pointers(
-            grad_lse_ptr, extras, sequence, head, first_row, heads, queries, BLOCK_QUERIES
-        )
+        grad_lse_ptrs = row_pointers(grad_lse_ptr, extras, place, first_row, BLOCK_QUERIES)
         delta -= tl.load(grad_lse_ptrs, mask=inside, other=0.0)
-    delta_ptrs = row_pointers(
-        delta_ptr, extras, sequence, head, first_row, heads, queries, BLOCK_QUERIES
-    )
+    delta_ptrs = row_pointers(delta_ptr, extras, place, first_row, BLOCK_QUERIES)
     tl.store(delta_ptrs, delta, mask=inside)
 
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from ptv2_kernels.arguments import LOG2_E, RUNTIME_SIZES, Call, Strided, strided
 from ptv2_kernels.configs import COMPILER_OPTIONS, INTERPRETED, launch_options
-from ptv2_kernels.dropout import PREFIX_STREAM, load_seed
+from ptv2_kernels.dropout import PREFIX_STREAM
 from ptv2_kernels.launching import Launcher
+from ptv2_kernels.places import length_of_prefix, load_seed, locate, with_head
 from ptv2_kernels.softmax import (
     LN_2,
     drop_pair,
@@ -32,9 +33,8 @@ from ptv2_kernels.tiles import (
     add_product,
     add_tiles,
     keep_rows,
-    length_of_prefix,
+    load_queries,
     load_tile,
-    locate_sequence,
     scale_tile,
     store_tile,
     sum_rows,
@@ -102,39 +102,36 @@ def _grad_prefix_kernel(
     first_sequence = split * sequences_per_split
     for step in range(tl.minimum(sequences_per_split, batch - first_sequence)):
         sequence = first_sequence + step
-        sequence_kv_head = sequence * (heads // group) + kv_head
-        start, row_count, _ = locate_sequence(extras, sequence, queries, tokens)
-        key_tile, value_tile = drop_pair(
-            shared_key, shared_value, extras, seed, sequence_kv_head, first_column
+        shared = locate(
+            extras, sequence, kv_head * group, kv_head, heads, group, queries, tokens, seed
         )
+        key_tile, value_tile = drop_pair(shared_key, shared_value, extras, shared, first_column)
         total_key, total_value = key_gradient, value_gradient
         if extras.prefix_threshold is not None:
             key_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
             value_gradient = zero_tile(BLOCK_KEYS, BLOCK_DIMS)
-        tiles = tl.cdiv(reading_rows(extras, sequence, bank_row, row_count), BLOCK_QUERIES)
+        tiles = tl.cdiv(reading_rows(extras, sequence, bank_row, shared.row_count), BLOCK_QUERIES)
         for member in range(group):
-            head = kv_head * group + member
-            gate = load_gate(extras, bank_row, head, heads)
+            place = with_head(shared, kv_head * group + member)
+            gate = load_gate(extras, place, bank_row)
             gate_gradient = tl.zeros((BLOCK_QUERIES,), tl.float32)
             for tile in range(tiles):
                 first_row = tile * BLOCK_QUERIES
-                query_tile = load_tile(
-                    query, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+                query_tile = load_queries(
+                    query, place, first_row, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
                 )
-                grad_out_tile = load_tile(
-                    grad_out, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
+                grad_out_tile = load_queries(
+                    grad_out, place, first_row, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
                 )
                 statistics = load_statistics(
-                    lse_ptr, delta_ptr, extras, start, head, first_row, row_count, heads, queries,
-                    BLOCK_QUERIES,
-                )  # fmt: skip
+                    lse_ptr, delta_ptr, extras, place, first_row, BLOCK_QUERIES
+                )
                 scores, factor = prefix_scores(
                     query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
                 )
                 dropped, grad_scores = recompute(
-                    scores, factor, value_tile, grad_out_tile, statistics, extras, seed,
-                    sequence * heads + head, first_row, first_column, PREFIX_STREAM,
-                    INPUT_PRECISION,
+                    scores, factor, value_tile, grad_out_tile, statistics, extras, place,
+                    first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
                 )  # fmt: skip
                 if extras.gate_ptr is not None:
                     inside = (tl.arange(0, BLOCK_KEYS) < length - first_column)[None, :]
@@ -148,14 +145,14 @@ def _grad_prefix_kernel(
                 )
             if extras.gate_ptr is not None:
                 # [H, B, prefix tiles]
-                slot = (tl.cast(head, tl.int64) * batch + sequence) * tl.num_programs(0)
+                slot = (tl.cast(place.head, tl.int64) * batch + sequence) * tl.num_programs(0)
                 slot += tl.program_id(0) + tl.arange(0, 1)
                 reads = reading_rows(extras, sequence, bank_row, tl.full((1,), 1, tl.int32)) > 0
                 tl.store(gate_partial_ptr + slot, sum_rows(gate_gradient[None, :]), mask=reads)
         if extras.prefix_threshold is not None:
             # Each sequence has a mask of its own, applied before the sum over the batch.
             key_gradient, value_gradient = drop_pair(
-                key_gradient, value_gradient, extras, seed, sequence_kv_head, first_column
+                key_gradient, value_gradient, extras, shared, first_column
             )
             key_gradient = add_tiles(total_key, key_gradient)
             value_gradient = add_tiles(total_value, value_gradient)
@@ -168,28 +165,14 @@ def _grad_prefix_kernel(
     value_gradient = undropped_prefix(undropped(value_gradient, extras), extras)
     key_slot = split * 2 * bank_rows + bank_row
     store_tile(
-        partial,
-        key_gradient,
-        key_slot,
-        kv_head,
-        first_column,
-        prefix_length,
-        BLOCK_KEYS,
-        HEAD_DIM,
-        BLOCK_DIMS,
-    )
+        partial, key_gradient, key_slot, kv_head, first_column, prefix_length,
+        BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS,
+    )  # fmt: skip
     value_slot = key_slot + bank_rows
     store_tile(
-        partial,
-        value_gradient,
-        value_slot,
-        kv_head,
-        first_column,
-        prefix_length,
-        BLOCK_KEYS,
-        HEAD_DIM,
-        BLOCK_DIMS,
-    )
+        partial, value_gradient, value_slot, kv_head, first_column, prefix_length,
+        BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["size", "splits"])

@@ -16,15 +16,6 @@ PHILOX_ROUNDS = tl.constexpr(7)
 
 
 @triton.jit
-def load_seed(extras):
-    """The seed; without dropout any number serves."""
-    if extras.seed_ptr is None:
-        return 0
-    else:
-        return tl.load(extras.seed_ptr)
-
-
-@triton.jit
 def draw(seed, sequence_head, row, first_column, stream, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The four words of every call, [ROWS, COLUMNS // 8]; each row may have its own coordinates."""
     groups = first_column // 8 + tl.arange(0, COLUMNS // 8)
@@ -72,7 +63,7 @@ def decide(word, threshold):
 
 
 @triton.jit
-def drop_prefix(tile, extras, seed, sequence_kv_head, first_row, STREAM: tl.constexpr):
+def drop_prefix(tile, extras, place, first_row, STREAM: tl.constexpr):
     """Element-wise dropout of the prefix of one sequence, or of its gradient.
 
     It only puts zeros: the factor of what is kept would be rounded to the dtype of the prefix, and
@@ -82,9 +73,10 @@ def drop_prefix(tile, extras, seed, sequence_kv_head, first_row, STREAM: tl.cons
         return tile
     else:
         dropped = ()
+        sequence_head = place.sequence * place.kv_heads + place.kv_head
         for chunk in tl.static_range(len(tile)):
             keep = keep_mask(
-                seed, sequence_kv_head, first_row, chunk * tile[0].shape[1],
+                place.seed, sequence_head, first_row, chunk * tile[0].shape[1],
                 extras.prefix_threshold, STREAM, tile[chunk].shape[0], tile[chunk].shape[1],
             )  # fmt: skip
             dropped = widened(dropped, tl.where(keep, tile[chunk], 0.0).to(tile[chunk].dtype))

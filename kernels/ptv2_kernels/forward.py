@@ -22,8 +22,16 @@ from ptv2_kernels.arguments import (
     tile_grid,
 )
 from ptv2_kernels.configs import launch_options
-from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM, load_seed
+from ptv2_kernels.dropout import PREFIX_STREAM, TOKEN_STREAM
 from ptv2_kernels.launching import Launcher
+from ptv2_kernels.places import (
+    load_seed,
+    locate,
+    locate_prefix,
+    locate_tile,
+    prefix_end,
+    row_pointers,
+)
 from ptv2_kernels.softmax import (
     LN_2,
     attend,
@@ -35,19 +43,8 @@ from ptv2_kernels.softmax import (
     undropped,
     undropped_prefix,
 )
-from ptv2_kernels.tiles import (
-    load_tile,
-    load_tokens,
-    locate_prefix,
-    locate_sequence,
-    locate_tile,
-    prefix_end,
-    row_pointers,
-    scale_tile,
-    store_tile,
-    zero_tile,
-)
-from ptv2_kernels.visibility import hide_behind, hide_tokens, load_context, seen_columns
+from ptv2_kernels.tiles import load_queries, load_tokens, scale_tile, store_tile, zero_tile
+from ptv2_kernels.visibility import hide_behind, hide_tokens, visible_range
 
 
 @triton.jit(do_not_specialize=RUNTIME_SIZES)
@@ -76,17 +73,11 @@ def _prefix_attention_forward_kernel(
 ):
     """Online softmax over two sources of columns; grid (query tiles * batch, heads)."""
     first_row, sequence = locate_tile(queries, BLOCK_QUERIES)
-    start, row_count, column_count = locate_sequence(extras, sequence, queries, tokens)
-    if first_row >= row_count:
+    head, seed = tl.program_id(1), load_seed(extras)
+    place = locate(extras, sequence, head, head // group, heads, group, queries, tokens, seed)
+    if first_row >= place.row_count:
         return
-    head = tl.program_id(1)
-    kv_head = head // group
-    sequence_head = sequence * heads + head
-    sequence_kv_head = sequence * (heads // group) + kv_head
-    query_tile = load_tile(
-        query, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
-    )
-    seed = load_seed(extras)
+    query_tile = load_queries(query, place, first_row, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS)
     state = (
         tl.full((BLOCK_QUERIES,), float("-inf"), tl.float32),
         tl.zeros((BLOCK_QUERIES,), tl.float32),
@@ -94,14 +85,14 @@ def _prefix_attention_forward_kernel(
     )
 
     bank_row, length = locate_prefix(extras, sequence, prefix_length)
-    gate = load_gate(extras, bank_row, head, heads)
+    gate = load_gate(extras, place, bank_row)
     if BLOCK_PREFIX > 0:
         for first_column in range(
             0, prefix_end(length, BLOCK_PREFIX, ONE_PREFIX_TILE), BLOCK_PREFIX
         ):
             key_tile, value_tile = load_prefix(
-                prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head,
-                first_column, length, BLOCK_PREFIX, HEAD_DIM, BLOCK_DIMS,
+                prefix_key, prefix_value, extras, place, bank_row, first_column, length,
+                BLOCK_PREFIX, HEAD_DIM, BLOCK_DIMS,
             )  # fmt: skip
             scores, factor = prefix_scores(
                 query_tile, key_tile, extras, scale_log2, INPUT_PRECISION
@@ -109,46 +100,39 @@ def _prefix_attention_forward_kernel(
             scores, factor = gated_scores(scores, factor, extras, gate)
             scores = hide_behind(scores, length - first_column)
             state = attend(
-                state, scores, factor, value_tile, extras, seed, sequence_head,
-                first_row, first_column, PREFIX_STREAM, INPUT_PRECISION,
+                state, scores, factor, value_tile, extras, place, first_row, first_column,
+                PREFIX_STREAM, INPUT_PRECISION,
             )  # fmt: skip
         state = state[0], state[1], undropped_prefix(state[2], extras)
 
-    context = load_context(extras, sequence)
-    bounds = seen_columns(
-        extras, sequence, context, first_row, column_count, tokens,
-        BLOCK_QUERIES, BLOCK_KEYS,
-    )  # fmt: skip
+    bounds = visible_range(extras, place, first_row, BLOCK_QUERIES, BLOCK_KEYS)
     # First the tiles that need no mask, then the others.
     for part in tl.static_range(2):
         for first_column in range(bounds[part], bounds[part + 1], BLOCK_KEYS):
             key_tile, value_tile = load_tokens(
-                key, value, start, kv_head, first_column, column_count,
-                BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS, part == 0,
-            )  # fmt: skip
+                key, value, place, first_column, BLOCK_KEYS, HEAD_DIM, BLOCK_DIMS, part == 0
+            )
             scores, factor = token_scores(
-                query_tile, key_tile, extras, sequence, head, first_row, first_column,
-                row_count, column_count, scale_log2, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
+                query_tile, key_tile, extras, place, first_row, first_column, scale_log2,
+                HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
             )  # fmt: skip
-            scores = hide_tokens(
-                scores, extras, sequence, context, first_row, first_column, column_count, tokens,
-                part == 0,
-            )  # fmt: skip
+            scores = hide_tokens(scores, extras, place, first_row, first_column, part == 0)
             state = attend(
-                state, scores, factor, value_tile, extras, seed, sequence_head,
-                first_row, first_column, TOKEN_STREAM, INPUT_PRECISION,
+                state, scores, factor, value_tile, extras, place, first_row, first_column,
+                TOKEN_STREAM, INPUT_PRECISION,
             )  # fmt: skip
 
     running_max, running_sum, accumulator = state
     empty = running_sum == 0.0
     safe_sum = tl.where(empty, 1.0, running_sum)
     lse = tl.where(empty, float("-inf"), (running_max + tl.log2(safe_sum)) * LN_2)
-    lse_ptrs = row_pointers(lse_ptr, extras, start, head, first_row, heads, queries, BLOCK_QUERIES)
-    tl.store(lse_ptrs, lse, mask=tl.arange(0, BLOCK_QUERIES) < row_count - first_row)
+    lse_ptrs = row_pointers(lse_ptr, extras, place, first_row, BLOCK_QUERIES)
+    tl.store(lse_ptrs, lse, mask=tl.arange(0, BLOCK_QUERIES) < place.row_count - first_row)
     out_tile = undropped(scale_tile(accumulator, 1.0 / safe_sum[:, None]), extras)
     store_tile(
-        out, out_tile, start, head, first_row, row_count, BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS
-    )
+        out, out_tile, place.start, place.head, first_row, place.row_count,
+        BLOCK_QUERIES, HEAD_DIM, BLOCK_DIMS,
+    )  # fmt: skip
 
 
 _launch = Launcher(_prefix_attention_forward_kernel)

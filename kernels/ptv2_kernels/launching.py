@@ -18,14 +18,14 @@ from ptv2_kernels.configs import INTERPRETED
 MOST_VARIANTS = 4096  # strides that change with the batch make more and more of them
 
 
-def facts_of(values: tuple, plain: Set[int] = frozenset()) -> tuple:
+def specialization_of(values: tuple, plain: Set[int] = frozenset()) -> tuple:
     """What a compiled kernel may follow from of its arguments: all but addresses and floats.
 
     Integers and strides count by value, which is finer than what Triton makes of them. `plain`:
     places of integers that Triton does not specialise; of them only the number of bits counts.
     """
-    facts: list[Any] = []
-    add = facts.append
+    specialization: list[Any] = []
+    add = specialization.append
     for place, value in enumerate(values):
         kind = type(value)
         if kind is Strided:
@@ -40,10 +40,10 @@ def facts_of(values: tuple, plain: Set[int] = frozenset()) -> tuple:
         elif isinstance(value, Tensor):
             add((value.dtype, value.data_ptr() % 16 == 0))
         elif isinstance(value, tuple):
-            add(facts_of(value))
+            add(specialization_of(value))
         else:
             add((kind, value))
-    return tuple(facts)
+    return tuple(specialization)
 
 
 def is_observed() -> bool:
@@ -64,7 +64,7 @@ class Launcher:
 
     def __init__(self, kernel: Any) -> None:
         self.kernel = kernel
-        # By device, options and facts: how to run a compiled kernel, and its constants.
+        # By device, options and specialization: how to run a compiled kernel, and its constants.
         self._variants: dict[tuple, tuple] = {}
         parameters = [] if INTERPRETED else kernel.params
         self._plain = {each.num for each in parameters if each.do_not_specialize}
@@ -85,7 +85,7 @@ class Launcher:
             return
         active = driver.active
         device = active.get_current_device()
-        key = device, id(options), facts_of(arguments, self._plain)
+        key = device, id(options), specialization_of(arguments, self._plain)
         known = self._variants.get(key)
         if known is None:
             compiled = self.kernel[grid](*arguments, **options)

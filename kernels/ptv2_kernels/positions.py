@@ -19,14 +19,14 @@ from ptv2_kernels.tiles import add_product, inner_products, load_chunk, widened
 
 @triton.jit
 def load_by_distance(
-    table, extras, head, first_distance, row_count,
+    table, extras, place, first_distance,
     ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr,
 ):  # fmt: skip
     """The rows of a table for ROWS distances; any row for those that two tokens cannot have."""
     distances = first_distance + tl.arange(0, ROWS)
-    inside = (distances < row_count) & (distances > -row_count)
+    inside = (distances < place.row_count) & (distances > -place.row_count)
     slots = tl.load(extras.slots_ptr + extras.slot_count // 2 + distances, mask=inside, other=0)
-    rows_ptr = table.ptr + tl.cast(head, tl.int64) * table.strides[1]
+    rows_ptr = table.ptr + tl.cast(place.head, tl.int64) * table.strides[1]
     tile = ()
     for chunk in tl.static_range(len(BLOCK_DIMS)):
         columns = chunk * BLOCK_DIMS[0] + tl.arange(0, BLOCK_DIMS[chunk])
@@ -40,16 +40,14 @@ def load_by_distance(
 
 @triton.jit
 def load_both_sides(
-    table, extras, head, first_row, first_column, row_count,
+    table, extras, place, first_row, first_column,
     WIDTH: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr,
 ):  # fmt: skip
     """(behind, ahead): the rows of a table for d = 0 .. WIDTH - 1 and d = -WIDTH .. -1."""
     distance = first_row - first_column
     return (
-        load_by_distance(table, extras, head, distance, row_count, WIDTH, HEAD_DIM, BLOCK_DIMS),
-        load_by_distance(
-            table, extras, head, distance - WIDTH, row_count, WIDTH, HEAD_DIM, BLOCK_DIMS
-        ),
+        load_by_distance(table, extras, place, distance, WIDTH, HEAD_DIM, BLOCK_DIMS),
+        load_by_distance(table, extras, place, distance - WIDTH, WIDTH, HEAD_DIM, BLOCK_DIMS),
     )
 
 
@@ -75,7 +73,7 @@ def turn_indices(
 
 @triton.jit
 def scores_by_distance(
-    tile, table, extras, head, first_row, first_column, row_count,
+    tile, table, extras, place, first_row, first_column,
     COLUMNS: tl.constexpr, OF_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +81,7 @@ def scores_by_distance(
     ROWS: tl.constexpr = tile[0].shape[0]
     WIDTH: tl.constexpr = ROWS if ROWS > COLUMNS else COLUMNS
     behind, ahead = load_both_sides(
-        table, extras, head, first_row, first_column, row_count, WIDTH, HEAD_DIM, BLOCK_DIMS
+        table, extras, place, first_row, first_column, WIDTH, HEAD_DIM, BLOCK_DIMS
     )
     turn, _, is_behind = turn_indices(first_row, first_column, ROWS, COLUMNS, WIDTH, OF_KEYS)
     by_turn = tl.where(
@@ -96,18 +94,18 @@ def scores_by_distance(
 
 @triton.jit
 def add_position_scores(
-    scores, query, key, extras, head, first_row, first_column, row_count,
+    scores, query, key, extras, place, first_row, first_column,
     HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Unscaled scores of one tile of tokens, with those by distance."""
     if extras.position_key is not None:
         scores += scores_by_distance(
-            query, extras.position_key, extras, head, first_row, first_column, row_count,
+            query, extras.position_key, extras, place, first_row, first_column,
             scores.shape[1], False, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
         )  # fmt: skip
     if extras.position_query is not None:
         of_keys = scores_by_distance(
-            key, extras.position_query, extras, head, first_row, first_column, row_count,
+            key, extras.position_query, extras, place, first_row, first_column,
             scores.shape[0], True, HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
         )  # fmt: skip
         scores += tl.trans(of_keys)
@@ -116,7 +114,7 @@ def add_position_scores(
 
 @triton.jit
 def add_position_gradient(
-    grad_scores, accumulator, table, extras, head, first_row, first_column, row_count,
+    grad_scores, accumulator, table, extras, place, first_row, first_column,
     OF_KEYS: tl.constexpr,
     HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -131,7 +129,7 @@ def add_position_gradient(
         COLUMNS: tl.constexpr = grad_scores.shape[1]
         WIDTH: tl.constexpr = ROWS if ROWS > COLUMNS else COLUMNS
         behind, ahead = load_both_sides(
-            table, extras, head, first_row, first_column, row_count, WIDTH, HEAD_DIM, BLOCK_DIMS
+            table, extras, place, first_row, first_column, WIDTH, HEAD_DIM, BLOCK_DIMS
         )
         _, column, is_behind = turn_indices(first_row, first_column, ROWS, COLUMNS, WIDTH, OF_KEYS)
         weights = grad_scores.to(behind[0].dtype)

@@ -13,8 +13,9 @@ from ptv2_kernels.dropout import (
     drop_prefix,
     keep_mask,
 )
+from ptv2_kernels.places import row_pointers
 from ptv2_kernels.positions import add_position_scores
-from ptv2_kernels.tiles import add_product, inner_products, load_tile, row_pointers, scale_tile
+from ptv2_kernels.tiles import add_product, inner_products, load_tile, scale_tile
 from ptv2_kernels.visibility import load_bias
 
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -25,36 +26,34 @@ MOST_EXPONENT_LOG2 = tl.constexpr(115.0)
 
 @triton.jit
 def load_prefix(
-    prefix_key, prefix_value, extras, seed, bank_row, kv_head, sequence_kv_head,
-    first_column, length,
+    prefix_key, prefix_value, extras, place, bank_row, first_column, length,
     COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr,
 ):  # fmt: skip
-    """One tile of the prefix as a sequence sees it: keys and values, dropped."""
-    key = load_tile(
-        prefix_key, bank_row, kv_head, first_column, length, COLUMNS, HEAD_DIM, BLOCK_DIMS
-    )
+    """One tile of the prefix as a sequence reads it: keys and values, dropped."""
+    head = place.kv_head
+    key = load_tile(prefix_key, bank_row, head, first_column, length, COLUMNS, HEAD_DIM, BLOCK_DIMS)
     value = load_tile(
-        prefix_value, bank_row, kv_head, first_column, length, COLUMNS, HEAD_DIM, BLOCK_DIMS
+        prefix_value, bank_row, head, first_column, length, COLUMNS, HEAD_DIM, BLOCK_DIMS
     )
-    return drop_pair(key, value, extras, seed, sequence_kv_head, first_column)
+    return drop_pair(key, value, extras, place, first_column)
 
 
 @triton.jit
-def drop_pair(key, value, extras, seed, sequence_kv_head, first_column):
+def drop_pair(key, value, extras, place, first_column):
     """Prefix dropout of keys and values, or of their gradients."""
     return (
-        drop_prefix(key, extras, seed, sequence_kv_head, first_column, PREFIX_KEY_STREAM),
-        drop_prefix(value, extras, seed, sequence_kv_head, first_column, PREFIX_VALUE_STREAM),
+        drop_prefix(key, extras, place, first_column, PREFIX_KEY_STREAM),
+        drop_prefix(value, extras, place, first_column, PREFIX_VALUE_STREAM),
     )
 
 
 @triton.jit
-def load_gate(extras, bank_row, head, heads):
+def load_gate(extras, place, bank_row):
     """The gate of a head; without gates any number serves."""
     if extras.gate_ptr is None:
         return 1.0
     else:
-        return tl.load(extras.gate_ptr + bank_row * heads + head)
+        return tl.load(extras.gate_ptr + bank_row * place.heads + place.head)
 
 
 @triton.jit
@@ -84,36 +83,33 @@ def scaled(scores, extras, scale_log2):
 
 @triton.jit
 def token_scores(
-    query, key, extras, sequence, head, first_row, first_column, row_count, column_count,
-    scale_log2, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    query, key, extras, place, first_row, first_column, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """As `prefix_scores`, with those by distance and with the bias."""
     scores = inner_products(query, key, INPUT_PRECISION)
     if extras.slots_ptr is not None:
         scores = add_position_scores(
-            scores, query, key, extras, head, first_row, first_column, row_count,
+            scores, query, key, extras, place, first_row, first_column,
             HEAD_DIM, BLOCK_DIMS, INPUT_PRECISION,
         )  # fmt: skip
     scores, factor = scaled(scores, extras, scale_log2)
     if extras.bias_ptr is None:
         return scores, factor
     else:
-        bias = load_bias(
-            extras, sequence, head, first_row, first_column, row_count, column_count,
-            scores.shape[0], scores.shape[1],
-        )  # fmt: skip
+        bias = load_bias(extras, place, first_row, first_column, scores.shape[0], scores.shape[1])
         return tl.fma(bias, LOG2_E, scores), factor
 
 
 @triton.jit
 def attend(
-    state, scores, factor, value, extras, seed, sequence_head, first_row, first_column,
+    state, scores, factor, value, extras, place, first_row, first_column,
     STREAM: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax (Milakov & Gimelshein 2018), and of what it weighs.
 
-    What dropout keeps gets its factor at the end, by `undropped`. A row that has seen no visible
-    column keeps a finite pivot, hence no NaN.
+    What dropout keeps gets its factor at the end, by `undropped`. A row without a visible
+    column so far keeps a finite pivot, hence no NaN.
     """
     running_max, running_sum, accumulator = state
     new_max = tl.maximum(running_max, tl.max(scores, axis=1) * factor)
@@ -122,19 +118,25 @@ def attend(
     rescale = tl.exp2(running_max - pivot)
     running_sum = tl.fma(running_sum, rescale, tl.sum(probabilities, axis=1))
     if extras.threshold is not None:
-        keep = keep_mask(
-            seed, sequence_head, first_row, first_column, extras.threshold, STREAM,
-            scores.shape[0], scores.shape[1],
-        )  # fmt: skip
+        keep = keep_scores(scores, extras, place, first_row, first_column, STREAM)
         probabilities = tl.where(keep, probabilities, 0.0)
     rescaled = scale_tile(accumulator, rescale[:, None])
     return new_max, running_sum, add_product(probabilities, value, rescaled, INPUT_PRECISION)
 
 
 @triton.jit
+def keep_scores(scores, extras, place, first_row, first_column, STREAM: tl.constexpr):
+    """Which probabilities of a tile dropout keeps."""
+    return keep_mask(
+        place.seed, place.sequence * place.heads + place.head, first_row, first_column,
+        extras.threshold, STREAM, scores.shape[0], scores.shape[1],
+    )  # fmt: skip
+
+
+@triton.jit
 def recompute(
-    scores, factor, value, grad_out, statistics, extras, seed, sequence_head,
-    first_row, first_column, STREAM: tl.constexpr, INPUT_PRECISION: tl.constexpr,
+    scores, factor, value, grad_out, statistics, extras, place, first_row, first_column,
+    STREAM: tl.constexpr, INPUT_PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Dropped probabilities and unscaled gradients of the scores of one tile, both float32.
 
@@ -153,10 +155,7 @@ def recompute(
     if extras.threshold is None:
         return probabilities, probabilities * (grad_probabilities - delta[:, None])
     else:
-        keep = keep_mask(
-            seed, sequence_head, first_row, first_column, extras.threshold, STREAM,
-            scores.shape[0], scores.shape[1],
-        )  # fmt: skip
+        keep = keep_scores(scores, extras, place, first_row, first_column, STREAM)
         dropped = tl.where(keep, probabilities, 0.0)
         kept = tl.where(keep, grad_probabilities, 0.0)
         grad_scores = probabilities * tl.fma(kept, extras.multiplier, -delta[:, None])
@@ -182,17 +181,14 @@ def undropped_prefix(tile, extras):
 
 
 @triton.jit
-def load_statistics(
-    lse_ptr, delta_ptr, extras, start, head, first_row, row_count, heads, queries,
-    ROWS: tl.constexpr,
-):  # fmt: skip
+def load_statistics(lse_ptr, delta_ptr, extras, place, first_row, ROWS: tl.constexpr):
     """lse in base 2 (0 for a row without a visible column) and delta of a tile of query rows.
 
     Rows outside have lse inf, hence probabilities of 0 whatever their scores are.
     """
-    inside = tl.arange(0, ROWS) < row_count - first_row
-    lse_ptrs = row_pointers(lse_ptr, extras, start, head, first_row, heads, queries, ROWS)
-    delta_ptrs = row_pointers(delta_ptr, extras, start, head, first_row, heads, queries, ROWS)
+    inside = tl.arange(0, ROWS) < place.row_count - first_row
+    lse_ptrs = row_pointers(lse_ptr, extras, place, first_row, ROWS)
+    delta_ptrs = row_pointers(delta_ptr, extras, place, first_row, ROWS)
     lse = tl.load(lse_ptrs, mask=inside, other=float("inf"))
     delta = tl.load(delta_ptrs, mask=inside, other=0.0)
     if extras.gate_ptr is None:

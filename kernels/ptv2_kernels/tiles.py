@@ -9,51 +9,6 @@ import triton.language as tl
 
 
 @triton.jit
-def locate_tile(length, BLOCK: tl.constexpr):
-    """(first row, sequence) of this program: tiles of one sequence are neighbours in the grid."""
-    tiles = tl.cdiv(length, BLOCK)
-    return tl.program_id(0) % tiles * BLOCK, tl.program_id(0) // tiles
-
-
-@triton.jit
-def locate_sequence(extras, sequence, queries, tokens):
-    """(start, queries, tokens) of one sequence."""
-    if extras.cu_seqlens_ptr is None:
-        start = sequence
-    else:
-        start = tl.load(extras.cu_seqlens_ptr + sequence)
-        queries = tl.load(extras.cu_seqlens_ptr + sequence + 1) - start
-        tokens = queries
-    return start, queries, tokens
-
-
-@triton.jit
-def locate_prefix(extras, sequence, prefix_length):
-    """(row of the bank, length) of the prefix that a sequence reads."""
-    if extras.prefix_index_ptr is None:
-        bank_row = 0
-    else:
-        bank_row = tl.load(extras.prefix_index_ptr + sequence)
-    return bank_row, length_of_prefix(extras, bank_row, prefix_length)
-
-
-@triton.jit
-def length_of_prefix(extras, bank_row, prefix_length):
-    if extras.prefix_lengths_ptr is not None:
-        prefix_length = tl.load(extras.prefix_lengths_ptr + bank_row)
-    return prefix_length
-
-
-@triton.jit
-def prefix_end(length, BLOCK_PREFIX: tl.constexpr, ONE_PREFIX_TILE: tl.constexpr):
-    """Where the loop over prefix tiles ends; the compiler unrolls a loop over constants."""
-    if ONE_PREFIX_TILE:
-        return BLOCK_PREFIX
-    else:
-        return length
-
-
-@triton.jit
 def chunk_pointers(
     tensor, start, head, first_row, ROWS: tl.constexpr, FIRST: tl.constexpr, WIDTH: tl.constexpr
 ):
@@ -133,15 +88,27 @@ def load_tile(
 
 
 @triton.jit
+def load_queries(
+    tensor, place, first_row,
+    ROWS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr,
+):  # fmt: skip
+    """One tile of query or of grad_out."""
+    return load_tile(
+        tensor, place.start, place.head, first_row, place.row_count, ROWS, HEAD_DIM, BLOCK_DIMS
+    )
+
+
+@triton.jit
 def load_tokens(
-    key, value, start, kv_head, first_column, column_count,
+    key, value, place, first_column,
     COLUMNS: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIMS: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """One tile of keys and values; WHOLE: it lies inside the sequence."""
-    column_count = None if WHOLE else column_count
+    start, head = place.start, place.kv_head
+    count = None if WHOLE else place.column_count
     return (
-        load_tile(key, start, kv_head, first_column, column_count, COLUMNS, HEAD_DIM, BLOCK_DIMS),
-        load_tile(value, start, kv_head, first_column, column_count, COLUMNS, HEAD_DIM, BLOCK_DIMS),
+        load_tile(key, start, head, first_column, count, COLUMNS, HEAD_DIM, BLOCK_DIMS),
+        load_tile(value, start, head, first_column, count, COLUMNS, HEAD_DIM, BLOCK_DIMS),
     )
 
 
@@ -241,14 +208,3 @@ def add_product(weights, tile, accumulator, INPUT_PRECISION: tl.constexpr):
         product = tl.dot(weights, tile[chunk], accumulator[chunk], input_precision=INPUT_PRECISION)
         total = widened(total, product)
     return total
-
-
-@triton.jit
-def row_pointers(ptr, extras, start, head, first_row, heads, queries, ROWS: tl.constexpr):
-    """Where lse or delta of some rows lie: [B, H, T], packed [N, H]."""
-    if extras.cu_seqlens_ptr is None:
-        first = (tl.cast(start, tl.int64) * heads + head) * queries + first_row
-        return ptr + first + tl.arange(0, ROWS)
-    else:
-        first = (tl.cast(start, tl.int64) + first_row) * heads + head
-        return ptr + first + tl.arange(0, ROWS) * heads

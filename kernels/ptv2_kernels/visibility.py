@@ -1,4 +1,10 @@
-"""Who sees what: padding, context lengths and windows; and the bias on the scores of tokens."""
+"""What is visible: padding, context lengths and windows; and the bias on the scores of tokens.
+
+Two words, here and in csrc/visibility.h. A column is *visible* to a row that attends to it: a
+prefix column always, a token column as key_mask, context_lengths and window say; others are hidden
+from it. An element is *inside* when there is one: what a tile has beyond its sequence, its prefix
+or head_dim is padding, neither read nor counted.
+"""
 
 import triton
 import triton.language as tl
@@ -7,29 +13,17 @@ SCANNED_AT_ONCE = tl.constexpr(512)
 
 
 @triton.jit
-def load_context(extras, sequence):
-    """The context length of a sequence; without the tensor any number serves."""
-    if extras.context_lengths_ptr is None:
-        return 0
-    else:
-        return tl.load(extras.context_lengths_ptr + sequence)
+def visible_range(extras, place, first_row, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """(begin, middle, end): outside of them token columns are hidden from all rows of a tile.
 
-
-@triton.jit
-def seen_columns(
-    extras, sequence, context, first_row, column_count, mask_stride,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """(begin, middle, end) of the token columns that some row of a tile sees.
-
-    Up to the middle, whole tiles of columns, every row sees every column.
+    Up to the middle, whole tiles of columns, every column is visible to every row.
     """
-    begin, middle, end = 0, column_count, column_count
+    begin, middle, end = 0, place.column_count, place.column_count
     if extras.key_mask_ptr is not None:
-        middle, end = scan_key_mask(extras, sequence, column_count, mask_stride)
+        middle, end = scan_key_mask(extras, place)
     if extras.context_lengths_ptr is not None:
-        middle = tl.minimum(middle, tl.maximum(context, first_row + 1))
-        end = tl.minimum(end, tl.maximum(context, first_row + ROWS))
+        middle = tl.minimum(middle, tl.maximum(place.context, first_row + 1))
+        end = tl.minimum(end, tl.maximum(place.context, first_row + ROWS))
     if extras.window is not None:
         begin = tl.maximum(0, first_row - extras.window) // COLUMNS * COLUMNS
         end = tl.minimum(end, first_row + ROWS + extras.window)
@@ -41,12 +35,12 @@ def seen_columns(
 
 
 @triton.jit
-def scan_key_mask(extras, sequence, tokens, mask_stride):
+def scan_key_mask(extras, place):
     """(first hidden column, one behind the last visible column) of a sequence.
 
     With right padding that is its length: the columns before need no mask, those behind no work.
     """
-    row_ptr = extras.key_mask_ptr + sequence.to(tl.int64) * mask_stride
+    tokens, row_ptr = place.column_count, mask_row(extras, place)
     columns = tl.arange(0, SCANNED_AT_ONCE)
     first_hidden = tl.full((SCANNED_AT_ONCE,), 0, tl.int32) + tokens
     end = tl.zeros((SCANNED_AT_ONCE,), tl.int32)
@@ -60,12 +54,17 @@ def scan_key_mask(extras, sequence, tokens, mask_stride):
 
 
 @triton.jit
-def seeing_rows(extras, context, first_column, last_column, queries):
-    """[begin, end) of the rows that see some token column from first_column to last_column."""
-    begin = 0
-    end = queries
+def mask_row(extras, place):
+    """Where the key mask [B, S] of a sequence begins."""
+    return extras.key_mask_ptr + place.sequence.to(tl.int64) * place.tokens
+
+
+@triton.jit
+def attending_rows(extras, place, first_column, COLUMNS: tl.constexpr):
+    """[begin, end): to rows outside of them the token columns of a tile are hidden."""
+    begin, end, last_column = 0, place.row_count, first_column + COLUMNS - 1
     if extras.context_lengths_ptr is not None:
-        begin = tl.where(first_column < context, 0, first_column)
+        begin = tl.where(first_column < place.context, 0, first_column)
     if extras.window is not None:
         begin = tl.maximum(begin, first_column - extras.window)
         end = tl.minimum(end, last_column + extras.window + 1)
@@ -73,12 +72,12 @@ def seeing_rows(extras, context, first_column, last_column, queries):
 
 
 @triton.jit
-def unmasked_columns(extras, sequence, first_column, tokens, mask_stride, COLUMNS: tl.constexpr):
-    """Which token columns are inside the sequence and not masked."""
+def visible_columns(extras, place, first_column, COLUMNS: tl.constexpr):
+    """Which token columns of a tile are inside, and left visible by key_mask."""
     offsets = tl.arange(0, COLUMNS)
-    visible = offsets < tokens - first_column
+    visible = offsets < place.column_count - first_column
     if extras.key_mask_ptr is not None:
-        first_ptr = extras.key_mask_ptr + sequence.to(tl.int64) * mask_stride + first_column
+        first_ptr = mask_row(extras, place) + first_column
         loaded = tl.load(first_ptr + offsets[None, :], mask=visible[None, :], other=0)
         # Triton orders the sums of a product by the narrowest load that its operands come of, but
         # looks through no reduction: without this one, a mask of bytes would change their bits.
@@ -94,12 +93,12 @@ def hide_behind(scores, column_count):
 
 
 @triton.jit
-def hide_from_rows(scores, extras, context, first_row, first_column):
+def hide_from_rows(scores, extras, place, first_row, first_column):
     """Scores of one tile of tokens with -inf where context length or window hides the column."""
     rows = (first_row + tl.arange(0, scores.shape[0]))[:, None]
     columns = (first_column + tl.arange(0, scores.shape[1]))[None, :]
     if extras.context_lengths_ptr is not None:
-        scores = tl.where((columns < context) | (columns <= rows), scores, float("-inf"))
+        scores = tl.where((columns < place.context) | (columns <= rows), scores, float("-inf"))
     if extras.window is not None:
         distance = rows - columns
         near = (distance <= extras.window) & (distance >= -extras.window)
@@ -108,34 +107,26 @@ def hide_from_rows(scores, extras, context, first_row, first_column):
 
 
 @triton.jit
-def hide_tokens(
-    scores, extras, sequence, context, first_row, first_column, column_count, mask_stride,
-    WHOLE: tl.constexpr,
-):  # fmt: skip
-    """Scores of one tile of tokens with -inf where a row does not see it; it sees a WHOLE tile."""
+def hide_tokens(scores, extras, place, first_row, first_column, WHOLE: tl.constexpr):
+    """Scores of one tile of tokens with -inf where hidden; of a WHOLE tile all are visible."""
     if WHOLE:
         return scores
     else:
-        unmasked = unmasked_columns(
-            extras, sequence, first_column, column_count, mask_stride, scores.shape[1]
-        )
-        scores = tl.where(unmasked[None, :], scores, float("-inf"))
-        return hide_from_rows(scores, extras, context, first_row, first_column)
+        visible = visible_columns(extras, place, first_column, scores.shape[1])
+        scores = tl.where(visible[None, :], scores, float("-inf"))
+        return hide_from_rows(scores, extras, place, first_row, first_column)
 
 
 @triton.jit
-def load_bias(
-    extras, sequence, head, first_row, first_column, row_count, column_count,
-    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
+def load_bias(extras, place, first_row, first_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """[ROWS, COLUMNS] of the bias, in float32."""
     strides = extras.bias_strides
-    tile_ptr = extras.bias_ptr + sequence.to(tl.int64) * strides[0]
-    tile_ptr += head.to(tl.int64) * strides[1]
+    tile_ptr = extras.bias_ptr + place.sequence.to(tl.int64) * strides[0]
+    tile_ptr += place.head.to(tl.int64) * strides[1]
     tile_ptr += tl.cast(first_row, tl.int64) * strides[2] + first_column
     rows, columns = tl.arange(0, ROWS), tl.arange(0, COLUMNS)
-    inside = (rows < row_count - first_row)[:, None] & (columns < column_count - first_column)[
-        None, :
-    ]
+    row_inside = (rows < place.row_count - first_row)[:, None]
+    column_inside = (columns < place.column_count - first_column)[None, :]
     offsets = rows[:, None] * strides[2] + columns[None, :]
+    inside = row_inside & column_inside
     return tl.load(tile_ptr + offsets, mask=inside, other=0.0).to(tl.float32)

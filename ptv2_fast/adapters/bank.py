@@ -44,9 +44,9 @@ from ptv2_fast.adapters.loading import (
 )
 from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import read_adapter
+from ptv2_fast.encoders.attaching import check_model, require_attachment
 from ptv2_fast.encoders.backbone_forward import NeedsFrozenBlocksError
 from ptv2_fast.encoders.bank_attachment import BankCall, Repeat, attach_bank
-from ptv2_fast.encoders.lifecycle import check_model, require_attachment
 from ptv2_fast.prefix import PTuningV2Config
 
 BASE = "__base__"

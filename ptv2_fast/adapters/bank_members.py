@@ -14,13 +14,13 @@ from transformers import PreTrainedModel
 from ptv2_fast.adapters.bank_models import has_known_code
 from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import write_adapter
+from ptv2_fast.encoders.adapter_tensors import ENCODER_NAME, frozen_stems
+from ptv2_fast.encoders.attaching import require_attachment
 from ptv2_fast.encoders.attachment import Attachment
 from ptv2_fast.encoders.bank_attachment import BankAttachment, GivenStates
 from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.first_token import reads_first_token_only
-from ptv2_fast.encoders.lifecycle import require_attachment
 from ptv2_fast.encoders.pads import reads_pads
-from ptv2_fast.encoders.selection import ENCODER_NAME, frozen_stems
 from ptv2_fast.prefix import LayerPrefix
 
 # Where the tokens of a row are in its columns.

@@ -14,11 +14,11 @@ from ptv2_fast.encoders.adapter_content import (
     written_tensors,
 )
 from ptv2_fast.encoders.adapter_files import read_adapter, write_adapter
+from ptv2_fast.encoders.adapter_tensors import ENCODER_NAME
+from ptv2_fast.encoders.attaching import attach_uninitialised, require_attachment
 from ptv2_fast.encoders.attachment import Attachment, find_attachment
 from ptv2_fast.encoders.families import find_family
 from ptv2_fast.encoders.hooks import KNOWN_CODE
-from ptv2_fast.encoders.lifecycle import attach_uninitialised, require_attachment
-from ptv2_fast.encoders.selection import ENCODER_NAME
 from ptv2_fast.encoders.vocabulary import (
     ROWS_NAME,
     check_vocabulary,

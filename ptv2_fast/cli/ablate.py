@@ -12,14 +12,8 @@ from ptv2_fast.cli.sweeps import (
     run_and_print,
     sweep_before,
 )
+from ptv2_fast.training.sweeps.plan import VARIED
 
-# What the runs of an ablation differ in, beside the seed.
-_VARIED = {
-    "depth": ("depth",),
-    "length": ("num_virtual_tokens", "prefix_projection"),
-    "reparam": ("prefix_projection",),
-    "head": ("head",),
-}
 _EXAMPLE = """kinds:
   depth    the prefix in the first 4, 8, ... layers of 24 and in the last (figure 3 of the paper)
   length   4 to 128 virtual tokens, with and without the MLP (figure 4)
@@ -35,7 +29,7 @@ examples:
 def add(commands: Any) -> None:
     """Add the command."""
     parser = add_command(commands, "ablate", _ablate, "vary one choice and train each", _EXAMPLE)
-    parser.add_argument("kind", choices=tuple(_VARIED), help="what is varied")
+    parser.add_argument("kind", choices=tuple(VARIED), help="what is varied")
     run = parser.add_argument_group("ablation")
     add_output(run, "ablation")
     run.add_argument(
@@ -62,7 +56,7 @@ def _ablate(options: dict[str, Any]) -> None:
         if name in settings and kind != owner:
             raise BadInput(f"{name}: expected no value for the ablation of {kind}, got "
                            f"{settings[name]!r}")  # fmt: skip
-    refuse_given(options, (*_VARIED[kind], *(() if seeds is None else ("seed",))))
+    refuse_given(options, (*VARIED[kind], *(() if seeds is None else ("seed",))))
     before = checked(sweep_before, folder) if flags["resume"] else None
     if before is not None and before.kind == kind and not settings:
         run_and_print(rest_of(before, options, seeds), folder, **flags)

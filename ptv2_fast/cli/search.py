@@ -24,6 +24,8 @@ _EXAMPLE = """the space file names options, each with choices or a range:
 Without it: learning rate, length, reparameterisation, epochs and dropout, as far as the method has
 them and they are not given as options.
 
+The same command started again, from another shell or on another GPU, trains beside the first.
+
 examples:
   ptv2-fast search --recipe rte-roberta-large --trials 40 --output runs/search
   ptv2-fast train --config runs/search/best.yaml --seeds 11,12,13 --output runs/best
@@ -65,22 +67,29 @@ def _search(options: dict[str, Any]) -> None:
             raise BadInput(f"search: needs {package}: pip install 'ptv2-fast[search]'")
     check_places(base.model, base.data)
     quieten()
-    from ptv2_fast.training.search.results import BEST, TRIALS, best_trial, failures, trial_folder
-    from ptv2_fast.training.search.study import Search, run_search
+    from ptv2_fast.training.search.results import (
+        BEST,
+        TRIALS,
+        best_trial,
+        trial_folder,
+        trials_table,
+    )
+    from ptv2_fast.training.search.study import Search
+    from ptv2_fast.training.search.trials import run_search
 
     search = checked(Search, base, space, folder, **settings)
     try:
-        study = checked(run_search, search, overwrite=overwrite, worker=_quiet_work)
+        study, metric = checked(run_search, search, overwrite=overwrite, worker=_quiet_work)
     except RuntimeError as error:
         raise BadInput(error) from error
-    best, failed = best_trial(study), failures(study)
-    count = f"{len(failed)} of {len(study.trials)} trials failed"
+    best, trials = best_trial(study), trials_table(study, metric)
+    failed = trials.dropna(subset="message")
+    count = f"{len(failed)} of {len(trials)} trials failed"
     if best is None:
         raise BadInput(f"no trial finished, {count}: see {folder / TRIALS}")
-    if failed:
-        number, why = next(iter(failed.items()))
-        print(f"{count}, trial {number} because: {why} (see {folder / TRIALS})")
-    print(f"best: trial {best.number}, {study.user_attrs['facts']['metric']} {best.value:.4f}")
+    for one in failed[:1].itertuples():
+        print(f"{count}, trial {one.trial} because: {one.message} (see {folder / TRIALS})")
+    print(f"best: trial {best.number}, {metric} {best.value:.4f}")
     for name, value in best.params.items():
         print(f"  {name}: {value}")
     print(f"options in {folder / BEST}, its run in {trial_folder(folder, best.number)}")
@@ -101,7 +110,7 @@ def _space(base: RunConfig, given: set[str], space_file: str | None) -> Space:
 def _quiet_work(*arguments: Any) -> None:
     """What a worker process does."""
     quieten()
-    from ptv2_fast.training.search.study import work
+    from ptv2_fast.training.search.trials import work
 
     try:
         work(*arguments)

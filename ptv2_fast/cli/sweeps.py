@@ -53,7 +53,7 @@ def rest_of(before: Sweep, options: dict[str, Any], seeds: list[int] | None) -> 
     Raises:
         BadInput: for options that the runs set themselves, or bad ones.
     """
-    refuse_given(options, set().union(*before.changes.values()))
+    refuse_given(options, set().union(*before.runs.values()))
     base = checked(run_config, options, before.base.flat())
     if seeds is not None:
         return checked(before.with_seeds, base, seeds)
@@ -66,10 +66,10 @@ def refuse_given(options: dict[str, Any], varied: Iterable[str]) -> None:
     Raises:
         BadInput: naming them.
     """
-    both = sorted(set(varied) & set(options))
-    if both:
-        raise BadInput(f"{both[0]}: expected no value, since the runs differ in it, got "
-                       f"{options[both[0]]!r}")  # fmt: skip
+    for name in sorted(set(varied) & set(options)):
+        raise BadInput(
+            f"{name}: expected no value, since the runs differ in it, got {options[name]!r}"
+        )
 
 
 def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry_run: bool) -> None:
@@ -98,7 +98,7 @@ def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry
         print(f"{len(configs)} runs; the first, {name}: {first}", file=sys.stderr)
         whole = json.dumps(of_all_runs(run["estimate"], len(left)))
         print(f"all that are to be run, if each is like {name}: {whole}", file=sys.stderr)
-        for name, changes in sweep.changes.items():
+        for name, changes in sweep.runs.items():
             print(name, *(f"{option}={value}" for option, value in changes.items()))
         return
     outcome = checked(
@@ -110,21 +110,18 @@ def run_and_print(sweep: Sweep, folder: Path, resume: bool, overwrite: bool, dry
     print(f"written to {folder}")
     if outcome.failures:
         failed = "; ".join(f"{name}: {why}" for name, why in outcome.failures.items())
-        raise BadInput(f"{len(outcome.failures)} of {len(sweep.changes)} runs failed: {failed}")
+        raise BadInput(f"{len(outcome.failures)} of {len(sweep.runs)} runs failed: {failed}")
 
 
 def summary_lines(summary: dict[str, Any]) -> list[str]:
     """A line for each setting and split."""
     lines = []
     for group in summary["groups"]:
-        options = " ".join(f"{name}={value}" for name, value in group["options"].items())
+        options = "".join(f"{name}={value} " for name, value in group["options"].items())
         for split, metrics in group["metrics"].items():
-            runs = next(iter(metrics.values()))["n"]
-            figures = ", ".join(f"{name} {_figure(found)}" for name, found in metrics.items())
-            lines.append(f"{options + ' ' if options else ''}{split} ({runs} seeds): {figures}")
+            scores = []
+            for name, score in metrics.items():
+                deviation = "" if score["sd"] is None else f" ± {score['sd']:.4f}"
+                scores.append(f"{name} {score['mean']:.4f}{deviation}")
+            lines.append(f"{options}{split} ({score['n']} seeds): {', '.join(scores)}")
     return lines
-
-
-def _figure(found: dict[str, Any]) -> str:
-    deviation = "" if found["sd"] is None else f" ± {found['sd']:.4f}"
-    return f"{found['mean']:.4f}{deviation}"

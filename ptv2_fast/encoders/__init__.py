@@ -1,7 +1,6 @@
 """Prefixes on encoders of transformers, attached in place."""
 
-from ptv2_fast.encoders.families import FAMILIES
-from ptv2_fast.encoders.lifecycle import (
+from ptv2_fast.encoders.attaching import (
     attach,
     detach,
     disabled,
@@ -9,6 +8,7 @@ from ptv2_fast.encoders.lifecycle import (
     max_input_tokens,
     print_trainable_parameters,
 )
+from ptv2_fast.encoders.families import FAMILIES
 
 __all__ = [
     "FAMILIES",

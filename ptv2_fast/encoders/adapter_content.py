@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 import ptv2_fast
-from ptv2_fast.encoders.selection import check_saved
+from ptv2_fast.encoders.adapter_tensors import check_saved
 from ptv2_fast.encoders.vocabulary import added_rows, embeddings_name, vocabulary_size
 from ptv2_fast.prefix import EXECUTION_FIELDS
 

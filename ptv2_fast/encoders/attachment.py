@@ -15,6 +15,14 @@ from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.adapter_content import describe_adapter, written_tensors
 from ptv2_fast.encoders.adapter_files import CHECKPOINT_WEIGHTS_NAME, write_adapter
+from ptv2_fast.encoders.adapter_tensors import (
+    ENCODER_NAME,
+    check_saved,
+    find_saved_names,
+    prefix_trains,
+    trained_ids,
+    trains_layers,
+)
 from ptv2_fast.encoders.attention_hook import ATTENTION_NAME, LAYER_ATTRIBUTE, STATE_ARGUMENT
 from ptv2_fast.encoders.backbone_forward import (
     FIRST_TOKEN_ARGUMENT,
@@ -33,14 +41,6 @@ from ptv2_fast.encoders.own_attention import (
     take_attention,
 )
 from ptv2_fast.encoders.pads import leave_pads_out
-from ptv2_fast.encoders.selection import (
-    ENCODER_NAME,
-    check_saved,
-    find_saved_names,
-    prefix_trains,
-    trained_ids,
-    trains_layers,
-)
 from ptv2_fast.encoders.vectors import TrainedVectors, find_vectors
 from ptv2_fast.encoders.vocabulary import (
     ROWS_NAME,

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from ptv2_fast.encoders.attaching import check_model, make_encoder
 from ptv2_fast.encoders.attachment import Attachment, Given
 from ptv2_fast.encoders.backbone_forward import FIRST_TOKEN_ARGUMENT
 from ptv2_fast.encoders.family import Family
-from ptv2_fast.encoders.lifecycle import check_model, make_encoder
 from ptv2_fast.encoders.vectors import TrainedVectors
 from ptv2_fast.frozen.adapter_rows import AdapterRows, AdapterValues
 from ptv2_fast.frozen.layout import Repeat

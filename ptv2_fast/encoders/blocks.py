@@ -145,7 +145,7 @@ def describe_glm(layer: Any, heads: Heads) -> BlockModules:
 def describe_modernbert(layer: Any, heads: Heads) -> BlockModules:
     """ModernBERT: fused products, gated, rotary, windows; no norm in front of the first layer."""
     attention, network = layer.attn, layer.mlp
-    # Its window is that of flash attention, one more than the distance at which a token is seen.
+    # Its window is that of flash attention, one more than the distance at which a token is visible.
     window = attention.sliding_window
     spec = BlockSpec(
         pre_norm=True,

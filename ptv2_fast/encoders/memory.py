@@ -11,9 +11,9 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.encoders.adapter_tensors import find_saved_names
 from ptv2_fast.encoders.blocks import Heads
 from ptv2_fast.encoders.families import find_family
-from ptv2_fast.encoders.selection import find_saved_names
 from ptv2_fast.encoders.vectors import find_vectors
 from ptv2_fast.frozen.engine import CPU_CHUNK, GPU_CHUNK
 from ptv2_fast.frozen.memory import kept_bytes_per_token, peak_bytes

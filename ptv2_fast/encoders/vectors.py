@@ -31,7 +31,7 @@ _KINDS = {
 }
 
 
-class Found(NamedTuple):
+class TrainedModule(NamedTuple):
     """A module of an encoder layer whose vectors train.
 
     Args:
@@ -67,7 +67,7 @@ def find_vectors(
     family: Family,
     config: PTuningV2Config,
     trained: frozenset[int] = frozenset(),
-) -> list[Found]:
+) -> list[TrainedModule]:
     """The modules whose biases or norms train, or an update of whose matrix.
 
     DeBERTa's queries, keys and values stay as they are: its tables of positions are made of them.
@@ -88,7 +88,7 @@ def find_vectors(
     if len(set(layers)) < len(layers):
         raise ValueError(f"{wanted[0]}: expected layers that share no weights, got those of {name}")
     has_tables = family.relative_positions(backbone) is not None
-    found: list[Found] = []
+    modules: list[TrainedModule] = []
     for index in config.resolve_layers(len(layers)):
         for path, module in layers[index].named_modules():
             names = [
@@ -106,13 +106,13 @@ def find_vectors(
             for field in fields:
                 _check(module, names, field, f"{path} of layer {index}")
             if fields:
-                found.append(Found(index, path, module, fields))
+                modules.append(TrainedModule(index, path, module, fields))
     for field in wanted:
-        if not any(field in each.fields for each in found):
+        if not any(field in each.fields for each in modules):
             raise ValueError(
                 f"{field}: expected {_KINDS[field]} in the prefixed layers, got a {name} without"
             )
-    return found
+    return modules
 
 
 def _serves(
@@ -196,20 +196,22 @@ class TrainedVectors:
 
     Args:
         encoder: gets copies of them, named `vectors.<layer>.<path>`.
-        found: the modules that have them.
+        modules: of the backbone, that have them.
         layers: of the backbone.
 
     Attributes:
         stand_ins: module of the backbone -> the one whose vectors hold instead of its own.
     """
 
-    def __init__(self, encoder: PrefixEncoder, found: list[Found], layers: list[nn.Module]) -> None:
-        self.stand_ins = {each.module: _stand_in(each, encoder.config) for each in found}
+    def __init__(
+        self, encoder: PrefixEncoder, modules: list[TrainedModule], layers: list[nn.Module]
+    ) -> None:
+        self.stand_ins = {each.module: _stand_in(each, encoder.config) for each in modules}
         self._forwards: list[StandInForward] = []
-        self._found, self._layers = found, layers
+        self._trained, self._layers = modules, layers
         # Every module on the way from a layer to one of them: (around it, its name there, itself).
         self._places: list[tuple[nn.Module, str, nn.Module]] = []
-        for each in found:
+        for each in modules:
             around, parent = layers[each.layer], cast(Any, encoder)
             for name in (VECTORS_NAME, str(each.layer), *each.path.split(".")[:-1]):
                 if name not in parent._modules:
@@ -239,13 +241,13 @@ class TrainedVectors:
     @property
     def layers_inside(self) -> set[int]:
         """The numbers of the layers that have some."""
-        return {each.layer for each in self._found}
+        return {each.layer for each in self._trained}
 
     def on(self, layers: Sequence[nn.Module]) -> StandIns:
         """`stand_ins` of the same modules in other layers of the same form."""
         return {
             layers[each.layer].get_submodule(each.path): self.stand_ins[each.module]
-            for each in self._found
+            for each in self._trained
         }
 
     def check(self) -> None:
@@ -256,7 +258,7 @@ class TrainedVectors:
         """
         if all(around._modules.get(name) is inside for around, name, inside in self._places):
             return
-        for each in self._found:
+        for each in self._trained:
             if not any(module is each.module for module in self._layers[each.layer].modules()):
                 raise ValueError(
                     f"model: expected the {each.path} of layer {each.layer} that was attached, "
@@ -264,14 +266,14 @@ class TrainedVectors:
                 )
 
 
-def _stand_in(found: Found, config: PTuningV2Config) -> nn.Module:
-    is_norm = "train_norms" in found.fields
-    stand_in: Any = copy.deepcopy(found.module) if is_norm else nn.Module()
-    for name, parameter in found.parameters.items():
+def _stand_in(trained: TrainedModule, config: PTuningV2Config) -> nn.Module:
+    is_norm = "train_norms" in trained.fields
+    stand_in: Any = copy.deepcopy(trained.module) if is_norm else nn.Module()
+    for name, parameter in trained.parameters.items():
         wide = torch.promote_types(parameter.dtype, torch.float32)
         setattr(stand_in, name, nn.Parameter(parameter.detach().to(wide, copy=True)))
-    if "low_rank" in found.fields:
-        weight, rank = cast(Tensor, found.module.weight), cast(int, config.low_rank)
+    if "low_rank" in trained.fields:
+        weight, rank = cast(Tensor, trained.module.weight), cast(int, config.low_rank)
         wide = torch.promote_types(weight.dtype, torch.float32)
         out, width = weight.shape
         stand_in.lora_A = nn.Parameter(weight.new_empty(rank, width, dtype=wide))

@@ -16,7 +16,7 @@ from ptv2_fast.frozen.layout import append_zeros
 from ptv2_fast.frozen.modules import Norm
 from ptv2_fast.frozen.vectors import VectorGradients
 from ptv2_fast.frozen.weights import CalledLinears
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 
 
 class Attention(NamedTuple):
@@ -218,7 +218,7 @@ class BlockAttention:
 
     def _operands(
         self, query: Tensor, key_value: Tensor | None
-    ) -> tuple[tuple[Tensor, ...], Options]:
+    ) -> tuple[tuple[Tensor, ...], AttentionOptions]:
         """The tensors and the options of the attention's raw operators."""
         spec, call, starts = self.spec, self.call, self.tensors.cu_seqlens
         scale = self.head_dim**-0.5 if spec.scale is None else spec.scale
@@ -234,7 +234,7 @@ class BlockAttention:
             "prefix_lengths": self.tensors.prefix_lengths,
         }
         if self.rows is None:
-            options = Options(
+            options = AttentionOptions(
                 None, self.tensors.seed, *dropout, cu_seqlens=starts, max_seqlen=call.max_seqlen,
                 context_lengths=torch.zeros_like(starts[1:]) if spec.is_causal else context,
                 window=-1 if spec.window is None else spec.window, bias=self.tensors.bias,
@@ -255,7 +255,7 @@ class BlockAttention:
             if context is not None:
                 mask &= columns < context.clamp(min=1)[:, None]
             bias = None if self.tensors.bias is None else self.tensors.bias[:, :, :1]
-            options = Options(
+            options = AttentionOptions(
                 mask, self.tensors.seed, *dropout, bias=bias, prefix_gate=self.gate, **bank
             )
             query = query.unsqueeze(2)

@@ -69,7 +69,7 @@ class FrozenRun:
         first_token_only: the last block computes the first token of each sequence only; not with
             disentangled attention.
         padded_above: a layer whose output is padded, and the input of the next one, or None.
-        context_lengths: int32 [B], of rows that all of a sequence see, or None: see
+        context_lengths: int32 [B], of rows visible to all of a sequence, or None: see
             `prefix_attention`.
         stand_ins: what trains of the prefixed layers.
         adapters: what each sequence has inside of the layers, forward only; instead of `stand_ins`.

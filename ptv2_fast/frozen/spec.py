@@ -29,8 +29,8 @@ class BlockSpec:
         rotary: None, or the pairs that are rotated: "half" (i, i + D / 2), "interleaved"
             (2i, 2i + 1).
         scale: of the scores; None = head_dim ** -0.5.
-        is_causal: a row sees no later one.
-        window: a row sees those at most so far away; None = all.
+        is_causal: no later row is visible to a row.
+        window: rows at most so far away are visible to a row; None = all.
         by_head: one linear layer gives query, key and value, of each head one after the other.
     """
 

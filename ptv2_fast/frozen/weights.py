@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ptv2_fast.frozen.called import CalledLinears
+from ptv2_fast.frozen.called_linears import CalledLinears
 from ptv2_fast.frozen.linear import linear
 from ptv2_fast.frozen.low_rank import LowRankUpdate
 from ptv2_fast.frozen.modules import BiasSource, BlockModules, Norm, read_norm

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from ptv2_fast.ops.registration import (
     BACKENDS,
     CPP_IMPORT_ERROR,
@@ -16,7 +16,7 @@ from ptv2_fast.ops.registration import (
 )
 from ptv2_fast.ops.validation import (
     argument_error,
-    shown,
+    described,
     validate_options,
     validate_positions,
     validate_tensors,
@@ -110,9 +110,9 @@ def _resolve_suffix(backend: str | None, query: Tensor, has_positions: bool) -> 
         served = KERNEL_DTYPES.get(device)
         return "" if served is None or query.dtype in served else "_reference"
     if not isinstance(backend, str) or backend not in BACKENDS:
-        raise argument_error("backend", f"None or one of {BACKENDS}", shown(backend))
+        raise argument_error("backend", f"None or one of {BACKENDS}", described(backend))
     if has_positions and backend not in POSITION_BACKENDS:
-        raise argument_error("backend", f"None or one of {POSITION_BACKENDS}", shown(backend))
+        raise argument_error("backend", f"None or one of {POSITION_BACKENDS}", described(backend))
     if backend == "cpp":
         if CPP_IMPORT_ERROR is not None:
             actual = f"'cpp' without it ({CPP_IMPORT_ERROR})"
@@ -174,9 +174,9 @@ def prefix_attention(
         prefix_index: int32 [B], the row of the bank that each sequence reads.
         prefix_lengths: int32 [R]: only the first columns of a row of the bank exist. What lies
             behind them is not read, and its gradient is 0.
-        context_lengths: int32 [B]; row i sees token column j when j < context_lengths[b] or j <= i
-            (GLM's prefix-LM; 0 = causal). None: bidirectional. Needs S = T.
-        window: row i sees token columns with |i - j| <= window. Needs S = T.
+        context_lengths: int32 [B]; token column j is visible to row i when j < context_lengths[b]
+            or j <= i (GLM's prefix-LM; 0 = causal). None: bidirectional. Needs S = T.
+        window: token columns with |i - j| <= window are visible to row i. Needs S = T.
         bias: [1 or B, H, T, S], query's dtype or float32, added to the scores of token columns
             (T5, MPNet); it has no gradient. Packed: T and S are max_seqlen.
         scale: factor on the scores, a finite number, default D ** -0.5.
@@ -277,7 +277,7 @@ def attend(
     of_key, of_query, slots = (None, None, None) if positions is None else positions
     slot_count = 0 if positions is None else validate_positions(sizes, key, *positions)
     if not isinstance(check, bool):
-        raise argument_error("check", "a bool", shown(check))
+        raise argument_error("check", "a bool", described(check))
     if window is not None:  # a wider one hides nothing, and kernels add it to positions
         window = min(window, _MAX_WINDOW)
     if (check or query.device.type == "cpu") and values_are_known(query):
@@ -292,7 +292,7 @@ def attend(
     suffix = _resolve_suffix(backend, query, positions is not None)
     if seed is None and (dropout_p > 0 or prefix_dropout_p > 0):
         seed = torch.randint(2**63 - 1, (1,), device=query.device)
-    options = Options(
+    options = AttentionOptions(
         key_mask,
         seed,
         query.shape[-1] ** -0.5 if scale is None else float(scale),

@@ -6,7 +6,7 @@ Nothing is read from the device, so that it traces and never waits.
 import torch
 from torch import Tensor
 
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 
 
 class PackedRows:
@@ -33,6 +33,6 @@ class PackedRows:
         """[B, H, max_seqlen, ...] -> [N, H, ...]."""
         return padded.transpose(1, 2)[self._sequence, self._row]
 
-    def padded_options(self, options: Options) -> Options:
+    def padded_options(self, options: AttentionOptions) -> AttentionOptions:
         """The same call in the padded layout."""
         return options._replace(key_mask=self.inside, cu_seqlens=None, max_seqlen=0)

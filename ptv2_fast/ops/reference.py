@@ -3,9 +3,9 @@
     scores = scale * query @ [prefix_key ; key]^T + [0 ; bias]   (hidden token columns: -inf)
     out    = dropout(softmax(scores)) @ [prefix_value ; value]
 
-Row i sees token column j when key_mask shows it, j < context_length or j <= i, and
-|i - j| <= window; each of the three may be absent. It always sees its prefix: row
-prefix_index[b] of a bank, up to prefix_lengths of that row.
+Token column j is visible to row i when key_mask[j], j < context_length or j <= i, and
+|i - j| <= window; each of the three may be absent. Always visible is the prefix of its sequence:
+row prefix_index[b] of a bank, of which the first prefix_lengths columns are inside.
 Query head h reads key/value head h // (H / H_kv). Packed sequences are what they are when padded.
 
 Disentangled attention (He et al., "DeBERTa", ICLR 2021, section 3.1) adds to the score of row i and
@@ -31,7 +31,7 @@ from ptv2_fast.ops.dropout import (
     TOKEN_STREAM,
     dropout_multiplier,
 )
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from ptv2_fast.ops.packing import PackedRows
 
 # The largest exponent of a weight without its gate, which has no bound where the gate is 0.
@@ -44,7 +44,7 @@ def reference_attention(
     value: Tensor,
     prefix_key: Tensor,  # [R, H_kv, P, D]
     prefix_value: Tensor,
-    options: Options,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """Attention of every query over [prefix ; tokens], by definition.
 
@@ -96,7 +96,7 @@ def reference_gradients(
     out: Tensor,
     lse: Tensor,  # [B, H, T]; packed: [N, H]
     grad_lse: Tensor | None,  # as lse
-    options: Options,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients by the formulas every backend implements, probabilities from lse.
 
@@ -189,7 +189,7 @@ def _group(query: Tensor, key: Tensor) -> int:
 
 
 def _columns(
-    query: Tensor, tokens: Tensor, prefix: Tensor, options: Options, stream: int
+    query: Tensor, tokens: Tensor, prefix: Tensor, options: AttentionOptions, stream: int
 ) -> Tensor:
     """Keys or values of all columns for every query head, [B, H, P + S, D]."""
     prefix = _upcast(prefix)
@@ -205,7 +205,7 @@ def _columns(
     return columns.repeat_interleave(_group(query, tokens), dim=1)
 
 
-def _inside_prefix(prefix_length: int, options: Options) -> Tensor | None:
+def _inside_prefix(prefix_length: int, options: AttentionOptions) -> Tensor | None:
     """Which prefix columns each sequence has, bool [B, P]; None = all."""
     if options.prefix_lengths is None or options.prefix_index is None:
         return None
@@ -223,9 +223,9 @@ def _sum_of_rows(per_sequence: Tensor, bank_rows: int, prefix_index: Tensor | No
 
 
 def visible_tokens(
-    queries: int, tokens: int, options: Options, device: torch.device
+    queries: int, tokens: int, options: AttentionOptions, device: torch.device
 ) -> Tensor | None:
-    """Which token columns each row sees, bool, broadcasts to [B, H, T, S]; None = all."""
+    """Which token columns are visible to each row, bool, broadcasts to [B, H, T, S]; None = all."""
     rows = torch.arange(queries, device=device)[:, None]
     columns = torch.arange(tokens, device=device)
     conditions = []
@@ -239,7 +239,7 @@ def visible_tokens(
     return functools.reduce(torch.logical_and, conditions) if conditions else None
 
 
-def _scores(query: Tensor, keys: Tensor, tokens: int, options: Options) -> Tensor:
+def _scores(query: Tensor, keys: Tensor, tokens: int, options: AttentionOptions) -> Tensor:
     scores = query @ keys.transpose(-1, -2)  # [B, H, T, P + S]
     prefix_length = scores.shape[-1] - tokens
     if options.position_slots is not None:
@@ -251,15 +251,15 @@ def _scores(query: Tensor, keys: Tensor, tokens: int, options: Options) -> Tenso
     visible = visible_tokens(query.shape[2], tokens, options, query.device)
     inside = _inside_prefix(prefix_length, options)
     if visible is not None:
-        shown = torch.nn.functional.pad(visible, (prefix_length, 0), value=True)
-        scores = scores.masked_fill(~shown, float("-inf"))
+        visible = torch.nn.functional.pad(visible, (prefix_length, 0), value=True)
+        scores = scores.masked_fill(~visible, float("-inf"))
     if inside is not None:
-        shown = torch.nn.functional.pad(inside, (0, tokens), value=True)
-        scores = scores.masked_fill(~shown[:, None, None], float("-inf"))
+        inside = torch.nn.functional.pad(inside, (0, tokens), value=True)
+        scores = scores.masked_fill(~inside[:, None, None], float("-inf"))
     return scores
 
 
-def _column_gates(scores: Tensor, tokens: int, options: Options) -> Tensor:
+def _column_gates(scores: Tensor, tokens: int, options: AttentionOptions) -> Tensor:
     """By what the weight of each column is multiplied, [1|B, H, 1, P + S]."""
     assert options.prefix_gate is not None
     gates = options.prefix_gate.to(scores.dtype)
@@ -285,7 +285,7 @@ def _gated_softmax(scores: Tensor, gates: Tensor) -> tuple[Tensor, Tensor]:
     return weights / total, lse
 
 
-def _slots(tokens: int, options: Options) -> Tensor:
+def _slots(tokens: int, options: AttentionOptions) -> Tensor:
     """The slot of row i and column j, int64 [T, T]."""
     assert options.position_slots is not None
     positions = torch.arange(tokens, device=options.position_slots.device)
@@ -293,7 +293,7 @@ def _slots(tokens: int, options: Options) -> Tensor:
     return options.position_slots.long()[distances + (len(options.position_slots) - 1) // 2]
 
 
-def _position_scores(query: Tensor, key: Tensor, options: Options) -> Tensor:
+def _position_scores(query: Tensor, key: Tensor, options: AttentionOptions) -> Tensor:
     """What the distance of two tokens adds to their unscaled scores, [B, H, T, T]."""
     shape = (*query.shape[:-1], key.shape[2])
     slots, scores = _slots(key.shape[2], options), query.new_zeros(shape)
@@ -313,7 +313,7 @@ def _through_table(grad_scores: Tensor, slots: Tensor, table: Tensor) -> Tensor:
     return sums @ table.to(sums.dtype)
 
 
-def _probability_multiplier(scores: Tensor, tokens: int, options: Options) -> Tensor:
+def _probability_multiplier(scores: Tensor, tokens: int, options: AttentionOptions) -> Tensor:
     """Dropout factors of the probabilities; prefix and token columns are numbered separately."""
     prefix_length = scores.shape[-1] - tokens
     multiplier = torch.ones_like(scores)

@@ -10,7 +10,7 @@ import importlib.util
 import torch
 
 from ptv2_fast.ops.layout import empty_gradients, empty_lse, empty_token_major, split_joint
-from ptv2_fast.ops.options import SCHEMA, Options
+from ptv2_fast.ops.options import AttentionOptions, schema_of_options
 from ptv2_fast.ops.reference import reference_attention, reference_gradients
 from ptv2_fast.ops.split import split_backward, split_forward, split_serves
 from ptv2_fast.ops.triton_calls import with_fallback
@@ -35,10 +35,11 @@ KERNEL_DTYPES = {
 
 
 _TENSORS = "Tensor query, Tensor key, Tensor value, Tensor prefix_key, Tensor prefix_value"
-_FORWARD_SCHEMA = f"({_TENSORS}, {SCHEMA}) -> (Tensor out, Tensor lse)"
+_OPTIONS = schema_of_options()
+_FORWARD_SCHEMA = f"({_TENSORS}, {_OPTIONS}) -> (Tensor out, Tensor lse)"
 _BACKWARD_SCHEMA = (
     f"(Tensor grad_out, {_TENSORS}, Tensor out, Tensor lse, Tensor? grad_lse, bool needs_query, "
-    f"bool needs_key_value, bool needs_prefix, bool joint, {SCHEMA}) -> (Tensor grad_query, "
+    f"bool needs_key_value, bool needs_prefix, bool joint, {_OPTIONS}) -> (Tensor grad_query, "
     "Tensor grad_key, Tensor grad_value, Tensor grad_prefix_key, Tensor grad_prefix_value, "
     "Tensor grad_prefix_gate)"
 )
@@ -51,12 +52,14 @@ def _fake_forward(query, *_):
 def _fake_backward(
     grad_out, query, key, value, prefix_key, prefix_value, out, lse, grad_lse, *rest
 ):
-    return empty_gradients(query, key, prefix_key, *rest[:4], Options(*rest[4:]).prefix_gate)
+    return empty_gradients(
+        query, key, prefix_key, *rest[:4], AttentionOptions(*rest[4:]).prefix_gate
+    )
 
 
 def _reference_forward(query, key, value, prefix_key, prefix_value, *options):
     tensors = (query, key, value, prefix_key, prefix_value)
-    out, lse = reference_attention(*tensors, Options(*options))
+    out, lse = reference_attention(*tensors, AttentionOptions(*options))
     return empty_token_major(query).copy_(out), empty_lse(query).copy_(lse)
 
 
@@ -65,7 +68,7 @@ def _reference_backward(
     needs_query, needs_key_value, needs_prefix, joint, *options,
 ):  # fmt: skip
     tensors = (query, key, value, prefix_key, prefix_value)
-    chosen = Options(*options)
+    chosen = AttentionOptions(*options)
     exact = reference_gradients(grad_out, *tensors, out, lse, grad_lse, chosen)
     needs = (needs_query, needs_key_value, needs_prefix)
     gradients = empty_gradients(query, key, prefix_key, *needs, joint, chosen.prefix_gate)
@@ -80,7 +83,7 @@ def _reference_backward(
 
 
 def _split_forward(query, key, value, prefix_key, prefix_value, *options):
-    return split_forward(query, key, value, prefix_key, prefix_value, Options(*options))
+    return split_forward(query, key, value, prefix_key, prefix_value, AttentionOptions(*options))
 
 
 def _split_backward(
@@ -89,17 +92,21 @@ def _split_backward(
 ):  # fmt: skip
     tensors = (query, key, value, prefix_key, prefix_value)
     needs = (needs_query, needs_key_value, needs_prefix, joint)
-    return split_backward(grad_out, *tensors, out, lse, grad_lse, Options(*options), *needs)
+    return split_backward(
+        grad_out, *tensors, out, lse, grad_lse, AttentionOptions(*options), *needs
+    )
 
 
 def _default_forward(query, key, value, prefix_key, prefix_value, *options):
     """Serves devices without kernels: by torch's SDPA kernels where they can, or by definition."""
-    forward = _split_forward if split_serves(query, Options(*options)) else _reference_forward
+    forward = (
+        _split_forward if split_serves(query, AttentionOptions(*options)) else _reference_forward
+    )
     return forward(query, key, value, prefix_key, prefix_value, *options)
 
 
 def _default_backward(grad_out, *arguments):
-    query, grad_lse, options = arguments[0], arguments[7], Options(*arguments[12:])
+    query, grad_lse, options = arguments[0], arguments[7], AttentionOptions(*arguments[12:])
     serves = split_serves(query, options, grad_lse)
     return (_split_backward if serves else _reference_backward)(grad_out, *arguments)
 

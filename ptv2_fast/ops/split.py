@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ptv2_fast.ops.layout import empty_gradients, empty_lse, empty_token_major, split_joint
-from ptv2_fast.ops.options import Options
+from ptv2_fast.ops.options import AttentionOptions
 from ptv2_fast.ops.reference import MOST_EXPONENT
 
 _aten = torch.ops.aten
@@ -24,7 +24,7 @@ class _Segment(NamedTuple):
     bias: Tensor | None  # additive, 0 or -inf, [B, H, T, S]
 
 
-def _refuse(options: Options, grad_lse: Tensor | None = None) -> None:
+def _refuse(options: AttentionOptions, grad_lse: Tensor | None = None) -> None:
     for name in ("dropout_p", "prefix_dropout_p"):
         if getattr(options, name) > 0:
             given = getattr(options, name)
@@ -38,7 +38,7 @@ def _refuse(options: Options, grad_lse: Tensor | None = None) -> None:
         raise ValueError("lse: expected no gradient with backend='split', got one")
 
 
-def split_serves(query: Tensor, options: Options, grad_lse: Tensor | None = None) -> bool:
+def split_serves(query: Tensor, options: AttentionOptions, grad_lse: Tensor | None = None) -> bool:
     """Whether the split can take this call."""
     try:
         _refuse(options, grad_lse)
@@ -149,7 +149,7 @@ def split_forward(
     value: Tensor,
     prefix_key: Tensor,  # [1, H_kv, P, D]
     prefix_value: Tensor,
-    options: Options,
+    options: AttentionOptions,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, T, D] and lse [B, H, T] by one SDPA call per segment and a merge."""
     _refuse(options)
@@ -185,7 +185,7 @@ def split_backward(
     out: Tensor,
     lse: Tensor,  # [B, H, T]
     grad_lse: Tensor | None,
-    options: Options,
+    options: AttentionOptions,
     needs_query: bool,
     needs_key_value: bool,
     needs_prefix: bool,

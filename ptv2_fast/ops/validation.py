@@ -32,7 +32,7 @@ def argument_error(argument: str, expected: str, actual: object) -> ValueError:
     return ValueError(f"{argument}: expected {expected}, got {actual}")
 
 
-def shown(value: object) -> str:
+def described(value: object) -> str:
     """A value that somebody gave, in a few words: of what may be long only its type."""
     if value is None or isinstance(value, (bool, float, str)):
         return f"{value!r:.50}"
@@ -127,7 +127,7 @@ def validate_tensors(
         columns = queries
     else:
         if max_seqlen is not None:
-            raise argument_error("max_seqlen", "None without cu_seqlens", shown(max_seqlen))
+            raise argument_error("max_seqlen", "None without cu_seqlens", described(max_seqlen))
         batch, queries, columns = query.shape[0], query.shape[2], key.shape[2]
     return Sizes(
         batch,
@@ -155,9 +155,9 @@ def _validate_packed(query: Tensor, cu_seqlens: Tensor, max_seqlen: int | None) 
         raise argument_error("cu_seqlens", "torch.int32 [B + 1]", actual)
     _check_device("cu_seqlens", cu_seqlens, query.device)
     if isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt)):
-        raise argument_error("max_seqlen", "an integer with cu_seqlens", shown(max_seqlen))
+        raise argument_error("max_seqlen", "an integer with cu_seqlens", described(max_seqlen))
     if max_seqlen < 0 or max_seqlen >= 2**31:
-        raise argument_error("max_seqlen", "an integer in 0..2**31-1", shown(max_seqlen))
+        raise argument_error("max_seqlen", "an integer in 0..2**31-1", described(max_seqlen))
     return cu_seqlens.shape[0] - 1, max_seqlen
 
 
@@ -188,7 +188,7 @@ def validate_options(
         if given is not None:
             check_is_tensor(name, given, "None or a tensor")
     if scale is not None and not (_is_number(scale) and abs(scale) <= sys.float_info.max):
-        raise argument_error("scale", "None or a finite number", shown(scale))
+        raise argument_error("scale", "None or a finite number", described(scale))
     if key_mask is not None:
         if sizes.packed_tokens is not None:
             raise argument_error("key_mask", "None with cu_seqlens", list(key_mask.shape))
@@ -199,7 +199,7 @@ def validate_options(
     _validate_bank(sizes, prefix_index, prefix_lengths)
     if window is not None:
         if type(window) is not int or window < 0:
-            raise argument_error("window", "None or an integer >= 0", shown(window))
+            raise argument_error("window", "None or an integer >= 0", described(window))
         _check_square("window", sizes)
     if context_lengths is not None:
         _check_vector(
@@ -210,7 +210,7 @@ def validate_options(
         _validate_bias(sizes, bias)
     for name, p in (("dropout_p", dropout_p), ("prefix_dropout_p", prefix_dropout_p)):
         if not (_is_number(p) and 0.0 <= p < 1.0):
-            raise argument_error(name, "a probability in [0, 1)", shown(p))
+            raise argument_error(name, "a probability in [0, 1)", described(p))
     if prefix_gate is not None:
         if not prefix_gate.is_floating_point():
             raise argument_error("prefix_gate", "a floating dtype", prefix_gate.dtype)
@@ -234,7 +234,7 @@ def _validate_bank(
         for name, given in (("prefix_index", prefix_index), ("prefix_lengths", prefix_lengths)):
             if given is not None:
                 raise argument_error(
-                    name, "None unless prefix_key is [R, H_kv, P, D]", shown(given)
+                    name, "None unless prefix_key is [R, H_kv, P, D]", described(given)
                 )
         return
     if prefix_index is None:

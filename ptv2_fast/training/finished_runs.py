@@ -17,7 +17,7 @@ from ptv2_fast.tasks.comparison import ERROR, FIGURES
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.multitask.config import MultiTaskConfig
 from ptv2_fast.training.options import RunConfig, defaults, options_of_run
-from ptv2_fast.training.sweeps.plan import SWEEP
+from ptv2_fast.training.sweeps.plan import SWEEP, VARIED
 
 # The paper's columns first; then the other baselines.
 COLUMNS = {
@@ -40,14 +40,6 @@ _DATA = (
     "dataset", "train_file", "data_dir", "dataset_config", "validation_file", "test_file",
     "train_split", "validation_split", "test_split", *COUNTS,
 )  # fmt: skip
-# What a figure or a table of an ablation is made of, by kind.
-_AXES: dict[str, dict[str, type]] = {
-    "depth": {"depth": str, "order": str, "layers": int},
-    "length": {"num_virtual_tokens": int, "prefix_projection": bool},
-    "reparam": {"prefix_projection": bool},
-    "head": {"head": str},
-}
-VARIED = [*dict.fromkeys(name for axes in _AXES.values() for name in axes)]
 
 
 class LeftOut(NamedTuple):
@@ -66,8 +58,8 @@ class Run:
         report: report.json.
         curve: the lines of metrics.jsonl that hold scores of the validation set.
         mistakes: of mistakes.json, by split; empty where the version of the run kept none.
-        place: what its ablation compares ("depth", "length", "reparam", "head"), and this run's
-            values of what varies there; None for any other run.
+        ablation: of a run in one, its kind and the options that vary there, with this run's values;
+            of depth also `layers`, how many have a prefix, and their `order`; else None.
     """
 
     folder: Path
@@ -75,7 +67,7 @@ class Run:
     report: dict[str, Any]
     curve: list[dict[str, Any]]
     mistakes: dict[str, dict[str, Any]]
-    place: tuple[str, dict[str, Any]] | None
+    ablation: tuple[str, dict[str, Any]] | None
 
     @property
     def seed(self) -> int:
@@ -115,7 +107,7 @@ class Run:
         known = defaults()
         return {name: v for name, v in self.options.items() if v != known.get(name, math.nan)}
 
-    def remarks(self) -> Iterator[tuple[str, str, Any]]:
+    def data_notes(self) -> Iterator[tuple[str, str, Any]]:
         """Split, what was odd in the data or done to them, and more of it."""
         examples = self.report.get("examples") or {}
         for split, count in (self.report.get("truncated_examples") or {}).items():
@@ -123,8 +115,8 @@ class Run:
                 yield split, "cut to fit the model", f"{count} of {examples.get(split)} examples"
         for split, total in (self.report.get("drawn_from") or {}).items():
             yield split, "drawn by the seed", f"{examples.get(split)} of {total} examples"
-        for split, remarks in (self.report.get("remarks") or {}).items():
-            yield from ((split, name, value) for name, value in remarks.items())
+        for split, notes in (self.report.get("remarks") or {}).items():
+            yield from ((split, note, value) for note, value in notes.items())
 
     def command(self) -> str:
         """What repeats the run."""
@@ -239,9 +231,9 @@ def data_titles(runs: Iterable[Run]) -> dict[Result, str]:
     Two results are on the same data when task, files and numbers of examples are the same; the
     folder of a published data set counts only where its task has several.
     """
-    facts = {result: _facts(result.data) for run in runs for result in run.results}
+    described = {result: _describe_data(result.data) for run in runs for result in run.results}
     titles = {}
-    for result, own in facts.items():
+    for result, own in described.items():
         title, words, named = result.task, [], ""
         if result.task in BENCHMARKS:
             title = BENCHMARKS[result.task].title
@@ -249,7 +241,7 @@ def data_titles(runs: Iterable[Run]) -> dict[Result, str]:
             named = next(iter(own))
             title, words = own[named], [result.task]
         for name in own:
-            values = {other.get(name) for r, other in facts.items() if r.task == result.task}
+            values = {other.get(name) for r, other in described.items() if r.task == result.task}
             values -= {None} if name == "data_dir" else set()
             if name in COUNTS or (len(values) > 1 and name != named):
                 words.append(own[name])
@@ -257,30 +249,32 @@ def data_titles(runs: Iterable[Run]) -> dict[Result, str]:
     return titles
 
 
-def _facts(data: dict[str, Any]) -> dict[str, str]:
-    """What is said of the data, in words."""
+def _describe_data(data: dict[str, Any]) -> dict[str, str]:
+    """The options that name data, in words."""
     known = defaults()
-    given = {name: data[name] for name in _DATA if data.get(name) not in (None, known[name])}
-    facts = {name: str(value) for name, value in given.items()}
-    for name, value in given.items():
+    words = {}
+    for name in _DATA:
+        value = data.get(name)
+        if value in (None, known[name]):
+            continue
+        words[name] = str(value)
         if name in COUNTS:
-            facts[name] = f"{value} {COUNTS[name]} examples"
+            words[name] = f"{value} {COUNTS[name]} examples"
         elif name == "data_dir":
-            facts[name] = Path(value).name
+            words[name] = Path(value).name
         elif name.endswith("_file"):
-            facts[name] = "/".join(Path(value).parts[-2:])
-    return facts
+            words[name] = "/".join(Path(value).parts[-2:])
+    return words
 
 
 def short_names(paths: Iterable[str]) -> dict[str, str]:
     """The ends of paths, of as few parts as tell them apart; "model" says too little."""
     parts = {path: path.replace("\\", "/").strip("/").split("/") for path in paths}
-    names = {path: path for path in parts}
-    for count in range(max(map(len, parts.values())), 0, -1):
-        shorter = {path: "/".join(own[-count:]) for path, own in parts.items()}
-        if len({*shorter.values()}) == len(names) and "model" not in shorter.values():
-            names = shorter
-    return names
+    for count in range(1, max(map(len, parts.values())) + 1):
+        names = {path: "/".join(words[-count:]) for path, words in parts.items()}
+        if len({*names.values()}) == len(names) and "model" not in names.values():
+            return names
+    return {path: path for path in parts}
 
 
 def _run_folders(top: Path) -> Iterator[Path]:
@@ -331,14 +325,14 @@ def _read_curve(folder: Path) -> list[dict[str, Any]]:
 def _read_mistakes(folder: Path) -> dict[str, dict[str, Any]]:
     path = folder / run_folder.MISTAKES
     content = run_folder.read_json(path) if path.is_file() else {}
-    for split, found in content.items():
+    for split, mistakes in content.items():
         try:
-            good = type(found["wrong"]) is int
-            for counts in found["confusion"].values():
+            good = type(mistakes["wrong"]) is int
+            for counts in mistakes["confusion"].values():
                 good = good and all(type(count) is int for count in counts.values())
-            for label in found["classes"].values():
+            for label in mistakes["classes"].values():
                 good = good and all(run_folder.is_number(label[name]) for name in FIGURES)
-            for error in found["errors"]:
+            for error in mistakes["errors"]:
                 good = good and all(isinstance(error[name], str) for name in ERROR)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path.name}: not readable of {split!r} ({error!r})") from error
@@ -347,24 +341,36 @@ def _read_mistakes(folder: Path) -> dict[str, dict[str, Any]]:
     return content
 
 
-def _read_place(folder: Path) -> tuple[str, dict[str, Any]] | None:
+def _read_ablation(folder: Path) -> tuple[str, dict[str, Any]] | None:
     path = folder.parent / SWEEP
     if not path.is_file():
         return None
     content = run_folder.read_json(path)
     kind, runs = content.get("kind"), content.get("runs")
-    axes = runs.get(folder.name) if isinstance(runs, dict) else None
-    if not isinstance(kind, str) or not isinstance(axes, dict):
+    runs = runs if isinstance(runs, dict) else {}
+    changes = runs.get(folder.name)
+    if not isinstance(kind, str) or not isinstance(changes, dict):
         raise ValueError(f"{path}: expected its kind, and {folder.name!r} under 'runs'")
-    needed = _AXES.get(kind, {})
-    if any(type(axes.get(name)) is not types for name, types in needed.items()):
-        raise ValueError(f"{path}: expected {[*needed]} of {folder.name!r}, got {axes!r:.100}")
-    return (kind, {name: axes[name] for name in needed}) if needed else None
+    if kind not in VARIED:
+        return None
+    values = {name: changes.get(name) for name in VARIED[kind]}
+    if any(type(values[name]) is not types for name, types in VARIED[kind].items()):
+        raise ValueError(f"{path}: expected {[*values]} of {folder.name!r}, got {changes!r:.100}")
+    if kind == "depth":
+        try:
+            depths = {name: [*map(int, run["depth"].split("-"))] for name, run in runs.items()}
+            first, last = depths[folder.name]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"{path}: expected depths such as 1-4, got {runs!r:.100}") from error
+        is_all = first == 1 and last == max(map(max, depths.values()))
+        values["order"] = "all" if is_all else "ascending" if first == 1 else "descending"
+        values["layers"] = last - first + 1
+    return kind, values
 
 
 # By attribute of a run: what it is, how it is read, and what stands for it where it cannot be.
 _PARTS: dict[str, tuple[str, Callable[[Path], Any], Any]] = {
     "curve": ("learning curve", _read_curve, []),
     "mistakes": ("mistakes", _read_mistakes, {}),
-    "place": ("place in a sweep", _read_place, None),
+    "ablation": ("place in a sweep", _read_ablation, None),
 }

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel, TrainingArguments, get_scheduler
 
-from ptv2_fast.encoders.selection import ENCODER_NAME
+from ptv2_fast.encoders.adapter_tensors import ENCODER_NAME
 from ptv2_fast.encoders.vectors import VECTORS_NAME
 from ptv2_fast.training.baselines import LORA, PROMPT
 from ptv2_fast.training.callbacks import StepClock

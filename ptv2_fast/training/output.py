@@ -9,7 +9,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
@@ -55,6 +55,12 @@ def _replacing(path: Path) -> Iterator[Path]:
 def is_leftover(path: Path) -> bool:
     """Whether a file is one that a kill kept from getting its name."""
     return _LEFTOVER.fullmatch(path.name) is not None
+
+
+def delete_leftovers(paths: Iterable[Path]) -> None:
+    """Delete those files that a kill kept from getting their names."""
+    for path in filter(is_leftover, paths):
+        _delete(path)
 
 
 def read_mark(folder: Path) -> dict[str, Any] | None:
@@ -193,9 +199,7 @@ def locked(folder: Path, kind: str, overwrite: bool, check: Callable[[], object]
         if overwrite or not before:  # what was begun by an older version is not ours to delete
             write_mark(folder, kind)
         # The runs of a sweep may be somebody else's at the moment; they clear their own folders.
-        for path in folder.rglob("*.tmp") if kind == "run" else folder.glob("*.tmp"):
-            if is_leftover(path):
-                _delete(path)
+        delete_leftovers(folder.rglob("*.tmp") if kind == "run" else folder.glob("*.tmp"))
         wait_for_all()
         yield
     finally:

@@ -41,9 +41,9 @@ _TABLES = (
     "machine", "versions", "examples", "drawn_from", "truncated_examples", "remarks", "tasks",
     "baselines", "started_from",
 )  # fmt: skip
-_NUMBERS = (
-    "trainable_parameters", "total_parameters", "saved_bytes", "steps", "train_seconds",
-    "step_seconds", "kept_bytes", "peak_memory_bytes",
+COSTS = (
+    "trainable_parameters", "total_parameters", "saved_bytes", "steps", "step_seconds",
+    "train_seconds", "kept_bytes", "peak_memory_bytes",
 )  # fmt: skip
 
 
@@ -248,7 +248,7 @@ def read_report(folder: Path) -> dict[str, Any]:
         if not all(map(is_number, values)):
             raise ValueError(f"{REPORT}: expected scores by split in 'metrics', got {metrics!r}")
     texts = dict.fromkeys(("task", "method", "model"), ("text", lambda v: isinstance(v, str)))
-    numbers = dict.fromkeys(_NUMBERS, ("a number", is_number))
+    numbers = dict.fromkeys(COSTS, ("a number", is_number))
     tables = dict.fromkeys(_TABLES, ("a table", lambda v: not v or isinstance(v, dict)))
     for name, (kind, fits) in (texts | numbers | tables).items():
         if report.get(name) is not None and not fits(report[name]):

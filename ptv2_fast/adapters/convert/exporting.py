@@ -27,9 +27,9 @@ from ptv2_fast.encoders.adapter_files import (
     write_adapter,
     write_files,
 )
+from ptv2_fast.encoders.adapter_tensors import ENCODER_NAME
+from ptv2_fast.encoders.attaching import require_attachment
 from ptv2_fast.encoders.attachment import Attachment
-from ptv2_fast.encoders.lifecycle import require_attachment
-from ptv2_fast.encoders.selection import ENCODER_NAME
 from ptv2_fast.encoders.vocabulary import ROWS_NAME
 
 _PARTS = ("embedding.weight", "projection.0.weight", "projection.0.bias", "projection.2.weight",

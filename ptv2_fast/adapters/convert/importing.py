@@ -16,10 +16,10 @@ from ptv2_fast.adapters.convert.rotation import rotates, turn_keys, warn_of_wind
 from ptv2_fast.adapters.convert.state_dicts import read_state_dict
 from ptv2_fast.adapters.convert.tensor_files import Stored, check_inside
 from ptv2_fast.encoders.adapter_content import select_tensors
+from ptv2_fast.encoders.adapter_tensors import ENCODER_NAME, find_saved_names
+from ptv2_fast.encoders.attaching import attach_uninitialised
 from ptv2_fast.encoders.families import find_family
 from ptv2_fast.encoders.family import Family
-from ptv2_fast.encoders.lifecycle import attach_uninitialised
-from ptv2_fast.encoders.selection import ENCODER_NAME, find_saved_names
 from ptv2_fast.files import read_json_object
 from ptv2_fast.prefix import PTuningV2Config
 

@@ -1,4 +1,4 @@
-"""What a GLM's forward takes beside tokens: which columns a row sees, and two positions a token."""
+"""What a GLM's forward takes beside tokens: what is visible to a row, and two positions a token."""
 
 from typing import Any, NamedTuple
 
@@ -11,8 +11,8 @@ MASKS, START = ("[MASK]", "[sMASK]", "[gMASK]"), "<|startofpiece|>"
 
 
 class Visible(NamedTuple):
-    """Which columns a row sees: those of `tokens` that are True, and, with `context_lengths`, of
-    these j <= i and j < context_lengths.
+    """Which columns are visible to a row: those of `tokens` that are True, and, with
+    `context_lengths`, of these j <= i and j < context_lengths.
 
     `tokens`: bool [B, T], False for padding; `context_lengths`: int32 [B]. None: all.
     """
@@ -25,8 +25,9 @@ class Visible(NamedTuple):
         visible = None if self.tokens is None else self.tokens[:, None, None]
         if self.context_lengths is not None:
             column = torch.arange(length, device=self.context_lengths.device)
-            seen = (column <= column[:, None]) | (column < self.context_lengths[:, None, None])
-            visible = seen[:, None] if visible is None else seen[:, None] & visible
+            context = self.context_lengths[:, None, None, None]
+            to_row = (column <= column[:, None]) | (column < context)
+            visible = to_row if visible is None else to_row & visible
         if visible is None:
             return None
         added = torch.zeros(visible.shape, dtype=dtype, device=visible.device)

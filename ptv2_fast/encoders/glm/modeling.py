@@ -102,8 +102,8 @@ class GLMModel(GLMPreTrainedModel):
             position_ids: int64 [B or 1, 2, T]: the position, and that inside of a block (piece);
                 None = 0, 1, ... and 0.
             inputs_embeds: [B, T, hidden], instead of `input_ids`.
-            context_lengths: the length of part A ("sep"), integers [B] or one for all: token i sees
-                token j if j <= i or j < context_lengths.
+            context_lengths: the length of part A ("sep"), integers [B] or one for all: token j is
+                visible to token i if j <= i or j < context_lengths.
             output_hidden_states: of all layers as well; None = as the configuration says.
 
         Raises:

@@ -12,7 +12,7 @@ import numpy
 import pandas
 from matplotlib.figure import Figure
 
-from ptv2_fast.training.report.compare import SWEEP, metric_name
+from ptv2_fast.training.report.compare import ABLATION, metric_name
 
 _INK, _FAINT = "#1b2430", "#7d8794"  # the page has its own colour of text instead of the first
 # Seen on white and on black, apart in the common forms of colour blindness; shapes differ too.
@@ -30,7 +30,7 @@ _SETTINGS: Any = {
     "grid.alpha": 0.25, "axes.axisbelow": True, "legend.frameon": False, "lines.linewidth": 1.4,
 }  # fmt: skip
 # By kind of ablation: what is drawn along the axis, what a line is of, and the axis' label.
-_SWEEPS = {
+_ABLATIONS = {
     "depth": ("layers", "order", "layers with a prefix"),
     "length": ("num_virtual_tokens", "prefix_projection", "prefix length"),
 }
@@ -114,9 +114,9 @@ def _inline(svg: str, name: str, alt: str) -> str:
     return f'{opening}<title id="{name}-alt">{html.escape(alt)}</title>{inner}</svg>'
 
 
-def overview_drawings(standing: pandas.DataFrame) -> list[Drawing]:
+def overview_drawings(main_scores: pandas.DataFrame) -> list[Drawing]:
     """Scores of all methods, and scores against the part that is trained."""
-    table, drawings = standing.dropna(subset="mean"), []
+    table, drawings = main_scores.dropna(subset="mean"), []
     names = table["title"] + ", " + table["split"]
     names = names + ", " + table["model"] if table["model"].nunique() > 1 else names
     rows = [*dict.fromkeys(names)]
@@ -125,7 +125,7 @@ def overview_drawings(standing: pandas.DataFrame) -> list[Drawing]:
         caption = "Score of each method by data set, in per cent."
         drawings.append(draw("scores", caption, table, "score, per cent", rows=rows, joined=False))
     table = table.assign(x=100 * table["part"], y=100 * table["ratio"]).dropna(subset=["x", "y"])
-    table = table[table["first"] & (table["x"] > 0)]
+    table = table[table["first_split"] & (table["x"] > 0)]
     if table["label"].nunique() > 1:
         caption = "Score against the part of the parameters that is trained; fine-tuning is 100."
         drawings.append(draw("parameters", caption, table, "part trained, per cent",
@@ -159,16 +159,16 @@ def curve_drawings(results: pandas.DataFrame) -> list[Drawing]:
     return [*drawings.values()]
 
 
-def sweep_drawings(sweeps: pandas.DataFrame) -> list[Drawing]:
+def ablation_drawings(ablations: pandas.DataFrame) -> list[Drawing]:
     """The paper's figures 3 and 4, of ablations of depth and length that have two points at least.
 
     The prefix in every layer belongs to both lines of figure 3.
     """
     drawings: list[Drawing] = []
-    for (kind, _, title, y_label), own in sweeps.groupby(SWEEP, sort=False):
-        if kind not in _SWEEPS or len(own) < 2:
+    for (kind, _, title, y_label), own in ablations.groupby(ABLATION, sort=False):
+        if kind not in _ABLATIONS or len(own) < 2:
             continue
-        x, by, x_label = _SWEEPS[kind]
+        x, by, x_label = _ABLATIONS[kind]
         own = own.assign(x=own[x], y=100 * own["mean"], sd=100 * own["sd"].fillna(0))
         own = own.assign(note=own["depth"]) if kind == "depth" else own
         whole = own[own[by] == "all"]

@@ -7,11 +7,11 @@ from pathlib import Path
 import jinja2
 
 import ptv2_fast
-from ptv2_fast.training.finished_runs import COLUMNS, LeftOut, Run, data_titles, find_runs
+from ptv2_fast.training.finished_runs import COLUMNS, LeftOut, Run, find_runs
 from ptv2_fast.training.options import defaults
 from ptv2_fast.training.output import check_replaceable, replace_files
 from ptv2_fast.training.report import figures, tables
-from ptv2_fast.training.report.compare import compare, sweep_points
+from ptv2_fast.training.report.compare import compare
 
 PAGE = "index.html"
 MAX_BYTES = 1_000_000
@@ -38,13 +38,14 @@ def render(
     runs: Sequence[Run], left_out: Sequence[LeftOut] = (), published: tables.Published | None = None
 ) -> tuple[str, list[figures.Drawing]]:
     """The page, and its figures."""
-    found, sweeps = compare(runs), sweep_points(runs)
-    overview = figures.overview_drawings(found.standing)
-    curves, ablations = figures.curve_drawings(found.results), figures.sweep_drawings(sweeps)
+    comparison = compare(runs)
+    overview = figures.overview_drawings(comparison.main_scores)
+    curves = figures.curve_drawings(comparison.results)
+    ablations = figures.ablation_drawings(comparison.ablations)
     content = {
-        "runs": runs, "left_out": left_out, "titles": data_titles(runs), "published": published,
-        "found": found, "sweeps": sweeps, "tables": tables, "DataFrame": tables.pandas.DataFrame,
-        "overview": overview, "curves": curves, "ablations": ablations, "defaults": defaults(),
+        "runs": runs, "left_out": left_out, "published": published, "comparison": comparison,
+        "tables": tables, "DataFrame": tables.pandas.DataFrame, "overview": overview,
+        "curves": curves, "ablations": ablations, "defaults": defaults(),
         "today": datetime.date.today(), "version": ptv2_fast.__version__,
     }  # fmt: skip
     environment = jinja2.Environment(

@@ -9,7 +9,7 @@ import numpy
 import pandas
 
 from ptv2_fast.training.finished_runs import COLUMNS, COUNTS, Result, Run
-from ptv2_fast.training.report.compare import SWEEP, mark_best, percent
+from ptv2_fast.training.report.compare import ABLATION, mark_best, percent
 from ptv2_fast.training.report.figures import WORDS
 from ptv2_fast.training.seeds import over_seeds
 
@@ -75,12 +75,14 @@ def scaled(value: float, units: Any) -> str:
 
 
 def paper_table(
-    standing: pandas.DataFrame, find: Published | None = None
+    main_scores: pandas.DataFrame, find: Published | None = None
 ) -> tuple[pandas.DataFrame, list[str]]:
     """The paper's table, a row for each model, data set and split; and notes."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     sources: dict[str, str] = {}
-    for (model, title, split), scores in standing.groupby(["model", "title", "split"], sort=False):
+    for (model, title, split), scores in main_scores.groupby(
+        ["model", "title", "split"], sort=False
+    ):
         metric, result = scores["metric"].iloc[0], scores["result"].iloc[0]
         whole = all(result.data.get(name) is None for name in COUNTS)
         printed = {}
@@ -103,20 +105,20 @@ def paper_table(
     return cells, notes
 
 
-def cost_table(standing: pandas.DataFrame) -> pandas.DataFrame:
+def cost_table(main_scores: pandas.DataFrame) -> pandas.DataFrame:
     """Score and cost of each method, by data set and model."""
     names = ["title", "model", "label", "column"]
-    table = standing[standing["first"]].reset_index().set_index(names)
+    table = main_scores[main_scores["first_split"]].reset_index().set_index(names)
     cells = pandas.DataFrame({"Score": score_cells(table)})
     for title, (name, units) in _COSTS.items():
         cells[title] = [scaled(value, units) for value in table[name]]
     return cells
 
 
-def sweep_table(sweeps: pandas.DataFrame) -> pandas.DataFrame:
+def ablation_table(ablations: pandas.DataFrame) -> pandas.DataFrame:
     """The comparisons of the reparameterisation of a prefix, and of heads."""
     rows = {}
-    for (kind, _, title, label), own in sweeps.groupby(SWEEP, sort=False):
+    for (kind, _, title, label), own in ablations.groupby(ABLATION, sort=False):
         if axis := {"reparam": "prefix_projection", "head": "head"}.get(kind):
             own = mark_best(own.set_index(own[axis].map(WORDS)))
             rows[f"{title}: {label}"] = score_cells(own)
@@ -171,12 +173,12 @@ def machines_table(runs: Sequence[Run]) -> pandas.DataFrame:
     return table.value_counts(sort=False).rename("runs").reset_index().set_index("runs")
 
 
-def remarks_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.DataFrame:
+def data_notes_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.DataFrame:
     """What was odd in the data but accepted, and how many examples were cut; each said once."""
     rows = [
-        (", ".join(titles[result] for result in run.results), split, f"{what}: {text_of(found)}")
+        (", ".join(titles[result] for result in run.results), split, f"{note}: {text_of(value)}")
         for run in runs
-        for split, what, found in run.remarks()
+        for split, note, value in run.data_notes()
     ]
     table = pandas.DataFrame(rows, columns=["data set", "split", "remark"])
     return table.value_counts(sort=False).rename("runs").reset_index().set_index("data set")

@@ -57,7 +57,7 @@ def default_space(base: RunConfig, given: Collection[str] = ()) -> Space:
     space = {
         name: entry
         for name, entry in space.items()
-        if name not in given and all(_fits(base, {name: value}) for value in values_of(entry))
+        if name not in given and _fits({name: entry}, base)
     }
     if not space:
         raise ValueError(
@@ -80,12 +80,21 @@ def read_space(path: str | Path) -> Space:
         raise ValueError(f"space: {error}") from error
 
 
-def _fits(base: RunConfig, values: dict[str, Any]) -> bool:
+def _fits(space: Space, base: RunConfig) -> bool:
     try:
-        RunConfig.from_dict(with_changes(base.flat(), values))
+        check_space(space, base)
     except ValueError:
         return False
     return True
+
+
+def with_options(base: RunConfig, values: dict[str, Any]) -> RunConfig:
+    """A run with some options changed.
+
+    Raises:
+        ValueError: when the values do not go together.
+    """
+    return RunConfig.from_dict(with_changes(base.flat(), values))
 
 
 def check_space(space: Space, base: RunConfig) -> None:
@@ -100,22 +109,19 @@ def check_space(space: Space, base: RunConfig) -> None:
         raise ValueError("space: expected options of one task, got task among them")
     for name, entry in space.items():
         _check_entry(name, entry)
-        for value in values_of(entry):
+    alone, pairs = itertools.combinations(space, 1), itertools.combinations(space, 2)
+    for names in (*alone, *pairs):
+        for values in itertools.product(*(values_of(space[name]) for name in names)):
             try:
-                RunConfig.from_dict(with_changes(base.flat(), {name: value}))
+                with_options(base, dict(zip(names, values, strict=True)))
             except ValueError as error:
-                raise ValueError(f"space: {error}") from error
-    for first, second in itertools.combinations(space, 2):
-        for values in itertools.product(values_of(space[first]), values_of(space[second])):
-            try:
-                RunConfig.from_dict(
-                    with_changes(base.flat(), dict(zip((first, second), values, strict=True)))
-                )
-            except ValueError as error:
-                raise ValueError(
-                    f"space: expected values of {first} and {second} that go together, got "
-                    f"{values[0]!r} and {values[1]!r} ({error})"
-                ) from error
+                reason = str(error)
+                if len(names) == 2:
+                    reason = (
+                        f"expected values of {names[0]} and {names[1]} that go together, got "
+                        f"{values[0]!r} and {values[1]!r} ({error})"
+                    )
+                raise ValueError(f"space: {reason}") from error
 
 
 def _check_entry(name: str, entry: Any) -> None:
@@ -161,20 +167,14 @@ def option_type(name: str) -> type:
     raise ValueError(f"{name}: no such option")
 
 
-def distributions(space: Space) -> dict[str, Any]:
-    """The space as optuna takes it."""
-    from optuna.distributions import (
-        CategoricalDistribution,
-        FloatDistribution,
-        IntDistribution,
-    )
-
-    found: dict[str, Any] = {}
+def draw_values(trial: Any, space: Space) -> dict[str, Any]:
+    """The values of the space that an `optuna.Trial` is to have."""
+    values = {}
     for name, entry in space.items():
         if "choices" in entry:
-            found[name] = CategoricalDistribution(entry["choices"])
+            values[name] = trial.suggest_categorical(name, entry["choices"])
         elif option_type(name) is int:
-            found[name] = IntDistribution(**entry)
+            values[name] = trial.suggest_int(name, **entry)
         else:
-            found[name] = FloatDistribution(**entry)
-    return found
+            values[name] = trial.suggest_float(name, **entry)
+    return values

@@ -1,196 +1,175 @@
 """The trials of a search: which comes next, its run, and when it is stopped early."""
 
-import contextlib
-import dataclasses
-import json
 import math
 import multiprocessing
-import sqlite3
 import sys
-import time
-import traceback
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import filelock
 import numpy
 import optuna
 import torch
-from optuna.exceptions import OptunaError
-from optuna.trial import TrialState
-from sqlalchemy.exc import SQLAlchemyError
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from optuna.trial import FrozenTrial, TrialState
+from transformers import TrainerCallback
 
-from ptv2_fast.training.callbacks import DivergedError
-from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
-from ptv2_fast.training.search.results import tidy, trial_config, trial_folder, write_results
-from ptv2_fast.training.search.space import Space, distributions
-from ptv2_fast.training.sweeps.sweep import free_memory, one_line
-
-STUDY = "study.db"
-_PATIENCE = 120  # seconds that a process waits while another writes
-
-# A trial that is running will be one of these, or its process dies.
-_COUNTED = (TrialState.COMPLETE, TrialState.PRUNED, TrialState.RUNNING)
-
-
-@dataclasses.dataclass(frozen=True)
-class Search:
-    """A search, as its processes share it.
-
-    Attributes:
-        base: the options that are not searched.
-        space: those that are.
-        folder: of the study.
-        trials: finished or pruned trials in the end, those of earlier starts included.
-        workers: processes that train at the same time.
-        timeout: seconds after which no further trial begins; None = no limit.
-        prune: stop trials that are worse than the median of the others at the same evaluation.
-    """
-
-    base: RunConfig
-    space: Space
-    folder: Path
-    trials: int
-    workers: int = 1
-    timeout: float | None = None
-    prune: bool = True
-
-    def __post_init__(self) -> None:
-        for name in ("trials", "workers"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected an integer >= 1, got {getattr(self, name)}")
-        if self.timeout is not None and not self.timeout > 0:
-            raise ValueError(f"timeout: expected a number > 0, got {self.timeout}")
+from ptv2_fast.training.search.results import trial_folder, write_search_results
+from ptv2_fast.training.search.space import draw_values, with_options
+from ptv2_fast.training.search.study import (
+    Search,
+    begin_search,
+    open_study,
+    readable_study,
+    retry,
+    retry_dead_trials,
+    trials_left,
+)
+from ptv2_fast.training.sweeps.sweep import describe_failure, free_memory
 
 
-@contextlib.contextmanager
-def readable_study(search: Search) -> Iterator[None]:
-    """Within the context a study that cannot be read raises a ValueError."""
-    file = search.folder / STUDY
-    try:
-        _check_database(file)
-        yield
-    except (
-        SQLAlchemyError, OptunaError, sqlite3.Error,
-        KeyError, UnicodeDecodeError, json.JSONDecodeError,  # of optuna, for rows with other text
-    ) as error:  # fmt: skip
-        cause = getattr(error, "orig", None) or error.__cause__ or error
-        reason = one_line(cause if isinstance(cause, Exception) else error)
-        raise ValueError(f"study: expected a database, got {file} ({reason:.200})") from error
-
-
-def _check_database(file: Path) -> None:
-    """Raise a sqlite3.Error for a damaged page, which would be read when it is needed alone."""
-    if file.is_file():
-        with contextlib.closing(sqlite3.connect(file, timeout=_PATIENCE)) as database:
-            ((found, *_), *_) = database.execute("PRAGMA integrity_check")
-        if found != "ok":
-            raise sqlite3.DatabaseError(" ".join(found.split()))
-
-
-def open_study(search: Search) -> optuna.Study:
-    """The study in the folder, a new one when there is none; to be called in `readable_study`."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    settings = {"connect_args": {"timeout": _PATIENCE}}
-    storage = optuna.storages.RDBStorage(
-        f"sqlite:///{search.folder / STUDY}", engine_kwargs=settings
-    )
-    return optuna.create_study(
-        storage=storage,
-        study_name="search",
-        direction="maximize",
-        pruner=make_pruner(search.prune),
-        load_if_exists=True,
-    )
-
-
-def make_pruner(prune: bool) -> optuna.pruners.BasePruner:
-    """The rule by which trials are stopped early."""
-    return optuna.pruners.MedianPruner() if prune else optuna.pruners.NopPruner()
-
-
-def work(search: Search, metric: str, until: float | None, number: int) -> None:
-    """What worker `number` of several does; it shares the processor with the others."""
+def work(search: Search, metric: str) -> None:
+    """What each of several worker processes does; it shares the processor with the others."""
     torch.set_num_threads(max(1, torch.get_num_threads() // search.workers))
-    lock = filelock.FileLock(search.folder / f"worker-{number}.lock", timeout=0)
-    with lock, readable_study(search):
-        train_trials(search, open_study(search), metric, until)
+    with readable_study(search):
+        train_trials(search, open_study(search), metric)
 
 
-def train_trials(search: Search, study: optuna.Study, metric: str, until: float | None) -> None:
-    """Train trial after trial until there are enough, or it is `until` by time.time()."""
-    while True:
-        with _locked(search):
-            trial = _next_trial(search, study, until)
-        if trial is None:
-            return
-        state, value, message = _train_trial(search, trial, metric)
+def run_search(
+    search: Search, *, overwrite: bool = False, worker: Callable[[Search, str], None] = work
+) -> tuple[optuna.Study, str]:
+    """Run trials until there are as many as asked for; goes on with the study in the folder.
+
+    Args:
+        search: what to do.
+        overwrite: delete the search in the folder first.
+        worker: instead of `work`, what each of several processes calls.
+
+    Returns:
+        The study, and the metric by which it compares trials.
+
+    Raises:
+        ValueError, OSError: as `begin_search`, before the first trial.
+        RuntimeError: when workers died and left trials; a new start goes on.
+    """
+    study, metric = begin_search(search, overwrite)
+    with readable_study(search):
+        lost = 0
+        if search.workers == 1:
+            train_trials(search, study, metric)
+        else:
+            lost = _run_workers(search, metric, worker)
+        with search.turn():
+            dead = retry_dead_trials(study) if search.is_alone() else []
+            write_search_results(study, search.base, metric, search.folder)
+            left = trials_left(search, study)
+    if lost and left > 0:
+        raise RuntimeError(
+            f"{lost} of {search.workers} workers died, in the trials {dead}; start the search "
+            "again to go on"
+        )
+    return study, metric
+
+
+def _run_workers(search: Search, metric: str, worker: Callable) -> int:
+    """Start the workers and wait for them; returns how many died."""
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=worker, args=(search, metric)) for _ in range(search.workers)
+    ]
+    try:
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join()
+    finally:
+        for process in processes:
+            if process.pid is not None:
+                process.terminate()
+                process.join()
+    return sum(process.exitcode != 0 for process in processes)
+
+
+def train_trials(search: Search, study: optuna.Study, metric: str) -> None:
+    """Train trial after trial, beside other processes of the search, until there are enough.
+
+    It is this process's turn from the end of a trial until the next one has its values.
+    """
+    turn, at_work = search.turn(), search.at_work()
+
+    def objective(trial: optuna.Trial) -> float:
+        try:
+            values = draw_values(trial, search.space)
+        finally:
+            turn.release()
+        try:
+            return _train_trial(search, trial, values, metric)
+        except KeyboardInterrupt:
+            retry(study, study.trials[trial.number])
+            raise
+
+    def after_trial(study: optuna.Study, trial: FrozenTrial) -> None:
         free_memory()
-        with _locked(search):
-            if message is not None:
-                trial.set_user_attr("message", message)
-            study.tell(trial, value, state)
-            tidy(study, search.folder)
-            write_results(study, search.base, metric, search.folder)
-            _announce(study, trial, metric)
+        turn.acquire()
+        write_search_results(study, search.base, metric, search.folder)
+        _announce(trial, metric)
+        if not comes_next():
+            study.stop()
+
+    def comes_next() -> bool:
+        if search.is_alone(at_work):
+            retry_dead_trials(study)
+        # Seeded by how many there are: a search that starts again does not repeat its first trials.
+        seeds = numpy.random.SeedSequence([search.base.training.seed, len(study.trials)])
+        seed = int(seeds.generate_state(1)[0])
+        study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
+        return trials_left(search, study) > 0
+
+    turn.acquire()
+    at_work.acquire()
+    try:
+        if comes_next():
+            study.optimize(objective, timeout=search.timeout, callbacks=[after_trial])
+    finally:
+        at_work.release()
+        Path(at_work.lock_file).unlink(missing_ok=True)
+        turn.release()
 
 
-def _locked(search: Search) -> filelock.BaseFileLock:
-    """One process at a time counts the trials and takes the next, or finishes one."""
-    return filelock.FileLock(search.folder / "study.lock")
+def _train_trial(search: Search, trial: optuna.Trial, values: dict[str, Any], metric: str) -> float:
+    """Train a trial.
 
+    Returns:
+        The score of what the run keeps on all validation examples, as in its report: that of its
+        best evaluation may be on fewer, or of a step that was not kept.
 
-def _next_trial(search: Search, study: optuna.Study, until: float | None) -> optuna.Trial | None:
-    trials = study.get_trials(deepcopy=False)
-    if sum(trial.state in _COUNTED for trial in trials) >= search.trials:
-        return None
-    if until is not None and time.time() >= until:
-        return None
-    # Seeded by how many there are: a search that starts again does not repeat its first trials.
-    seeds = numpy.random.SeedSequence([search.base.training.seed, len(trials)])
-    seed = int(seeds.generate_state(1)[0])
-    study.sampler = optuna.samplers.TPESampler(seed=seed, constant_liar=True)
-    return study.ask(distributions(search.space))
-
-
-def _train_trial(
-    search: Search, trial: optuna.Trial, metric: str
-) -> tuple[TrialState, float | None, str | None]:
-    """Train a trial; returns its state and its value, or what was wrong unless it was pruned.
-
-    The value is the score of what the run keeps on all validation examples, as in its report: that
-    of its best evaluation may be on fewer, or of a step that was not kept.
+    Raises:
+        optuna.TrialPruned: when it is stopped early; and when it fails, as its attribute `message`
+            says.
     """
     try:
-        config = trial_config(search.base, trial.params, progress=False)
+        config = with_options(search.base, values | {"progress": False})
         prepared = prepare(config, trial_folder(search.folder, trial.number))
-    except (ValueError, OSError) as error:
-        return TrialState.PRUNED, None, one_line(error)
-    # A search looks at the validation examples alone.
-    features = prepared.part.features
-    prepared.part.features = {name: features[name] for name in ("train", "validation")}
-    try:
-        report = train(prepared, [TrialWatch(trial, metric)])
+        # A search looks at the validation examples alone.
+        features = prepared.part.features
+        prepared.part.features = {name: features[name] for name in ("train", "validation")}
+        report = train(prepared, [ReportEvaluations(trial, metric)])
+        for name in ("trainable_parameters", "train_seconds"):
+            trial.set_user_attr(name, report[name])
+        score = report["metrics"]["validation"][metric]
+        if not math.isfinite(score):
+            raise ValueError(f"{metric} is {score}")
     except optuna.TrialPruned:
-        return TrialState.PRUNED, None, None
-    except (DivergedError, torch.OutOfMemoryError) as error:
-        return TrialState.PRUNED, None, one_line(error)
+        raise
     except Exception as error:
-        traceback.print_exc()  # a defect; were it left to stop the search, it would at each start
-        return TrialState.PRUNED, None, f"{type(error).__name__}: {one_line(error)}"
-    for name in ("trainable_parameters", "train_seconds"):
-        trial.set_user_attr(name, report[name])
-    value = report["metrics"]["validation"][metric]
-    if not math.isfinite(value):
-        return TrialState.PRUNED, None, f"{metric} is {value}"
-    return TrialState.COMPLETE, value, None
+        # Were a defect left to stop the search, it would at each start.
+        trial.set_user_attr("message", describe_failure(error))
+        raise optuna.TrialPruned from error
+    return score
 
 
-class TrialWatch(TrainerCallback):
+class ReportEvaluations(TrainerCallback):
     """Reports each evaluation to the study and stops a trial that is to be pruned."""
 
     def __init__(self, trial: optuna.Trial, metric: str) -> None:
@@ -198,12 +177,7 @@ class TrialWatch(TrainerCallback):
         self.evaluations = 0
 
     def on_evaluate(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        metrics: dict[str, float] | None = None,
-        **unused: Any,
+        self, *unused: Any, metrics: dict[str, float] | None = None, **also_unused: Any
     ) -> None:
         self.evaluations += 1
         value = float((metrics or {})[f"eval_{self.metric}"])
@@ -212,22 +186,15 @@ class TrialWatch(TrainerCallback):
             if self.trial.should_prune():
                 raise optuna.TrialPruned
 
-    def on_step_end(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        **unused: Any,
-    ) -> None:
+    def on_step_end(self, *unused: Any, **also_unused: Any) -> None:
         parent = multiprocessing.parent_process()
         if parent is not None and not parent.is_alive():
             sys.exit("the search that this worker belongs to is gone")
 
 
-def _announce(study: optuna.Study, trial: optuna.Trial, metric: str) -> None:
-    found = study.trials[trial.number]
-    values = ", ".join(f"{name} {value}" for name, value in found.params.items())
-    result = found.user_attrs.get("message") or (
-        f"{metric} {found.value:.4f}" if found.state == TrialState.COMPLETE else "pruned"
+def _announce(trial: FrozenTrial, metric: str) -> None:
+    values = ", ".join(f"{name} {value}" for name, value in trial.params.items())
+    result = trial.user_attrs.get("message") or (
+        f"{metric} {trial.value:.4f}" if trial.state == TrialState.COMPLETE else "pruned"
     )
     print(f"trial {trial.number}: {result} ({values})", file=sys.stderr)

@@ -38,26 +38,19 @@ def depth_sweep(
     count = load_config(base.model.model).num_hidden_layers
     if not 1 <= steps <= count:
         raise ValueError(f"steps: expected 1 to {count}, the layers of the model, got {steps}")
-    variants = {}
-    for order, depth, layers in depths(count, steps):
-        options = {"depth": depth}
-        variants[f"{order}-{depth}"] = (options, {**options, "order": order, "layers": layers})
+    variants = {f"{order}-{depth}": {"depth": depth} for order, depth in depths(count, steps)}
     return sweep_of("depth", base, variants, seeds)
 
 
-def depths(count: int, steps: int) -> list[tuple[str, str, int]]:
-    """(order, depth, layers) of each setting for `count` layers, figure 3 with 24 and 6.
+def depths(count: int, steps: int) -> list[tuple[str, str]]:
+    """The order of each setting for `count` layers, and its layers; figure 3 with 24 and 6.
 
     The order is "ascending", "descending" or, once for both, "all".
     """
-    sizes = [count * step // steps for step in range(1, steps + 1)]
-    ascending = [("ascending", _span(1, size), size) for size in sizes[:-1]]
-    descending = [("descending", _span(count - size + 1, count), size) for size in sizes[:-1]]
-    return [*ascending, *descending, ("all", _span(1, count), count)]
-
-
-def _span(first: int, last: int) -> str:
-    return f"{first}-{last}"
+    sizes = [count * step // steps for step in range(1, steps)]
+    ascending = [("ascending", f"1-{size}") for size in sizes]
+    descending = [("descending", f"{count - size + 1}-{count}") for size in sizes]
+    return [*ascending, *descending, ("all", f"1-{count}")]
 
 
 def length_sweep(
@@ -71,11 +64,11 @@ def length_sweep(
     _require_prefix(base, "length")
     if not values or len(set(values)) < len(values):
         raise ValueError(f"values: expected different lengths, got {list(values)}")
-    variants: dict[str, tuple[dict, dict]] = {}
-    for projection, name in ((False, "plain"), (True, "mlp")):
-        for value in values:
-            options = {"num_virtual_tokens": value, "prefix_projection": projection}
-            variants[f"{name}-{value}"] = (options, options)
+    variants = {
+        f"{name}-{value}": {"num_virtual_tokens": value, "prefix_projection": projection}
+        for name, projection in (("plain", False), ("mlp", True))
+        for value in values
+    }
     return sweep_of("length", base, variants, seeds)
 
 
@@ -86,13 +79,7 @@ def reparam_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
         ValueError: for another method than p-tuning-v2.
     """
     _require_prefix(base, "reparam")
-    variants = {
-        name: (options, options)
-        for name, options in (
-            ("plain", {"prefix_projection": False}),
-            ("mlp", {"prefix_projection": True}),
-        )
-    }
+    variants = {"plain": {"prefix_projection": False}, "mlp": {"prefix_projection": True}}
     return sweep_of("reparam", base, variants, seeds)
 
 
@@ -111,10 +98,7 @@ def head_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
             f"task: expected text-classification for the ablation of the head, got {base.data.task}"
         )
     verbalizers = {"linear": None, "lm": base.data.verbalizer}
-    variants: dict[str, tuple[dict, dict]] = {
-        head: ({"head": head, "verbalizer": verbalizer}, {"head": head})
-        for head, verbalizer in verbalizers.items()
-    }
+    variants = {head: {"head": head, "verbalizer": words} for head, words in verbalizers.items()}
     return sweep_of("head", base, variants, seeds)
 
 

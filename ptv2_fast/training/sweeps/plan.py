@@ -1,18 +1,8 @@
-"""Which runs a sweep has and what differs between them: sweep.json.
+"""Which runs a sweep has: a name and the options of its own for each, kept in sweep.json.
 
-    {"kind": "depth",
-     "runs": {"ascending-1-4-seed-11":
-              {"depth": "1-4", "order": "ascending", "layers": 4, "seed": 11}, ...},
-     "changes": {"ascending-1-4-seed-11": {"depth": "1-4", "seed": 11}, ...},
-     "base": {all options of the runs, with those that a run changes as they were given}}
-
-`runs` holds the axes of a figure. By kind, beside the seed:
-    seeds    nothing
-    depth    depth ("1-4"), order ("ascending", "descending", or "all" with a prefix in every
-             layer, which is the last point of both), layers (how many get a prefix)
-    length   num_virtual_tokens, prefix_projection
-    reparam  prefix_projection
-    head     head
+{"kind": "depth",
+ "base": {all options of the runs, with those that a run changes as they were given},
+ "runs": {"ascending-1-4-seed-11": {"depth": "1-4", "seed": 11}, ...}}
 """
 
 import dataclasses
@@ -22,41 +12,40 @@ from typing import Any
 
 from ptv2_fast.files import plain_name
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import NEUTRAL_OPTIONS, OF_EARLIER_RUNS, RunConfig, with_changes
+from ptv2_fast.training.options import OF_EARLIER_RUNS, RunConfig, with_changes
 
 SWEEP = "sweep.json"
+# What the runs of an ablation differ in beside the seed, by kind.
+VARIED: dict[str, dict[str, type]] = {
+    "depth": {"depth": str},
+    "length": {"num_virtual_tokens": int, "prefix_projection": bool},
+    "reparam": {"prefix_projection": bool},
+    "head": {"head": str},
+}
 
 
 @dataclasses.dataclass(frozen=True)
 class Sweep:
-    """Named runs that share the options of `base` but for their changes.
+    """Named runs that share the options of `base` but for those of their own.
 
     Attributes:
-        kind: what is compared.
+        kind: what is compared: "seeds", one of VARIED, or any other word.
         base: the options that the runs share.
-        changes: by name of the run, the options that are its own.
-        axes: by name of the run, where it stands in a figure.
+        runs: by name, the options that are a run's own, the seed among them.
 
     Raises:
-        ValueError: for a name that is a path, and runs without changes, axes or a seed.
+        ValueError: for a name that is a path, and runs without a seed.
     """
 
     kind: str
     base: RunConfig
-    changes: dict[str, dict[str, Any]]
-    axes: dict[str, dict[str, Any]]
+    runs: dict[str, dict[str, Any]]
 
     def __post_init__(self) -> None:
-        for name in (*self.changes, *self.axes):
+        for name, options in self.runs.items():
             plain_name(name, "runs")
-        if set(self.changes) != set(self.axes):
-            raise ValueError(
-                f"runs: expected changes and axes of the same runs, got {list(self.changes)!r:.100}"
-                f" and {list(self.axes)!r:.100}"
-            )
-        for part in (*self.changes.values(), *self.axes.values()):
-            if not isinstance(part, dict) or "seed" not in part:
-                raise ValueError(f"runs: expected tables with a seed, got {part!r:.100}")
+            if not isinstance(options, dict) or "seed" not in options:
+                raise ValueError(f"runs: expected tables with a seed, got {options!r:.100}")
 
     def configs(self) -> dict[str, RunConfig]:
         """The options of each run.
@@ -65,18 +54,16 @@ class Sweep:
             ValueError: naming the run whose options are bad.
         """
         configs = {}
-        for name, changes in self.changes.items():
+        for name, options in self.runs.items():
             try:
-                configs[name] = RunConfig.from_dict(with_changes(self.base.flat(), changes))
+                configs[name] = RunConfig.from_dict(with_changes(self.base.flat(), options))
             except ValueError as error:
                 raise ValueError(f"{name}: {error}") from error
         return configs
 
     def write(self, folder: Path) -> None:
         """Write sweep.json."""
-        content = {
-            "kind": self.kind, "runs": self.axes, "changes": self.changes, "base": self.base.flat()
-        }  # fmt: skip
+        content = {"kind": self.kind, "base": self.base.flat(), "runs": self.runs}
         run_folder.write_json(folder / SWEEP, content)
 
     def with_seeds(self, base: RunConfig, seeds: Sequence[int]) -> "Sweep":
@@ -86,41 +73,10 @@ class Sweep:
             ValueError: for repeated seeds, or a bad value of an option.
         """
         variants = {}
-        for name, axes in self.axes.items():
-            variant = name.removesuffix(f"seed-{axes['seed']}").removesuffix("-")
-            parts = [
-                {option: value for option, value in part.items() if option != "seed"}
-                for part in (self.changes[name], axes)
-            ]
-            variants[variant] = (parts[0], parts[1])
+        for name, options in self.runs.items():
+            variant = name.removesuffix(f"seed-{options['seed']}").removesuffix("-")
+            variants[variant] = {n: value for n, value in options.items() if n != "seed"}
         return sweep_of(self.kind, base, variants, seeds)
-
-    def joined_with(self, before: "Sweep") -> "Sweep":
-        """This sweep and the runs of an earlier one in the same folder, the earlier ones first.
-
-        Raises:
-            ValueError: when the two compare different things or differ in an option of all runs.
-        """
-        if before.kind != self.kind:
-            raise ValueError(
-                f"resume: expected the sweep of {before.kind} that was started here, got one of "
-                f"{self.kind}"
-            )
-        changed = set().union(*self.changes.values())
-        old, new = before.base.flat(), self.base.flat()
-        differences = [
-            f"{name} {old[name]!r} against {value!r}"
-            for name, value in new.items()
-            if value != old[name] and name not in changed | NEUTRAL_OPTIONS
-        ]
-        if differences:
-            raise ValueError(
-                "resume: expected the sweep that was started here; that sweep against now: "
-                + ", ".join(differences)
-            )
-        return dataclasses.replace(
-            self, changes=before.changes | self.changes, axes=before.axes | self.axes
-        )
 
 
 def read_sweep(folder: Path) -> Sweep:
@@ -132,44 +88,38 @@ def read_sweep(folder: Path) -> Sweep:
     file = folder / SWEEP
     content = run_folder.read_json(file)
     try:
-        parts = {name: content[name] for name in ("base", "runs", "changes")}
-        if not all(isinstance(part, dict) for part in parts.values()):
-            raise ValueError("expected tables under base, runs and changes")
-        base = RunConfig.from_dict(OF_EARLIER_RUNS | parts["base"])
-        return Sweep(str(content["kind"]), base, parts["changes"], parts["runs"])
+        # Earlier versions have the options under "changes", and more for figures under "runs".
+        base, runs = content["base"], content.get("changes", content["runs"])
+        if not isinstance(base, dict) or not isinstance(runs, dict):
+            raise ValueError("expected tables under base and runs")
+        return Sweep(str(content["kind"]), RunConfig.from_dict(OF_EARLIER_RUNS | base), runs)
     except (KeyError, ValueError) as error:
         raise ValueError(f"{file}: no readable sweep ({error})") from error
 
 
-def check_seeds(seeds: Sequence[int]) -> None:
-    """Raise a ValueError unless there is a seed and each comes once."""
-    if not seeds or len(set(seeds)) < len(seeds):
-        raise ValueError(f"seeds: expected different integers, got {list(seeds)}")
-
-
-def sweep_of(kind: str, base: RunConfig, variants: dict[str, tuple[dict, dict]],
-             seeds: Sequence[int] | None) -> Sweep:  # fmt: skip
+def sweep_of(
+    kind: str, base: RunConfig, variants: dict[str, dict[str, Any]], seeds: Sequence[int] | None
+) -> Sweep:
     """Every variant with every seed; the runs are called <variant>-seed-<seed>.
 
     Args:
         kind: what is compared.
         base: the shared options.
-        variants: by name ("" = a run is called by its seed alone), its options and where it
-            stands in a figure.
+        variants: by name ("" = a run is called by its seed alone), its options.
         seeds: None = the seed of `base`.
 
     Raises:
         ValueError: for repeated seeds, or a bad value of an option.
     """
     seeds = [base.training.seed] if seeds is None else seeds
-    check_seeds(seeds)
-    changes, axes = {}, {}
-    for variant, (options, place) in variants.items():
-        for seed in seeds:
-            name = f"{variant}-seed-{seed}" if variant else f"seed-{seed}"
-            changes[name] = {**options, "seed": seed}
-            axes[name] = {**place, "seed": seed}
-    sweep = Sweep(kind, base, changes, axes)
+    if not seeds or len(set(seeds)) < len(seeds):
+        raise ValueError(f"seeds: expected different integers, got {list(seeds)}")
+    runs = {
+        f"{variant}-seed-{seed}" if variant else f"seed-{seed}": options | {"seed": seed}
+        for variant, options in variants.items()
+        for seed in seeds
+    }
+    sweep = Sweep(kind, base, runs)
     sweep.configs()
     return sweep
 
@@ -180,4 +130,4 @@ def seeds_sweep(base: RunConfig, seeds: Sequence[int]) -> Sweep:
     Raises:
         ValueError: for repeated seeds.
     """
-    return sweep_of("seeds", base, {"": ({}, {})}, seeds)
+    return sweep_of("seeds", base, {"": {}}, seeds)

@@ -2,9 +2,10 @@
 
 import dataclasses
 import json
-import math
 from pathlib import Path
 from typing import Any
+
+import pandas
 
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import RunConfig
@@ -13,11 +14,6 @@ from ptv2_fast.training.sweeps.plan import Sweep
 
 RESULTS = "results.csv"
 SUMMARY = "summary.json"
-
-_COSTS = (
-    "trainable_parameters", "saved_bytes", "steps", "step_seconds", "train_seconds", "kept_bytes",
-    "peak_memory_bytes",
-)  # fmt: skip
 
 
 @dataclasses.dataclass
@@ -33,7 +29,7 @@ class Outcome:
     failures: dict[str, str] = dataclasses.field(default_factory=dict)
 
 
-def write_results(folder: Path, sweep: Sweep, outcome: Outcome) -> None:
+def write_sweep_results(folder: Path, sweep: Sweep, outcome: Outcome) -> None:
     """Write both files anew; each is replaced as a whole."""
     run_folder.write_csv(folder / RESULTS, result_rows(sweep, outcome))
     run_folder.write_json(folder / SUMMARY, summarize(sweep, outcome))
@@ -50,9 +46,9 @@ def result_rows(sweep: Sweep, outcome: Outcome) -> list[dict[str, Any]]:
         options, report = config.flat(), outcome.reports.get(name, {})
         row = {"name": name, **{option: options[option] for option in differing}}
         row["error"] = outcome.failures.get(name, "")
-        for split, metrics in scores_of(report).items():
-            row |= {f"{split}_{metric}": value for metric, value in metrics.items()}
-        row |= {cost: report[cost] for cost in _COSTS if report.get(cost) is not None}
+        for split, scores in report.get("metrics", {}).items():
+            row |= {f"{split}_{metric}": value for metric, value in scores.items()}
+        row |= {cost: report[cost] for cost in run_folder.COSTS if report.get(cost) is not None}
         row |= {f"machine_{key}": value for key, value in report.get("machine", {}).items()}
         rows.append(row)
     return rows
@@ -60,17 +56,9 @@ def result_rows(sweep: Sweep, outcome: Outcome) -> list[dict[str, Any]]:
 
 def differing_options(configs: dict[str, RunConfig]) -> list[str]:
     """The options in which the runs differ, and the seed, last."""
-    tables = [config.flat() for config in configs.values()]
-    names = [name for name in tables[0] if any(t[name] != tables[0][name] for t in tables)]
+    first, *others = [config.flat() for config in configs.values()]
+    names = [name for name in first if any(other[name] != first[name] for other in others)]
     return [*(name for name in names if name != "seed"), "seed"]
-
-
-def scores_of(report: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """The numbers under metrics, by split and name."""
-    return {
-        split: {name: v for name, v in scores.items() if isinstance(v, int | float)}
-        for split, scores in report.get("metrics", {}).items()
-    }
 
 
 def summarize(sweep: Sweep, outcome: Outcome) -> dict[str, Any]:
@@ -82,20 +70,20 @@ def summarize(sweep: Sweep, outcome: Outcome) -> dict[str, Any]:
         many runs there are and how many are finished.
     """
     configs = sweep.configs()
-    apart = differing_options(configs)[:-1]
+    differing = differing_options(configs)[:-1]
     settings: dict[str, list[str]] = {}
     for name, config in configs.items():
         options = config.flat()
-        settings.setdefault(json.dumps({o: options[o] for o in apart}), []).append(name)
+        settings.setdefault(json.dumps({n: options[n] for n in differing}), []).append(name)
     groups = []
     for setting, names in settings.items():
-        reports = {name: outcome.reports[name] for name in names if name in outcome.reports}
+        finished = [name for name in names if name in outcome.reports]
         groups.append({
             "options": json.loads(setting),
             "seeds": [configs[name].training.seed for name in names],
             "runs": names,
-            "finished": list(reports),
-            "metrics": _spread([scores_of(report) for report in reports.values()]),
+            "finished": finished,
+            "metrics": _over_seeds([outcome.reports[name]["metrics"] for name in finished]),
         })  # fmt: skip
     return {
         "kind": sweep.kind,
@@ -106,16 +94,15 @@ def summarize(sweep: Sweep, outcome: Outcome) -> dict[str, Any]:
     }
 
 
-def _spread(scores: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
-    rows = [
-        (split, name, value)
-        for score in scores
-        for split, metrics in score.items()
-        for name, value in metrics.items()
+def _over_seeds(runs: list[dict[str, dict[str, float]]]) -> dict[str, dict[str, dict[str, Any]]]:
+    """n, mean and sd by split and metric."""
+    scores = [
+        (split, metric, score)
+        for run in runs
+        for split, metrics in run.items()
+        for metric, score in metrics.items()
     ]
-    spread: dict[str, dict[str, dict[str, Any]]] = {}
-    for row in over_seeds(rows, ["split", "metric"]).reset_index().itertuples():
-        sd = None if math.isnan(row.sd) else row.sd
-        found = {"n": row.n, "mean": row.mean, "sd": sd}
-        spread.setdefault(row.split, {})[row.metric] = found
-    return spread
+    table = over_seeds(scores, ["split", "metric"])[["n", "mean", "sd"]].astype(object)
+    table["sd"] = table["sd"].where(pandas.notna(table["sd"]), None)
+    splits = table.groupby("split", sort=False)
+    return {split: own.droplevel("split").to_dict("index") for split, own in splits}

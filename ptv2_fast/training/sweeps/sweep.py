@@ -3,6 +3,7 @@
 <folder>/sweep.json, results.csv and summary.json, written anew after each run; <folder>/<run>/.
 """
 
+import dataclasses
 import gc
 import traceback
 from collections.abc import Callable
@@ -18,7 +19,7 @@ from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, read_sweep
-from ptv2_fast.training.sweeps.results import Outcome, write_results
+from ptv2_fast.training.sweeps.results import Outcome, write_sweep_results
 
 
 def check_sweep_output(
@@ -27,15 +28,22 @@ def check_sweep_output(
     """Check that the sweep may run in this folder; nothing is changed.
 
     Returns:
-        The sweep, joined with the one in the folder when it is resumed.
+        The sweep; a resumed one with the runs that the one in the folder has, these first.
 
     Raises:
-        ValueError: as for the folder of a run; for runs there with other options.
+        ValueError: as for the folder of a run; for a sweep there of something else, or runs with
+            other options.
     """
     run_folder.check_output(folder, resume, overwrite, "sweep")
     if not resume or not (folder / SWEEP).is_file():
         return sweep
-    sweep = sweep.joined_with(read_sweep(folder))
+    before = read_sweep(folder)
+    if before.kind != sweep.kind:
+        raise ValueError(
+            f"resume: expected the sweep of {before.kind} that was started here, got one of "
+            f"{sweep.kind}"
+        )
+    sweep = dataclasses.replace(sweep, runs=before.runs | sweep.runs)
     for name, config in sweep.configs().items():
         try:
             run_folder.check_same_run(folder / name, config)
@@ -65,14 +73,15 @@ def run_sweep(
     Raises:
         ValueError: for what is wrong before the first run begins.
     """
-    found: list[Sweep] = []
+    joined = sweep
 
     def check() -> None:
-        found.append(check_sweep_output(sweep, folder, resume=resume, overwrite=overwrite))
+        nonlocal joined
+        joined = check_sweep_output(sweep, folder, resume=resume, overwrite=overwrite)
 
     check()
     with output.locked(folder, "sweep", overwrite, check):
-        return _run_all(found[-1], folder, announce)
+        return _run_all(joined, folder, announce)
 
 
 def _run_all(sweep: Sweep, folder: Path, announce: Callable[[str], None]) -> Outcome:
@@ -82,29 +91,21 @@ def _run_all(sweep: Sweep, folder: Path, announce: Callable[[str], None]) -> Out
     finished = [name for name in configs if is_finished(folder / name)]
     outcome = Outcome({name: run_folder.read_report(folder / name) for name in finished})
     if outcome.reports:
-        write_results(folder, sweep, outcome)
+        write_sweep_results(folder, sweep, outcome)
     for number, (name, config) in enumerate(configs.items(), 1):
         place = f"{name} ({number} of {len(configs)})"
         if name in outcome.reports:
             announce(f"{place}: finished before")
             continue
         announce(f"{place}: begins")
-        _try_run(name, config, folder / name, outcome)
-        if name in outcome.failures:
+        try:
+            outcome.reports[name] = run_once(config, folder / name)
+        except Exception as error:
+            outcome.failures[name] = describe_failure(error)
             announce(f"{place}: failed: {outcome.failures[name]}")
-        write_results(folder, sweep, outcome)
+        free_memory()
+        write_sweep_results(folder, sweep, outcome)
     return outcome
-
-
-def _try_run(name: str, config: RunConfig, folder: Path, outcome: Outcome) -> None:
-    try:
-        outcome.reports[name] = run_once(config, folder)
-    except (ValueError, OSError, DivergedError, torch.OutOfMemoryError) as error:
-        outcome.failures[name] = one_line(error)
-    except Exception as error:
-        traceback.print_exc()  # a defect, unlike the above; it may not lose the other runs either
-        outcome.failures[name] = f"{type(error).__name__}: {one_line(error)}"
-    free_memory()
 
 
 def run_once(config: RunConfig, folder: Path) -> dict[str, Any]:
@@ -126,6 +127,14 @@ def is_finished(folder: Path) -> bool:
 def one_line(error: Exception) -> str:
     """The message of an error without line breaks."""
     return " ".join(str(error).split()) or type(error).__name__
+
+
+def describe_failure(error: Exception) -> str:
+    """Why a run failed, in one line; a defect is printed with its traceback."""
+    if isinstance(error, ValueError | OSError | DivergedError | torch.OutOfMemoryError):
+        return one_line(error)
+    traceback.print_exception(error)
+    return f"{type(error).__name__}: {one_line(error)}"
 
 
 def free_memory() -> None:

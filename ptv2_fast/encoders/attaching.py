@@ -6,10 +6,10 @@ from collections.abc import Iterator
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ptv2_fast.encoders.adapter_tensors import ENCODER_NAME
 from ptv2_fast.encoders.attachment import DISABLED, Attachment, find_attachment
 from ptv2_fast.encoders.families import check_backbone, find_family
 from ptv2_fast.encoders.family import Family
-from ptv2_fast.encoders.selection import ENCODER_NAME
 from ptv2_fast.encoders.token_init import token_prefix
 from ptv2_fast.prefix import PrefixEncoder, PTuningV2Config
 

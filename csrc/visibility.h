@@ -1,4 +1,9 @@
-// Which columns a row of a tile sees, and what is added to their scores.
+// Which columns are visible to the rows of a tile, and what is added to their scores.
+//
+// Two words, here and in the Triton kernels. A column is *visible* to a row that attends to it: a
+// prefix column always, a token column as key_mask, context_lengths and window say; others are
+// hidden from it. An element is *inside* when there is one: what a tile or a vector has beyond its
+// sequence, its prefix or head_dim is padding, neither read nor counted.
 #pragma once
 
 #include "pack.h"
@@ -56,7 +61,7 @@ class BlockWalk {
   int64_t columns_, next_prefix_ = 0;
 };
 
-// -1 for visible columns of a block, 0 for masked ones and for padding.
+// -1 for the columns of a block that key_mask leaves visible, 0 for others and for padding.
 inline void fill_visible(int32_t* visible, const Problem& problem, const Sequence& sequence,
                          const Block& block) {
   const int64_t offset = block.token_offset();
@@ -67,18 +72,19 @@ inline void fill_visible(int32_t* visible, const Problem& problem, const Sequenc
     mask += sequence.index * problem.mask_batch_stride + block.token_first * stride;
   const int64_t width = block.width();
   for (int64_t i = 0; offset + i < width; ++i) {
-    const bool shown = i < block.token_count && (mask == nullptr || mask[i * stride]);
-    visible[offset + i] = shown ? -1 : 0;
+    const bool inside = i < block.token_count;
+    visible[offset + i] = inside && (mask == nullptr || mask[i * stride]) ? -1 : 0;
   }
 }
 
-// Whether rows differ in the tokens that they see.
+// Whether rows differ in the tokens that are visible to them.
 inline bool has_row_limits(const Problem& problem) {
   return problem.context_lengths != nullptr || problem.window >= 0;
 }
 
-// The tokens that context_lengths and window show to a row: one run, whose ends grow with the row.
-inline TokenRange row_tokens(const Problem& problem, const Sequence& sequence, int64_t row) {
+// The tokens that context_lengths and window leave visible to a row: one run, whose ends grow with
+// the row.
+inline TokenRange visible_to_row(const Problem& problem, const Sequence& sequence, int64_t row) {
   TokenRange range{0, sequence.tokens};
   if (problem.context_lengths != nullptr) {
     range.end = smaller(range.end, larger(problem.context_lengths[sequence.index], row + 1));
@@ -90,21 +96,21 @@ inline TokenRange row_tokens(const Problem& problem, const Sequence& sequence, i
   return range;
 }
 
-// The block without the tokens at its end that no row of [first, first + rows) sees; without any
-// token when none of them is seen.
-inline Block seen_block(Block block, const Problem& problem, const Sequence& sequence,
-                        int64_t first, int64_t rows) {
+// The block without the tokens at its end that are hidden from all rows of [first, first + rows);
+// without any token when all of them are.
+inline Block visible_block(Block block, const Problem& problem, const Sequence& sequence,
+                           int64_t first, int64_t rows) {
   if (!has_row_limits(problem)) return block;
-  const int64_t end = row_tokens(problem, sequence, first + rows - 1).end - block.token_first;
-  const int64_t begin = row_tokens(problem, sequence, first).begin - block.token_first;
+  const int64_t end = visible_to_row(problem, sequence, first + rows - 1).end - block.token_first;
+  const int64_t begin = visible_to_row(problem, sequence, first).begin - block.token_first;
   block.token_count = begin >= block.token_count ? 0 : larger(0, smaller(block.token_count, end));
   return block;
 }
 
-// What one row sees of a block, out of what the padding mask shows.
+// What is visible to one row of a block, out of what key_mask leaves visible.
 inline void fill_row_visible(int32_t* row_visible, const int32_t* visible, const Problem& problem,
                              const Sequence& sequence, const Block& block, int64_t row) {
-  const TokenRange range = row_tokens(problem, sequence, row);
+  const TokenRange range = visible_to_row(problem, sequence, row);
   const int64_t offset = block.token_offset(), width = block.width();
   const int64_t begin = larger(0, smaller(range.begin - block.token_first, width - offset));
   const int64_t end = larger(begin, smaller(range.end - block.token_first, width - offset));
