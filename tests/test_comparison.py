@@ -22,6 +22,10 @@ def wrong(options: dict, columns: dict, results: list, labels: list[str]) -> dic
     return json.loads(json.dumps(found))  # as it is kept
 
 
+def tagged(*rows: list[str]) -> list[dict]:
+    return [{"tags": tags} for tags in rows]
+
+
 def said(*labels: str) -> list[dict]:
     return [{"label": label, "logits": [0.0, 0.0]} for label in labels]
 
@@ -58,7 +62,7 @@ def test_chunks_are_classes_by_their_type_and_words_by_their_label():
     words, tags = [["w"] * 4, ["w"]], [["B-PER", "I-PER", "O", "O"], ["B-LOC"]]
     outside = [["O"] * 4, ["O"]]
     columns = {"words": words, "tags": tags}
-    found = compared({"task": "token-classification"}, columns, outside,
+    found = compared({"task": "token-classification"}, columns, tagged(*outside),
                      ["B-LOC", "B-PER", "I-PER", "O"])  # fmt: skip
     none = {"precision": 0, "recall": 0, "f1": 0, "support": 1}
     assert found["classes"] == {"LOC": none, "PER": none}
@@ -66,10 +70,11 @@ def test_chunks_are_classes_by_their_type_and_words_by_their_label():
                                  "f1": 0}  # fmt: skip
     assert found["note"] == "predicts only 'O'"
     columns["tags"] = outside
-    found = compared({"task": "token-classification"}, columns, outside, ["B-LOC", "O"])
+    found = compared({"task": "token-classification"}, columns, tagged(*outside), ["B-LOC", "O"])
     assert "classes" not in found and "note" not in found
     columns["tags"] = [["N", "V", "V", "V"], ["N"]]
-    found = compared({"task": "token-classification"}, columns, columns["tags"], ["N", "V"])
+    results = tagged(*columns["tags"])
+    found = compared({"task": "token-classification"}, columns, results, ["N", "V"])
     assert {name: figures["support"] for name, figures in found["classes"].items()} == {
         "N": 2, "V": 3
     }  # fmt: skip
@@ -119,7 +124,7 @@ def test_mistakes_with_their_texts_are_no_more_than_is_said_and_no_longer():
 
 def test_mistakes_of_words_choices_numbers_and_answers():
     tags = [["B-PER", "O", "O"], ["O", "B-LOC"], ["O"]]
-    given = [["B-PER", "O", "O"], ["B-LOC", "O"], ["B-LOC"]]
+    given = tagged(["B-PER", "O", "O"], ["B-LOC", "O"], ["B-LOC"])
     columns = {"words": [["Ann", "is", "in"], ["in", "Rome"], ["in"]], "tags": tags}
     found = wrong({"task": "token-classification"}, columns, given, ["B-LOC", "B-PER", "O"])
     assert found["wrong"] == 2 and found["classes"]["PER"]["f1"] == 1

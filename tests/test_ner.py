@@ -128,7 +128,7 @@ def test_labels_that_are_numbers_become_text(tmp_path):
     task = token_task()
     examples = task.read(file_source(file))
     assert task.find_labels(examples) == ["0", "1"]
-    assert task.metrics([["1", "0"]], examples, ["0", "1"])["f1"] == 1
+    assert task.metrics([{"tags": ["1", "0"]}], examples, ["0", "1"])["f1"] == 1
 
 
 def test_chunks_that_begin_with_inside_are_kept_counted_and_scored(tmp_path):
@@ -141,7 +141,7 @@ def test_chunks_that_begin_with_inside_are_kept_counted_and_scored(tmp_path):
     assert list(examples.remarks.values()) == [3]
     assert "begin with I-, as in IOB1" in next(iter(examples.remarks))
     as_iob2 = ["B-PER", "I-PER", "B-PER", "O", "B-LOC", "B-PER"]
-    scores = task.metrics([as_iob2], examples, task.find_labels(examples))
+    scores = task.metrics([{"tags": as_iob2}], examples, task.find_labels(examples))
     assert scores["precision"] == scores["recall"] == scores["f1"] == 1
     assert scores["accuracy"] == pytest.approx(3 / 6)
 
@@ -158,7 +158,8 @@ def test_chunk_scores_are_those_that_seqeval_publishes(tmp_path):
     file = tmp_path / "data.txt"
     file.write_text("".join(f"a {tag}\n" if tag else "\n" for tag in re.split("[ \n]", true)))
     predicted = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
-    scores = task.metrics(predicted, task.read(file_source(file)), ["B-PER", "O"])
+    results = [{"tags": tags} for tags in predicted]
+    scores = task.metrics(results, task.read(file_source(file)), ["B-PER", "O"])
     assert scores == {"accuracy": 0.8, "precision": 0.5, "recall": 0.5, "f1": 0.5}
 
 
@@ -168,9 +169,10 @@ def test_last_and_only_words_of_chunks_end_them(tmp_path):
     task = token_task()
     examples = task.read(file_source(write_tagged(tmp_path / "data.txt", sentence)))
     predicted = ["B-PER", "L-PER", "O", "U-PER"]
-    scores = task.metrics([predicted], examples, ["B-PER", "L-PER", "O", "U-PER"])
+    scores = task.metrics([{"tags": predicted}], examples, ["B-PER", "L-PER", "O", "U-PER"])
     assert (scores["precision"], scores["recall"]) == (1, pytest.approx(2 / 3))
-    entities = task.describe(examples.table[0], examples.table[0]["tags"])["entities"]
+    result = {"tags": examples.table[0]["tags"], "scores": [None] * 4}
+    entities = task.describe(examples.table[0], result)["entities"]
     assert [entity["text"] for entity in entities] == ["Anna Berg", "Bob", "Kay"]
 
 
@@ -217,6 +219,6 @@ def test_truncation_inside_a_long_word_shifts_no_label(tmp_path):
     assert features.truncated == 1
     assert len(row["labels"]) == len(row["input_ids"]) == 20
     assert row["labels"] == [-100, 1, -100, -100, -100, 2, *[-100] * 14]
-    (result,) = task.results([[1, 2]], features, labels)
-    assert result == ["B-PER", "O", "O"]
+    (result,) = task.results([[(1, 0.5), (2, 0.5)]], features, labels)
+    assert result == {"tags": ["B-PER", "O", "O"], "scores": [0.5, 0.5, None]}
     assert task.metrics([result], examples, labels)["recall"] == 0.5

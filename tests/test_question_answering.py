@@ -156,12 +156,12 @@ def test_other_bad_files_are_one_clear_error(tmp_path):
     for name, content, message in (
         ("a.json", '{"data": [{"title": "t"}]}', "as in SQuAD's files"),
         ("b.json", '{"data": []}', "empty data set"),
-        ("c.json", '{"data": ', "cannot be read as JSON"),
+        ("c.json", '{"data": ', "cannot be read as json: line 1: broken JSON"),
         ("d.json.gz", "no gzip", "cannot be read"),
         ("e.json", "", "empty data set"),
         ("f.json", "[1]", "row 1: expected an object"),
         ("g.jsonl", '{"question": "a"}\n', "context_column: expected a column of"),
-        ("h.txt", "a", "expected .json, .json.gz, .jsonl or .parquet"),
+        ("h.txt", "a", "expected .csv, .tsv, .json, .jsonl or .parquet"),
     ):
         (tmp_path / name).write_text(content)
         with pytest.raises(ValueError, match=message) as raised:

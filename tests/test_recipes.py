@@ -10,7 +10,7 @@ from ptv2_fast import cli
 from ptv2_fast.cli.parser import run_config
 from ptv2_fast.cli.tasks import plain_command, rows_of
 from ptv2_fast.recipes import load_recipe, read_recipe, recipes
-from ptv2_fast.recipes.published import all_figures, published
+from ptv2_fast.recipes.published import published, published_scores
 from ptv2_fast.tasks.benchmarks import BENCHMARKS
 from ptv2_fast.training.options import RunConfig
 from tests import conll_files, squad_files, superglue_files
@@ -164,12 +164,12 @@ def test_published_figures_name_their_source_and_whether_it_was_compared():
 
 
 def test_figures_are_of_known_data_sets_metrics_and_splits():
-    for figure in all_figures():
+    for figure in published_scores():
         benchmark = BENCHMARKS[figure.task]
         assert figure.metric in benchmark.metrics, figure
         assert figure.split in benchmark.files, figure
         assert 0 < figure.value <= 100
-        assert len([f for f in all_figures() if f == figure]) == 1
+        assert len([f for f in published_scores() if f == figure]) == 1
 
 
 def listed(capsys, *words: str) -> str:
@@ -182,7 +182,7 @@ def test_tasks_lists_a_command_for_every_row_and_every_recipe(capsys):
     assert max(map(len, text.splitlines())) <= 80
     commands = text.replace("\\\n", " ").split("\n")
     commands = [line.split() for line in commands if line.startswith("    ptv2-fast")]
-    rows = {(f.task, f.model, f.head) for f in all_figures() if f.source.startswith("Table")}
+    rows = {(f.task, f.model, f.head) for f in published_scores() if f.source.startswith("Table")}
     assert len(rows) == 8 * 4 + 7 * 3 + 5  # the linear head of Table 4 is in Table 2 but for SST-2
     for task, model, head in rows:
         output = f"runs/{task}-{model}{'-lm' if head == 'lm' else ''}"

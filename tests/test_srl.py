@@ -116,8 +116,8 @@ def test_truncation_cuts_the_sentence_and_leaves_the_verb(tokenizer):
     assert row["labels"] == [-100, 4, -100, 0, -100, -100, -100]
     assert features.truncated == 1
     task = role_task()
-    (result,) = task.results([[4, 0]], features, LABELS)
-    assert result == ["O", "B-ARG0", "O", "O", "O", "O"]
+    (result,) = task.results([[(4, 0.5), (0, 0.5)]], features, LABELS)
+    assert result["tags"] == ["O", "B-ARG0", "O", "O", "O", "O"]
     scores = task.metrics([result], features.examples, LABELS)
     assert scores["precision"] == 1
     assert scores["recall"] == pytest.approx(1 / 3)
@@ -133,7 +133,7 @@ def test_scores_with_and_without_the_verb_against_hand_counts():
     predicted = ["B-ARG0", "B-V", "B-ARGM-LOC", "O", "O", "B-ARG1"]
     task = role_task()
     examples = examples_of(list("abcdef"), 1, true)
-    assert task.metrics([predicted], examples, LABELS) == {
+    assert task.metrics([{"tags": predicted}], examples, LABELS) == {
         "accuracy": pytest.approx(4 / 6),
         "precision": 0.5,
         "recall": 0.5,

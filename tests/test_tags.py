@@ -57,10 +57,11 @@ def test_chunks_are_scored_in_every_scheme(tmp_path, name):
     examples = task.read(file_source(write_tags(tmp_path / "data.txt", tags)))
     labels = task.find_labels(examples)
     predicted = [*tags[:6], outside, outside]
-    scores = task.metrics([predicted], examples, labels)
+    scores = task.metrics([{"tags": predicted}], examples, labels)
     assert scores["precision"] == scores["recall"] == scores["f1"] == pytest.approx(2 / 3)
     assert "whole chunks" in task.titles(labels)["f1"]
-    entities = task.describe({"words": [f"w{i}" for i in range(8)]}, tags, labels)["entities"]
+    result = {"tags": tags, "scores": [None] * 8}
+    entities = task.describe({"words": [f"w{i}" for i in range(8)]}, result, labels)["entities"]
     assert [entity["text"] for entity in entities] == ["w0 w1", "w2", "w4 w5 w6"]
 
 
@@ -103,7 +104,7 @@ def test_macro_f1_counts_only_labels_that_occur():
     table = examples.table.add_column("tags", words)
     examples = type(examples)(examples.source, table)
     labels = ["ADJ", "NOUN", "VERB", "X"]
-    assert task.metrics(words, examples, labels)["f1"] == 1
+    assert task.metrics([{"tags": words[0]}], examples, labels)["f1"] == 1
     text = make_task(DataOptions(task="text-classification"))
     table = table.add_column("label", ["good"])
     examples = type(examples)(examples.source, table)
@@ -263,15 +264,18 @@ def test_predictions_keep_to_the_scheme_where_that_is_asked_for():
     logits[0, 3] = torch.tensor([0.0, 5.0, 0.0])  # I-PER after O
     outputs = SimpleNamespace(logits=logits)
     task = token_task(decoding="viterbi")
-    found = task.predictions(outputs, batch, labels)
-    assert found == [[0, 1], [2]]
-    sure = task.certainty(outputs, batch, found)
-    assert sure[0] == [logits[0, 1].softmax(0)[0], logits[0, 3].softmax(0)[1]]
+
+    def numbers(task, labels=labels):
+        return [[number for number, _ in row] for row in task.predictions(outputs, batch, labels)]
+
+    assert numbers(task) == [[0, 1], [2]]
+    sure = [score for _, score in task.predictions(outputs, batch, labels)[0]]
+    assert sure == [logits[0, 1].softmax(0)[0], logits[0, 3].softmax(0)[1]]
     counted = token_task()
     counted.remember({"labels": labels, "transitions": {"B-PER": {"I-PER": 1}}})
-    assert counted.predictions(outputs, batch, labels) == found
+    assert numbers(counted) == [[0, 1], [2]]
     argmax = token_task(decoding="argmax")
     argmax.affinity = counted.affinity
     for plain in (token_task(), argmax, token_task(decoding="viterbi", tag_scheme="words")):
-        assert plain.predictions(outputs, batch, labels) == [[2, 1], [2]]
-    assert task.predictions(outputs, batch, ["ADJ", "NOUN", "VERB"]) == [[2, 1], [2]]
+        assert numbers(plain) == [[2, 1], [2]]
+    assert numbers(task, ["ADJ", "NOUN", "VERB"]) == [[2, 1], [2]]

@@ -195,10 +195,11 @@ def test_metrics_against_hand_counts():
     labels = ["B-LOC", "B-PER", "I-PER", "O"]
     examples = examples_of(tags=[["B-PER", "I-PER", "O", "B-LOC"]])
     # One chunk of two is right; the other chunk is cut short.
-    scores = token_task().metrics([["B-PER", "O", "O", "B-LOC"]], examples, labels)
+    scores = token_task().metrics([{"tags": ["B-PER", "O", "O", "B-LOC"]}], examples, labels)
     assert scores == {"accuracy": 0.75, "precision": 0.5, "recall": 0.5, "f1": 0.5}
     examples = examples_of(tags=[["NOUN", "VERB", "NOUN"]])
-    scores = token_task().metrics([["NOUN", "VERB", "VERB"]], examples, ["NOUN", "VERB"])
+    results = [{"tags": ["NOUN", "VERB", "VERB"]}]
+    scores = token_task().metrics(results, examples, ["NOUN", "VERB"])
     assert scores["f1"] == pytest.approx((2 / 3 + 2 / 3) / 2)
     results = [{"label": label} for label in ("no", "no", "yes")]
     examples = examples_of(label=["no", "yes", "yes"])
@@ -223,11 +224,10 @@ def test_words_that_were_cut_off_belong_to_no_entity_and_count_as_missed(tmp_pat
     file, labels = write_conll(tmp_path / "data.txt", 1), ["B-LOC", "B-PER", "O"]
     task = token_task()
     features = task.featurize(task.read(file_source(file)), tokenizer, labels, max_length=5)
-    (result,) = task.results([[1, 2, 2]], features, labels)
-    assert result == ["B-PER", "O", "O", "O", "O"]
+    (result,) = task.results([[(1, 0.75), (2, 0.5), (2, 0.25)]], features, labels)
+    assert result["tags"] == ["B-PER", "O", "O", "O", "O"]
     assert task.metrics([result], features.examples, labels)["recall"] == 0.5
-    (scores,) = task.scores([[0.75, 0.5, 0.25]], features)
-    described = task.describe(features.examples.table[0], result, labels, scores)
+    described = task.describe(features.examples.table[0], result, labels)
     assert described["scores"] == [0.75, 0.5, 0.25, None, None]
     place = {"first": 0, "last": 0, "start": 0, "end": 4}
     assert described["entities"] == [{"type": "PER", "text": "Anna", **place, "score": 0.75}]
@@ -294,10 +294,10 @@ def test_predictions_pick_the_labelled_positions():
     logits = torch.tensor([[[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]]])
     outputs, batch = SimpleNamespace(logits=logits), {"labels": torch.tensor([[-100, 0, 0]])}
     task = token_task()
-    assert task.predictions(outputs, batch, ["O", "B-X"]) == [[0, 1]]
-    assert task.certainty(outputs, batch, [[0, 0]]) == [
-        pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(3))])
-    ]
+    (row,) = task.predictions(outputs, batch, ["O", "B-X"])
+    assert [number for number, _ in row] == [0, 1]
+    sure = [1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-3))]
+    assert [score for _, score in row] == pytest.approx(sure)
 
 
 BAD_FILES = {

@@ -11,6 +11,7 @@ from torch import nn
 import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.tasks import DataOptions, make_task
+from ptv2_fast.tasks.features import TaskTokenizer
 from ptv2_fast.tasks.verbalizer import MaskReader, find_word_ids, read_verbalizer
 from ptv2_fast.training.baselines import trained_tensors
 from ptv2_fast.training.methods import prepare_model
@@ -51,7 +52,7 @@ def cloze_task(**changes):
 
 def tokens_of(task, tokenizer, max_length=24, **texts) -> tuple[list[str], bool]:
     rows = {name: [text] for name, text in texts.items()}
-    encoding, (cut,) = task.encode(rows, tokenizer, max_length)
+    encoding, (cut,) = task.encode(rows, TaskTokenizer(tokenizer, max_length))
     return tokenizer.convert_ids_to_tokens(encoding["input_ids"][0]), cut
 
 

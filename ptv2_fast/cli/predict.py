@@ -10,10 +10,9 @@ from ptv2_fast.cli.parser import BadInput, add_command, checked, quieten
 from ptv2_fast.cli.score import (
     add_scoring_options,
     as_json,
-    check_batch_size,
-    check_new,
     column_changes,
     load,
+    new_file,
 )
 from ptv2_fast.tasks.sources import Source, Stream, file_source
 from ptv2_fast.training import output
@@ -52,23 +51,23 @@ def add(commands: Any) -> None:
 
 
 def _predict(options: dict[str, Any]) -> None:
-    file = None if options["output"] is None else Path(options["output"])
-    if file is not None:
-        checked(check_new, file)
-    check_batch_size(options)
+    file = new_file(options)
     source = _source(options)
     # Lines that are printed on the same terminal show how far it is.
     shown = False if file is None and sys.stdout.isatty() else None
     if options["adapter"]:
         if options["run"] is not None:
             raise BadInput("run: expected --run or --adapter, got both")
-        found = _of_adapters(options, source, shown)
+        predictions = _of_adapters(options, source, shown)
     elif options["run"] is None:
         raise BadInput("run: expected --run, or --adapter name=folder")
     else:
-        found = _of_run(options, source, shown)
-    with _writing(file) as lines:
-        _write(found, lines)
+        predictions = _of_run(options, source, shown)
+    place: contextlib.AbstractContextManager[IO[str]] = contextlib.nullcontext(sys.stdout)
+    with place if file is None else output.new_text(file) as lines:
+        while (part := checked(next, predictions, None)) is not None:
+            lines.writelines(f"{as_json(line)}\n" for line in part)
+            lines.flush()
 
 
 def _of_run(
@@ -126,23 +125,3 @@ def _lines_of_stdin() -> Iterator[str]:
     for number, line in enumerate(sys.stdin):
         text = line.rstrip("\r\n")
         yield text if number else text.removeprefix("\ufeff")
-
-
-@contextlib.contextmanager
-def _writing(file: Path | None) -> Iterator[IO[str]]:
-    if file is None:
-        yield sys.stdout
-        return
-    with output.new_text(file) as lines:
-        yield lines
-
-
-def _write(found: Iterator[list[dict[str, Any]]], lines: IO[str]) -> None:
-    """Write predictions as they come.
-
-    Raises:
-        BadInput: when what they are of cannot be read.
-    """
-    while (part := checked(next, found, None)) is not None:
-        lines.writelines(f"{as_json(line)}\n" for line in part)
-        lines.flush()

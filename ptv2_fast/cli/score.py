@@ -31,17 +31,14 @@ def add(commands: Any) -> None:
 
 
 def add_scoring_options(parser: argparse.ArgumentParser) -> None:
-    """How much runs together, and where the data differ from what a run was trained on."""
+    """--batch-size, and where the data differ from what a run was trained on."""
     parser.add_argument("--batch-size", type=int, default=32, help="default: 32")
     group = parser.add_argument_group("where the data differs from the run's training data")
     add_options(group, DataOptions, _COLUMN_OPTIONS)
 
 
 def _evaluate(options: dict[str, Any]) -> None:
-    file = None if options["output"] is None else Path(options["output"])
-    if file is not None:
-        checked(check_new, file)
-    check_batch_size(options)
+    file = new_file(options)
     run = load(Path(options["run"]), options)
     batch_size = options["batch_size"]
     from ptv2_fast.training.scoring import evaluate_file
@@ -56,22 +53,26 @@ def _evaluate(options: dict[str, Any]) -> None:
     print(json.dumps(scores, indent=2, ensure_ascii=False))
 
 
-def check_new(file: Path) -> None:
-    """Raise a ValueError unless a file can be written that is not there yet."""
-    output.check_place(file.absolute().parent)
+def new_file(options: dict[str, Any]) -> Path | None:
+    """What --output names.
+
+    Raises:
+        BadInput: for what is there already or cannot be written, and for a bad --batch-size.
+    """
+    if options["batch_size"] < 1:
+        raise BadInput(f"batch_size: expected an integer >= 1, got {options['batch_size']}")
+    if options["output"] is None:
+        return None
+    file = Path(options["output"])
+    checked(output.check_place, file.absolute().parent)
     if file.exists() or not file.absolute().parent.is_dir():
-        raise ValueError(f"output: expected a new file in a folder, got {str(file)!r}")
+        raise BadInput(f"output: expected a new file in a folder, got {str(file)!r}")
+    return file
 
 
 def as_json(line: dict[str, Any]) -> str:
     """A prediction as it is printed."""
     return json.dumps(line, ensure_ascii=False)
-
-
-def check_batch_size(options: dict[str, Any]) -> None:
-    """Raise BadInput for one that is no size."""
-    if options["batch_size"] < 1:
-        raise BadInput(f"batch_size: expected an integer >= 1, got {options['batch_size']}")
 
 
 def load(folder: Path, options: dict[str, Any]) -> Any:

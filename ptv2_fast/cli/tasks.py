@@ -3,12 +3,12 @@
 import dataclasses
 import json
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from ptv2_fast.cli.parser import BadInput, add_command
 from ptv2_fast.recipes import load_recipe, recipes
-from ptv2_fast.recipes.published import COLUMNS, TITLES, Figure, all_figures
+from ptv2_fast.recipes.published import COLUMNS, TITLES, PublishedScore, published_scores
 from ptv2_fast.tasks.benchmarks import BENCHMARKS, Benchmark
 from ptv2_fast.tasks.hints import hint
 
@@ -33,7 +33,7 @@ These commands give the column PT-2. For the others add
   PT      --method prompt-tuning --learning-rate 0.1, or --method p-tuning-v1
   MPT-2   --start-from RUN --init normal, RUN being made by
           `ptv2-fast multitask` from the data sets of the family
-`ptv2-fast tasks NAME` shows one data set or recipe, with published figures.
+`ptv2-fast tasks NAME` shows one data set or recipe, with published scores.
 """
 
 
@@ -42,7 +42,6 @@ class Row:
     """One row of a table of the paper for one model: `words` is its command."""
 
     table: str
-    task: str
     model: str
     words: tuple[str, ...]
     recipe: str | None = None
@@ -76,42 +75,35 @@ def _tasks(options: dict[str, Any]) -> None:
 
 def rows_of(task: str) -> list[Row]:
     """The rows of the paper's tables for one data set, in the paper's order."""
-    rows = []
-    keys = dict.fromkeys((f.source, f.task, f.model, f.head) for f in all_figures())
-    for table, name, model, head in keys:
-        if name == task and table in _TABLES:
-            rows.append(_row(table, task, model, head))
-    return rows
+    scores = [s for s in published_scores() if s.task == task and s.source in _TABLES]
+    keys = dict.fromkeys((s.source, s.model, s.head) for s in scores)
+    return [_row(BENCHMARKS[task], *key) for key in keys]
 
 
-def _row(table: str, task: str, model: str, head: str) -> Row:
-    own = f"{task}-{model}"
-    if own in recipes():
-        words = ["train", "--recipe", own]
-    else:
-        preset = _PRESETS[BENCHMARKS[task].family]
-        words = ["train", "--recipe", preset, "--task", task]
-        words += ["--model", _HUB.get(model, model)]
-        if preset == "preset-tagging-large":  # the paper's figures are of each word's best label
+def _row(benchmark: Benchmark, table: str, model: str, head: str) -> Row:
+    own = f"{benchmark.name}-{model}"
+    recipe, preset = own if own in recipes() else None, _PRESETS[benchmark.family]
+    words = [recipe or preset]
+    if recipe is None:
+        words += ["--task", benchmark.name, "--model", _HUB.get(model, model)]
+        if preset == "preset-tagging-large":  # the paper's scores are of each word's best label
             words += ["--decoding", "argmax"]
-    output = f"runs/{own}"
     if head == "lm":
         words += ["--head", "lm"]
-        output += "-lm"
-    words += [*_data_dir(BENCHMARKS[task]), "--output", output]
-    return Row(table, task, model, tuple(words), own if own in recipes() else None)
+        own += "-lm"
+    return Row(table, model, _train(benchmark, own, *words), recipe)
 
 
 def plain_command(benchmark: Benchmark) -> tuple[str, ...]:
     """The command of a data set that the paper does not have."""
     preset, name = _PRESETS[benchmark.family], benchmark.name
-    folder = _data_dir(benchmark)
-    return ("train", "--recipe", preset, "--task", name, *folder, "--output", f"runs/{name}")
+    return _train(benchmark, name, preset, "--task", name)
 
 
-def _data_dir(benchmark: Benchmark) -> tuple[str, ...]:
-    """What a command needs where the data are not on the hub."""
-    return () if benchmark.hub else ("--data-dir", f"data/{benchmark.name}")
+def _train(benchmark: Benchmark, run: str, recipe: str, *words: str) -> tuple[str, ...]:
+    """A command with what is needed where the data are not on the hub."""
+    folder = () if benchmark.hub else ("--data-dir", f"data/{benchmark.name}")
+    return ("train", "--recipe", recipe, *words, *folder, "--output", f"runs/{run}")
 
 
 def _data_of(benchmark: Benchmark) -> str:
@@ -131,21 +123,17 @@ def _as_json(name: str | None) -> dict[str, Any]:
 def _task_json(benchmark: Benchmark) -> dict[str, Any]:
     name = benchmark.name
     rows = [
-        {
-            "table": row.table,
-            "model": row.model,
-            "recipe": row.recipe,
-            "command": ["ptv2-fast", *row.words],
-        }
+        {"table": row.table, "model": row.model, "recipe": row.recipe,
+         "command": ["ptv2-fast", *row.words]}
         for row in rows_of(name)
-    ]
-    figures = [dataclasses.asdict(f) for f in all_figures() if f.task == name]
+    ]  # fmt: skip
+    scores = [dataclasses.asdict(f) for f in published_scores() if f.task == name]
     kept = ("name", "title", "suite", "family", "metrics", "templates", "hub", "files", "options")
     return {
         **{key: getattr(benchmark, key) for key in kept},
         "command": ["ptv2-fast", *plain_command(benchmark)],
         "rows": rows,
-        "published": figures,
+        "published": scores,
     }
 
 
@@ -159,16 +147,16 @@ def _overview() -> Iterator[str]:
             rows = [row for row in rows_of(name) if row.table == table]
             if rows:
                 yield ""
-                yield from _facts(benchmark)
-                yield from _commands(rows)
+                yield from _summary(benchmark)
+                yield from _commands(row.words for row in rows)
         yield ""
     yield "Not in the paper's tables"
-    in_paper = {figure.task for figure in all_figures()}
+    in_paper = {score.task for score in published_scores()}
     for benchmark in BENCHMARKS.values():
         if benchmark.name not in in_paper:
             yield ""
-            yield from _facts(benchmark)
-            yield from _command(plain_command(benchmark))
+            yield from _summary(benchmark)
+            yield from _commands([plain_command(benchmark)])
     yield ""
     yield "Recipes, for --recipe"
     yield ""
@@ -178,31 +166,26 @@ def _overview() -> Iterator[str]:
     yield from _NOTE.splitlines()
 
 
-def _facts(benchmark: Benchmark) -> Iterator[str]:
-    facts = [benchmark.title, benchmark.suite, benchmark.family, ", ".join(benchmark.metrics)]
+def _summary(benchmark: Benchmark) -> Iterator[str]:
+    about = [benchmark.title, benchmark.suite, benchmark.family, ", ".join(benchmark.metrics)]
     if len(benchmark.templates) > 1:
-        facts.append(f"templates {', '.join(benchmark.templates)}")
-    yield from _wrap(f"{benchmark.name:<11} {' · '.join(facts)}", 14, first=2)
+        about.append(f"templates {', '.join(benchmark.templates)}")
+    yield from _wrap(f"{benchmark.name:<11} {' · '.join(about)}", 14, first=2)
     yield from _wrap(_data_of(benchmark), 14)
 
 
-def _commands(rows: list[Row]) -> Iterator[str]:
-    for words in dict.fromkeys(row.words for row in rows):
-        yield from _command(words)
-
-
-def _command(words: tuple[str, ...]) -> Iterator[str]:
-    """A command to copy: lines that are too long go on after a backslash."""
-    # An option and its value stay on one line.
-    parts = " ".join(("ptv2-fast", *words)).replace(" --", "\n--").split("\n")
-    line = " " * 4 + parts[0]
-    for part in parts[1:]:
-        if len(line) + 1 + len(part) > _WIDTH - 2:
-            yield f"{line} \\"
-            line = " " * 8 + part
-        else:
-            line += f" {part}"
-    yield line
+def _commands(commands: Iterable[tuple[str, ...]]) -> Iterator[str]:
+    """Commands to copy: lines that are too long go on after a backslash."""
+    for words in dict.fromkeys(commands):
+        # An option and its value stay on one line.
+        line, *parts = " ".join((" " * 3, "ptv2-fast", *words)).replace(" --", "\n--").split("\n")
+        for part in parts:
+            if len(line) + 1 + len(part) > _WIDTH - 2:
+                yield f"{line} \\"
+                line = " " * 8 + part
+            else:
+                line += f" {part}"
+        yield line
 
 
 def _wrap(text: str, indent: int, first: int | None = None) -> list[str]:
@@ -238,17 +221,16 @@ def _task(name: str) -> Iterator[str]:
         given = ", ".join(f"{key} {value}" for key, value in benchmark.options.items())
         yield from _wrap("defaults    " + given, 14, first=2)
     yield "  commands"
-    rows = rows_of(name)
-    yield from _commands(rows) if rows else _command(plain_command(benchmark))
-    if figures := [figure for figure in all_figures() if figure.task == name]:
-        yield from _figures(figures)
+    yield from _commands([row.words for row in rows_of(name)] or [plain_command(benchmark)])
+    if scores := [score for score in published_scores() if score.task == name]:
+        yield from _scores(scores)
 
 
-def _figures(figures: list[Figure]) -> Iterator[str]:
+def _scores(scores: list[PublishedScore]) -> Iterator[str]:
     yield "  published, in percent; ? = not compared with a written source"
     yield " " * 4 + f"{'':<46}" + "".join(f"{column:>7}" for column in COLUMNS)
     table: dict[str, dict[str, str]] = {}
-    for f in figures:
+    for f in scores:
         head = ", lm head" if f.head == "lm" else ""
         split = "" if f.split == "validation" else f" {f.split}"
         source = f.source.split(" ")[0] if f.source not in _TABLES else f.source
@@ -265,4 +247,4 @@ def _recipe(name: str) -> Iterator[str]:
     for option, value in recipe.options.items():
         yield f"  {option}: {json.dumps(value)}"
     if "task" in recipe.options:
-        yield from _command(("train", "--recipe", name, "--output", f"runs/{name}"))
+        yield from _commands([("train", "--recipe", name, "--output", f"runs/{name}")])

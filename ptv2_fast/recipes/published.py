@@ -1,4 +1,4 @@
-"""Figures that the P-Tuning v2 paper and its authors' repository print, from published.yaml.
+"""Scores that the P-Tuning v2 paper and its authors' repository print, from published.yaml.
 
 Only the standard library and yaml are imported.
 """
@@ -37,9 +37,9 @@ _HUB_NAMES = {
 _README = "README of THUDM/P-tuning-v2"
 
 
-@dataclass(frozen=True)
-class Figure:
-    """One printed figure.
+@dataclass(frozen=True, kw_only=True)
+class PublishedScore:
+    """One printed score.
 
     Attributes:
         task: name of the published data set.
@@ -58,8 +58,8 @@ class Figure:
     model: str
     column: str
     metric: str
-    split: str
-    head: str
+    split: str = "validation"
+    head: str = "linear"
     value: float
     source: str
     verified: bool
@@ -75,8 +75,8 @@ def model_size(model: str) -> str | None:
     return _HUB_NAMES.get(model.rstrip("/").rpartition("/")[2].lower())
 
 
-def published(task: str, model: str) -> list[Figure]:
-    """The figures for a data set and a model, the paper's before the README's.
+def published(task: str, model: str) -> list[PublishedScore]:
+    """The scores for a data set and a model, the paper's before the README's.
 
     Args:
         task: name of a published data set, as "rte".
@@ -86,31 +86,24 @@ def published(task: str, model: str) -> list[Figure]:
         Every method, metric, split and source; empty where nothing was published.
     """
     size = model_size(model)
-    return [figure for figure in all_figures() if (figure.task, figure.model) == (task, size)]
+    return [score for score in published_scores() if (score.task, score.model) == (task, size)]
 
 
 @functools.cache
-def all_figures() -> tuple[Figure, ...]:
-    """Every figure, in the order of the paper's tables, then the README's."""
+def published_scores() -> tuple[PublishedScore, ...]:
+    """Every score, in the order of the paper's tables, then the README's."""
     content = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
     sources = {**content["paper"], _README: content["readme"]}
     return tuple(
-        figure for source, rows in sources.items() for row in rows for figure in _of(row, source)
+        score for source, rows in sources.items() for row in rows for score in _of_row(row, source)
     )
 
 
-def _of(row: dict[str, Any], source: str) -> Iterator[Figure]:
-    for column in COLUMNS:
-        if column in row:
-            yield Figure(
-                task=row["task"],
-                model=row["model"],
-                column=column,
-                metric=row["metric"],
-                split=row.get("split", "validation"),
-                head=row.get("head", "linear"),
-                value=row[column],
-                source=source,
-                verified=source == _README or column in row.get("confirmed", ()),
-                best_epoch=row.get("best_epoch"),
-            )
+def _of_row(row: dict[str, Any], source: str) -> Iterator[PublishedScore]:
+    row = dict(row)
+    verified = COLUMNS if source == _README else row.pop("confirmed", ())
+    values = {column: row.pop(column) for column in COLUMNS if column in row}
+    for column, value in values.items():
+        yield PublishedScore(
+            **row, column=column, value=value, source=source, verified=column in verified
+        )

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 from ptv2_fast.serving.batching import Row
 from ptv2_fast.serving.errors import RequestError, unknown_adapter, unloaded
 from ptv2_fast.serving.shapes import Prediction
-from ptv2_fast.tasks.columns import Columns
+from ptv2_fast.tasks.memory_table import MemoryTable
 from ptv2_fast.tasks.multiple_choice import MultipleChoice
 from ptv2_fast.tasks.sources import Part, Source
 from ptv2_fast.tasks.task import Examples, Features
@@ -93,7 +93,8 @@ class BankEngine:
             features = _features([typed[place] for place in own], run, own, truncate)
             for index, place in enumerate(own):
                 one = features.take([index])
-                rows[place] = Row(name, _lengths(one), _Content(run, one))
+                lengths = [length for row in one.input_lengths for length in row]
+                rows[place] = Row(name, lengths, _Content(run, one))
         return [rows[place] for place in range(len(texts))]
 
     def run(self, rows: Sequence[Row]) -> list[Prediction | Exception]:
@@ -184,23 +185,15 @@ def _too_long(run: BoundTask) -> RequestError:
     return RequestError(413, "validation", message + hint)
 
 
-def _lengths(features: Features) -> list[int]:
-    """Tokens of each window, or of each choice."""
-    lengths: list[int] = []
-    for ids in features.table["input_ids"][:]:
-        lengths += map(len, ids) if ids and isinstance(ids[0], list) else [len(ids)]
-    return lengths
-
-
 def _joined(features: Sequence[Features]) -> Features:
     """Those of several texts as of one group of examples."""
     if len(features) == 1:
         return features[0]
     tables = [one.table for one in features]
     counts = [len(table) for table in tables]
-    table = Columns.joined([one.remove_columns("example") for one in tables])
+    table = MemoryTable.joined([one.remove_columns("example") for one in tables])
     owners = [index for index, count in enumerate(counts) for _ in range(count)]
-    examples = Columns.joined([one.examples.table for one in features])
+    examples = MemoryTable.joined([one.examples.table for one in features])
     return Features(
         table.add_column("example", owners), Examples(features[0].examples.source, examples), 0
     )

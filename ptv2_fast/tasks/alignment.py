@@ -22,29 +22,17 @@ def align(
     """
     labels, word_indices = [], []
     for index in range(count):
-        word_ids = [
-            word if sequence == 0 else None
-            for word, sequence in zip(
-                encoding.word_ids(index), encoding.sequence_ids(index), strict=True
-            )
-        ]
-        first_of_word = _first_sub_words(word_ids)
-        numbers = [IGNORED] * len(word_ids)
-        for position, word in first_of_word:
+        places: dict[int, int] = {}  # of the first sub-word of each word
+        tokens = zip(encoding.word_ids(index), encoding.sequence_ids(index), strict=True)
+        for place, (word, sequence) in enumerate(tokens):
+            if sequence == 0:
+                places.setdefault(word, place)
+        numbers = [IGNORED] * len(encoding.word_ids(index))
+        for word, place in places.items():
             if label_numbers is None or tags is None:
-                numbers[position] = 0
+                numbers[place] = 0
             else:
-                numbers[position] = label_numbers[tags[index][word]]
+                numbers[place] = label_numbers[tags[index][word]]
         labels.append(numbers)
-        word_indices.append([word for _, word in first_of_word])
+        word_indices.append([*places])
     return {"labels": labels, "word_indices": word_indices}
-
-
-def _first_sub_words(word_ids: list[int | None]) -> list[tuple[int, int]]:
-    """(position, word) of the first sub-word of each word."""
-    before = [None, *word_ids]
-    return [
-        (position, word)
-        for position, word in enumerate(word_ids)
-        if word is not None and word != before[position]
-    ]

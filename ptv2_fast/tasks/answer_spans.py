@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from scipy.special import softmax
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,5 @@ def with_probabilities(answers: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The answers with a "probability" each: the softmax of their scores."""
     if not answers:
         return []
-    scores = np.array([answer["score"] for answer in answers])
-    weights = np.exp(scores - scores.max())
-    shares = (weights / weights.sum()).tolist()
+    shares = softmax([answer["score"] for answer in answers]).tolist()
     return [answer | {"probability": share} for answer, share in zip(answers, shares, strict=True)]

@@ -1,14 +1,14 @@
 """Labels of chunks in the schemes that are in use, and the scores of whole chunks."""
 
 import re
+import statistics
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from seqeval.metrics import classification_report
 from seqeval.metrics.sequence_labeling import get_entities, precision_recall_fscore_support
 
-from ptv2_fast.tasks.comparison import FIGURES
+from ptv2_fast.tasks.comparison import ClassScores, by_class
 
 # The parts of a chunk by the letters of IOB, BIOES, BMES, BILOU and BMEWO, as seqeval calls them.
 _PARTS = {"B": "B", "I": "I", "M": "I", "E": "E", "L": "E", "S": "S", "U": "S", "W": "S"}
@@ -114,35 +114,23 @@ def chunk_scores(
     }
 
 
-def chunk_figures(
+def chunk_class_scores(
     scheme: Scheme, true: list[list[str]], predicted: list[list[str]]
-) -> dict[str, dict[str, float]]:
+) -> ClassScores:
     """Precision, recall, F1 and support of each type of chunk, as seqeval computes them."""
     both = [[[*map(scheme.as_seqeval, tags)] for tags in rows] for rows in (true, predicted)]
     types = sorted({name for rows in both for name, _, _ in get_entities(rows)})
-    if not types:
-        return {}
-    report = classification_report(*both, output_dict=True, zero_division=0)
-    columns = ("precision", "recall", "f1-score", "support")
-    return {
-        name: {
-            figure: report[name][column].item()
-            for figure, column in zip(FIGURES, columns, strict=True)
-        }
-        for name in types
-    }
+    return by_class(types, precision_recall_fscore_support(*both, zero_division=0))
 
 
-def spans(
-    scheme: Scheme, words: list[str], tags: list[str], kind: str, marks: dict[str, Any]
-) -> list[dict[str, Any]]:
+def spans(scheme: Scheme, sentence: dict[str, list], kind: str) -> list[dict[str, Any]]:
     """The chunks of a sentence as they are printed.
 
     Args:
-        kind: the name of their type.
-        marks: `scores` of the words, of which a chunk has the mean, and their `offsets`.
+        sentence: its `words`, their `tags`, `scores`, of which a chunk has the mean, and `offsets`.
+        kind: what the type of a chunk is called.
     """
-    scores, offsets = marks["scores"], marks["offsets"]
+    words, scores, offsets = (sentence[name] for name in ("words", "scores", "offsets"))
     return [
         {
             kind: name,
@@ -153,22 +141,16 @@ def spans(
             "end": offsets[last][1],
             "score": _mean(scores[first : last + 1]),
         }
-        for name, first, last in get_entities([*map(scheme.as_seqeval, tags)])
+        for name, first, last in get_entities([*map(scheme.as_seqeval, sentence["tags"])])
     ]
 
 
 def _mean(scores: list[float | None]) -> float | None:
     known = [score for score in scores if score is not None]
-    return sum(known) / len(known) if known else None
+    return statistics.fmean(known) if known else None
 
 
 def begun_inside(scheme: Scheme, tags: list[list[str]]) -> int:
     """How many chunks begin with I-, as in IOB1."""
-    count = 0
-    for row in tags:
-        before = "O"
-        for tag in map(scheme.as_seqeval, row):
-            # A chunk goes on only after B or I of its own type.
-            count += tag[0] == "I" and (before[0] not in "BI" or before[2:] != tag[2:])
-            before = tag
-    return count
+    rows = ([*map(scheme.as_seqeval, row)] for row in tags)
+    return sum(row[first][0] == "I" for row in rows for _, first, _ in get_entities(row))

@@ -3,7 +3,7 @@
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from ptv2_fast.files import read_text
 from ptv2_fast.tasks.sources import Source
@@ -25,7 +25,11 @@ _TAG_NAME = re.compile(
 _CONLL_U_COLUMNS = 10
 _LINE_END = re.compile(r"\r*\n|\r")
 
-_Line = tuple[int, str, list[str]]  # its number from 1, its text and its columns
+
+class _Line(NamedTuple):
+    number: int  # from 1
+    text: str
+    fields: list[str]  # its columns
 
 
 def read_conll(
@@ -59,25 +63,33 @@ def read_conll(
             pages; or the file without a sentence.
     """
     blocks = _blocks(source)
-    facts = _Facts(blocks, word_column, tag_column)
+    layout = _Layout(blocks, word_column, tag_column)
     remarks: dict[str, Any] = {}
-    if blocks and facts.is_header(blocks[0][0], names):
-        remarks["header left out"] = blocks[0].pop(0)[2]
+    if blocks and layout.is_header(blocks[0][0], names):
+        remarks["header left out"] = blocks[0].pop(0).fields
     left_out: Counter[str] = Counter()
     sentences: list[list[_Line]] = []
     for block in blocks:
         lines: list[_Line] = []
         for line in block:
-            if comments and not lines and facts.is_comment(line):
+            if comments and not lines and layout.is_comment(line):
                 left_out["comments left out"] += 1
-            elif facts.is_no_word(line):
+            elif layout.is_no_word(line):
                 left_out["numbers of several tokens and of none left out"] += 1
             else:
                 lines.append(line)
         if lines:
             sentences.append(lines)
-    columns = _cells(source, sentences, facts)
     check_not_empty(source, len(sentences))
+    pairs = [
+        [_word_and_tag(source, line, lines[0], layout) for line in lines] for lines in sentences
+    ]
+    columns = {"words": [[word for word, _ in row] for row in pairs]}
+    if tag_column is not None:
+        columns["tags"] = [[tag for _, tag in row] for row in pairs]
+        for first, *_ in sentences:
+            if tag_column < 0 and len(first.fields) != layout.width:
+                raise _other_width(source, first, layout)
     return columns, remarks | left_out
 
 
@@ -93,16 +105,17 @@ def holds_columns(source: Source, words_name: str) -> bool:
     return not (several and words_name in lines[0].split("\t"))
 
 
-class _Facts:
+class _Layout:
     """What most lines of a file have: their number of columns, and their labels."""
 
     def __init__(self, blocks: list[list[_Line]], word_column: int, tag_column: int | None) -> None:
         self.word_column, self.tag_column = word_column, tag_column
-        words = [line for block in blocks for line in block if not line[1].startswith("#")]
-        widths = Counter(len(fields) for _, _, fields in words)
+        lines = (line for block in blocks for line in block)
+        words = [line.fields for line in lines if not line.text.startswith("#")]
+        widths = Counter(map(len, words))
         self.width = widths.most_common(1)[0][0] if widths else 0
-        self.tags = Counter(self.cell(fields, tag_column) for _, _, fields in words)
-        numbered = (fields[0].partition("-")[0].partition(".")[0] for _, _, fields in words)
+        self.tags = Counter(self.cell(fields, tag_column) for fields in words)
+        numbered = (fields[0].partition("-")[0].partition(".")[0] for fields in words)
         self.is_conll_u = self.width == _CONLL_U_COLUMNS and all(map(str.isdecimal, numbered))
 
     def cell(self, fields: list[str], column: int | None) -> str:
@@ -113,7 +126,7 @@ class _Facts:
 
     def is_header(self, line: _Line, names: tuple[str, ...]) -> bool:
         """Whether a line names the columns: its label is that of no other line."""
-        fields = line[2]
+        fields = line.fields
         word, tag = self.cell(fields, self.word_column), self.cell(fields, self.tag_column)
         names_word = word in names or _WORD_NAME.fullmatch(word)
         if self.tag_column is None:
@@ -133,7 +146,7 @@ class _Facts:
 
     def is_no_word(self, line: _Line) -> bool:
         """Whether a line of CoNLL-U numbers something else than a word."""
-        return self.is_conll_u and _NO_WORD.fullmatch(line[2][0]) is not None
+        return self.is_conll_u and _NO_WORD.fullmatch(line.fields[0]) is not None
 
     def is_separator(self, fields: list[str]) -> bool:
         """Whether a line draws one, as "=== page 3", with a label that no other line has."""
@@ -149,41 +162,22 @@ def _blocks(source: Source) -> list[list[_Line]]:
     for number, line in _lines(source):
         if line.strip() and not _DOCUMENT_LINE.match(line):
             fields = line.split("\t") if "\t" in line.rstrip(" \t") else at_blanks(line)
-            blocks[-1].append((number, line, fields))
+            blocks[-1].append(_Line(number, line, fields))
         elif blocks[-1]:
             blocks.append([])
     return [block for block in blocks if block]
 
 
-def _cells(source: Source, sentences: list[list[_Line]], facts: _Facts) -> dict[str, list]:
-    """The words and the tags of sentences, checked."""
-    tag_column = facts.tag_column
-    columns: dict[str, list] = {"words": [], "tags": []}
-    for lines in sentences:
-        columns["words"].append([])
-        columns["tags"].append([])
-        for line in lines:
-            word, tag = _word_and_tag(source, line, lines[0], facts)
-            columns["words"][-1].append(word)
-            columns["tags"][-1].append(tag)
-    if tag_column is None:
-        return {"words": columns["words"]}
-    for lines in sentences:
-        if tag_column < 0 and len(lines[0][2]) != facts.width:
-            raise _other_width(source, lines[0], facts)
-    return columns
-
-
-def _word_and_tag(source: Source, line: _Line, first: _Line, facts: _Facts) -> tuple[str, str]:
+def _word_and_tag(source: Source, line: _Line, first: _Line, layout: _Layout) -> tuple[str, str]:
     """The cells of a line, checked; `first` is the first line of its sentence."""
-    number, _, fields = line
-    if facts.is_separator(fields):
+    fields = line.fields
+    if layout.is_separator(fields):
         raise ValueError(
-            f"{source.name} line {number}: expected a word, got {fields}, which looks like a line "
-            "between pages; delete such lines"
+            f"{source.name} line {line.number}: expected a word, got {fields}, which looks like a "
+            "line between pages; delete such lines"
         )
-    word_column, tag_column, width = facts.word_column, facts.tag_column, len(first[2])
-    word, tag = facts.cell(fields, word_column), facts.cell(fields, tag_column)
+    word_column, tag_column, width = layout.word_column, layout.tag_column, len(first.fields)
+    word, tag = layout.cell(fields, word_column), layout.cell(fields, tag_column)
     places = range(len(fields))
     lacking = not -len(fields) <= word_column < len(fields)
     if not lacking and tag_column is None:
@@ -194,16 +188,16 @@ def _word_and_tag(source: Source, line: _Line, first: _Line, facts: _Facts) -> t
         if not lacking and tag and len(fields) == width:
             if places[tag_column] != places[word_column]:
                 return word, tag
-        if len(fields) == facts.width != width:
-            raise _other_width(source, first, facts)
+        if len(fields) == layout.width != width:
+            raise _other_width(source, first, layout)
         wanted += f" and conll_tag_column {tag_column}, {width} columns as the sentence has"
-    raise ValueError(f"{source.name} line {number}: expected {wanted}, got {fields}")
+    raise ValueError(f"{source.name} line {line.number}: expected {wanted}, got {fields}")
 
 
-def _other_width(source: Source, line: _Line, facts: _Facts) -> ValueError:
+def _other_width(source: Source, line: _Line, layout: _Layout) -> ValueError:
     return ValueError(
-        f"{source.name} line {line[0]}: expected {facts.width} columns as most lines have, got "
-        f"{line[2]}"
+        f"{source.name} line {line.number}: expected {layout.width} columns as most lines have, "
+        f"got {line.fields}"
     )
 
 

@@ -1,34 +1,48 @@
 """Rows of JSON files as they are spelt: no text becomes a date, and errors name the row."""
 
+import bisect
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow
 from datasets import Dataset
 from datasets.table import InMemoryTable
 
-from ptv2_fast.files import read_text
-
 _SHOWN = 60  # characters of a value in a message
 _DEEPEST = 30  # lists and objects in each other; Arrow's own limit is 64
 
 
-def read_json_rows(path: Path) -> Dataset:
-    """Read one object a line, a list of objects, or objects one behind the other; gzip or not.
+def json_objects(text: str) -> list[dict[str, Any]]:
+    """The objects of a JSON text: one a line, one behind the other, or in one list.
 
     Raises:
-        ValueError: naming the line or the row that is no object, is broken, is nested too deeply or
-            has a value of another type than those before it.
-        OSError: for a file that cannot be read.
+        ValueError: naming the line or the row that is no object, is broken or nested too deeply.
     """
-    rows: list[dict[str, Any]] = []
-    for where, value in _values(read_text(path)):
-        if not isinstance(value, dict):
-            raise ValueError(f"{where}: expected an object, got {_shown(value)}")
-        rows.append(value)
-    return json_table(rows, range(1, len(rows) + 1))
+    values = [*_values(text, 1)]
+    if len(values) == 1 and isinstance(values[0][1], list):
+        return [_object(f"row {row}", value) for row, value in enumerate(values[0][1], 1)]
+    return [_object(f"line {line}", value) for line, value in values]
+
+
+def json_lines(text: str, first: int) -> list[dict[str, Any]]:
+    """The objects of lines with one each, and of empty lines.
+
+    Args:
+        first: the number of the first line, for messages.
+
+    Raises:
+        ValueError: naming the line with anything else.
+    """
+    values = [*_values(text, first)]
+    for line, value in values:
+        _object(f"line {line}", value)
+    lines = [line for line, content in enumerate(text.split("\n"), first) if content.strip()]
+    begun = [line for line, _ in values]
+    if lines != begun:
+        wrong = min({*lines} ^ {*begun}, default=first)
+        raise ValueError(f"line {wrong}: expected an object in each line")
+    return [value for _, value in values]
 
 
 def json_table(rows: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Dataset:
@@ -45,56 +59,42 @@ def json_table(rows: Sequence[dict[str, Any]], numbers: Sequence[int]) -> Datase
     return Dataset(InMemoryTable(pyarrow.table(columns)))
 
 
-def load_json(text: str) -> Any:
-    """The value of a JSON text.
-
-    Raises:
-        ValueError: also where Python's reader would raise RecursionError.
-    """
-    try:
-        return json.loads(text)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _values(text: str) -> Iterator[tuple[str, Any]]:
-    """The values on the top level, or those of the list that is alone there, with their places."""
-    decoder, place, end, line = json.JSONDecoder(), 0, len(text), 1
-    values: list[tuple[str, Any]] = []
+def _values(text: str, line: int) -> Iterator[tuple[int, Any]]:
+    """The values on the top level, each with the number of the line that it begins in."""
+    decoder, place, end = json.JSONDecoder(), 0, len(text)
     while True:
-        while place < end and text[place].isspace():
+        while place < end and (text[place].isspace() or text[place] == "\ufeff"):
             line += text[place] == "\n"
             place += 1
         if place == end:
-            break
+            return
         try:
             value, after = decoder.raw_decode(text, place)
         except RecursionError:
             raise ValueError(f"line {line}: nested too deeply") from None
         except json.JSONDecodeError as error:
             raise ValueError(f"line {line}: broken JSON: {error}") from None
-        values.append((f"line {line}", value))
+        yield line, value
         line += text.count("\n", place, after)
         place = after
-    if len(values) == 1 and isinstance(values[0][1], list):
-        values = [(f"row {index}", value) for index, value in enumerate(values[0][1], 1)]
-    yield from values
+
+
+def _object(where: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where}: expected an object, got {_shown(value)}")
+    return value
 
 
 def _column(name: str, values: list, numbers: Sequence[int]) -> Any:
     """The values as an array of one type."""
     if (error := _conversion_error(values)) is None:
         return pyarrow.array(values)
-    good, bad = 0, len(values)  # so many of the first values have one type, and have not
-    while bad - good > 1:
-        middle = (good + bad) // 2
-        if _conversion_error(values[:middle]) is None:
-            good = middle
-        else:
-            bad = middle
+    # The first values, as far as they have one type.
+    counts = range(1, len(values))
+    good = bisect.bisect_left(counts, True, key=lambda n: _conversion_error(values[:n]) is not None)
     raise ValueError(
-        f"row {numbers[bad - 1]}: expected {name} to be of one type in all rows, got "
-        f"{_shown(values[bad - 1])} ({error})"
+        f"row {numbers[good]}: expected {name} to be of one type in all rows, got "
+        f"{_shown(values[good])} ({error})"
     )
 
 

@@ -1,7 +1,7 @@
 """Which of several texts goes with a text."""
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import transformers
@@ -13,18 +13,18 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from ptv2_fast.tasks.cells import parse_list
-from ptv2_fast.tasks.columns import Columns
-from ptv2_fast.tasks.comparison import share
-from ptv2_fast.tasks.one_label import OneLabel
+from ptv2_fast.tasks.examples import Examples
+from ptv2_fast.tasks.features import Collator, Features, TaskTokenizer
+from ptv2_fast.tasks.memory_table import MemoryTable
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_rows, read_table
-from ptv2_fast.tasks.task import Collator, Examples, Features, was_cut
+from ptv2_fast.tasks.task import Result, Task, confidence
+from ptv2_fast.tasks.word_tables import parse_list
 
 _NUMBERED_CHOICE = re.compile(r"choice(\d+)")
 
 
-class MultipleChoice(OneLabel):
+class MultipleChoice(Task):
     """Columns: text, choices (a list of texts, as many in every row), label (the index of the
     right one, from 0).
 
@@ -86,64 +86,43 @@ class MultipleChoice(OneLabel):
             "text": [part[0] for part in parts],
             "choices": [part[1:] for part in parts],
         }
-        examples = Examples(source, Columns(columns), unit="text")
+        examples = Examples(source, MemoryTable(columns), unit="text")
         _check_texts(examples)
         return examples
-
-    def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
-        return enumerate(examples.table["label"][:])
 
     def find_labels(self, examples: Examples) -> list[str]:
         """The indices of the choices, whether they all occur as labels or not."""
         return [str(index) for index in range(len(examples.table[0]["choices"]))]
 
-    def tokenize(
-        self,
-        rows: dict[str, list],
-        tokenizer: PreTrainedTokenizerBase,
-        label_numbers: dict[str, int] | None,
-        max_length: int,
-    ) -> dict[str, list]:
+    def tokenize(self, rows: dict[str, list], tokenizer: TaskTokenizer) -> dict[str, list]:
         """Each column holds a list per choice, so that batches are [B, choices, T]."""
-        count, choices = len(rows["text"]), len(rows["choices"][0])
+        choices = len(rows["choices"][0])
         first = [text for text in rows["text"] for _ in range(choices)]
         second = [choice for row in rows["choices"] for choice in row]
-        encoding = tokenizer(first, second, truncation=True, max_length=max_length)
-        flat = dict(encoding) | {"was_cut": was_cut(encoding, len(first))}
+        encoding, was_cut = tokenizer(first, second)
+        flat = dict(encoding) | {"was_cut": was_cut}
         columns = {
             name: [values[index : index + choices] for index in range(0, len(first), choices)]
             for name, values in flat.items()
         }
         columns["was_cut"] = [any(cut) for cut in columns["was_cut"]]
-        if label_numbers is None:
-            columns["labels"] = [0] * count
-        else:
-            columns["labels"] = [label_numbers[str(label)] for label in rows["label"]]
-        return columns
+        return columns | {"labels": self.label_column(rows, tokenizer.label_numbers)}
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         collate = DataCollatorForMultipleChoice(tokenizer)
         return lambda rows: BatchEncoding(collate(rows))
 
-    def results(
-        self, predicted: list, features: Features, labels: list[str]
-    ) -> list[dict[str, Any]]:
+    def results(self, predicted: list, features: Features, labels: list[str]) -> list[Result]:
         # Not by the labels: another file may have more choices than the training data.
         return [{"label": str(logits.index(max(logits))), "logits": logits} for logits in predicted]
 
-    def shown(self, example: dict, expected: str, result: Any) -> tuple[str, str, str]:
+    def error_texts(self, example: dict, expected: str, result: Any) -> tuple[str, str, str]:
         """The text with its choices, and of these the right one and the chosen one."""
         choices = example["choices"]
         text = " | ".join((example["text"], *choices))
         return text, choices[int(expected)], choices[int(result["label"])]
 
-    def describe(
-        self,
-        example: dict,
-        result: dict[str, Any],
-        labels: Sequence[str] = (),
-        scores: None = None,
-    ) -> dict[str, Any]:
+    def describe(self, example: dict, result: Result, labels: Sequence[str] = ()) -> Result:
         """Text, choices, and the chosen one with its probability, `score`."""
         label = result["label"]
         return {
@@ -151,7 +130,7 @@ class MultipleChoice(OneLabel):
             "choices": example["choices"],
             "label": label,
             "choice": example["choices"][int(label)],
-            "score": share(result["logits"]),
+            "score": confidence(result["logits"]),
         }
 
 
@@ -167,22 +146,17 @@ def _with_choices(table: Dataset, column: str) -> Dataset:
 
 def _check_texts(examples: Examples) -> None:
     """Check that every row has a text and at least two choices, as many as the first row."""
-    table, expected = examples.table, 0
-    for index, (text, choices) in enumerate(zip(table["text"], table["choices"], strict=True)):
-        where = examples.where(index)
-        if not isinstance(text, str) or not text.strip():
-            raise ValueError(f"{where}: expected text in text, got {text!r}")
+    expected = 0
+    for index, choices in enumerate(examples.check_text("text").table["choices"][:]):
         if not isinstance(choices, list) or not all(
             isinstance(choice, str) and choice.strip() for choice in choices
         ):
-            raise ValueError(f"{where}: expected a list of texts in choices, got {choices!r}")
+            raise examples.error(index, "a list of texts in choices", choices)
         if len(choices) < 2:
-            raise ValueError(f"{where}: expected at least two choices, got {choices}")
+            raise examples.error(index, "at least two choices", choices)
         expected = expected or len(choices)
         if len(choices) != expected:
-            raise ValueError(
-                f"{where}: expected {expected} choices, as in the first, got {len(choices)}"
-            )
+            raise examples.error(index, f"{expected} choices, as in the first", len(choices))
 
 
 def _check_indices(examples: Examples) -> None:
@@ -190,7 +164,5 @@ def _check_indices(examples: Examples) -> None:
     columns = (examples.table[name][:] for name in ("label", "choices"))
     for index, (label, choices) in enumerate(zip(*columns, strict=True)):
         if str(label) not in map(str, range(len(choices))):
-            raise ValueError(
-                f"{examples.where(index)}: expected the index of one of {len(choices)} choices as "
-                f"label, from 0, got {label!r}"
-            )
+            expected = f"the index of one of {len(choices)} choices as label, from 0"
+            raise examples.error(index, expected, label)

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 from torch import Tensor
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.answer_metrics import exact_match, normalize_answer, token_f1
 from ptv2_fast.tasks.answer_spans import (
@@ -16,11 +16,13 @@ from ptv2_fast.tasks.answer_spans import (
     find_answers,
     with_probabilities,
 )
-from ptv2_fast.tasks.columns import Columns
+from ptv2_fast.tasks.examples import Examples
+from ptv2_fast.tasks.features import Features, TaskTokenizer
+from ptv2_fast.tasks.memory_table import MemoryTable
 from ptv2_fast.tasks.question_files import read_questions, trainable
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, read_table
-from ptv2_fast.tasks.task import Collator, Examples, Features, Task
+from ptv2_fast.tasks.task import Result, Task
 
 _LABELS = ["start", "end"]  # the two columns of the head
 _NONE = "no answer"
@@ -41,6 +43,7 @@ class QuestionAnswering(Task):
     model_class = "AutoModelForQuestionAnswering"
     label_columns = ("start_positions", "end_positions")
     default_metrics = ("f1", "em")
+    has_classes = False
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
         return read_questions(source, labelled, self.options.unanswerable)
@@ -59,18 +62,15 @@ class QuestionAnswering(Task):
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Each text is a question and its context with a tab between."""
         check_not_empty(source, len(texts))
-        columns: dict[str, list] = {"id": [], "question": [], "context": []}
-        for index, text in enumerate(texts):
-            question, _, context = text.partition("\t")
-            if not question.strip() or not context.strip():
-                raise ValueError(
-                    f"{source.name} text {source.number(index)}: expected a question and its "
-                    f"context with a tab between, got {text!r}"
-                )
-            row = (str(source.number(index)), question, context)
-            for values, value in zip(columns.values(), row, strict=True):
-                values.append(value)
-        return Examples(source, Columns(columns), unit="text")
+        numbers = [str(source.number(index)) for index in range(len(texts))]
+        questions, contexts = zip(*(text.partition("\t")[::2] for text in texts), strict=True)
+        table = MemoryTable({"id": numbers, "question": questions, "context": contexts})
+        examples = Examples(source, table, unit="text")
+        for index, pair in enumerate(zip(questions, contexts, strict=True)):
+            if not all(map(str.strip, pair)):
+                expected = "a question and its context with a tab between"
+                raise examples.error(index, expected, texts[index])
+        return examples
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         return iter(())
@@ -82,20 +82,13 @@ class QuestionAnswering(Task):
     def find_labels(self, examples: Examples) -> list[str]:
         return list(_LABELS)
 
-    def tokenize(
-        self,
-        rows: dict[str, list],
-        tokenizer: PreTrainedTokenizerBase,
-        label_numbers: dict[str, int] | None,
-        max_length: int,
-    ) -> dict[str, list]:
+    def tokenize(self, rows: dict[str, list], tokenizer: TaskTokenizer) -> dict[str, list]:
         """Several rows an example; beside them, where each row's context tokens are in the text."""
-        questions, was_cut = self._questions(rows["question"], tokenizer, max_length)
-        encoding = tokenizer(
+        questions, was_cut = self._questions(rows["question"], tokenizer)
+        encoding, _ = tokenizer(
             questions,
             rows["context"],
             truncation="only_second",
-            max_length=max_length,
             stride=self.options.doc_stride,
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
@@ -109,7 +102,7 @@ class QuestionAnswering(Task):
         for row, example in enumerate(examples):
             first, starts, ends = _context_tokens(encoding.sequence_ids(row), offsets[row])
             start = end = _NO_ANSWER
-            answer = None if label_numbers is None else _target(rows, example)
+            answer = None if tokenizer.label_numbers is None else _target(rows, example)
             if answer is not None:
                 start, end = (first + token for token in _tokens_of(answer, starts, ends, -first))
             for name, value in zip(names, (first, starts, ends, start, end), strict=True):
@@ -117,15 +110,15 @@ class QuestionAnswering(Task):
         return columns
 
     def _questions(
-        self, questions: list[str], tokenizer: PreTrainedTokenizerBase, max_length: int
+        self, questions: list[str], tokenizer: TaskTokenizer
     ) -> tuple[list[str], list[bool]]:
         """The questions without blanks in front, cut where no room for a window would remain.
 
         A window needs room for the doc_stride tokens of the one before and half as many new ones.
         """
-        _check_tokenizer(tokenizer)
-        stride = self.options.doc_stride
-        special = tokenizer.num_special_tokens_to_add(pair=True)
+        _check_tokenizer(tokenizer.tokenizer)
+        stride, max_length = self.options.doc_stride, tokenizer.max_length
+        special = tokenizer.tokenizer.num_special_tokens_to_add(pair=True)
         longest = max_length - special - stride - (stride + 1) // 2
         if longest < 1:
             raise ValueError(
@@ -133,17 +126,8 @@ class QuestionAnswering(Task):
                 f"of {max_length} tokens, got {stride}"
             )
         stripped = [question.lstrip() for question in questions]
-        encoding = tokenizer(stripped, add_special_tokens=False, return_offsets_mapping=True)
-        offsets = encoding["offset_mapping"]
-        was_cut = [len(pairs) > longest for pairs in offsets]
-        cut = [
-            question[: pairs[longest - 1][1]] if too_long else question
-            for question, pairs, too_long in zip(stripped, offsets, was_cut, strict=True)
-        ]
-        return cut, was_cut
-
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return DataCollatorWithPadding(tokenizer)
+        cut = tokenizer.cut(stripped, longest, longest)
+        return cut, [*map(str.__ne__, cut, stripped)]
 
     def predictions(
         self, outputs: Any, batch: dict[str, Tensor], labels: Sequence[str]
@@ -154,9 +138,7 @@ class QuestionAnswering(Task):
         lengths = batch["attention_mask"].sum(1).tolist()
         return [row[:, :length].copy() for row, length in zip(both, lengths, strict=True)]
 
-    def results(
-        self, predicted: list, features: Features, labels: list[str]
-    ) -> list[dict[str, Any]]:
+    def results(self, predicted: list, features: Features, labels: list[str]) -> list[Result]:
         options, examples = self.options, features.examples.table
         windows: list[list[Window]] = [[] for _ in range(len(examples))]
         for example, window in zip(features.table["example"], _windows(predicted, features),
@@ -174,21 +156,18 @@ class QuestionAnswering(Task):
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
         """Exact match and word F1 of SQuAD's script; where questions may have no answer, also of
         those with and of those without one, as far as there are any."""
-        published = examples.table["answers"][:]
-        scores: dict[str, list[tuple[float, float]]] = {"": [], "has_answer_": [], "no_answer_": []}
-        for result, answers in zip(results, published, strict=True):
-            scores[""].append(both := self._matches(result, answers))
-            scores["has_answer_" if answers else "no_answer_"].append(both)
-        if not self.options.unanswerable:
-            scores = {"": scores[""]}
-        means = {kind: np.mean(values, axis=0) for kind, values in scores.items() if values}
-        named = {}
-        for kind, (f1, em) in means.items():
-            if kind == "no_answer_":
-                named["no_answer_accuracy"] = float(em)
-            else:
-                named |= {f"{kind}f1": float(f1), f"{kind}em": float(em)}
-        return named
+        published = self.expected(examples)
+        pairs = zip(results, published, strict=True)
+        matches = np.array([self._matches(result, answers) for result, answers in pairs])  # [N, 2]
+        f1, em = matches.mean(0).tolist()
+        scores = {"f1": f1, "em": em}
+        has_answer = np.array([*map(bool, published)])
+        if self.options.unanswerable and has_answer.any():
+            f1, em = matches[has_answer].mean(0).tolist()
+            scores |= {"has_answer_f1": f1, "has_answer_em": em}
+        if self.options.unanswerable and not has_answer.all():
+            scores["no_answer_accuracy"] = float(matches[~has_answer, 1].mean())
+        return scores
 
     def _matches(self, result: dict[str, Any], answers: Sequence[str]) -> tuple[float, float]:
         """Word F1 and exact match of a result."""
@@ -203,20 +182,17 @@ class QuestionAnswering(Task):
     def answers(self, results: list) -> list[str]:
         return [result["text"] or _NONE for result in results]
 
-    def constants(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
+    def constant_results(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
         """No answer, where questions may have none."""
         return {_NONE: [{"text": ""}] * len(examples)} if self.options.unanswerable else {}
 
-    def pairs(self, results: list, examples: Examples) -> tuple[list[str], list[str]]:
-        return [], []
-
-    def losses(self, results: list, examples: Examples) -> list[float]:
+    def error_sizes(self, results: list, examples: Examples) -> list[float]:
         """Where the answer does not match exactly, by the words it shares with the right ones."""
         pairs = zip(results, self.expected(examples), strict=True)
         matches = (self._matches(result, answers) for result, answers in pairs)
         return [0.0 if exact else 2.0 - f1 for f1, exact in matches]
 
-    def shown(self, example: dict, expected: list[str], result: Any) -> tuple[str, str, str]:
+    def error_texts(self, example: dict, expected: list[str], result: Any) -> tuple[str, str, str]:
         answers = " / ".join(dict.fromkeys(expected)) or _NONE
         return example["question"], answers, result["text"] or _NONE
 
@@ -227,13 +203,7 @@ class QuestionAnswering(Task):
             "em": "the part of the questions whose answer is right, after normalisation",
         }
 
-    def describe(
-        self,
-        example: dict,
-        result: dict[str, Any],
-        labels: Sequence[str] = (),
-        scores: None = None,
-    ) -> dict[str, Any]:
+    def describe(self, example: dict, result: Result, labels: Sequence[str] = ()) -> Result:
         """The answer; `score` is the sum of the logits of its start and end, `null_score` that of
         no answer. `probability` in n_best compares the n best."""
         return {

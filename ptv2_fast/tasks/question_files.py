@@ -1,19 +1,17 @@
 """Questions with their contexts and answers: SQuAD's own JSON, and rows in the form of the hub."""
 
-import json
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from datasets import Dataset, Sequence, Value
 from datasets import Features as Schema
 
-from ptv2_fast.files import read_text
-from ptv2_fast.tasks.json_files import load_json
+from ptv2_fast.tasks.examples import Examples
 from ptv2_fast.tasks.sources import Source
-from ptv2_fast.tasks.tables import check_not_empty, read_columns
-from ptv2_fast.tasks.task import LISTED, Examples
+from ptv2_fast.tasks.tables import check_not_empty, read_columns, read_objects
+from ptv2_fast.tasks.task import LISTED
 
 NOT_IN_CONTEXT = -1
 _IMPOSSIBLE = {"true": True, "1": True, "false": False, "0": False}
@@ -44,9 +42,7 @@ def read_questions(source: Source, labelled: bool, unanswerable: bool) -> Exampl
     rows = list(_rows(source))
     check_not_empty(source, len(rows))
     questions: list[dict[str, Any]] = []
-    moved: list[str] = []
-    absent: list[str] = []
-    contradictory: list[str] = []
+    moved, absent, contradictory = [], [], []
     for index, row in enumerate(rows):
         identity = row.get("id")
         name = str(source.number(index) if identity is None else identity)
@@ -58,37 +54,24 @@ def read_questions(source: Source, labelled: bool, unanswerable: bool) -> Exampl
         flag = _IMPOSSIBLE.get(str(row.get("is_impossible")).strip().lower())
         if labelled and flag is not None and flag == bool(answers):
             contradictory.append(name)
-        places = [
-            _place(answer, start, context) for answer, start in zip(answers, given, strict=True)
-        ]
+        pairs = [*zip(answers, given, strict=True)]
+        places = [_place(answer, start, context) for answer, start in pairs]
         if NOT_IN_CONTEXT in places:
             absent.append(name)
         if any(new not in (old, NOT_IN_CONTEXT) for new, old in zip(places, given, strict=True)):
             moved.append(name)
-        questions.append(
-            {
-                "id": name,
-                "question": _text(row, "question", where),
-                "context": context,
-                "answers": answers,
-                "answer_starts": places,
-            }
-        )
-    remarks = _remarks(
-        {
-            "answer_start moved to where the answer stands": moved,
-            "answers that do not occur in their context": absent,
-            "is_impossible that contradicts the answers (which count)": contradictory,
-        }
-    )
-    _check_ids([question["id"] for question in questions], source)
-    return Examples(source, question_table(questions), "question", remarks)
-
-
-def question_table(questions: list[dict[str, Any]]) -> Dataset:
-    """A table of questions; those without the columns of answers have none."""
-    full = [{"answers": [], "answer_starts": [], **question} for question in questions]
-    return Dataset.from_list(full, features=_SCHEMA)
+        values = (name, _text(row, "question", where), context, answers, places)
+        questions.append(dict(zip(_SCHEMA, values, strict=True)))
+    ((identity, count),) = Counter(question["id"] for question in questions).most_common(1)
+    if count > 1:
+        raise ValueError(f"{source.name}: expected unique ids, got {identity!r} twice")
+    remarks = {
+        "answer_start moved to where the answer stands": moved,
+        "answers that do not occur in their context": absent,
+        "is_impossible that contradicts the answers (which count)": contradictory,
+    }
+    table = Dataset.from_list(questions, features=_SCHEMA)
+    return Examples(source, table, "question", _remarks(remarks))
 
 
 def trainable(examples: Examples) -> Examples:
@@ -117,48 +100,15 @@ def _remarks(found: dict[str, list[str]]) -> dict[str, Any]:
     }
 
 
-def _rows(source: Source) -> Iterator[dict[str, Any]]:
+def _rows(source: Source) -> Iterable[dict[str, Any]]:
     """Rows with the columns id, question, context, answers and perhaps answer_start."""
-    content = None
-    if source.path is not None and source.path.name.lower().endswith((".json", ".json.gz")):
-        content = _json(source.path)
-    if isinstance(content, dict) and "data" in content:
-        yield from _official_rows(source, content)
-    elif isinstance(content, list):
-        for index, row in enumerate(content):
-            if not isinstance(row, dict):
-                raise ValueError(
-                    f"{source.name} row {source.number(index)}: expected an object, got {row!r}"
-                )
-            yield row
-    elif source.format == "other":
-        raise ValueError(
-            f"{source.name}: expected .json, .json.gz, .jsonl or .parquet for question-answering"
-        )
-    else:
-        names = ("id", "question", "context", "answers", "answer_start", "is_impossible")
-        optional = ("id", "answers", "answer_start", "is_impossible")
-        table = read_columns(source, {name: name for name in names}, optional=optional)
-        yield from _table_rows(table)
-
-
-def _table_rows(table: Dataset) -> Iterator[dict[str, Any]]:
-    names = table.column_names
-    for values in zip(*(table[name][:] for name in names), strict=True):
-        yield dict(zip(names, values, strict=True))
-
-
-def _json(path: Path) -> Any:
-    """The content of a JSON file; None when it is empty or holds one object a line."""
-    try:
-        text = read_text(path)
-        return load_json(text) if text.strip() else None
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and path.suffix.lower() != ".gz":
-            return None
-        raise ValueError(f"{path}: cannot be read as JSON ({error})") from error
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path}: cannot be read ({error})") from error
+    if source.path is not None and source.format == "json":
+        objects = read_objects(source)
+        if len(objects) == 1 and "data" in objects[0]:
+            return _official_rows(source, objects[0])
+    optional = ("id", "answers", "answer_start", "is_impossible")
+    names = {name: name for name in (*optional, "question", "context")}
+    return read_columns(source, names, optional).to_list()
 
 
 def _official_rows(source: Source, content: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -210,11 +160,3 @@ def _place(answer: str, start: int, context: str) -> int:
         return start
     places = [match.start() for match in re.finditer(f"(?={re.escape(answer)})", context)]
     return min(places, key=lambda place: abs(place - start), default=NOT_IN_CONTEXT)
-
-
-def _check_ids(ids: list[str], source: Source) -> None:
-    seen: set[str] = set()
-    for identity in ids:
-        if identity in seen:
-            raise ValueError(f"{source.name}: expected unique ids, got {identity!r} twice")
-        seen.add(identity)

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-from transformers import PreTrainedTokenizerBase
-
 from ptv2_fast.tasks.alignment import align
 from ptv2_fast.tasks.chunks import IOB, chunk_scores, spans
 from ptv2_fast.tasks.conll import read_role_lines
+from ptv2_fast.tasks.examples import Examples
+from ptv2_fast.tasks.features import TaskTokenizer
 from ptv2_fast.tasks.sources import TYPED, Source
-from ptv2_fast.tasks.task import Examples, was_cut
+from ptv2_fast.tasks.task import Result
 from ptv2_fast.tasks.token_classification import TokenClassification
 
 # The verb itself, and its other part: "gave ... up".
@@ -44,20 +44,14 @@ class SemanticRoleLabeling(TokenClassification):
 
     def check(self, columns: dict[str, list], examples: Examples) -> None:
         super().check(columns, examples)
-        for index, (words, predicate) in enumerate(
-            zip(columns["words"], columns["predicate"], strict=True)
-        ):
+        rows = zip(columns["words"], columns["predicate"], strict=True)
+        for index, (words, predicate) in enumerate(rows):
             if type(predicate) is not int or not 0 <= predicate < len(words):
-                raise ValueError(
-                    f"{examples.where(index)}: expected the index of a verb among {len(words)} "
-                    f"words, got {predicate!r}"
-                )
+                expected = f"the index of a verb among {len(words)} words"
+                raise examples.error(index, expected, predicate)
         for index, tags in enumerate(columns.get("tags", ())):
             if not all(map(IOB.fits, tags)):
-                raise ValueError(
-                    f"{examples.where(index)}: expected the labels O, B-ROLE and I-ROLE, got "
-                    f"{tags!r}"
-                )
+                raise examples.error(index, "the labels O, B-ROLE and I-ROLE", tags)
 
     @property
     def text_names(self) -> tuple[str, ...]:
@@ -74,33 +68,24 @@ class SemanticRoleLabeling(TokenClassification):
         table = sentences.table.add_column("predicate", predicates)
         return Examples(source, table, unit="text")
 
-    def tokenize(
-        self,
-        rows: dict[str, list],
-        tokenizer: PreTrainedTokenizerBase,
-        label_numbers: dict[str, int] | None,
-        max_length: int,
-    ) -> dict[str, list]:
+    def tokenize(self, rows: dict[str, list], tokenizer: TaskTokenizer) -> dict[str, list]:
         sentences = rows["words"]
         verbs = [[words[index]] for words, index in zip(sentences, rows["predicate"], strict=True)]
         try:
-            encoding = tokenizer(
-                sentences, verbs, is_split_into_words=True, truncation="only_first",
-                max_length=max_length,
-            )  # fmt: skip
+            encoding, was_cut = tokenizer(
+                sentences, verbs, is_split_into_words=True, truncation="only_first"
+            )
         except Exception as error:  # tokenizers has no kind of its own for it
             longest = max((verb for (verb,) in verbs), key=len)
             raise ValueError(
                 f"max_length: expected room for a word and the longest verb, {longest!r}, got "
-                f"{max_length} ({error})"
+                f"{tokenizer.max_length} ({error})"
             ) from error
         columns = dict(encoding)
         if "token_type_ids" in columns:
             columns["token_type_ids"] = [[0] * len(ids) for ids in columns["input_ids"]]
-        return columns | {
-            **align(encoding, rows.get("tags"), label_numbers, len(sentences)),
-            "was_cut": was_cut(encoding, len(sentences)),
-        }
+        aligned = align(encoding, rows.get("tags"), tokenizer.label_numbers, len(sentences))
+        return columns | aligned | {"was_cut": was_cut}
 
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
         """Of whole spans by seqeval, over all labels and, "..._without_v", without the verb's.
@@ -109,8 +94,8 @@ class SemanticRoleLabeling(TokenClassification):
         without it are closer to those of the CoNLL-2005 script, which also joins C-X to X.
         """
         scores = super().metrics(results, examples, labels)
-        true = [_without_verb(tags) for tags in examples.table["tags"][:]]
-        without = chunk_scores(IOB, true, [_without_verb(tags) for tags in results])
+        true = [_without_verb(tags) for tags in self.expected(examples)]
+        without = chunk_scores(IOB, true, [_without_verb(result["tags"]) for result in results])
         return scores | {f"{name}_without_v": score for name, score in without.items()}
 
     def titles(self, labels: list[str]) -> dict[str, str]:
@@ -119,21 +104,15 @@ class SemanticRoleLabeling(TokenClassification):
                    for name, title in titles.items()}  # fmt: skip
         return titles | without
 
-    def describe(
-        self,
-        example: dict,
-        result: list[str],
-        labels: Sequence[str] = (),
-        scores: list[float | None] | None = None,
-    ) -> dict[str, Any]:
-        marks = self._marks(example, scores)
-        roles = spans(IOB, example["words"], _without_verb(result), "role", marks)
+    def describe(self, example: dict, result: Result, labels: Sequence[str] = ()) -> Result:
+        described = super().describe(example, result, labels)
+        described.pop("entities", None)
+        roles = described | {"tags": _without_verb(result["tags"])}
         return {
-            "words": example["words"],
+            "words": described.pop("words"),
             "predicate": example["predicate"],
-            "tags": result,
-            **marks,
-            "arguments": roles,
+            **described,
+            "arguments": spans(IOB, roles, "role"),
         }
 
 

@@ -1,26 +1,24 @@
 """Tables of lines in parts, so that a file of any length is read in constant memory."""
 
+import contextlib
 import gzip
 import io
 import itertools
-import json
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 from typing import IO, Any
 
 import datasets
 import pandas
+from datasets import Dataset
 
-from ptv2_fast.tasks.json_files import json_table, load_json
+from ptv2_fast.tasks.json_files import json_lines, json_table
 from ptv2_fast.tasks.sources import Part, Source
 from ptv2_fast.tasks.tables import checked_frame, spelt_cells, unreadable
 
-# The parts, each with the bytes that were read until its end.
-_Parts = Iterator[tuple[datasets.Dataset, int]]
-
 
 def table_parts(
-    source: Source, csv_options: Mapping[str, Any], rows: int, list_column: str | None = None
+    source: Source, csv_options: Mapping[str, Any], rows: int, list_column: str = ""
 ) -> Generator[Source, None, None]:
     """The table of a .csv, .tsv or JSON lines file or stream, so many rows at a time.
 
@@ -29,6 +27,7 @@ def table_parts(
 
     Args:
         csv_options: keyword arguments of pandas.read_csv.
+        rows: of a part; of JSON lines, empty ones count.
         list_column: of JSON lines, where text is read as a list of it, and none as no value.
 
     Raises:
@@ -36,22 +35,30 @@ def table_parts(
     """
     if source.format not in ("csv", "tsv", "json"):
         return
-    file, opened = _open(source)
-    try:
-        is_json = source.format == "json"
-        read = _json_parts if is_json else _csv_parts
-        options = {**spelt_cells(source), **csv_options}
-        if is_json:
-            options = {"list_column": list_column}
+    with contextlib.ExitStack() as files:
+        if source.stream is not None:
+            file = opened = source.stream.file
+        else:
+            assert source.path is not None
+            file = opened = files.enter_context(source.path.open("rb"))
+            if source.path.suffix.lower() == ".gz":
+                file = files.enter_context(gzip.GzipFile(fileobj=opened))  # type: ignore[arg-type]
+        if source.format == "json":
+            tables = _json_tables(source, file, rows, list_column)
+        else:
+            tables = _csv_tables(source, file, rows, csv_options)
         first = 1
-        for table, position in read(source, file, opened, rows, options):
-            numbers = range(first, first + len(table))
-            first += len(table)
-            yield replace(source, part=Part(numbers, table, position))
-    finally:
-        if source.path is not None:
-            file.close()
-            opened.close()
+        files.enter_context(contextlib.closing(tables))  # before the file that it reads
+        try:
+            for table in tables:
+                numbers = range(first, first + len(table))
+                first += len(table)
+                position = 0 if source.path is None else opened.tell()
+                yield replace(source, part=Part(numbers, table, position))
+        except pandas.errors.EmptyDataError:
+            return
+        except (OSError, ValueError, EOFError) as error:
+            raise unreadable(source, error) from error
 
 
 def joined(source: Source, parts: Sequence[Source]) -> Source:
@@ -61,71 +68,32 @@ def joined(source: Source, parts: Sequence[Source]) -> Source:
     return replace(source, part=Part(range(1, len(table) + 1), table, is_whole=True))
 
 
-def _open(source: Source) -> tuple[IO[Any], IO[Any]]:
-    """What to read from, and the file below it."""
-    if source.stream is not None:
-        return source.stream.file, source.stream.file
-    assert source.path is not None
-    opened = source.path.open("rb")
-    if source.path.suffix.lower() == ".gz":
-        return gzip.GzipFile(fileobj=opened), opened  # type: ignore[return-value]
-    return opened, opened
+def _csv_tables(
+    source: Source, file: IO[Any], rows: int, options: Mapping[str, Any]
+) -> Generator[Dataset, None, None]:
+    with pandas.read_csv(file, chunksize=rows, **{**spelt_cells(source), **options}) as frames:
+        yield from (checked_frame(frame, source) for frame in frames if len(frame))
 
 
-def _position(opened: IO[Any], source: Source) -> int:
-    """How far a file was read, in bytes; 0 of a stream."""
-    return 0 if source.path is None else opened.tell()
-
-
-def _csv_parts(
-    source: Source, file: IO[Any], opened: IO[Any], rows: int, options: dict[str, Any]
-) -> _Parts:
-    try:
-        with pandas.read_csv(file, chunksize=rows, **options) as frames:
-            for frame in frames:
-                if len(frame):
-                    yield checked_frame(frame, source), _position(opened, source)
-    except pandas.errors.EmptyDataError:
-        return
-    except (OSError, ValueError, EOFError) as error:
-        raise unreadable(source, error) from error
-
-
-def _json_parts(
-    source: Source, file: IO[Any], opened: IO[Any], rows: int, options: dict[str, Any]
-) -> _Parts:
-    name = options["list_column"]
+def _json_tables(
+    source: Source, file: IO[Any], rows: int, list_column: str
+) -> Generator[Dataset, None, None]:
     text = file if isinstance(file, io.TextIOBase) else io.TextIOWrapper(file, "utf-8-sig")
-    lines = ((number, line) for number, line in enumerate(text, 1) if line.strip())
-    done = 0
+    line, done = 1, 0
     try:
-        while batch := [*itertools.islice(lines, rows)]:
+        while batch := [*itertools.islice(text, rows)]:
             try:
-                objects = [_object(number, line) for number, line in batch]
+                objects = json_lines("".join(batch), line)
             except ValueError:
                 if source.path is not None and not done:
                     return  # one list, or objects over several lines
                 raise
-            for each in objects:
-                if isinstance(each.get(name), str):
-                    each[name] = [each[name]] if each[name] else None
-            table = json_table(objects, range(done + 1, done + len(objects) + 1))
-            yield table, _position(opened, source)
-            done += len(objects)
-    except (OSError, ValueError, EOFError) as error:
-        raise unreadable(source, error) from error
+            for each in objects if list_column else ():
+                if isinstance(each.get(list_column), str):
+                    each[list_column] = [each[list_column]] if each[list_column] else None
+            if objects:
+                yield json_table(objects, range(done + 1, done + len(objects) + 1))
+            line, done = line + len(batch), done + len(objects)
     finally:
-        if text is not file and source.path is None:
+        if text is not file:
             text.detach()  # it would close a file that is not ours
-
-
-def _object(number: int, line: str) -> dict[str, Any]:
-    try:
-        value = load_json(line.removeprefix("\ufeff"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"line {number}: broken JSON: {error}") from None
-    except ValueError as error:
-        raise ValueError(f"line {number}: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"line {number}: expected an object, got {line.strip()[:60]}")
-    return value

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,9 +9,12 @@ from typing import Any
 import datasets
 import pandas
 from datasets import ClassLabel, Dataset
+from datasets.table import InMemoryTable
+from pyarrow.parquet import ParquetFile
 
+from ptv2_fast.files import read_text
 from ptv2_fast.tasks.benchmarks import Benchmark
-from ptv2_fast.tasks.json_files import read_json_rows
+from ptv2_fast.tasks.json_files import json_objects, json_table
 from ptv2_fast.tasks.sources import Source
 
 # Rows in one piece of a table: the text of a piece must stay below 2 GiB, and the passages of
@@ -36,7 +38,7 @@ def read_rows(source: Source, benchmark: Benchmark, template: str) -> Dataset:
 
 def _phrased(source: Source, benchmark: Benchmark, template: str) -> Iterator[dict[str, Any]]:
     assert benchmark.rows is not None
-    table = read_table(source, benchmark.table)
+    table = read_table(source, benchmark.csv_options)
     names = table.column_names
     spelt = {name: _spelt_out(table, name) for name in names}
     for index, values in enumerate(zip(*spelt.values(), strict=True)):
@@ -118,6 +120,19 @@ def read_table(source: Source, csv_options: Mapping[str, Any] | None = None) -> 
     return table
 
 
+def read_objects(source: Source) -> list[dict[str, Any]]:
+    """The objects of a JSON file.
+
+    Raises:
+        ValueError: for a file that cannot be read.
+    """
+    assert source.path is not None
+    try:
+        return json_objects(read_text(source.path))
+    except (OSError, ValueError) as error:
+        raise unreadable(source, error) from error
+
+
 def unreadable(source: Source, cause: BaseException) -> ValueError:
     """The error for a file of which a library says why it cannot be read."""
     reason = " ".join(str(cause).split())[:300]
@@ -127,18 +142,18 @@ def unreadable(source: Source, cause: BaseException) -> ValueError:
 def _load(source: Source, csv_options: Mapping[str, Any]) -> Dataset:
     if source.hub is not None:
         return _load_split(*source.hub)
-    path = str(source.path)
-    if not Path(path).stat().st_size:
+    assert source.path is not None
+    path = source.path
+    if not path.stat().st_size:
         return Dataset.from_dict({})
     if source.format in ("csv", "tsv", "other"):
         options = {**spelt_cells(source), **csv_options}
         return checked_frame(pandas.read_csv(path, **options), source)
     if source.format == "json":
-        return read_json_rows(Path(path))
-    # Read into memory and drop the cache: a user's file is small beside the model, and a second
-    # copy in the home folder would outlive it.
-    with tempfile.TemporaryDirectory() as cache:
-        return Dataset.from_parquet(path, cache_dir=cache, keep_in_memory=True)
+        objects = json_objects(read_text(path))
+        return json_table(objects, range(1, len(objects) + 1))
+    # Not Dataset.from_parquet: the copy that it makes in the home folder would outlive the run.
+    return Dataset(InMemoryTable(ParquetFile(path).read()))
 
 
 def spelt_cells(source: Source) -> dict[str, Any]:

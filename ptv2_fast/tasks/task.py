@@ -1,144 +1,42 @@
 """What the task families share: examples with labels in, features for a model out, scores back."""
 
 import difflib
-import functools
 import itertools
-import json
+import math
 import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-import datasets
-import torch
-from datasets import Dataset
-from datasets.fingerprint import Hasher
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import DataCollatorWithPadding, PreTrainedModel, PreTrainedTokenizerBase
 
-import ptv2_fast
+from ptv2_fast.tasks import text_metrics
 from ptv2_fast.tasks.benchmarks import Benchmark
-from ptv2_fast.tasks.columns import Columns
-from ptv2_fast.tasks.comparison import Compared
+from ptv2_fast.tasks.comparison import ClassScores, class_scores
+from ptv2_fast.tasks.examples import Examples
+from ptv2_fast.tasks.features import Collator, Features, TaskTokenizer, tokenize_examples
 from ptv2_fast.tasks.options import DataOptions
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.table_parts import joined, table_parts
 from ptv2_fast.tasks.tables import check_not_empty, read_table
 
-# Makes a padded batch of rows: a BatchEncoding (transformers annotates it as a dict).
-Collator = Callable[[list[dict[str, Any]]], Any]
+# Of an example in the terms of its task; also as it is printed, JSON-ready.
+Result = dict[str, Any]
 
-_SHOWN = 80  # characters of a label in a message
 LISTED = 20  # how many examples a remark names; it counts all
-_MAP_BATCH = 1000
+_SHOWN = 80  # characters of a label in a message
 _ALIKE = "labels that differ in blanks, case or Unicode's form alone (taken as several)"
 _INTEGER = re.compile(r"-?\d+")
 
 
-@dataclass(frozen=True)
-class Examples:
-    """Examples of one source in the task's own columns, still as text.
-
-    Attributes:
-        unit: what messages call one of them ("row", "sentence"), counted from 1.
-        remarks: what was odd in the source but accepted, for the user and the report.
-        drawn_from: how many there were, when these are a part of them; None = all.
-    """
-
-    source: Source
-    table: Dataset | Columns
-    unit: str = "row"
-    remarks: dict[str, Any] = field(default_factory=dict)
-    drawn_from: int | None = None
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    def where(self, index: int) -> str:
-        """How messages call one example."""
-        return f"{self.source.name} {self.unit} {self.source.number(index)}"
-
-    def select(self, indices: list[int]) -> "Examples":
-        """Some of the examples, in the given order."""
-        unit = f"selected {self.unit}"
-        return Examples(self.source, self.table.select(indices), unit, self.remarks)
-
-    def draw(self, count: int, seed: int) -> list[int]:
-        """The indices of `count` examples, drawn by the seed.
-
-        Examples of one `group`, such as the answers to a question, are scored together and come
-        together: then whole groups are drawn until there are at least `count` examples.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        order = torch.randperm(len(self), generator=generator).tolist()
-        if "group" not in self.table.column_names:
-            return order[:count]
-        groups = self.table["group"][:]
-        members: dict[str, list[int]] = defaultdict(list)
-        for index, group in enumerate(groups):
-            members[group].append(index)
-        drawn: list[int] = []
-        for group in dict.fromkeys(groups[index] for index in order):
-            if len(drawn) < count:
-                drawn += members[group]
-        return drawn
-
-
-@dataclass(frozen=True)
-class Features:
-    """What a model takes, in one or more rows an example.
-
-    Attributes:
-        table: model inputs, labels, and the column `example`: the index of the row's example.
-        examples: which they were made from.
-        truncated: how many examples were cut to fit.
-    """
-
-    table: Dataset | Columns
-    examples: Examples
-    truncated: int
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @property
-    def lengths(self) -> list[int]:
-        """Tokens of each row; of its longest choice where a row holds several."""
-        return [
-            max(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
-            for ids in self.table["input_ids"][:]
-        ]
-
-    @property
-    def token_counts(self) -> list[int]:
-        """Tokens of each row, of all its choices together where it holds several."""
-        return [
-            sum(map(len, ids)) if ids and isinstance(ids[0], list) else len(ids)
-            for ids in self.table["input_ids"][:]
-        ]
-
-    def model_inputs(self, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Any:
-        """The columns that the collator takes; `labels` are the task's label columns."""
-        wanted = (*tokenizer.model_input_names, *labels)
-        return self.table.select_columns([n for n in wanted if n in self.table.column_names])
-
-    def take(self, indices: list[int]) -> "Features":
-        """The features of some of the examples, in the given order."""
-        rows_of: dict[int, list[int]] = defaultdict(list)
-        for row, index in enumerate(self.table["example"][:]):
-            rows_of[index].append(row)
-        table = self.table.select([row for index in indices for row in rows_of[index]])
-        places = [place for place, index in enumerate(indices) for _ in rows_of[index]]
-        table = table.remove_columns("example").add_column("example", places)
-        return Features(table, self.examples.select(indices), self.truncated)
-
-
-class Task(Compared, ABC):
+class Task(ABC):
     """One task family, bound to the columns that the options name.
+
+    What is not abstract is as of a family whose examples have one label each, `label`, and whose
+    results are {"label", "logits"}.
 
     Args:
         options: with the defaults of the published data set, if the task names one.
@@ -152,6 +50,7 @@ class Task(Compared, ABC):
     label_columns: ClassVar[tuple[str, ...]] = ("labels",)  # of the features
     default_metrics: ClassVar[tuple[str, ...]]
     head_is_new: ClassVar[bool] = True  # no pretrained model has one
+    has_classes: ClassVar[bool] = True  # labels of which each has scores of its own
     part_rows: ClassVar[int] = 1000  # of a table that is read in parts
 
     def __init__(self, options: DataOptions) -> None:
@@ -164,14 +63,14 @@ class Task(Compared, ABC):
         return self.options.benchmark
 
     @property
-    def figures(self) -> tuple[str, ...]:
-        """The names of the figures that are asked for."""
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics that are asked for."""
         return self.benchmark.metrics if self.benchmark else self.default_metrics
 
     @property
     def metric(self) -> str:
-        """The figure that selects the best checkpoint, larger is better."""
-        return self.figures[0]
+        """The one that selects the best checkpoint, larger is better."""
+        return self.metric_names[0]
 
     @abstractmethod
     def read(self, source: Source, labelled: bool = True) -> Examples:
@@ -188,7 +87,8 @@ class Task(Compared, ABC):
         Raises:
             ValueError: as `read`, when it comes to what is wrong.
         """
-        parts = table_parts(source, self.benchmark.table if self.benchmark else {}, self.part_rows)
+        csv_options = self.benchmark.csv_options if self.benchmark else {}
+        parts = table_parts(source, csv_options, self.part_rows)
         try:
             begun = [*itertools.islice(parts, 2)]
         except ValueError:  # a file of columns rather than a table, perhaps
@@ -232,19 +132,13 @@ class Task(Compared, ABC):
             ValueError: when there is none, or one does not fit the task.
         """
 
-    @abstractmethod
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
         """Every label as (index of its example, label)."""
+        return enumerate(examples.table["label"][:])
 
     @abstractmethod
-    def tokenize(
-        self,
-        rows: dict[str, list],
-        tokenizer: PreTrainedTokenizerBase,
-        label_numbers: dict[str, int] | None,
-        max_length: int,
-    ) -> dict[str, list]:
-        """The columns a model takes; without `label_numbers`, placeholders where labels go.
+    def tokenize(self, rows: dict[str, list], tokenizer: TaskTokenizer) -> dict[str, list]:
+        """The columns a model takes; without numbers of labels, placeholders where they go.
 
         Args:
             rows: columns of some examples.
@@ -254,50 +148,86 @@ class Task(Compared, ABC):
             index of its example in `rows`.
         """
 
-    @abstractmethod
+    def label_column(
+        self, rows: dict[str, list], label_numbers: dict[str, int] | None
+    ) -> list[int] | list[float]:
+        """The labels of examples as a model takes them; without numbers, placeholders."""
+        if label_numbers is None:
+            return [0] * len(rows["text"])
+        return [label_numbers[str(label)] for label in rows["label"]]
+
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         """Makes a batch of tensors, padded to the longest example in it."""
+        return DataCollatorWithPadding(tokenizer)
 
-    @abstractmethod
     def predictions(
         self, outputs: Any, batch: dict[str, Tensor], labels: Sequence[str]
     ) -> list[Any]:
-        """What is kept of the model's outputs on a batch, one per row."""
+        """What is kept of the model's outputs on a batch, one per row; here the logits."""
+        return outputs.logits.float().tolist()
 
     @abstractmethod
-    def results(self, predicted: list, features: Features, labels: list[str]) -> list[Any]:
+    def results(self, predicted: list, features: Features, labels: list[str]) -> list[Result]:
         """The predictions in the task's own terms, one per example, from those of the rows."""
 
-    def certainty(self, outputs: Any, batch: dict[str, Tensor], predicted: list[Any]) -> list[Any]:
-        """How sure the model is of its predictions on a batch, one per row; None where its results
-        say that."""
-        return [None] * len(predicted)
-
-    def scores(self, certain: list, features: Features) -> list[Any]:
-        """The same, one per example in the terms of the task, from those of the rows."""
-        return [None] * len(features.examples)
-
-    @abstractmethod
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
         """Scores of results against the examples' labels; F1 and the like in 0..1."""
+        names, data_set = self.metric_names, self.options.task
+        return text_metrics.scores(names, data_set, results, examples.table, labels)
 
-    @abstractmethod
     def titles(self, labels: list[str]) -> dict[str, str]:
-        """What the names of the task's figures mean, for labels of a run."""
+        """What the names of the task's metrics mean, for labels of a run."""
+        return text_metrics.titles(self.metric_names, self.options.task)
+
+    def expected(self, examples: Examples) -> list[Any]:
+        """What is right for each example, in the form in which results are printed."""
+        return [str(label) for label in examples.table["label"][:]]
+
+    def answers(self, results: list) -> list[str]:
+        """The labels that results give, one behind the other."""
+        return [result["label"] for result in results]
+
+    def constant_results(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
+        """By answer, the results that always give it, for the most frequent two."""
+        return {
+            answer: [{"label": answer, "logits": [float(label == answer) for label in labels]}]
+            * len(examples)
+            for answer, _ in self.count_labels(examples).most_common(2)
+        }
+
+    def label_pairs(self, results: list, examples: Examples) -> tuple[list[str], list[str]]:
+        """The right labels and those that are given, one behind the other."""
+        return self.expected(examples), self.answers(results)
+
+    def classes(self, results: list, examples: Examples, labels: list[str]) -> ClassScores:
+        """Precision, recall, F1 and support (how often it is right) of each class, if any."""
+        if not self.has_classes:
+            return {}
+        return class_scores(*self.label_pairs(results, examples), labels)
+
+    def error_sizes(self, results: list, examples: Examples) -> list[float]:
+        """How wrong each result is: 0 = right; here by how sure of the wrong label it is."""
+        right = map(str.__eq__, self.expected(examples), self.answers(results))
+        return [
+            0.0 if is_right else confidence(result["logits"])
+            for is_right, result in zip(right, results, strict=True)
+        ]
+
+    def error_texts(self, example: dict, expected: Any, result: Result) -> tuple[str, str, str]:
+        """An example for a reader: its text, what is right, what the result says."""
+        texts = (example.get(name) for name in ("text", "text_pair"))
+        return " | ".join(text for text in texts if text), expected, result["label"]
 
     @abstractmethod
-    def describe(
-        self, example: dict, result: Any, labels: Sequence[str] = (), scores: Any = None
-    ) -> dict[str, Any]:
-        """One result as it is printed, JSON-ready.
+    def describe(self, example: dict, result: Result, labels: Sequence[str] = ()) -> Result:
+        """One result as it is printed.
 
         Args:
             example: the columns of its example.
             labels: those of the run.
-            scores: its part of what the method of this name gives.
         """
 
-    def adapt_model(
+    def adapt_model(  # noqa: B027 - most have nothing to do
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, labels: list[str]
     ) -> None:
         """Fit a newly loaded model to the task, in place, before a method prepares it.
@@ -312,9 +242,7 @@ class Task(Compared, ABC):
         Raises:
             ValueError: for a label that is missing, and when there are fewer than two.
         """
-        found: set[str] = set()
-        for index, label in self.labels_of(examples):
-            found.add(_as_text(label, examples, index))
+        found = {text for _, text in self._label_texts(examples)}
         if len(found) < 2:
             raise ValueError(
                 f"{examples.source.name}: expected at least two labels, got {sorted(found)}"
@@ -326,10 +254,10 @@ class Task(Compared, ABC):
         """How often each label occurs."""
         return Counter(str(label) for _, label in self.labels_of(examples))
 
-    def learn(self, train: Examples, labels: list[str]) -> None:
+    def learn(self, train: Examples, labels: list[str]) -> None:  # noqa: B027 - as above
         """Set `learnt` by the training labels."""
 
-    def remember(self, found: dict[str, Any]) -> None:
+    def remember(self, found: dict[str, Any]) -> None:  # noqa: B027 - as above
         """Set `learnt` by what a run found at its start.
 
         Raises:
@@ -343,12 +271,19 @@ class Task(Compared, ABC):
             ValueError: naming the label, the file and the row.
         """
         known = set(labels)
-        for index, label in self.labels_of(examples):
-            if _as_text(label, examples, index) not in known:
+        for index, text in self._label_texts(examples):
+            if text not in known:
                 raise ValueError(
-                    f"{examples.where(index)}: unknown label {_short(label)}; known are "
-                    f"{_some(str(label), labels)}"
+                    f"{examples.where(index)}: unknown label {_short(text)}; known are "
+                    f"{_some(text, labels)}"
                 )
+
+    def _label_texts(self, examples: Examples) -> Iterator[tuple[int, str]]:
+        """Every label as (index of its example, the text that names it)."""
+        for index, label in self.labels_of(examples):
+            if not isinstance(label, int | str) or label == "":
+                raise examples.error(index, "a label (text or an integer)", label)
+            yield index, str(label)
 
     def featurize(
         self,
@@ -359,9 +294,6 @@ class Task(Compared, ABC):
     ) -> Features:
         """Token ids, and label numbers when `labels` are given (they are checked).
 
-        With the option feature_cache the result is kept in that folder, under a name made from the
-        examples, the tokenizer and the options.
-
         Raises:
             ValueError: for an unknown label, or, with long_input="error", an example that is
                 longer than `max_length` tokens.
@@ -370,19 +302,10 @@ class Task(Compared, ABC):
         if labels is not None:
             self.check_labels(examples, labels)
             numbers = {label: number for number, label in enumerate(labels)}
-        settings = (numbers, max_length)
-        if isinstance(examples.table, Columns):
-            rows = examples.table.to_dict()
-            table: Any = Columns(
-                _tokenize_batch(self, tokenizer, *settings, rows, [*range(len(examples))])
-            )
-        else:
-            table = self._tokenize_dataset(examples, tokenizer, settings)
-        cut = {
-            index
-            for index, flag in zip(table["example"][:], table["was_cut"][:], strict=True)
-            if flag
-        }
+        settings = TaskTokenizer(tokenizer, max_length, numbers)
+        table = tokenize_examples(self, examples, settings)
+        pairs = zip(table["example"][:], table["was_cut"][:], strict=True)
+        cut = {index for index, flag in pairs if flag}
         if cut and self.options.long_input == "error":
             raise ValueError(
                 f"{examples.where(min(cut))}: expected at most {max_length} tokens, got "
@@ -390,60 +313,11 @@ class Task(Compared, ABC):
             )
         return Features(table.remove_columns("was_cut"), examples, len(cut))
 
-    def _tokenize_dataset(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, settings: tuple
-    ) -> Dataset:
-        table: Any = examples.table
-        workers = min(self.options.preprocessing_num_workers, len(examples))
-        return table.map(
-            functools.partial(_tokenize_batch, self, tokenizer, *settings),
-            with_indices=True,
-            batched=True,
-            batch_size=_MAP_BATCH,
-            remove_columns=table.column_names,
-            num_proc=workers if workers > 1 else None,  # 1 would start a process of its own
-            cache_file_name=self._cache_file(examples, tokenizer, settings),
-            new_fingerprint="0",  # of no use to us, and slow to compute from the tokenizer
-            desc=f"tokenizing {examples.source.name}",
-        )
 
-    def _cache_file(
-        self, examples: Examples, tokenizer: PreTrainedTokenizerBase, settings: tuple
-    ) -> str | None:
-        if self.options.feature_cache is None:
-            return None
-        folder = Path(self.options.feature_cache)
-        folder.mkdir(parents=True, exist_ok=True)
-        contents = {name: examples.table[name][:] for name in examples.table.column_names}
-        what = (
-            ptv2_fast.__version__, datasets.__version__, type(self).__name__,
-            self.options.model_dump(), _description(tokenizer), settings, contents,
-        )  # fmt: skip
-        return str(folder / f"{Hasher.hash(what)}.arrow")
-
-
-def _description(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What a fast tokenizer does, without the truncation and padding that its last call set."""
-    whole = json.loads(tokenizer.backend_tokenizer.to_str())
-    return {name: part for name, part in whole.items() if name not in ("truncation", "padding")}
-
-
-def _tokenize_batch(
-    task: Task,
-    tokenizer: PreTrainedTokenizerBase,
-    label_numbers: dict[str, int] | None,
-    max_length: int,
-    rows: dict[str, list],
-    indices: list[int],
-) -> dict[str, list]:
-    columns = task.tokenize(dict(rows), tokenizer, label_numbers, max_length)
-    local = columns.pop("example", range(len(indices)))
-    return {**columns, "example": [indices[index] for index in local]}
-
-
-def was_cut(encoding: Any, count: int) -> list[bool]:
-    """For each of `count` inputs of a fast tokenizer's batch whether truncation cut it."""
-    return [bool(encoding.encodings[index].overflowing) for index in range(count)]
+def confidence(logits: Sequence[float]) -> float:
+    """The probability of the largest logit."""
+    best = max(logits)
+    return 1 / math.fsum(math.exp(logit - best) for logit in logits)
 
 
 def label_remarks(labels: Iterable[str]) -> dict[str, Any]:
@@ -455,8 +329,8 @@ def label_remarks(labels: Iterable[str]) -> dict[str, Any]:
     return {_ALIKE: sorted(found)[:LISTED]} if found else {}
 
 
-def _short(label: Any) -> str:
-    text = repr(str(label))
+def _short(label: str) -> str:
+    text = repr(label)
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
@@ -466,12 +340,3 @@ def _some(label: str, labels: list[str]) -> str:
     few = [*alike, *(other for other in labels if other not in alike)][:5]
     rest = len(labels) - len(few)
     return ", ".join(map(_short, few)) + (f" and {rest} others" if rest else "")
-
-
-def _as_text(label: Any, examples: Examples, index: int) -> str:
-    """A label of a data set as the text that names it."""
-    if isinstance(label, bool) or (isinstance(label, int | str) and label != ""):
-        return str(label)
-    raise ValueError(
-        f"{examples.where(index)}: expected a label (text or an integer), got {label!r}"
-    )

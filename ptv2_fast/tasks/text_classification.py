@@ -1,21 +1,19 @@
 """One label for a text or for a pair of texts."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
-from transformers import DataCollatorWithPadding, PreTrainedTokenizerBase
-
-from ptv2_fast.tasks.columns import Columns
-from ptv2_fast.tasks.comparison import share
-from ptv2_fast.tasks.one_label import OneLabel
+from ptv2_fast.tasks.examples import Examples
+from ptv2_fast.tasks.features import Features, TaskTokenizer
+from ptv2_fast.tasks.memory_table import MemoryTable
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, read_columns, read_rows
-from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, was_cut
+from ptv2_fast.tasks.task import LISTED, Result, Task, confidence
 
 
-class TextClassification(OneLabel):
-    """Columns: text, text_pair (of pairs), label; and what the figures of a published set need.
+class TextClassification(Task):
+    """Columns: text, text_pair (of pairs), label; and what the metrics of a published set need.
 
     A result is {"label", "logits"}.
     """
@@ -39,7 +37,7 @@ class TextClassification(OneLabel):
         if self.options.text_pair_column is not None:
             columns["text_pair"] = self.options.text_pair_column
         table = read_columns(source, columns, optional=() if labelled else ("label",))
-        return _checked(Examples(source, table))
+        return _check_texts(Examples(source, table))
 
     @property
     def _takes_pairs(self) -> bool:
@@ -54,70 +52,37 @@ class TextClassification(OneLabel):
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Pairs have a tab between the two texts."""
         check_not_empty(source, len(texts))
-        examples = Examples(source, Columns({"text": texts}), unit="text")
+        examples = Examples(source, MemoryTable({"text": texts}), unit="text")
         if not self._takes_pairs:
-            return _checked(examples)
+            return _check_texts(examples)
         pairs = [text.split("\t") for text in texts]
         for index, pair in enumerate(pairs):
             if len(pair) != 2:
-                raise ValueError(
-                    f"{examples.where(index)}: expected two texts with a tab between, got "
-                    f"{texts[index]!r}"
-                )
+                raise examples.error(index, "two texts with a tab between", texts[index])
         first, second = zip(*pairs, strict=True)
-        table = Columns({"text": first, "text_pair": second})
-        return _checked(Examples(source, table, unit="text"))
+        table = MemoryTable({"text": first, "text_pair": second})
+        return _check_texts(Examples(source, table, unit="text"))
 
-    def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
-        return enumerate(examples.table["label"][:])
+    def tokenize(self, rows: dict[str, list], tokenizer: TaskTokenizer) -> dict[str, list]:
+        encoding, was_cut = self.encode(rows, tokenizer)
+        labels = self.label_column(rows, tokenizer.label_numbers)
+        return dict(encoding) | {"labels": labels, "was_cut": was_cut}
 
-    def tokenize(
-        self,
-        rows: dict[str, list],
-        tokenizer: PreTrainedTokenizerBase,
-        label_numbers: dict[str, int] | None,
-        max_length: int,
-    ) -> dict[str, list]:
-        count = len(rows["text"])
-        encoding, cut = self.encode(rows, tokenizer, max_length)
-        columns = dict(encoding)
-        if label_numbers is None:
-            columns["labels"] = [0] * count
-        else:
-            columns["labels"] = [label_numbers[str(label)] for label in rows["label"]]
-        return columns | {"was_cut": cut}
-
-    def encode(
-        self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[Any, list[bool]]:
+    def encode(self, rows: dict[str, list], tokenizer: TaskTokenizer) -> tuple[Any, list[bool]]:
         """The tokenizer's encoding of the texts, and for each whether it was cut."""
-        encoding = tokenizer(
-            rows["text"], rows.get("text_pair"), truncation=True, max_length=max_length
-        )
-        return encoding, was_cut(encoding, len(rows["text"]))
+        return tokenizer(rows["text"], rows.get("text_pair"))
 
-    def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
-        return DataCollatorWithPadding(tokenizer)
-
-    def results(
-        self, predicted: list, features: Features, labels: list[str]
-    ) -> list[dict[str, Any]]:
+    def results(self, predicted: list, features: Features, labels: list[str]) -> list[Result]:
         return [
             {"label": labels[logits.index(max(logits))], "logits": logits} for logits in predicted
         ]
 
-    def describe(
-        self,
-        example: dict,
-        result: dict[str, Any],
-        labels: Sequence[str] = (),
-        scores: None = None,
-    ) -> dict[str, Any]:
+    def describe(self, example: dict, result: Result, labels: Sequence[str] = ()) -> Result:
         """Texts, label and its probability, `score`; of a number, `score` is the number."""
         texts = {name: example[name] for name in ("text", "text_pair") if name in example}
         if "logits" not in result:
             return texts | result
-        return texts | {"label": result["label"], "score": share(result["logits"])}
+        return texts | {"label": result["label"], "score": confidence(result["logits"])}
 
 
 def _whole(examples: Examples) -> Examples:
@@ -131,13 +96,6 @@ def _whole(examples: Examples) -> Examples:
     return dataclasses.replace(whole, remarks=whole.remarks | remark)
 
 
-def _checked(examples: Examples) -> Examples:
+def _check_texts(examples: Examples) -> Examples:
     """The examples, of which every text is one and not blank."""
-    texts = (name for name in examples.table.column_names if name != "label")
-    for column in texts:
-        for index, text in enumerate(examples.table[column]):
-            if not isinstance(text, str) or not text.strip():
-                raise ValueError(
-                    f"{examples.where(index)}: expected text in {column}, got {text!r}"
-                )
-    return examples
+    return examples.check_text(*(name for name in examples.table.column_names if name != "label"))

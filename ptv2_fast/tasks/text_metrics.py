@@ -1,4 +1,4 @@
-"""Figures of tasks whose examples have one label or one number each, by name."""
+"""Metrics of tasks whose examples have one label or one number each, by name."""
 
 import warnings
 from collections import defaultdict
@@ -24,22 +24,22 @@ def scores(
     table: Dataset,
     labels: list[str],
 ) -> dict[str, float]:
-    """The named figures.
+    """The named metrics.
 
     Args:
-        names: of figures, as in `Benchmark.metrics`.
+        names: as in `Benchmark.metrics`.
         data_set: a published one, where a name may mean something of its own; None = a user's.
         results: one per row of `table`.
-        table: the column label, and what the figures of that data set need.
+        table: the column label, and what the metrics of that data set need.
         labels: names in the order of the logits.
     """
-    functions = _FIGURES | _OF_DATA_SET.get(data_set, {})
+    functions = _METRICS | _OF_DATA_SET.get(data_set, {})
     return {name: float(functions[name](results, table, labels)) for name in names}
 
 
 def titles(names: Sequence[str], data_set: str | None) -> dict[str, str]:
-    """What the named figures are, in a sentence each."""
-    functions = _FIGURES | _OF_DATA_SET.get(data_set, {})
+    """What the named metrics are, in a sentence each."""
+    functions = _METRICS | _OF_DATA_SET.get(data_set, {})
     return {name: (functions[name].__doc__ or "").removesuffix(".") for name in names}
 
 
@@ -94,7 +94,7 @@ def spearman(results: list[dict[str, Any]], table: Dataset, labels: list[str]) -
     return _correlation(spearmanr, results, table)
 
 
-_FIGURES: dict[str, Metric] = {
+_METRICS: dict[str, Metric] = {
     "accuracy": accuracy,
     "f1": macro_f1,
     "matthews_correlation": matthews_correlation,

@@ -5,9 +5,9 @@ import statistics
 from collections import Counter
 from typing import Any
 
-from transformers import PreTrainedTokenizerBase
-
-from ptv2_fast.tasks.task import Examples, Features
+from ptv2_fast.tasks.examples import Examples
+from ptv2_fast.tasks.features import Features
+from ptv2_fast.tasks.task import Result
 from ptv2_fast.tasks.text_classification import TextClassification
 
 _OUTPUT = "score"
@@ -20,6 +20,7 @@ class TextRegression(TextClassification):
     """
 
     default_metrics = ("pearson", "spearmanr")
+    has_classes = False
 
     def find_labels(self, examples: Examples) -> list[str]:
         """The name of the one output; transformers takes one output for a number to be learnt.
@@ -43,27 +44,16 @@ class TextRegression(TextClassification):
         """
         for index, label in self.labels_of(examples):
             if _as_number(label) is None:
-                raise ValueError(
-                    f"{examples.where(index)}: expected a number as label, got {label!r}"
-                )
+                raise examples.error(index, "a number as label", label)
 
-    def tokenize(
-        self,
-        rows: dict[str, list],
-        tokenizer: PreTrainedTokenizerBase,
-        label_numbers: dict[str, int] | None,
-        max_length: int,
-    ) -> dict[str, list]:
-        columns = super().tokenize(rows, tokenizer, None, max_length)
+    def label_column(
+        self, rows: dict[str, list], label_numbers: dict[str, int] | None
+    ) -> list[float]:
         if label_numbers is None:
-            columns["labels"] = [0.0] * len(rows["text"])
-        else:
-            columns["labels"] = [float(label) for label in rows["label"]]
-        return columns
+            return [0.0] * len(rows["text"])
+        return [float(label) for label in rows["label"]]
 
-    def results(
-        self, predicted: list, features: Features, labels: list[str]
-    ) -> list[dict[str, Any]]:
+    def results(self, predicted: list, features: Features, labels: list[str]) -> list[Result]:
         return [{_OUTPUT: logits[0]} for logits in predicted]
 
     def expected(self, examples: Examples) -> list[float]:
@@ -73,21 +63,18 @@ class TextRegression(TextClassification):
         """To six digits: a model that always gives one number differs in the last."""
         return [f"{result[_OUTPUT]:.6g}" for result in results]
 
-    def constants(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
+    def constant_results(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
         """The mean."""
         mean = statistics.fmean(self.expected(examples))
         return {f"{mean:.6g}": [{_OUTPUT: mean}] * len(examples)}
 
-    def pairs(self, results: list, examples: Examples) -> tuple[list[str], list[str]]:
-        return [], []
-
-    def losses(self, results: list, examples: Examples) -> list[float]:
+    def error_sizes(self, results: list, examples: Examples) -> list[float]:
         """The distance from what is right."""
         pairs = zip(self.expected(examples), results, strict=True)
         return [abs(number - result[_OUTPUT]) for number, result in pairs]
 
-    def shown(self, example: dict, expected: float, result: Any) -> tuple[str, str, str]:
-        text, *_ = super().shown(example, "", {"label": ""})
+    def error_texts(self, example: dict, expected: float, result: Any) -> tuple[str, str, str]:
+        text, *_ = super().error_texts(example, "", {"label": ""})
         return text, f"{expected:.6g}", f"{result[_OUTPUT]:.6g}"
 
 

@@ -6,7 +6,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
 
-import torch
 from datasets import Dataset
 from seqeval.metrics import accuracy_score
 from sklearn.metrics import f1_score as word_f1_score
@@ -14,23 +13,16 @@ from torch import Tensor
 from transformers import DataCollatorForTokenClassification, PreTrainedTokenizerBase
 
 from ptv2_fast.tasks.alignment import IGNORED, align
-from ptv2_fast.tasks.cells import (
-    as_lists,
-    check_labels_apart,
-    find_sentence_column,
-    group_words,
-    is_one_word,
-)
 from ptv2_fast.tasks.chunks import (
     Scheme,
     begun_inside,
-    chunk_figures,
+    chunk_class_scores,
     chunk_scores,
     find_scheme,
     odd_labels,
     spans,
 )
-from ptv2_fast.tasks.columns import Columns
+from ptv2_fast.tasks.comparison import ClassScores
 from ptv2_fast.tasks.conll import holds_columns, read_conll
 from ptv2_fast.tasks.decoding import (
     MOST_LABELS,
@@ -40,10 +32,20 @@ from ptv2_fast.tasks.decoding import (
     keeps_to,
     rules_of,
 )
+from ptv2_fast.tasks.examples import Examples
+from ptv2_fast.tasks.features import Collator, Features, TaskTokenizer
+from ptv2_fast.tasks.memory_table import MemoryTable
 from ptv2_fast.tasks.sources import TYPED, Source
 from ptv2_fast.tasks.tables import check_not_empty, keep_columns, read_table
-from ptv2_fast.tasks.task import LISTED, Collator, Examples, Features, Task, was_cut
+from ptv2_fast.tasks.task import LISTED, Result, Task
 from ptv2_fast.tasks.typed_words import typed_words, word_offsets
+from ptv2_fast.tasks.word_tables import (
+    as_lists,
+    check_label_separators,
+    find_sentence_column,
+    group_words,
+    is_one_word,
+)
 
 _BEGIN_INSIDE = "chunks that begin with I-, as in IOB1 (labels kept as they are, chunks scored)"
 
@@ -138,7 +140,7 @@ class TokenClassification(Task):
             numbers = keep_columns(table, source, {"sentence": sentence})["sentence"][:]
             remark = {f"one word a row, gathered by the column {sentence!r}": len(kept)}
             return group_words(words, numbers, where), remark
-        check_labels_apart(columns.get("tags", []), where)
+        check_label_separators(columns.get("tags", []), where)
         for column, cells in words.items():
             columns[column] = as_lists(cells, where)
         if "tags" in columns:
@@ -154,20 +156,15 @@ class TokenClassification(Task):
         for index, words in enumerate(columns["words"]):
             tags = columns["tags"][index] if "tags" in columns else words
             if not words or not _is_list_of_text(words):
-                raise ValueError(
-                    f"{examples.where(index)}: expected a list of words, got {words!r}"
-                )
+                raise examples.error(index, "a list of words", words)
             if not _is_list_of_text(tags) or len(tags) != len(words):
-                raise ValueError(
-                    f"{examples.where(index)}: expected one label for each of {len(words)} words, "
-                    f"got {tags!r}"
-                )
+                raise examples.error(index, f"one label for each of {len(words)} words", tags)
 
     def from_texts(self, texts: Sequence[str], source: Source = TYPED) -> Examples:
         """Words are cut at blanks and around punctuation."""
         check_not_empty(source, len(texts))
         words, offsets = typed_words(texts, source.number)
-        table = Columns({"words": words, "offsets": offsets})
+        table = MemoryTable({"words": words, "offsets": offsets})
         return Examples(source, table, unit="text")
 
     def labels_of(self, examples: Examples) -> Iterator[tuple[int, Any]]:
@@ -206,21 +203,10 @@ class TokenClassification(Task):
         """How labels of chunks are spelt; None where words are scored."""
         return find_scheme(labels) if self.options.tag_scheme == "auto" else None
 
-    def tokenize(
-        self,
-        rows: dict[str, list],
-        tokenizer: PreTrainedTokenizerBase,
-        label_numbers: dict[str, int] | None,
-        max_length: int,
-    ) -> dict[str, list]:
-        count = len(rows["words"])
-        encoding = tokenizer(
-            rows["words"], is_split_into_words=True, truncation=True, max_length=max_length
-        )
-        return dict(encoding) | {
-            **align(encoding, rows.get("tags"), label_numbers, count),
-            "was_cut": was_cut(encoding, count),
-        }
+    def tokenize(self, rows: dict[str, list], tokenizer: TaskTokenizer) -> dict[str, list]:
+        encoding, was_cut = tokenizer(rows["words"], is_split_into_words=True)
+        aligned = align(encoding, rows.get("tags"), tokenizer.label_numbers, len(was_cut))
+        return dict(encoding) | aligned | {"was_cut": was_cut}
 
     def collator(self, tokenizer: PreTrainedTokenizerBase) -> Collator:
         return DataCollatorForTokenClassification(tokenizer, label_pad_token_id=IGNORED)
@@ -242,64 +228,49 @@ class TokenClassification(Task):
 
     def predictions(
         self, outputs: Any, batch: dict[str, Tensor], labels: Sequence[str]
-    ) -> list[list[int]]:
-        """The numbers of the words' labels.
+    ) -> list[list[tuple[int, float]]]:
+        """The numbers of the words' labels, and their probabilities.
 
         Without the option decoding they are sequences where there is something to remember: runs
         of earlier versions took each word's best.
         """
         kept = batch["labels"] != IGNORED
-        words, lengths = outputs.logits[kept].cpu(), kept.sum(1).cpu()  # [N, L], [B]
+        words, lengths = outputs.logits[kept].float().cpu(), kept.sum(1).cpu()  # [N, L], [B]
         chosen = self.options.decoding or ("argmax" if self.affinity is None else "viterbi")
         scheme = self.scheme(labels) if chosen == "viterbi" else None
         if scheme is None:
             best = words.argmax(-1)
         else:
             best = decode(words, lengths, rules_of(scheme, tuple(labels)), self.affinity)
-        return [row.tolist() for row in best.split(lengths.tolist())]
+        own = words.softmax(-1).gather(1, best[:, None])[:, 0]
+        pairs = iter(zip(best.tolist(), own.tolist(), strict=True))
+        return [[*itertools.islice(pairs, length)] for length in lengths.tolist()]
 
-    def results(self, predicted: list, features: Features, labels: list[str]) -> list[list[str]]:
-        """One tag a word; words that were cut off, or of which the tokenizer makes nothing, are
-        in no chunk."""
+    def results(self, predicted: list, features: Features, labels: list[str]) -> list[Result]:
+        """A tag and its probability for each word; words that were cut off, or of which the
+        tokenizer makes nothing, are in no chunk and have None."""
         scheme = self.scheme(labels)
         outside = "O" if scheme is None else scheme.outside
         outside = outside if outside in labels else labels[0]
-        results = [[outside] * len(words) for words in features.examples.table["words"][:]]
-        for numbers, places, example in zip(
-            predicted, features.table["word_indices"][:], features.table["example"][:], strict=True
-        ):
-            for word, number in zip(places, numbers, strict=True):
-                results[example][word] = labels[number]
-        return results
-
-    def certainty(
-        self, outputs: Any, batch: dict[str, Tensor], predicted: list[list[int]]
-    ) -> list[list[float]]:
-        words = outputs.logits[batch["labels"] != IGNORED].float().softmax(-1).cpu()  # [N, L]
-        numbers = torch.tensor([*itertools.chain.from_iterable(predicted)], dtype=torch.long)
-        own = words.gather(1, numbers[:, None])[:, 0]
-        return [row.tolist() for row in own.split([*map(len, predicted)])]
-
-    def scores(self, certain: list, features: Features) -> list[list[float | None]]:
-        """The probability of the label of each word; None where `results` fills one in."""
-        scores: list[list[float | None]] = [
-            [None] * len(words) for words in features.examples.table["words"][:]
+        results: list[dict[str, Any]] = [
+            {"tags": [outside] * len(words), "scores": [None] * len(words)}
+            for words in features.examples.table["words"][:]
         ]
-        for values, places, example in zip(
-            certain, features.table["word_indices"][:], features.table["example"][:], strict=True
-        ):
-            for word, value in zip(places, values, strict=True):
-                scores[example][word] = value
-        return scores
+        rows = (predicted, features.table["word_indices"][:], features.table["example"][:])
+        for pairs, places, example in zip(*rows, strict=True):
+            for word, (number, score) in zip(places, pairs, strict=True):
+                results[example]["tags"][word] = labels[number]
+                results[example]["scores"][word] = score
+        return results
 
     def metrics(self, results: list, examples: Examples, labels: list[str]) -> dict[str, float]:
         """Of whole chunks by seqeval where all labels are of chunks; else macro F1 of words."""
-        true = examples.table["tags"][:]
-        scores = {"accuracy": accuracy_score(true, results)}
+        true, given = self.expected(examples), [result["tags"] for result in results]
+        scores = {"accuracy": accuracy_score(true, given)}
         scheme = self.scheme(labels)
         if scheme is not None:
-            return scores | chunk_scores(scheme, true, results)
-        words = (list(itertools.chain.from_iterable(rows)) for rows in (true, results))
+            return scores | chunk_scores(scheme, true, given)
+        words = (list(itertools.chain.from_iterable(rows)) for rows in (true, given))
         f1 = word_f1_score(*words, average="macro", zero_division=0)
         return {name: float(score) for name, score in (scores | {"f1": f1}).items()}
 
@@ -307,34 +278,34 @@ class TokenClassification(Task):
         return examples.table["tags"][:]
 
     def answers(self, results: list) -> list[str]:
-        return list(itertools.chain.from_iterable(results))
+        return [tag for result in results for tag in result["tags"]]
 
-    def constants(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
+    def constant_results(self, examples: Examples, labels: list[str]) -> dict[str, list[Any]]:
         """The most frequent label of words alone: of a chunk's no chunk can be made."""
         ((answer, _),) = self.count_labels(examples).most_common(1)
-        return {answer: [[answer] * len(words) for words in examples.table["words"][:]]}
+        lengths = map(len, examples.table["words"][:])
+        return {answer: [{"tags": [answer] * length} for length in lengths]}
 
-    def classes(
-        self, results: list, examples: Examples, labels: list[str]
-    ) -> dict[str, dict[str, float]]:
+    def classes(self, results: list, examples: Examples, labels: list[str]) -> ClassScores:
         """Of types of chunks, or of labels of words."""
         scheme = self.scheme(labels)
         if scheme is not None:
-            return chunk_figures(scheme, self.expected(examples), results)
+            given = [result["tags"] for result in results]
+            return chunk_class_scores(scheme, self.expected(examples), given)
         return super().classes(results, examples, labels)
 
-    def pairs(self, results: list, examples: Examples) -> tuple[list[str], list[str]]:
+    def label_pairs(self, results: list, examples: Examples) -> tuple[list[str], list[str]]:
         """Of the words."""
-        return self.answers(self.expected(examples)), self.answers(results)
+        return [*itertools.chain.from_iterable(self.expected(examples))], self.answers(results)
 
-    def losses(self, results: list, examples: Examples) -> list[float]:
+    def error_sizes(self, results: list, examples: Examples) -> list[float]:
         """How many words have another label."""
         pairs = zip(self.expected(examples), results, strict=True)
-        return [float(sum(map(str.__ne__, true, tags))) for true, tags in pairs]
+        return [float(sum(map(str.__ne__, true, result["tags"]))) for true, result in pairs]
 
-    def shown(self, example: dict, expected: list[str], result: Any) -> tuple[str, str, str]:
+    def error_texts(self, example: dict, expected: list[str], result: Any) -> tuple[str, str, str]:
         """The sentence, and the labels of the words that have another one."""
-        words = list(zip(example["words"], expected, result, strict=True))
+        words = list(zip(example["words"], expected, result["tags"], strict=True))
         right = ", ".join(f"{word} {true}" for word, true, given in words if true != given)
         said = ", ".join(f"{word} {given}" for word, true, given in words if true != given)
         return " ".join(example["words"]), right, said
@@ -346,29 +317,18 @@ class TokenClassification(Task):
         how = f"of whole chunks (labels {scheme.name}), micro-averaged, as seqeval and conlleval"
         return {name: f"{name} {how}" for name in ("f1", "precision", "recall")}
 
-    def describe(
-        self,
-        example: dict,
-        result: list[str],
-        labels: Sequence[str] = (),
-        scores: list[float | None] | None = None,
-    ) -> dict[str, Any]:
+    def describe(self, example: dict, result: Result, labels: Sequence[str] = ()) -> Result:
         """Words with their tags, probabilities and places, and the chunks that they make.
 
         Places are characters in the typed text; of a file that holds words, in these with a blank
         between each two. The score of a chunk is the mean of those of its words.
         """
-        described: dict[str, Any] = {"words": example["words"], "tags": result}
-        described |= self._marks(example, scores)
-        scheme = self.scheme(labels or result)
-        if scheme is not None:
-            described["entities"] = spans(scheme, example["words"], result, "type", described)
-        return described
-
-    def _marks(self, example: dict, scores: list[float | None] | None) -> dict[str, Any]:
-        """`scores` and `offsets` of the words, as `describe` prints them."""
         offsets = example.get("offsets") or word_offsets(example["words"])
-        return {"scores": scores or [None] * len(offsets), "offsets": offsets}
+        described = {"words": example["words"], **result, "offsets": offsets}
+        scheme = self.scheme(labels or result["tags"])
+        if scheme is not None:
+            described["entities"] = spans(scheme, described, "type")
+        return described
 
 
 def _is_list_of_text(cell: Any) -> bool:

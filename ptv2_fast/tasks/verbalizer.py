@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from ptv2_fast.tasks.features import TaskTokenizer
 from ptv2_fast.tasks.options import DataOptions
-from ptv2_fast.tasks.task import was_cut
 from ptv2_fast.tasks.text_classification import TextClassification
 
 _ENTAILMENT = {"entailment": "true", "not_entailment": "false"}
@@ -47,29 +47,28 @@ class Verbalizer(TextClassification):
     ) -> None:
         MaskReader(model, mask_of(tokenizer)[1], find_word_ids(self.words, tokenizer, labels))
 
-    def encode(
-        self, rows: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int
-    ) -> tuple[Any, list[bool]]:
-        mask, mask_id = mask_of(tokenizer)
+    def encode(self, rows: dict[str, list], tokenizer: TaskTokenizer) -> tuple[Any, list[bool]]:
+        max_length, own = tokenizer.max_length, tokenizer.tokenizer
+        mask, mask_id = mask_of(own)
         texts, others = rows["text"], rows.get("text_pair")
         if others is None:
             clozes = [f"It is {mask}. {text}" for text in texts]
-            encoding = tokenizer(clozes, truncation=True, max_length=max_length)
+            encoding, was_cut = tokenizer(clozes)
             shortened = [False] * len(texts)
         else:
             if self.options.task not in _FIRST_ASKS:
                 texts, others = others, texts
             ending = f"? {mask}"
             # Truncation leaves at least one token of the other text.
-            taken = _length(tokenizer, ending) + tokenizer.num_special_tokens_to_add(pair=True) + 1
+            taken = len(own(ending, add_special_tokens=False)["input_ids"]) + 1
+            longest = max(max_length - taken - own.num_special_tokens_to_add(pair=True), 2)
             questions = [text.rstrip(" .?!") for text in texts]
-            kept = _shorten(questions, tokenizer, max(max_length - taken, 2))
-            shortened = [a != b for a, b in zip(kept, questions, strict=True)]
+            # To one token less: with what follows, the last one may become two.
+            kept = tokenizer.cut(questions, longest, longest - 1)
+            shortened = [*map(str.__ne__, kept, questions)]
             clozes = [question + ending for question in kept]
             try:
-                encoding = tokenizer(
-                    clozes, others, truncation="only_second", max_length=max_length
-                )
+                encoding, was_cut = tokenizer(clozes, others, truncation="only_second")
             except Exception as error:  # the tokenizers package raises nothing narrower
                 raise ValueError(
                     f"max_length: expected room for a mask beside two texts, got {max_length} "
@@ -81,8 +80,7 @@ class Verbalizer(TextClassification):
                     f"head: expected one {mask} among {max_length} tokens with 'lm', got "
                     f"{ids.count(mask_id)} in {text!r}"
                 )
-        cut = was_cut(encoding, len(clozes))
-        return encoding, [a or b for a, b in zip(cut, shortened, strict=True)]
+        return encoding, [a or b for a, b in zip(was_cut, shortened, strict=True)]
 
 
 class MaskReader:
@@ -189,19 +187,3 @@ def mask_of(tokenizer: PreTrainedTokenizerBase) -> tuple[str, int]:
     if tokenizer.mask_token is None:
         raise ValueError("head: expected a tokenizer with a mask token with 'lm', got one without")
     return str(tokenizer.mask_token), int(tokenizer.mask_token_id)  # type: ignore[arg-type]
-
-
-def _length(tokenizer: PreTrainedTokenizerBase, text: str) -> int:
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-def _shorten(texts: list[str], tokenizer: PreTrainedTokenizerBase, count: int) -> list[str]:
-    """The texts, cut where they have more than `count` >= 2 tokens.
-
-    To one token less: with what follows, the last one may become two.
-    """
-    encoding = tokenizer(texts, add_special_tokens=False, return_offsets_mapping=True)
-    return [
-        text if len(offsets) <= count else text[: offsets[count - 2][1]]
-        for text, offsets in zip(texts, encoding["offset_mapping"], strict=True)
-    ]

@@ -43,7 +43,6 @@ class Predictions:
         self.rows = features.model_inputs(run.tokenizer, run.task.label_columns)
         self._collate = run.task.collator(run.tokenizer)
         self._predicted: list[Any] = [None] * len(features)
-        self._certainty: list[Any] = [None] * len(features)
 
     def collate(self, numbers: list[int]) -> Any:
         """Some of the rows as one batch, with labels if there are any."""
@@ -54,13 +53,11 @@ class Predictions:
         labels = self.run.task.label_columns
         return {name: tensor for name, tensor in batch.items() if name not in labels}
 
-    def take(self, numbers: list[int], batch: Any, outputs: Any, certain: bool = True) -> None:
-        """Keep what the task reads in the outputs of a batch, and with `certain` how sure it is."""
-        task = self.run.task
-        predicted = task.predictions(outputs, batch, self.run.labels)
-        sure = task.certainty(outputs, batch, predicted) if certain else [None] * len(numbers)
-        for number, prediction, certainty in zip(numbers, predicted, sure, strict=True):
-            self._predicted[number], self._certainty[number] = prediction, certainty
+    def take(self, numbers: list[int], batch: Any, outputs: Any) -> None:
+        """Keep what the task reads in the outputs of a batch."""
+        predicted = self.run.task.predictions(outputs, batch, self.run.labels)
+        for number, prediction in zip(numbers, predicted, strict=True):
+            self._predicted[number] = prediction
 
     @cached_property
     def results(self) -> list[Any]:
@@ -70,6 +67,5 @@ class Predictions:
     def lines(self) -> Iterator[dict[str, Any]]:
         """One for each example, as it is printed, made when asked for."""
         task, features = self.run.task, self._features
-        scores = task.scores(self._certainty, features)
-        rows = zip(features.examples.table, self.results, scores, strict=True)
-        return (task.describe(row, one, self.run.labels, sure) for row, one, sure in rows)
+        rows = zip(features.examples.table, self.results, strict=True)
+        return (task.describe(row, one, self.run.labels) for row, one in rows)

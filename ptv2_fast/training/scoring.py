@@ -23,9 +23,8 @@ def run_model(
     batch_size: int = 32,
     bf16: bool = False,
     progress: bool | None = None,
-    certain: bool = False,
 ) -> Predictions:
-    """The predictions of a model, with `certain` how sure it is of them too.
+    """The predictions of a model.
 
     Runs in eval mode, in batches of similar length, and draws nothing from torch's generator.
     A bar shows how far it is: with `progress`, or when that is None, on a terminal.
@@ -40,7 +39,7 @@ def run_model(
         batch = predictions.collate(numbers).to(model.device)
         with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
             outputs = model(**predictions.inputs(batch))
-        predictions.take(numbers, batch, outputs, certain)
+        predictions.take(numbers, batch, outputs)
     model.train(was_training)
     return predictions
 
@@ -76,7 +75,7 @@ def evaluate_file(
     task, labels = run.task, run.labels
     examples = task.read(file_source(path))
     features = run.featurize(examples, labelled=True)
-    predictions = run_model(run, features, batch_size, certain=True)
+    predictions = run_model(run, features, batch_size)
     scores: dict[str, Any] = dict(task.metrics(predictions.results, examples, labels))
     scores |= {"examples": len(examples), "truncated_examples": features.truncated}
     if examples.remarks:
@@ -154,4 +153,4 @@ def _predict_examples(
     run: TaskModel, examples: Examples, batch_size: int, progress: bool | None = None
 ) -> list[dict[str, Any]]:
     features = run.featurize(examples)
-    return [*run_model(run, features, batch_size, progress=progress, certain=True).lines()]
+    return [*run_model(run, features, batch_size, progress=progress).lines()]

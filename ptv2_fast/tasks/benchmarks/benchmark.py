@@ -27,7 +27,7 @@ class Benchmark:
         pairs: those templates that make two texts of an example (text, text_pair).
         options: other defaults of DataOptions, such as column numbers.
         labels: of token tasks, those in any split; the head has them all.
-        table: how a .csv, .tsv or .txt file of it is read: keyword arguments of pandas.read_csv.
+        csv_options: keyword arguments of pandas.read_csv, for a .csv, .tsv or .txt file of it.
         torn_rows: whether the official files have rows that a line break in a text tore in two;
             neither half has a label.
     """
@@ -39,11 +39,13 @@ class Benchmark:
     metrics: tuple[str, ...]
     files: Mapping[str, tuple[str, ...]]
     hub: tuple[str, str | None] | None = None
-    hub_splits: Mapping[str, str] = field(default_factory=dict)
+    hub_splits: Mapping[str, str] = field(
+        default_factory=lambda: {"train": "train", "validation": "validation"}
+    )
     rows: Rows | None = None
     templates: tuple[str, ...] = ("default",)
     pairs: tuple[str, ...] = ()
     options: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
-    table: Mapping[str, Any] = field(default_factory=dict)
+    csv_options: Mapping[str, Any] = field(default_factory=dict)
     torn_rows: bool = False

@@ -5,33 +5,12 @@ labels as the official files spell them.
 """
 
 import csv
+import functools
 from collections.abc import Iterator
 from typing import Any
 
-from ptv2_fast.tasks.benchmarks.benchmark import Benchmark, Rows
-from ptv2_fast.tasks.benchmarks.fields import class_label, text
-
-
-def sentences(*forms: tuple[str, ...], classes: tuple[str, ...] = ()) -> Rows:
-    """Rows of one or two texts and a label.
-
-    Args:
-        forms: the columns of the texts and, last, of the label: in the official files and, where
-            they differ, on the hub.
-        classes: how the hub calls labels that are numbers in the official files.
-    """
-
-    def rows(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
-        columns = next((form for form in forms if form[0] in row), forms[0])[:-1]
-        label = next((row[form[-1]] for form in forms if form[-1] in row), None)
-        # zip is not strict: some have one text.
-        texts = zip(("text", "text_pair"), columns, strict=False)
-        yield {
-            **{name: text(row, column) for name, column in texts},
-            "label": class_label(label, classes),
-        }
-
-    return rows
+from ptv2_fast.tasks.benchmarks.benchmark import Benchmark
+from ptv2_fast.tasks.benchmarks.rows import sentences, text
 
 
 def similarity(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
@@ -41,33 +20,31 @@ def similarity(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
     yield {"text": text(row, "sentence1"), "text_pair": text(row, "sentence2"), "label": label}
 
 
-def _benchmark(name: str, title: str, rows: Rows, **more: Any) -> Benchmark:
-    """What all nine have in common."""
-    values: dict[str, Any] = {
-        "metrics": ("accuracy",),
-        "pairs": ("default",),
-        "files": {"train": ("train.tsv",), "validation": ("dev.tsv",)},
-        "hub": ("nyu-mll/glue", name),
-        "hub_splits": {"train": "train", "validation": "validation"},
-        # Quotation marks are characters of the text.
-        "table": {"sep": "\t", "quoting": csv.QUOTE_NONE, **more.pop("table", {})},
-        **more,
-    }
-    return Benchmark(
-        name=name, title=title, suite="GLUE", family="text-classification", rows=rows, **values
-    )
-
+_HUB = "nyu-mll/glue"
+# Quotation marks are characters of the text.
+_CSV = {"sep": "\t", "quoting": csv.QUOTE_NONE}
+# What most of the nine have in common.
+_glue = functools.partial(
+    Benchmark,
+    suite="GLUE",
+    family="text-classification",
+    metrics=("accuracy",),
+    files={"train": ("train.tsv",), "validation": ("dev.tsv",)},
+    pairs=("default",),
+    csv_options=_CSV,
+)
 
 GLUE = (
-    _benchmark(
-        "cola", "CoLA",
-        sentences(("sentence", "label"), classes=("unacceptable", "acceptable")),
-        metrics=("matthews_correlation",), pairs=(),
-        table={"header": None, "names": ["source", "label", "star", "sentence"]},
+    _glue(
+        "cola", "CoLA", hub=(_HUB, "cola"), metrics=("matthews_correlation",), pairs=(),
+        rows=sentences(("sentence", "label"), classes=("unacceptable", "acceptable")),
+        csv_options=_CSV | {"header": None, "names": ["source", "label", "star", "sentence"]},
     ),
-    _benchmark(
-        "mnli", "MNLI",
-        sentences(("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label")),
+    _glue(
+        "mnli", "MNLI", hub=(_HUB, "mnli"),
+        rows=sentences(
+            ("sentence1", "sentence2", "gold_label"), ("premise", "hypothesis", "label")
+        ),
         files={
             "train": ("train.tsv",),
             "validation": ("dev_matched.tsv",),
@@ -79,15 +56,14 @@ GLUE = (
             "validation_mismatched": "validation_mismatched",
         },
         # Without the parse trees, most of the file. A test file has no labels.
-        table={"usecols": {"sentence1", "sentence2", "gold_label"}.__contains__},
+        csv_options=_CSV | {"usecols": {"sentence1", "sentence2", "gold_label"}.__contains__},
     ),
-    _benchmark(
-        "mrpc", "MRPC",
-        sentences(
+    _glue(
+        "mrpc", "MRPC", hub=(_HUB, "mrpc"), metrics=("accuracy", "f1"),
+        rows=sentences(
             ("#1 String", "#2 String", "Quality"), ("sentence1", "sentence2", "label"),
             classes=("not_equivalent", "equivalent"),
         ),
-        metrics=("accuracy", "f1"),
         # GLUE's dev.tsv is part of Microsoft's training file; where that was not cut, Microsoft's
         # test file is what is left to validate on.
         files={
@@ -95,29 +71,29 @@ GLUE = (
             "validation": ("dev.tsv", "msr_paraphrase_test.txt"),
         },
     ),
-    _benchmark("qnli", "QNLI", sentences(("question", "sentence", "label"))),
-    _benchmark(
-        "qqp", "QQP",
-        sentences(
+    _glue("qnli", "QNLI", hub=(_HUB, "qnli"), rows=sentences(("question", "sentence", "label"))),
+    _glue(
+        "qqp", "QQP", hub=(_HUB, "qqp"), metrics=("accuracy", "f1"), torn_rows=True,
+        rows=sentences(
             ("question1", "question2", "is_duplicate"), ("question1", "question2", "label"),
             classes=("not_duplicate", "duplicate"),
         ),
-        metrics=("accuracy", "f1"),
-        torn_rows=True,
     ),
-    _benchmark(
-        "glue-rte", "RTE", sentences(("sentence1", "sentence2", "label")),
-        hub=("nyu-mll/glue", "rte"),
+    _glue(
+        "glue-rte", "RTE", hub=(_HUB, "rte"), rows=sentences(("sentence1", "sentence2", "label"))
     ),
-    _benchmark(
-        "sst2", "SST-2", sentences(("sentence", "label"), classes=("negative", "positive")),
-        pairs=(),
+    _glue(
+        "sst2", "SST-2", hub=(_HUB, "sst2"), pairs=(),
+        rows=sentences(("sentence", "label"), classes=("negative", "positive")),
     ),
-    _benchmark(
-        "stsb", "STS-B", similarity, metrics=("pearson", "spearmanr"), options={"regression": True}
+    _glue(
+        "stsb", "STS-B", hub=(_HUB, "stsb"), rows=similarity, metrics=("pearson", "spearmanr"),
+        options={"regression": True},
     ),
-    _benchmark(
-        "wnli", "WNLI",
-        sentences(("sentence1", "sentence2", "label"), classes=("not_entailment", "entailment")),
+    _glue(
+        "wnli", "WNLI", hub=(_HUB, "wnli"),
+        rows=sentences(
+            ("sentence1", "sentence2", "label"), classes=("not_entailment", "entailment")
+        ),
     ),
 )  # fmt: skip

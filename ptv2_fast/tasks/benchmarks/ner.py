@@ -1,8 +1,8 @@
 """Named entity recognition."""
 
-from ptv2_fast.tasks.benchmarks.benchmark import Benchmark
+import functools
 
-_METRICS = ("f1", "precision", "recall")
+from ptv2_fast.tasks.benchmarks.benchmark import Benchmark
 
 
 def bio_labels(kinds: str, begin_only: str = "") -> tuple[str, ...]:
@@ -11,14 +11,15 @@ def bio_labels(kinds: str, begin_only: str = "") -> tuple[str, ...]:
     return ("O", *begin, *(f"I-{kind}" for kind in kinds.split()))
 
 
+_ner = functools.partial(
+    Benchmark, suite="NER", family="token-classification", metrics=("f1", "precision", "recall")
+)
+
 NER = (
     # Tjong Kim Sang and De Meulder 2003.
-    Benchmark(
+    _ner(
         name="conll2003",
         title="CoNLL03",
-        suite="NER",
-        family="token-classification",
-        metrics=_METRICS,
         files={
             "train": ("train.txt", "eng.train"),
             "validation": ("valid.txt", "dev.txt", "eng.testa"),
@@ -29,12 +30,9 @@ NER = (
         labels=bio_labels("LOC MISC ORG PER"),
     ),
     # Roth and Yih 2004, in the files of Bekoulis et al. 2018, which also hold relations.
-    Benchmark(
+    _ner(
         name="conll2004",
         title="CoNLL04",
-        suite="NER",
-        family="token-classification",
-        metrics=_METRICS,
         files={
             "train": ("train.txt",),
             "validation": ("dev.txt", "valid.txt"),
@@ -44,12 +42,9 @@ NER = (
         labels=bio_labels("Loc Org Other Peop"),
     ),
     # Pradhan et al. 2013.
-    Benchmark(
+    _ner(
         name="ontonotes",
         title="OntoNotes 5.0",
-        suite="NER",
-        family="token-classification",
-        metrics=_METRICS,
         files={
             "train": ("train.sd.conllx",),
             "validation": ("dev.sd.conllx",),

@@ -1,9 +1,9 @@
 """Semantic role labelling of given verbs."""
 
+import functools
+
 from ptv2_fast.tasks.benchmarks.benchmark import Benchmark
 from ptv2_fast.tasks.benchmarks.ner import bio_labels
-
-_METRICS = ("f1", "f1_without_v", "precision", "recall")
 
 # Those that tasks/srl/datasets of THUDM/P-tuning-v2 lists: 106 and 116 labels.
 _CONLL2005_LABELS = bio_labels(
@@ -39,14 +39,18 @@ _EWT_LABELS = bio_labels(
     "C-ARGM-PRR C-V",
 )
 
+_srl = functools.partial(
+    Benchmark,
+    suite="SRL",
+    family="semantic-role-labeling",
+    metrics=("f1", "f1_without_v", "precision", "recall"),
+)
+
 SRL = (
     # Carreras and Marquez 2005, as lines of the form that He et al. 2017 introduced.
-    Benchmark(
+    _srl(
         name="conll2005",
         title="CoNLL05",
-        suite="SRL",
-        family="semantic-role-labeling",
-        metrics=_METRICS,
         files={
             "train": ("conll05.train.txt", "conll2005.train.txt"),
             "validation": ("conll05.devel.txt", "conll05.dev.txt", "conll2005.devel.txt"),
@@ -56,12 +60,9 @@ SRL = (
         labels=_CONLL2005_LABELS,
     ),
     # Pradhan et al. 2012, in the same form.
-    Benchmark(
+    _srl(
         name="conll2012",
         title="CoNLL12",
-        suite="SRL",
-        family="semantic-role-labeling",
-        metrics=_METRICS,
         files={
             "train": ("conll2012.train.txt", "conll12.train.txt"),
             "validation": ("conll2012.devel.txt", "conll2012.dev.txt", "conll12.devel.txt"),
@@ -70,12 +71,9 @@ SRL = (
         labels=_CONLL2012_LABELS,
     ),
     # One JSON object a verb: words, pred (its index), tags; other keys are not read.
-    Benchmark(
+    _srl(
         name="propbank",
         title="PropBank EWT",
-        suite="SRL",
-        family="semantic-role-labeling",
-        metrics=_METRICS,
         files={
             "train": ("train.jsonl", "train.jsonl.gz"),
             "validation": ("dev.jsonl", "dev.jsonl.gz"),

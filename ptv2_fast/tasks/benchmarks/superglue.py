@@ -3,32 +3,14 @@
 Rows are those of the official JSON lines or of the hub's tables; both give the same.
 """
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
-from ptv2_fast.tasks.benchmarks.benchmark import Benchmark, Rows
-from ptv2_fast.tasks.benchmarks.fields import class_label, text
+from ptv2_fast.tasks.benchmarks.benchmark import Benchmark
+from ptv2_fast.tasks.benchmarks.rows import class_label, sentences, text
 
-_CLASSIFICATION = "text-classification"
 _NO_YES = ("False", "True")
-
-
-def boolq(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
-    """(question, passage)."""
-    yield {
-        "text": text(row, "question"),
-        "text_pair": text(row, "passage"),
-        "label": class_label(row.get("label")),
-    }
-
-
-def entailment(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
-    """RTE and CB: (premise, hypothesis)."""
-    yield {
-        "text": text(row, "premise"),
-        "text_pair": text(row, "hypothesis"),
-        "label": class_label(row.get("label")),
-    }
 
 
 def copa(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
@@ -43,29 +25,25 @@ def copa(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
 
 def multirc(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
     """(paragraph, question and answer) for each answer; `group` is the question."""
-    if "passage" not in row:
-        yield _multirc_answer(
-            text(row, "paragraph"), text(row, "question"), text(row, "answer"), row.get("label"),
-            group=f"{row['idx']['paragraph']} {row['idx']['question']}",
-        )  # fmt: skip
-        return
-    for question in row["passage"]["questions"]:
-        for answer in question["answers"]:
-            yield _multirc_answer(
-                text(row["passage"], "text"), text(question, "question"), text(answer, "text"),
-                answer.get("label"), group=f"{row['idx']} {question['idx']}",
-            )  # fmt: skip
-
-
-def _multirc_answer(
-    paragraph: str, question: str, answer: str, label: Any, group: str
-) -> dict[str, Any]:
-    return {
-        "text": paragraph,
-        "text_pair": f"{question} {answer}",
-        "label": class_label(label, _NO_YES),
-        "group": group,
-    }
+    if "passage" in row:
+        answers = [
+            (text(row["passage"], "text"), text(question, "question"), text(answer, "text"),
+             answer.get("label"), f"{row['idx']} {question['idx']}")
+            for question in row["passage"]["questions"] for answer in question["answers"]
+        ]  # fmt: skip
+    else:
+        group = f"{row['idx']['paragraph']} {row['idx']['question']}"
+        answers = [
+            (text(row, "paragraph"), text(row, "question"), text(row, "answer"), row.get("label"),
+             group)
+        ]  # fmt: skip
+    for paragraph, question, answer, label, group in answers:
+        yield {
+            "text": paragraph,
+            "text_pair": f"{question} {answer}",
+            "label": class_label(label, _NO_YES),
+            "group": group,
+        }
 
 
 def record(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
@@ -75,35 +53,29 @@ def record(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
     each, in the order of the alphabet.
     """
     if isinstance(row["passage"], str):
-        yield from _record_entities(
-            row["passage"], text(row, "query"), row["entities"], row["answers"],
-            group=f"{row['idx']['passage']} {row['idx']['query']}",
-        )  # fmt: skip
-        return
-    passage = text(row["passage"], "text")
-    spans = row["passage"]["entities"]
-    entities = [passage[span["start"] : span["end"] + 1] for span in spans]
-    for question in row["qas"]:
-        answers = [text(answer, "text") for answer in question.get("answers") or ()]
-        yield from _record_entities(
-            passage, text(question, "query"), entities, answers, f"{row['idx']} {question['idx']}"
-        )
-
-
-def _record_entities(
-    passage: str, query: str, entities: list[str], answers: list[str], group: str
-) -> Iterator[dict[str, Any]]:
+        passage, entities = row["passage"], row["entities"]
+        group = f"{row['idx']['passage']} {row['idx']['query']}"
+        queries = [(text(row, "query"), row["answers"], group)]
+    else:
+        passage = text(row["passage"], "text")
+        spans = row["passage"]["entities"]
+        entities = [passage[span["start"] : span["end"] + 1] for span in spans]
+        queries = [
+            (text(query, "query"), [text(answer, "text") for answer in query.get("answers") or ()],
+             f"{row['idx']} {query['idx']}")
+            for query in row["qas"]
+        ]  # fmt: skip
     lines = passage.replace("@highlight\n", "- ")
-    answers = sorted(set(answers))
-    for entity in sorted(set(entities)):
-        yield {
-            "text": lines,
-            "text_pair": query.replace("@placeholder", entity),
-            "label": str(int(entity in answers)) if answers else None,
-            "group": group,
-            "entity": entity,
-            "answers": answers,
-        }
+    for query, answers, group in queries:
+        for entity in sorted(set(entities)):
+            yield {
+                "text": lines,
+                "text_pair": query.replace("@placeholder", entity),
+                "label": str(int(entity in answers)) if answers else None,
+                "group": group,
+                "entity": entity,
+                "answers": sorted(set(answers)),
+            }
 
 
 def wic(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
@@ -134,33 +106,35 @@ def wsc(row: dict[str, Any], template: str) -> Iterator[dict[str, Any]]:
     }
 
 
-def _benchmark(name: str, title: str, rows: Rows, **more: Any) -> Benchmark:
-    """What all eight have in common."""
-    values: dict[str, Any] = {
-        "family": _CLASSIFICATION,
-        "metrics": ("accuracy",),
-        "pairs": ("default",),
-        **more,
-    }
-    return Benchmark(
-        name=name,
-        title=title,
-        suite="SuperGLUE",
-        files={"train": ("train.jsonl",), "validation": ("val.jsonl",)},
-        hub=("aps/super_glue", name),
-        hub_splits={"train": "train", "validation": "validation"},
-        rows=rows,
-        **values,
-    )
-
+_HUB = "aps/super_glue"
+# What most of the eight have in common.
+_superglue = functools.partial(
+    Benchmark,
+    suite="SuperGLUE",
+    family="text-classification",
+    metrics=("accuracy",),
+    files={"train": ("train.jsonl",), "validation": ("val.jsonl",)},
+    pairs=("default",),
+)
+_entailment = sentences(("premise", "hypothesis", "label"))
 
 SUPERGLUE = (
-    _benchmark("boolq", "BoolQ", boolq),
-    _benchmark("cb", "CB", entailment, metrics=("accuracy", "f1")),
-    _benchmark("copa", "COPA", copa, family="multiple-choice", pairs=()),
-    _benchmark("multirc", "MultiRC", multirc, metrics=("f1a", "em")),
-    _benchmark("record", "ReCoRD", record, metrics=("f1", "em")),
-    _benchmark("rte", "RTE", entailment),
-    _benchmark("wic", "WiC", wic, templates=("0", "1"), pairs=("1",)),
-    _benchmark("wsc", "WSC", wsc, templates=("0", "1"), pairs=("0", "1")),
-)
+    _superglue(
+        "boolq", "BoolQ", hub=(_HUB, "boolq"), rows=sentences(("question", "passage", "label"))
+    ),
+    _superglue("cb", "CB", hub=(_HUB, "cb"), rows=_entailment, metrics=("accuracy", "f1")),
+    _superglue(
+        "copa", "COPA", hub=(_HUB, "copa"), rows=copa, family="multiple-choice", pairs=()
+    ),
+    _superglue(
+        "multirc", "MultiRC", hub=(_HUB, "multirc"), rows=multirc, metrics=("f1a", "em")
+    ),
+    _superglue("record", "ReCoRD", hub=(_HUB, "record"), rows=record, metrics=("f1", "em")),
+    _superglue("rte", "RTE", hub=(_HUB, "rte"), rows=_entailment),
+    _superglue(
+        "wic", "WiC", hub=(_HUB, "wic"), rows=wic, templates=("0", "1"), pairs=("1",)
+    ),
+    _superglue(
+        "wsc", "WSC", hub=(_HUB, "wsc"), rows=wsc, templates=("0", "1"), pairs=("0", "1")
+    ),
+)  # fmt: skip

@@ -70,7 +70,7 @@ def as_lists(cells: list, where: Callable[[int], str]) -> list:
     return found
 
 
-def check_labels_apart(cells: list, where: Callable[[int], str]) -> None:
+def check_label_separators(cells: list, where: Callable[[int], str]) -> None:
     """Check that labels in cells of text have blanks between them, and nothing else.
 
     Raises:

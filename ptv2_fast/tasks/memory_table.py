@@ -6,7 +6,7 @@ from typing import Any
 import pyarrow
 
 
-class Columns:
+class MemoryTable:
     """What tasks read of a Dataset, over lists: to make one of those takes milliseconds, a hundred
     times what a text takes to be tokenised.
 
@@ -19,7 +19,7 @@ class Columns:
         self._length = len(next(iter(self._columns.values()), []))
 
     @classmethod
-    def joined(cls, tables: Sequence[Any]) -> "Columns":
+    def joined(cls, tables: Sequence[Any]) -> "MemoryTable":
         """The rows of tables with the same columns, one behind the other."""
         return cls(
             {
@@ -44,17 +44,17 @@ class Columns:
     def __iter__(self) -> Iterator[dict[str, Any]]:
         return (self[index] for index in range(self._length))
 
-    def add_column(self, name: str, values: Sequence[Any]) -> "Columns":
-        return Columns({**self._columns, name: values})
+    def add_column(self, name: str, values: Sequence[Any]) -> "MemoryTable":
+        return MemoryTable({**self._columns, name: values})
 
-    def remove_columns(self, name: str) -> "Columns":
+    def remove_columns(self, name: str) -> "MemoryTable":
         return self.select_columns([other for other in self._columns if other != name])
 
-    def select_columns(self, names: Sequence[str]) -> "Columns":
-        return Columns({name: self._columns[name] for name in names})
+    def select_columns(self, names: Sequence[str]) -> "MemoryTable":
+        return MemoryTable({name: self._columns[name] for name in names})
 
-    def select(self, indices: Sequence[int]) -> "Columns":
-        return Columns({n: [values[i] for i in indices] for n, values in self._columns.items()})
+    def select(self, indices: Sequence[int]) -> "MemoryTable":
+        return MemoryTable({n: [values[i] for i in indices] for n, values in self._columns.items()})
 
     def with_format(self, kind: str) -> pyarrow.Table:
         """The same as "arrow"."""
