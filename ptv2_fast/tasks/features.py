@@ -151,7 +151,8 @@ def _cache_file(task: "Task", table: Dataset, tokenizer: TaskTokenizer) -> str |
     rules = json.loads(tokenizer.tokenizer.backend_tokenizer.to_str())
     rules = {name: part for name, part in rules.items() if name not in ("truncation", "padding")}
     what = (
-        ptv2_fast.__version__, datasets.__version__, type(task).__name__, task.options, rules,
+        ptv2_fast.__version__, datasets.__version__, type(task).__name__,
+        task.options.model_dump(), rules,
         (tokenizer.label_numbers, tokenizer.max_length), table[:],
     )  # fmt: skip
     return str(folder / f"{Hasher.hash(what)}.arrow")
