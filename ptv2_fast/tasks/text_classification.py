@@ -26,7 +26,9 @@ class TextClassification(Task):
     def metric_names(self) -> tuple[str, ...]:
         """Those that are published, where they are of what is predicted: labels or numbers."""
         of_numbers = self.benchmark is not None and "regression" in self.benchmark.options
-        return super().metric_names if of_numbers == self.options.regression else self.default_metrics
+        return (
+            super().metric_names if of_numbers == self.options.regression else self.default_metrics
+        )
 
     def read(self, source: Source, labelled: bool = True) -> Examples:
         if self.benchmark is not None:
