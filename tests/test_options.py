@@ -202,10 +202,13 @@ def test_a_file_of_a_run_goes_to_another_task_without_its_defaults(tmp_path):
 def test_what_is_scored_follows_what_is_given():
     """Not the published figures, where they are of something else."""
     labels, numbers = (make_task(DataOptions(task="stsb", regression=r)) for r in (False, True))
-    assert labels.figures == ("accuracy", "f1") and numbers.figures == ("pearson", "spearmanr")
-    assert make_task(DataOptions(task="stsb")).figures == numbers.figures
+    assert labels.metric_names == ("accuracy", "f1") and numbers.metric_names == (
+        "pearson",
+        "spearmanr",
+    )
+    assert make_task(DataOptions(task="stsb")).metric_names == numbers.metric_names
     own = DataOptions(task="text-classification", regression=True)
-    assert make_task(own).figures == numbers.figures
+    assert make_task(own).metric_names == numbers.metric_names
     squads = (make_task(DataOptions(task="squad", unanswerable=u)) for u in (False, True))
     assert ["1.1" in t.titles([])["f1"] for t in squads] == [True, False]
 
