@@ -48,7 +48,7 @@ CSV = RESULTS / "time-to-score.csv"
 
 
 @dataclasses.dataclass(frozen=True)
-class Recipe:
+class ComparedRecipe:
     """Options of a run but for its seed, and the learning rates to choose from."""
 
     base: RunConfig
@@ -56,7 +56,7 @@ class Recipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class Task:
+class ComparedTask:
     """Recipes by name, fine-tuning among them.
 
     Attributes:
@@ -68,7 +68,7 @@ class Task:
     """
 
     name: str
-    recipes: dict[str, Recipe]
+    recipes: dict[str, ComparedRecipe]
     seeds: list[int]
     evaluations: int
     data: Path
@@ -173,7 +173,7 @@ def figures(run: Path, data: Path) -> Row:
     }
 
 
-def read_plan(data: Path, output: Path) -> dict[str, Task]:
+def read_plan(data: Path, output: Path) -> dict[str, ComparedTask]:
     """The tasks of time_to_score.yaml, by name."""
     plan = yaml.safe_load(PLAN.read_text(encoding="utf-8"))
     known, _ = experiments.read_plan(data, output)
@@ -187,13 +187,15 @@ def read_plan(data: Path, output: Path) -> dict[str, Task]:
             recipe: make_recipe(options | entry.get(recipe, {}), base, experiment.variants)
             for recipe, options in plan["recipes"][entry["recipes"]].items()
         }
-        tasks[name] = Task(
+        tasks[name] = ComparedTask(
             name, recipes, plan["seeds"], plan["evaluations"], data, entry.get("held_out", False)
         )
     return tasks
 
 
-def make_recipe(options: dict[str, Any], base: dict[str, Any], variants: dict[str, Any]) -> Recipe:
+def make_recipe(
+    options: dict[str, Any], base: dict[str, Any], variants: dict[str, Any]
+) -> ComparedRecipe:
     """A recipe of the plan.
 
     Args:
@@ -212,11 +214,11 @@ def make_recipe(options: dict[str, Any], base: dict[str, Any], variants: dict[st
         values = with_changes(data, shipped | {"model": base["model"], "progress": False})
         rates = [RunConfig.from_dict(values).learning_rate]
     rates = options.pop("learning_rates", rates)
-    return Recipe(RunConfig.from_dict(with_changes(values, options)), rates)
+    return ComparedRecipe(RunConfig.from_dict(with_changes(values, options)), rates)
 
 
 def write_rows(
-    task: Task, output: Path, rows: list[Row], seconds: dict[str, Row] | None = None
+    task: ComparedTask, output: Path, rows: list[Row], seconds: dict[str, Row] | None = None
 ) -> None:
     """Write runs of a task into the CSV file, and compare all of the task's that it has.
 

@@ -21,7 +21,7 @@ from bench.gpu.__main__ import main
 from bench.gpu.elementwise import random_case
 from bench.gpu.elementwise_operators import OPERATORS, Operator
 from bench.gpu.memory import TRIES, search_largest
-from bench.gpu.stages import Options, module_of
+from bench.gpu.stages import StageOptions, module_of
 from bench.models import METHODS
 from ptv2_kernels import elementwise as launchers
 from tests.byte_counter import counted_bytes
@@ -107,7 +107,7 @@ def test_a_method_that_fails_or_cannot_run_is_a_row_and_the_others_go_on(unit, m
 
     monkeypatch.setitem(METHODS, "full fine-tuning, sdpa", broken)
     kept = ("full fine-tuning, sdpa", "frozen none", "hook", "prefix, original recipe")
-    options = Options(without=tuple(name for name in METHODS if name not in kept))
+    options = StageOptions(without=tuple(name for name in METHODS if name not in kept))
     device = torch.device("cpu")
     rows = {row["method"]: row for row in step.run(unit, device, options)}
     assert rows.keys() == set(kept)

@@ -8,7 +8,7 @@ import pytest
 from bench import plot, time_to_score
 from bench.score_rows import KEY, MARKS, read_rows, steps_to
 from bench.step_times import time_steps
-from bench.time_to_score import Recipe, Task, make_recipe, write_rows
+from bench.time_to_score import ComparedRecipe, ComparedTask, make_recipe, write_rows
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.training.options import RunConfig
 from tests.models import one_thread  # noqa: F401
@@ -41,7 +41,7 @@ def test_recipes_start_from_variants_presets_and_defaults():
 
 
 @pytest.fixture
-def task(tmp_path) -> Task:
+def task(tmp_path) -> ComparedTask:
     base = {
         "task": "token-classification", "model": save_tiny_model(tmp_path / "model"),
         "train_file": write_conll(tmp_path / "train.txt", 32),
@@ -50,12 +50,14 @@ def task(tmp_path) -> Task:
         "batch_size": 8, "num_train_epochs": 4, "dropout": 0, "progress": False,
     }  # fmt: skip
     recipes = {
-        "fine-tuning": Recipe(RunConfig.from_dict(base | {"method": "fine-tuning"}), [1e-2]),
-        "p-tuning-v2": Recipe(
+        "fine-tuning": ComparedRecipe(
+            RunConfig.from_dict(base | {"method": "fine-tuning"}), [1e-2]
+        ),
+        "p-tuning-v2": ComparedRecipe(
             RunConfig.from_dict(base | {"num_virtual_tokens": 4, "ema_decay": 0.5}), [1e-4, 0.1]
         ),
     }
-    return Task("ner", recipes, [11, 12], evaluations=2, data=tmp_path)
+    return ComparedTask("ner", recipes, [11, 12], evaluations=2, data=tmp_path)
 
 
 def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
@@ -105,7 +107,7 @@ def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
     assert plot.plot_time_to_score(results).is_file()
 
     changed = task.recipes["p-tuning-v2"].base.changed({"ema_decay": None})
-    task.recipes["p-tuning-v2"] = Recipe(changed, [0.1])
+    task.recipes["p-tuning-v2"] = ComparedRecipe(changed, [0.1])
     with pytest.raises(ValueError, match=r"ema_decay 0\.5 against None"):
         list(task.run(output))
 

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 
 from bench.gpu.runner import Results, StageRun
-from bench.gpu.stages import STAGES, Options, units_of, why_not
+from bench.gpu.stages import STAGES, StageOptions, units_of, why_not
 from bench.measure import machine_columns
 
 
@@ -54,7 +54,7 @@ def main() -> int:
     # A rehearsal's times mean nothing.
     seconds, rounds = (0.0, 1) if arguments.dry_run else (arguments.seconds, 5)
     folder = str(arguments.output.resolve())
-    options = Options(tuple(arguments.without), seconds, rounds, folder)
+    options = StageOptions(tuple(arguments.without), seconds, rounds, folder)
     unable, failed = [], 0
     for stage in arguments.stages:
         reason = why_not(stage, arguments.dry_run)

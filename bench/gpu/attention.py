@@ -22,7 +22,7 @@ from bench.attention_cases import (
 )
 from bench.attention_providers import OURS, running_calls, timed_calls
 from bench.gpu.graphs import captured
-from bench.gpu.stages import Options, Row
+from bench.gpu.stages import Row, StageOptions
 from bench.measure import time_interleaved
 from bench.shapes import ATTENTION_SHAPES, AttentionShape
 
@@ -41,7 +41,7 @@ def units(device: torch.device) -> list[str]:
     return [f"{name} bf16" for name in names] + [f"{name} fp32" for name in names if name in FP32]
 
 
-def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
+def run(name: str, device: torch.device, options: StageOptions) -> Iterator[Row]:
     shape_name, dtype_name = name.split()
     shape = _shapes(device)[shape_name]
     densities = (0.5,) if device.type == "cpu" else DENSITIES
@@ -61,7 +61,7 @@ def _copy_bytes_per_ms(device: torch.device) -> float:
     return roofline.copy_bytes_per_ms(device)
 
 
-def _measure(case: Case, options: Options) -> Iterator[Row]:
+def _measure(case: Case, options: StageOptions) -> Iterator[Row]:
     calls = timed_calls(inputs_of(case), case.dropout_p, case.backward, case.backend)
     calls = {name: call for name, call in calls.items() if name not in options.without}
     running, refusals = running_calls(calls, case.dropout_p)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.gpu.stages import Options, Row
+from bench.gpu.stages import Row, StageOptions
 from tests.devices import Unavailable
 from tests.gpu_cases import GROUPS, Check
 
@@ -34,7 +34,7 @@ def checks_of(unit: str, device: torch.device) -> dict[str, Check]:
     }
 
 
-def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
+def run(name: str, device: torch.device, options: StageOptions) -> Iterator[Row]:
     """A row a check. One that fails leaves the others alone, unless the device is lost with it."""
     if device.type == "cpu":
         torch.set_num_threads(1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from bench.gpu.elementwise_operators import OPERATORS
 from bench.gpu.graphs import captured
-from bench.gpu.stages import Options, Row, reason_of, release
+from bench.gpu.stages import Row, StageOptions, reason_of, release
 from bench.measure import Timing, time_interleaved
 from bench.roofline import copy_bytes_per_ms
 from ptv2_kernels import elementwise as launchers
@@ -54,7 +54,7 @@ def units(device: torch.device) -> list[str]:
     return list(_units(device))
 
 
-def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
+def run(name: str, device: torch.device, options: StageOptions) -> Iterator[Row]:
     operator_name, dtypes = _units(device)[name]
     operator = OPERATORS[operator_name]
     dropouts = (DROPOUT_P, 0.0) if operator.drops else (0.0,)
@@ -107,7 +107,7 @@ def random_case(
 
 def _measured(
     name: str, shape: tuple[int, int], dtypes: str, dropout_p: float, device: torch.device,
-    options: Options, copy_rate: float,
+    options: StageOptions, copy_rate: float,
 ) -> Row:  # fmt: skip
     operator = OPERATORS[name]
     first = random_case(shape, dtypes, dropout_p, device)

@@ -18,7 +18,7 @@ import torch
 
 from bench.cases import Case
 from bench.gpu.runner import FAILED
-from bench.gpu.stages import LEFT_OUT, Options, Row, reason_of, release
+from bench.gpu.stages import LEFT_OUT, Row, StageOptions, reason_of, release
 from bench.gpu.step import case_columns
 from bench.memory_model import has_formula, largest_batch
 from bench.models import METHODS, MODELS, build, why_left_out
@@ -52,7 +52,7 @@ def units(device: torch.device) -> list[str]:
     return list(_units(device))
 
 
-def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
+def run(name: str, device: torch.device, options: StageOptions) -> Iterator[Row]:
     case, method = _units(device)[name]
     sizes = case_columns(case)
     row: Row = {"method": method}

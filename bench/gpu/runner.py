@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from bench.gpu.stages import STAGES, Options, Row
+from bench.gpu.stages import STAGES, Row, StageOptions
 from bench.measure import write_csv
 
 ROOT = Path(__file__).parent.parent.parent
@@ -80,7 +80,7 @@ class StageRun:
 
     stage: str
     device: torch.device
-    options: Options
+    options: StageOptions
     results: Results
     console: Console
     deadline: float

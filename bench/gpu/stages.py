@@ -24,7 +24,7 @@ LEFT_OUT = "left out"  # the status of a way or method that cannot run on this m
 
 
 @dataclass(frozen=True)
-class Options:
+class StageOptions:
     """Of one call of bench.gpu, for the units of its stages.
 
     Args:
@@ -109,7 +109,7 @@ def units_of(stage: str, device: torch.device, chosen: list[str] | None) -> list
     return [name for name in known if chosen is None or name in chosen]
 
 
-def run_unit(stage: str, name: str, device: torch.device, options: Options) -> Iterator[Row]:
+def run_unit(stage: str, name: str, device: torch.device, options: StageOptions) -> Iterator[Row]:
     return module_of(stage).run(name, device, options)
 
 

@@ -15,7 +15,7 @@ import torch
 
 from bench.cases import Case
 from bench.gpu.runner import FAILED
-from bench.gpu.stages import LEFT_OUT, Options, Row, reason_of, release
+from bench.gpu.stages import LEFT_OUT, Row, StageOptions, reason_of, release
 from bench.measure import time_interleaved
 from bench.models import METHODS, MODELS, build, why_left_out
 from bench.step_columns import time_columns
@@ -59,7 +59,7 @@ def units(device: torch.device) -> list[str]:
     return list(cases_on(device))
 
 
-def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
+def run(name: str, device: torch.device, options: StageOptions) -> Iterator[Row]:
     case = cases_on(device)[name]
     check_gradients(small_case(case), device.type)
     release()

@@ -24,7 +24,7 @@ import triton
 
 from bench.gpu import check
 from bench.gpu.graphs import captured
-from bench.gpu.stages import Options, Row
+from bench.gpu.stages import Row, StageOptions
 from bench.measure import time_interleaved
 from ptv2_kernels import configs
 from ptv2_kernels.measured import Config, Workload, file_of, write_measured
@@ -64,7 +64,7 @@ PROVING = (  # of tests.gpu_cases
 LEAST_GAIN = 1.02  # a winner that is not this much faster than the shipped one is left out
 
 
-class Task(NamedTuple):
+class TuningTask(NamedTuple):
     """What is searched for: one entry of the table."""
 
     kernel: str
@@ -97,14 +97,14 @@ def units(device: torch.device) -> list[str]:
     return [f"d{head_dim} {dtype} p{p:g}" for head_dim, dtype, p in searched] + [PROOF]
 
 
-def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
+def run(name: str, device: torch.device, options: StageOptions) -> Iterator[Row]:
     path = Path(options.output) / f"tuned-{file_of(configs.architecture())}"
     if name == PROOF:
         yield from _prove(path, device)
         return
     head_dim, dtype_name, dropout = name.split()
     tasks = [
-        Task(kernel, int(head_dim[1:]), dtype_name, float(dropout[1:]), length, device.type)
+        TuningTask(kernel, int(head_dim[1:]), dtype_name, float(dropout[1:]), length, device.type)
         for kernel, length in (TASKS[2:4] if device.type == "cpu" else TASKS)
     ]
     if device.type == "cuda":
@@ -123,7 +123,7 @@ def run(name: str, device: torch.device, options: Options) -> Iterator[Row]:
         yield row
 
 
-def candidates(task: Task) -> list[Config]:
+def candidates(task: TuningTask) -> list[Config]:
     """What is tried: the shipped configuration first; tiles whose scores and sums fit registers."""
     shipped = task.shipped
     if task.device_type == "cpu":
@@ -143,7 +143,7 @@ def candidates(task: Task) -> list[Config]:
     return found
 
 
-def _batches(task: Task, device: torch.device) -> dict[str, Inputs]:
+def _batches(task: TuningTask, device: torch.device) -> dict[str, Inputs]:
     """The two layouts that a configuration serves."""
     prefix = 8 if task.prefix_length is None else task.prefix_length
     heads = HEADS.get(task.head_dim, 12)
@@ -163,7 +163,7 @@ def _batches(task: Task, device: torch.device) -> dict[str, Inputs]:
     }
 
 
-def _call(task: Task, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
+def _call(task: TuningTask, inputs: Inputs) -> Callable[[], tuple[torch.Tensor, ...]]:
     """One launch of the kernel (a gradient's with what it needs beside it)."""
     tensors, options = inputs.raw_tensors, inputs.raw_options(task.dropout_p)
     forward = torch.ops.ptv2.prefix_attention_forward_triton
@@ -189,7 +189,7 @@ def _with_config(call: Callable, kernel: str, config: Config) -> Callable:
     return configured
 
 
-def _try(task: Task, config: Config) -> str | None:
+def _try(task: TuningTask, config: Config) -> str | None:
     """Compiles and runs a configuration on both batches; the reason why it does not run."""
     device = torch.device(task.device_type)
     try:
@@ -202,14 +202,16 @@ def _try(task: Task, config: Config) -> str | None:
     return None
 
 
-def _compile_all(work: list[tuple[Task, Config]]) -> None:
+def _compile_all(work: list[tuple[TuningTask, Config]]) -> None:
     """Fills Triton's cache by several processes; what fails shows again when it is timed."""
     processes = max(1, min(12, (os.cpu_count() or 1) - 2))
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
         list(pool.map(_try, *zip(*work, strict=True), chunksize=4))
 
 
-def search(task: Task, device: torch.device, options: Options) -> tuple[Row, Config | None]:
+def search(
+    task: TuningTask, device: torch.device, options: StageOptions
+) -> tuple[Row, Config | None]:
     """The row of a task, and its winner if that is faster than the shipped configuration.
 
     The winner of many noisy times looks better than it is: it is timed once more against the
@@ -280,4 +282,4 @@ def _prove(path: Path, device: torch.device) -> Iterator[Row]:
     if path.exists():
         os.environ["PTV2_TUNED"] = str(path)
     for group in PROVING if device.type == "cuda" else ("fuzz",):
-        yield from check.run(group, device, Options())
+        yield from check.run(group, device, StageOptions())

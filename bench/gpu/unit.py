@@ -13,7 +13,7 @@ if sys.argv[2] == "cpu":
 
 import torch
 
-from bench.gpu.stages import Options, run_unit
+from bench.gpu.stages import StageOptions, run_unit
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
     fields["without"] = tuple(fields["without"])
     torch.manual_seed(0)
     with os.fdopen(int(descriptor), "w", buffering=1) as rows:
-        for row in run_unit(stage, name, torch.device(device_name), Options(**fields)):
+        for row in run_unit(stage, name, torch.device(device_name), StageOptions(**fields)):
             rows.write(json.dumps(row) + "\n")
 
 

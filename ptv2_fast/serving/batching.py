@@ -42,7 +42,7 @@ class _Request:
 
 
 @dataclass(frozen=True)
-class BatchFacts:
+class BatchStatistics:
     """What a batch was, for the metrics.
 
     Attributes:
@@ -74,7 +74,7 @@ class Batcher:
         run: Callable[[Sequence[Row]], Sequence[Any]],
         max_batch_tokens: int,
         max_wait: float,
-        observe: Callable[[BatchFacts], None] = lambda facts: None,
+        observe: Callable[[BatchStatistics], None] = lambda statistics: None,
     ) -> None:
         self._run, self._observe = run, observe
         self.max_batch_tokens, self.max_wait = max_batch_tokens, max_wait
@@ -144,7 +144,7 @@ class Batcher:
             begun = time.monotonic()
             results = self._results(rows)
             seconds = time.monotonic() - begun
-            self._observe(BatchFacts(rows, [begun - r.arrived for r, _ in batch], seconds))
+            self._observe(BatchStatistics(rows, [begun - r.arrived for r, _ in batch], seconds))
             for (request, number), result in zip(batch, results, strict=True):
                 self._finish(request, number, result)
 

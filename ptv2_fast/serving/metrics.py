@@ -6,7 +6,7 @@ from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
-from ptv2_fast.serving.batching import BatchFacts
+from ptv2_fast.serving.batching import BatchStatistics
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
 _COUNTS = tuple(2**power for power in range(11))
@@ -40,14 +40,14 @@ class Metrics:
         """An answer was given."""
         self._answers.labels(path if path in self.paths else "other", str(status)).inc()
 
-    def observe(self, facts: BatchFacts) -> None:
+    def observe(self, batch: BatchStatistics) -> None:
         """A batch ran."""
-        tokens = sum(row.tokens for row in facts.rows)
+        tokens = sum(row.tokens for row in batch.rows)
         self._tokens.inc(tokens)
         self._sizes.observe(tokens)
-        self._rows.observe(len(facts.rows))
-        self._ran.observe(facts.seconds)
-        for row, waited in zip(facts.rows, facts.waited, strict=True):
+        self._rows.observe(len(batch.rows))
+        self._ran.observe(batch.seconds)
+        for row, waited in zip(batch.rows, batch.waited, strict=True):
             self._texts.labels(row.adapter).inc()
             self._waited.observe(waited)
 
