@@ -31,6 +31,7 @@ SERVING = {
 SERVED = "minilm-l6 b64 t128 p20 fp32 d0 conll2003"
 SERVING_CASES = {
     "MiniLM-L6, sentences of CoNLL-2003": SERVED,
+    "MiniLM-L6, pairs of RTE": "minilm-l6 b64 t256 p20 fp32 d0 rte",
     "BERT-base, sentences of CoNLL-2003": "bert-base b64 t128 p20 fp32 d0 conll2003",
 }
 # Label -> case of training-step-cpu.csv or training-step-families-cpu.csv.

@@ -246,12 +246,13 @@ def plot_time_to_score(path: Path) -> Path:
             steps, scores = zip(*json.loads(row["curve"]), strict=True)
             seconds = [count * float(row["step seconds"]) for count in steps]
             axis.plot(seconds, scores, color=f"C{recipes.index(row['recipe'])}", linewidth=1)
-        axis.set_title(f"{task} ({chosen[0]['metric']})", fontsize="medium")
+        machine = f"{chosen[0]['processor']}, {chosen[0]['threads']} threads"
+        axis.set_title(f"{task} ({chosen[0]['metric']})\n{machine}", fontsize="small")
         axis.set_xlabel("seconds of training steps")
         axis.grid(linewidth=0.3)
     for axis in axes[:, 0]:
         axis.set_ylabel("validation score")
-    figure.suptitle(f"score over time: {rows[0]['processor']}, {rows[0]['threads']} threads")
+    figure.suptitle("score over time")
     handles = [plt.Line2D([], [], color=f"C{place}") for place in range(len(recipes))]
     figure.legend(handles, recipes, loc="outside lower center", ncols=len(recipes))
     return _save(figure, path.with_suffix(".png"))
