@@ -13,7 +13,7 @@ import io
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -162,14 +162,31 @@ def check_same_run(folder: Path, config: Config, metadata: dict[str, Any] | None
     old_config, old_metadata = read_run_config(folder, type(config))
     before = old_config.flat() | old_metadata
     now = config.flat() | (old_metadata if metadata is None else metadata)
+    check_same("resume", "run", before, now, NEUTRAL_OPTIONS)
+
+
+def check_same(
+    argument: str, kind: str, before: dict[str, Any], now: dict[str, Any], ignored: Collection[str]
+) -> None:
+    """Check that what was begun in a folder is what a command asks for now.
+
+    Args:
+        argument: what the message names.
+        kind: of what was begun: run, search.
+        before, now: flat options, those of one of several data sets behind its name and a point.
+        ignored: options that may differ.
+
+    Raises:
+        ValueError: naming what differs.
+    """
     differences = [
         f"{name} {before.get(name)!r} against {now.get(name)!r}"
         for name in {**now, **before}
-        if now.get(name) != before.get(name) and name.rpartition(".")[2] not in NEUTRAL_OPTIONS
+        if now.get(name) != before.get(name) and name.rpartition(".")[2] not in ignored
     ]
     if differences:
         raise ValueError(
-            "resume: expected the run that was started here; that run against now: "
+            f"{argument}: expected the {kind} that was started here; that {kind} against now: "
             + ", ".join(differences)
         )
 

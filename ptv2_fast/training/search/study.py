@@ -235,13 +235,4 @@ def check_same_search(study: optuna.Study, description: dict[str, Any]) -> None:
     if GIVEN not in before and "task" in before:  # nor what the published data set sets
         data = DataOptions.of(with_given(before)).model_dump()
         before |= {name: data[name] for name in DataOptions.dependent if name in before}
-    differences = [
-        f"{name} {before.get(name)!r} against {description.get(name)!r}"
-        for name in {**before, **description}
-        if before.get(name) != description.get(name) and name != GIVEN
-    ]
-    if differences:
-        raise ValueError(
-            "study: expected the search that was started here; that search against now: "
-            + ", ".join(differences)
-        )
+    run_folder.check_same("study", "search", before, description, {GIVEN})
