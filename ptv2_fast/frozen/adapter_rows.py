@@ -107,7 +107,9 @@ class RowsLinear(FrozenLinear):
         """As that of `FrozenLinear`; biases of adapters are added all the same."""
         return self._added(super().unbiased(input), input, chunk_index)
 
-    def input_gradient(self, grad_out: Tensor, chunk_index: int = 0) -> Tensor:
+    def input_gradient(
+        self, grad_out: Tensor, chunk_index: int = 0, narrow_gradient: Tensor | None = None
+    ) -> Tensor:
         """Not served."""
         raise RuntimeError("several adapters in one pass have no backward pass")
 

@@ -129,18 +129,18 @@ class BlockArithmetic:
             if not kept or vectors.want_update("up"):
                 normal = self._normal_again(attention_end, index)
             expanded = kept[index] if kept else self._expand(cast(Tensor, normal), index)
+            down, up, narrow = self.weights.down, self.weights.up, None
             if vectors.want_update("down"):
                 activated = self._drop_activated(self._activate(expanded), index)
-                vectors.add_update("down", self.weights.down.update, activated, grad, first_row)
+                narrow = vectors.add_update("down", down.update, activated, grad, first_row)
                 del activated
-            grad_activated = self._drop_activated(
-                self.weights.down.input_gradient(grad, index), index
-            )
+            grad_activated = self._drop_activated(down.input_gradient(grad, index, narrow), index)
             grad_expanded = self._activation_gradient(grad_activated, expanded)
             vectors.add_bias("up", grad_expanded, first_row=first_row)
+            narrow = None
             if normal is not None:
-                vectors.add_update("up", self.weights.up.update, normal, grad_expanded, first_row)
-            results.append(self.weights.up.input_gradient(grad_expanded, index))
+                narrow = vectors.add_update("up", up.update, normal, grad_expanded, first_row)
+            results.append(up.input_gradient(grad_expanded, index, narrow))
         return grad_residual, _join(results)
 
     def attention_output_gradient(
@@ -161,8 +161,9 @@ class BlockArithmetic:
         )  # fmt: skip
         layer = self.weights.attention_output
         vectors.add_bias("attention_output", grad_projected)
-        vectors.add_update("attention_output", layer.update, out.flatten(1), grad_projected)
-        grad_out = layer.input_gradient(grad_projected)
+        heads = out.flatten(1)
+        narrow = vectors.add_update("attention_output", layer.update, heads, grad_projected)
+        grad_out = layer.input_gradient(grad_projected, narrow_gradient=narrow)
         return grad_residual, grad_out.unflatten(1, (-1, self.weights.modules.head_dim))
 
     def _end_branch(

@@ -123,9 +123,10 @@ class BlockAttention:
             if self.spec.by_head:
                 parts = grad_joined.unflatten(1, (3, self.heads, self.head_dim))
                 grad_joined = parts.transpose(1, 2).flatten(1)
-            self._add_update(input, grad_joined, vectors)
+            narrow = self._add_update(input, grad_joined, vectors)
             if needs_input:
-                grad_input = self.weights.query_key_value.input_gradient(grad_joined)
+                layer = self.weights.query_key_value
+                grad_input = layer.input_gradient(grad_joined, narrow_gradient=narrow)
         elif needs_projections:
             grad_query, grad_key_value = self._first_token_gradients(
                 gradients[0], gradients[1], gradients[2], attention, vectors
@@ -136,10 +137,13 @@ class BlockAttention:
                 grad_input = self._first_token_input_gradient(grad_query, grad_key_value)
         return grad_input, *gradients[3:]
 
-    def _add_update(self, input: Tensor | None, gradient: Tensor, vectors: VectorGradients) -> None:
-        if input is not None:
-            update = self.weights.query_key_value.update
-            vectors.add_update("query_key_value", update, input.to(self.weights.dtype), gradient)
+    def _add_update(
+        self, input: Tensor | None, gradient: Tensor, vectors: VectorGradients
+    ) -> Tensor | None:
+        if input is None:
+            return None
+        update, input = self.weights.query_key_value.update, input.to(self.weights.dtype)
+        return vectors.add_update("query_key_value", update, input, gradient)
 
     def _joined(self, grad_query: Tensor, grad_key_value: Tensor) -> Tensor:
         """[N, all outputs], from that of the first tokens' queries and of all keys and values."""

@@ -35,7 +35,9 @@ class CalledLinears:
 
     unbiased = biased
 
-    def input_gradient(self, grad_out: Tensor, chunk_index: int = 0) -> Tensor:
+    def input_gradient(
+        self, grad_out: Tensor, chunk_index: int = 0, narrow_gradient: Tensor | None = None
+    ) -> Tensor:
         """[R, outputs side by side] -> [R, in], of the last call with this number."""
         result, leaf = self._edges[chunk_index]
         # Kept, since the caller's own graph may be kept as well.

@@ -49,13 +49,20 @@ class LowRankUpdate(NamedTuple):
         for columns, ((first, last), up) in zip(narrow, self._parts(), strict=True):
             out[:, first:last].addmm_(columns, up.t(), alpha=self.scale)
 
-    def add_input_gradient(self, grad_input: Tensor, grad_out: Tensor) -> None:
-        """grad_input [R, in] += grad_out [R, out] (scale B A)."""
-        grad_input.addmm_(self._narrow_gradient(grad_out), self.down)
+    def narrow_gradient(self, grad_out: Tensor) -> Tensor:
+        """That of input @ A^T, [R, parts * rank], from that of the layer's output [R, out]."""
+        narrow = [linear(grad_out[:, first:last], up.t()) for (first, last), up in self._parts()]
+        return torch.cat(narrow, dim=1).mul_(self.scale)
 
-    def gradients(self, input: Tensor, grad_out: Tensor) -> tuple[Tensor, Tensor]:
+    def add_input_gradient(self, grad_input: Tensor, narrow_gradient: Tensor) -> None:
+        """grad_input [R, in] += what the update adds to it."""
+        grad_input.addmm_(narrow_gradient, self.down)
+
+    def gradients(
+        self, input: Tensor, grad_out: Tensor, narrow_gradient: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Those of `down` and `up`, from the layer's input [R, in] and its output's gradient."""
-        grad_down = self._narrow_gradient(grad_out).t() @ input
+        grad_down = narrow_gradient.t() @ input
         narrow = linear(input, self.down).split(self.up.shape[1], dim=1)
         # The few rows first: MKL takes up to 4 times as long for the transposed product.
         grad_up = [
@@ -63,11 +70,6 @@ class LowRankUpdate(NamedTuple):
             for columns, (first, last) in zip(narrow, self.outputs, strict=True)
         ]
         return grad_down, torch.cat(grad_up, dim=1).t() * self.scale
-
-    def _narrow_gradient(self, grad_out: Tensor) -> Tensor:
-        """Of input @ A^T, [R, parts * rank]."""
-        narrow = [linear(grad_out[:, first:last], up.t()) for (first, last), up in self._parts()]
-        return torch.cat(narrow, dim=1).mul_(self.scale)
 
     def _parts(self) -> list[tuple[tuple[int, int], Tensor]]:
         """Of each part its outputs and its B."""

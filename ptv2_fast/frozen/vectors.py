@@ -199,8 +199,8 @@ class VectorGradients:
         input: Tensor,
         gradient: Tensor,
         first_row: int = 0,
-    ) -> None:
-        """Add what rows give for a low-rank update.
+    ) -> Tensor | None:
+        """Add what rows give for a low-rank update; what it computes for the input's gradient, too.
 
         Args:
             name: of the product.
@@ -208,12 +208,19 @@ class VectorGradients:
             input: [R, in], of the product.
             gradient: [R, out], of its result.
             first_row: number of the first row.
+
+        Returns:
+            `LowRankUpdate.narrow_gradient` of the rows, for `FrozenLinear.input_gradient`; None
+            where the update does not train.
         """
-        if update is not None and self.want_update(name):
-            rows = max(self._tokens - first_row, 0)
-            grad_down, grad_up = update.gradients(input[:rows], gradient[:rows])
-            self._add(f"{name}_down", widened(grad_down))
-            self._add(f"{name}_up", widened(grad_up))
+        if update is None or not self.want_update(name):
+            return None
+        rows = max(self._tokens - first_row, 0)
+        narrow = update.narrow_gradient(gradient)
+        grad_down, grad_up = update.gradients(input[:rows], gradient[:rows], narrow[:rows])
+        self._add(f"{name}_down", widened(grad_down))
+        self._add(f"{name}_up", widened(grad_up))
+        return narrow
 
     def add_bias(self, name: str, *gradients: Tensor, first_row: int = 0) -> None:
         """Add the sums of the rows of [R, C] for a bias.

@@ -52,11 +52,15 @@ class FrozenLinear:
         """input @ weight^T, for a caller that fuses the bias with what follows."""
         return self._updated(linear(input, self.weight), input)
 
-    def input_gradient(self, grad_out: Tensor, chunk_index: int = 0) -> Tensor:
-        """grad_out @ weight, [R, out] -> [R, in]."""
+    def input_gradient(
+        self, grad_out: Tensor, chunk_index: int = 0, narrow_gradient: Tensor | None = None
+    ) -> Tensor:
+        """grad_out @ weight, [R, out] -> [R, in]; the update's `narrow_gradient`, if at hand."""
         gradient = linear(grad_out, self.weight.t())
         if self.update is not None:
-            self.update.add_input_gradient(gradient, grad_out)
+            if narrow_gradient is None:
+                narrow_gradient = self.update.narrow_gradient(grad_out)
+            self.update.add_input_gradient(gradient, narrow_gradient)
         return gradient
 
     def _updated(self, out: Tensor, input: Tensor) -> Tensor:
