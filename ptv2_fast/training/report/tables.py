@@ -1,12 +1,12 @@
-"""The tables of a report: frames of text and of `Html`, whose index stands in front of the rows."""
+"""A report's tables: frames of text and of `Markup`, whose index stands in front of the rows."""
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from html import escape
 from typing import Any
 
 import numpy
 import pandas
+from markupsafe import Markup
 
 from ptv2_fast.training.finished_runs import COLUMNS, COUNTS, Result, Run
 from ptv2_fast.training.report.compare import ABLATION, mark_best, percent
@@ -32,18 +32,11 @@ _COSTS: dict[str, tuple[str, Any]] = {
 }
 
 
-class Html(str):
-    """Text that is HTML already."""
-
-    def __html__(self) -> "Html":  # what jinja2 asks for
-        return self
-
-
-def _cell(text: str, *details: str, best: bool = False) -> Html:
+def _cell(text: str, *details: str, best: bool = False) -> Markup:
     """Text, and smaller lines under it."""
-    first = f"<b>{escape(text)}</b>" if best else escape(text)
-    lines = [f"<small>{escape(line)}</small>" for line in details if line]
-    return Html("<br>".join([first, *lines]))
+    first = Markup("<b>{}</b>" if best else "{}").format(text)
+    lines = [Markup("<small>{}</small>").format(line) for line in details if line]
+    return Markup("<br>").join([first, *lines])
 
 
 def score_cells(scores: pandas.DataFrame, more: Mapping[Any, str] | None = None) -> pandas.Series:
@@ -160,8 +153,9 @@ def runs_table(runs: Sequence[Run], titles: Mapping[Result, str]) -> pandas.Data
         first.append((run.column, "; ".join(scores), run.seed))
     cells = pandas.DataFrame(first, columns=["Method", "Score", "Seed"]).join(cells)
     top = os.path.commonpath([run.folder.parent.absolute() for run in runs])
-    names = [escape(os.path.relpath(run.folder, top)) for run in runs]
-    links = [Html(f'<a href="#run-{number}">{name}</a>') for number, name in enumerate(names, 1)]
+    names = [os.path.relpath(run.folder, top) for run in runs]
+    link = Markup('<a href="#run-{}">{}</a>')
+    links = [link.format(number, name) for number, name in enumerate(names, 1)]
     return cells.set_axis(pandas.Index(links, dtype=object))
 
 
