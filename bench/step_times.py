@@ -15,17 +15,19 @@ from ptv2_fast.training.prepare import prepare
 from ptv2_fast.training.run import train
 from ptv2_fast.training.trainer_arguments import training_arguments
 
-TURNS, WARM_UP_STEPS, TIMED_STEPS = 3, 3, 20
+TURNS, WARM_UP_STEPS, TIMED_STEPS = 5, 3, 12
 
 
 def time_steps(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
     """The seconds of a step of each run, measured in turn, with what else the machine did, and its
     name.
 
-    Each turn draws its batches by a seed of its own, the same for all runs.
+    Each turn draws its batches by a seed of its own, the same for all runs. A machine's speed may
+    change from turn to turn: the first run has the median of its turns, another the median of its
+    ratios to the first one within a turn, times that.
 
     Args:
-        configs: of runs whose epochs end by their steps.
+        configs: of runs whose epochs end by their steps, by name.
     """
     started, busy, own = time.monotonic(), _busy_seconds(), time.process_time()
     seconds: dict[str, list[float]] = {name: [] for name in configs}
@@ -37,9 +39,14 @@ def time_steps(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
     if busy is not None:
         others = (_busy_seconds() or busy) - busy - (time.process_time() - own)
         more["cores used by others"] = round(max(0.0, others / (time.monotonic() - started)), 2)
-    return {
-        name: {"step seconds": statistics.fmean(turns), **more} for name, turns in seconds.items()
-    }
+    first = next(iter(seconds.values()))
+    found = {}
+    for name, turns in seconds.items():
+        ratios = [own / its for own, its in zip(turns, first, strict=True)]
+        step = statistics.median(first) * statistics.median(ratios)
+        spread = json.dumps([round(ratio, 3) for ratio in sorted(ratios)])
+        found[name] = {"step seconds": step, "step ratios": spread, **more}
+    return found
 
 
 def _step_seconds(config: RunConfig, seed: int) -> float:
