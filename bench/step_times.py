@@ -22,9 +22,7 @@ def time_steps(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
     """The seconds of a step of each run, measured in turn, with what else the machine did, and its
     name.
 
-    Each turn draws its batches by a seed of its own, the same for all runs. A machine's speed may
-    change from turn to turn: the first run has the median of its turns, another the median of its
-    ratios to the first one within a turn, times that.
+    Each turn draws its batches by a seed of its own, the same for all runs.
 
     Args:
         configs: of runs whose epochs end by their steps, by name.
@@ -39,13 +37,25 @@ def time_steps(configs: dict[str, RunConfig]) -> dict[str, dict[str, Any]]:
     if busy is not None:
         others = (_busy_seconds() or busy) - busy - (time.process_time() - own)
         more["cores used by others"] = round(max(0.0, others / (time.monotonic() - started)), 2)
+    return {name: row | more for name, row in compare_turns(seconds).items()}
+
+
+def compare_turns(seconds: dict[str, list[float]]) -> dict[str, dict[str, Any]]:
+    """The seconds of a step, and the ratios to the first run's that they come from.
+
+    A machine's speed may change from turn to turn: the first run has the median of its turns,
+    another the median of its ratios to the first one within a turn, times that.
+
+    Args:
+        seconds: of a step of each run, turn by turn.
+    """
     first = next(iter(seconds.values()))
     found = {}
     for name, turns in seconds.items():
-        ratios = [own / its for own, its in zip(turns, first, strict=True)]
+        ratios = sorted(own / its for own, its in zip(turns, first, strict=True))
         step = statistics.median(first) * statistics.median(ratios)
-        spread = json.dumps([round(ratio, 3) for ratio in sorted(ratios)])
-        found[name] = {"step seconds": step, "step ratios": spread, **more}
+        rounded = json.dumps([round(ratio, 3) for ratio in ratios])
+        found[name] = {"step seconds": step, "step ratios": rounded}
     return found
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from bench import plot, time_to_score
 from bench.score_rows import KEY, MARKS, read_rows, steps_to
-from bench.step_times import time_steps
+from bench.step_times import compare_turns, time_steps
 from bench.time_to_score import ComparedRecipe, ComparedTask, make_recipe, write_rows
 from ptv2_fast.recipes import read_recipe
 from ptv2_fast.training.options import RunConfig
@@ -58,6 +58,12 @@ def task(tmp_path) -> ComparedTask:
         ),
     }
     return ComparedTask("ner", recipes, [11, 12], evaluations=2, data=tmp_path)
+
+
+def test_steps_are_compared_within_a_turn_whatever_the_speed_of_the_machine():
+    found = compare_turns({"fine-tuning": [1.0, 4.0, 2.0], "preset": [0.5, 2.0, 3.0]})
+    assert found["fine-tuning"] == {"step seconds": 2.0, "step ratios": "[1.0, 1.0, 1.0]"}
+    assert found["preset"] == {"step seconds": 1.0, "step ratios": "[0.5, 0.5, 1.5]"}
 
 
 def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
