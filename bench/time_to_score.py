@@ -180,8 +180,8 @@ def read_plan(data: Path, output: Path) -> dict[str, ComparedTask]:
     tasks = {}
     for name, entry in plan["tasks"].items():
         experiment = known[entry.get("experiment", name)]
-        own: dict[str, Any] = {k: str(data / v) for k, v in entry.get("options", {}).items()}
-        own |= plan["options"]
+        own: dict[str, Any] = {k: str(data / v) for k, v in entry.get("files", {}).items()}
+        own |= plan["options"] | entry.get("options", {})
         base = with_changes(experiment.base.options(), own)
         recipes = {
             recipe: make_recipe(options | entry.get(recipe, {}), base, experiment.variants)
