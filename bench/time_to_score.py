@@ -237,7 +237,9 @@ def write_rows(
             row |= (seconds or {}).get(row["recipe"], {})
         others = [row for row in known.values() if row["task"] != task.name]
         rates = {name: recipe.rates for name, recipe in task.recipes.items()}
-        write_csv(CSV, [*others, *compared(own, rates, task.seeds)])
+        every = [*others, *compared(own, rates, task.seeds)]
+        # Whichever process writes last, the file and the tables made from it have one order.
+        write_csv(CSV, sorted(every, key=lambda row: (row["task"], row["recipe"])))
 
 
 def main() -> None:

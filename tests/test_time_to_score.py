@@ -1,5 +1,6 @@
 """The benchmark of scores over time: marks, ratios, what is repeated and what is held out."""
 
+import dataclasses
 import json
 import shutil
 
@@ -111,6 +112,11 @@ def test_a_finished_run_is_not_repeated_and_its_marks_are_fine_tunings(
     other = next(row for row in read_rows(results) if row["recipe"] == "p-tuning-v2")
     assert other["train seconds"] == 16 and other["seconds / fine-tuning's whole"] is None
     assert plot.plot_time_to_score(results).is_file()
+
+    # The file's order is not that of the processes that write it.
+    earlier = [row | {"task": "chunks"} for row in rows.values()]
+    write_rows(dataclasses.replace(task, name="chunks"), output, earlier)
+    assert [row["task"] for row in read_rows(results)] == 7 * ["chunks"] + 7 * ["ner"]
 
     changed = task.recipes["p-tuning-v2"].base.changed({"ema_decay": None})
     task.recipes["p-tuning-v2"] = ComparedRecipe(changed, [0.1])

@@ -32,10 +32,10 @@ _SMALL = 4096  # numbers of a result
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """input @ weight^T + bias, [R, in] -> [R, out], without a graph.
 
-    On a CPU straight to oneDNN: torch sends fp32 to MKL, which is slower on processors of AMD (with
-    the few columns of a low-rank update up to 4 times; on those of Intel it is faster, with these
-    columns by up to 1.8, and has fp32), and adds the bias of bf16 in a pass of its own. A result of
-    few numbers is sooner there by torch, whose calls cost less.
+    On a CPU straight to oneDNN: torch adds the bias of bf16 in a pass of its own, and sends fp32 to
+    MKL. That is slower than oneDNN on processors of AMD, with the few columns of a low-rank update
+    up to 4 times, and faster on those of Intel, where fp32 stays with it. A result of few numbers
+    is sooner by torch, whose calls cost less.
     """
     is_small = input.shape[0] * weight.shape[0] < _SMALL
     if weight.device.type == "cpu" and weight.dtype in _OF_ONEDNN and not is_small:
