@@ -187,8 +187,9 @@ def read_plan(data: Path, output: Path) -> dict[str, ComparedTask]:
             recipe: make_recipe(options | entry.get(recipe, {}), base, experiment.variants)
             for recipe, options in plan["recipes"][entry["recipes"]].items()
         }
+        seeds = entry.get("seeds", plan["seeds"])
         tasks[name] = ComparedTask(
-            name, recipes, plan["seeds"], plan["evaluations"], data, entry.get("held_out", False)
+            name, recipes, seeds, plan["evaluations"], data, entry.get("held_out", False)
         )
     return tasks
 
