@@ -94,6 +94,8 @@ def rows_here(run: StageRun, name: str) -> Iterator[Row]:
     """The rows of a unit without a process of its own, which takes as long to begin as a unit."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("TRITON_INTERPRET", "1")
+        for package in BLOCKED:
+            patch.setitem(sys.modules, package, None)
         yield from run_unit(run.stage, name, run.device, run.options)
 
 
@@ -231,15 +233,27 @@ def test_a_second_call_measures_nothing(rehearsed, bare_machine):
     assert (rows_of(output, "step"), rows_of(output, "memory")) == before
 
 
-def test_without_a_gpu_a_stage_ends_with_one_line(bare_machine, tmp_path):
-    path = os.pathsep.join([".", "kernels", str(bare_machine)])
-    done = subprocess.run(
-        [sys.executable, "-m", "bench.gpu", "step", "--output", str(tmp_path)],
+def bare_process(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
+    """bench.gpu itself in a process that sees `folder`, and no GPU."""
+    path = os.pathsep.join([".", "kernels", str(folder)])
+    return subprocess.run(
+        [sys.executable, "-m", "bench.gpu", *arguments],
         cwd=Path(__file__).parent.parent,
         env=os.environ | {"PYTHONPATH": path, "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
     )
+
+
+def test_every_stage_is_imported_without_the_packages(bare_machine, tmp_path):
+    stages = ("step", "elementwise", *STAGES_HERE)
+    done = bare_process(bare_machine, *stages, "--dry-run", "--list", "--output", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert {BERT, FAILING} <= {*done.stdout.splitlines()}
+
+
+def test_without_a_gpu_a_stage_ends_with_one_line(bare_machine, tmp_path):
+    done = bare_process(bare_machine, "step", "--output", str(tmp_path))
     assert done.returncode == 2
     expected = "bench.gpu step: no CUDA device here; --dry-run rehearses it on the CPU"
     assert done.stderr.splitlines() == [expected]
