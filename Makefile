@@ -2,12 +2,12 @@
 # make PYTHON=python3.12 setup takes another Python, PTV2_CPP=0 make setup leaves the C++ kernels out.
 PYTHON ?= python3
 # Processes of make test, each of some 1.3 GB with one thread (and for the C++ kernels a second, which must not
-# wait by spinning).
+# wait by spinning). They start dozens of others, which need not compile our modules anew.
 WORKERS ?= 2
 BIN := .venv/bin
 CPP := $(wildcard csrc/*)
 PYTEST := -m pytest -n $(WORKERS) --dist worksteal
-THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive
+THREADS := OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE=
 GPU_RESULTS ?= bench/results/gpu-cuda
 
 .PHONY: setup demo test test-slow test-oldest sanitize lint check-resolution docs docs-serve model-table bench \
