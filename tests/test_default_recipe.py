@@ -89,6 +89,55 @@ def test_what_the_encoder_does_not_have_is_left_out(task, config, preset, missin
     RunConfig.from_dict(options | given)
 
 
+@pytest.mark.parametrize(
+    "given, there, left_out",
+    [
+        ({"schedule": "exponential"}, "init", "warmup_ratio"),
+        ({"schedule": "warmup_stable_decay", "decay_ratio": 1.0}, "init", "warmup_ratio"),
+        ({"schedule": "warmup_stable_decay"}, "warmup_ratio", "decay_ratio"),
+        ({"position_offset": "prefix"}, "init", "max_length"),
+        ({"num_virtual_tokens": 0, "train_norms": True}, "max_length", "init"),
+    ],
+)
+def test_what_is_given_takes_the_place_of_what_it_excludes(given, there, left_out, tmp_path):
+    BERT(max_position_embeddings=258).save_pretrained(tmp_path)
+    own = {"task": "text-classification", "model": str(tmp_path), "train_file": "x", **given}
+    _, options = default_recipe(RunConfig.from_dict(own))
+    assert there in options and left_out not in options
+    RunConfig.from_dict(options | own)
+
+
+def test_texts_are_cut_where_the_table_of_positions_ends(tmp_path):
+    """RoBERTa keeps two of its positions."""
+    given = {"task": "text-classification", "model": str(tmp_path), "train_file": "x"}
+    for positions in (257, 258):
+        transformers.RobertaConfig(max_position_embeddings=positions).save_pretrained(tmp_path)
+        _, options = default_recipe(RunConfig.from_dict(given))
+        assert ("max_length" in options) is (positions == 258)
+
+
+def test_without_a_prefix_the_rest_of_the_preset_trains(tiny, tmp_path):
+    words = ["--num-virtual-tokens", "0", "--max-steps", "1"]
+    for number, more in enumerate(([], ["--recipe", "preset-tagging-minilm"])):
+        run = tmp_path / str(number)
+        assert cli.main(arguments(tiny, run, *words, *more)) == 0
+        config = model_of(run)
+        assert config["num_virtual_tokens"] == 0 and config["low_rank"] and config["train_norms"]
+
+
+def test_a_run_goes_on_from_what_another_trained(tiny, tmp_path):
+    """Of any shape, which is then the shape of what trains."""
+    first, plain = tmp_path / "first", ["--method", "p-tuning-v2", "--depth", "2"]
+    for more in (["--num-virtual-tokens", "3", "--low-rank", "2"], plain):
+        assert cli.main(arguments(tiny, first, "--max-steps", "2", "--overwrite", *more)) == 0
+        then = ["--start-from", str(first), "--max-steps", "1", "--overwrite"]
+        assert cli.main(arguments(tiny, tmp_path / "then", *then)) == 0
+        names = ("num_virtual_tokens", "low_rank", "low_rank_alpha", "train_biases", "depth")
+        shapes = [{n: model_of(run)[n] for n in names} for run in (first, tmp_path / "then")]
+        assert shapes[0] == shapes[1]
+    assert json.loads((tmp_path / "then" / "report.json").read_text())["started_from"]["head"]
+
+
 def test_a_run_that_is_not_scored_is_read_and_left_out_of_reports(tiny, tmp_path, capsys):
     run = tmp_path / "runs" / "a"
     assert cli.main(arguments(tiny, run, "--method", "linear-probe", "--max-steps", "1")) == 0

@@ -46,14 +46,14 @@ def test_batches_of_tokens_have_similar_lengths_and_about_as_many_tokens():
     generator = torch.Generator().manual_seed(0)
     lengths = [*torch.randint(1, 100, (1002,), generator=generator).tolist(), 5000]
     order = LengthGroupedOrder(lengths, Batching(None, 400), seed=3)
-    assert order.count == math.ceil(sum(lengths) / 400)
+    assert order.count == math.ceil((sum(lengths[:-1]) + 400) / 400)
     first = order.batches()
     assert len(first) == order.count
     assert sorted(i for batch in first for i in batch) == list(range(1003))
     assert [1002] in first, "an example with more is a batch of its own"
     others = [[lengths[i] for i in batch] for batch in first if batch != [1002]]
     tokens = [sum(batch) for batch in others]
-    assert max(tokens) <= 400 + 50 and min(tokens) > 400 / 2
+    assert 400 - 99 <= min(tokens) and max(tokens) <= 400 + 99, "off by a text at most"
     assert sum(max(batch) - min(batch) for batch in others) / len(others) < 10
     order.set_epoch(1)
     assert order.batches() != first
@@ -61,6 +61,16 @@ def test_batches_of_tokens_have_similar_lengths_and_about_as_many_tokens():
     assert fresh.batches() == first and list(fresh) == [i for batch in first for i in batch]
     few = LengthGroupedOrder([7, 900, 7], Batching(None, 1), seed=0)
     assert sorted(few.batches()) == [[0], [1], [2]]
+
+
+def test_examples_with_more_tokens_than_a_batch_leave_the_others_whole_batches():
+    lengths = [10] * 990 + [1000] * 10
+    tokens = [
+        sum(lengths[i] for i in batch)
+        for batch in LengthGroupedOrder(lengths, Batching(None, 500), seed=0).batches()
+    ]
+    assert tokens.count(1000) == 10 and len(tokens) == 30
+    assert sorted(tokens)[:20] == [490] * 10 + [500] * 10
 
 
 def test_a_run_of_batches_of_tokens_resumes_within_an_epoch(tiny, tmp_path):  # noqa: F811
@@ -189,6 +199,8 @@ def test_a_run_with_an_average_scores_and_ends_with_it(method, tiny, tmp_path, m
     train(prepare(config, tmp_path / "last"))
     with pytest.raises(KeyboardInterrupt):
         train(prepare(config, tmp_path / "killed"), [Kill()])
+    opened = load_run(tmp_path / "killed/checkpoints/checkpoint-4").model.state_dict()
+    assert all(tensor.equal(opened[name]) for name, tensor in scored[1].items())
     (tmp_path / "killed/checkpoints/checkpoint-4/average.safetensors").unlink()
     prepared = prepare(config, tmp_path / "killed", resume=True)
     with pytest.warns(UserWarning, match=r"checkpoint-4 has no weights average\.safetensors"):

@@ -202,6 +202,10 @@ def test_ablations_expand_to_named_runs(base, tiny):
                                 "mlp-8-seed-42"]  # fmt: skip
     assert len(length_sweep(base).runs) == 2 * 6
     assert list(reparam_sweep(base).runs) == ["plain-seed-42", "mlp-seed-42"]
+    # No MLP starts at tokens, as the presets do: both start from N(0, 0.02).
+    for plan in (length_sweep, reparam_sweep):
+        configs = plan(base.changed({"init": "tokens"})).configs().values()
+        assert {config.model.init for config in configs} == {"normal"}
     words = {"task": "text-classification", "head": "lm", "verbalizer": "good=good,bad=bad"}
     sweep = head_sweep(RunConfig.from_dict(tiny | words))
     assert [(c.data.head, c.data.verbalizer) for c in sweep.configs().values()] == [

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from ptv2_fast.recipes import read_recipe
+from ptv2_fast.recipes import options_beside
 from ptv2_fast.tasks.hints import close_to
 from ptv2_fast.tasks.option_table import OptionTable
 from ptv2_fast.tasks.options import DataOptions
@@ -134,10 +134,10 @@ def run_config(options: dict[str, Any], base: dict[str, Any] | None = None) -> R
     """
     values = dict(base or {})
     recipe, config_file = options.pop("recipe"), options.pop("config")
+    from_file = {} if config_file is None else read_config_file(config_file)
     if recipe not in (None, NONE):
-        values = with_changes(values, read_recipe(recipe))
-    if config_file is not None:
-        values = with_changes(values, read_config_file(config_file))
+        values = with_changes(values, options_beside(recipe, from_file | options))
+    values = with_changes(values, from_file)
     config = RunConfig.from_dict(with_changes(values, options))
     method = config.model.method
     for name in options:

@@ -26,6 +26,8 @@ WEIGHTS_NAME = "ptv2_adapter.safetensors"
 _OLD_WEIGHTS_NAME = "adapter_model.safetensors"  # PEFT's, as adapters of version 0.1 have
 # Trainer reloads a checkpoint from a file of this name only.
 CHECKPOINT_WEIGHTS_NAME = "model.safetensors"
+# Beside them in the checkpoints of a run that scores an average: the average.
+AVERAGE_NAME = "average.safetensors"
 FORMAT_KEY = "ptv2_format"
 FORMAT_VERSION = 1
 WEIGHTS_KEY = "weights"
@@ -118,7 +120,7 @@ def read_description(directory: str | os.PathLike) -> dict[str, Any]:
 
 
 def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Read the description and the tensors.
+    """Read the description and the tensors; of a checkpoint, the average where it has one.
 
     Returns:
         What ptv2_config.json says, and name -> tensor on the CPU.
@@ -132,7 +134,30 @@ def read_adapter(directory: str | os.PathLike) -> tuple[dict[str, Any], dict[str
         raise ValueError(
             f"directory: expected the adapter's tensors in {weights}, got no such file"
         )
+    tensors = read_tensors(weights)
+    if weights.name == CHECKPOINT_WEIGHTS_NAME:
+        average = read_average(directory)
+        tensors |= {name: tensor for name, tensor in average.items() if name in tensors}
+    return description, tensors
+
+
+def read_average(checkpoint: str | os.PathLike) -> dict[str, Tensor]:
+    """The average in a checkpoint, which is what its run scored; {} where there is none.
+
+    Raises:
+        ValueError: when it is corrupt or truncated.
+    """
+    file = Path(checkpoint) / AVERAGE_NAME
+    return read_tensors(file) if file.is_file() else {}
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """Name -> tensor on the CPU.
+
+    Raises:
+        ValueError: when the file is missing, corrupt or truncated.
+    """
     try:
-        return description, load_file(weights)
+        return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise ValueError(f"{weights}: corrupt or truncated safetensors file ({error})") from error
+        raise ValueError(f"{file}: corrupt or truncated safetensors file ({error})") from error

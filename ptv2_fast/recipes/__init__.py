@@ -13,7 +13,7 @@ import yaml
 from ptv2_fast.tasks.hints import hint
 from ptv2_fast.training.options import flatten
 
-__all__ = ["Recipe", "load_recipe", "read_recipe", "recipes"]
+__all__ = ["Recipe", "load_recipe", "options_beside", "read_recipe", "recipes"]
 
 _FOLDER = Path(__file__).parent
 _FIGURES = "published"  # published.yaml is no recipe
@@ -49,6 +49,22 @@ def load_recipe(name: str) -> Recipe:
     values = yaml.safe_load((_FOLDER / f"{name}.yaml").read_text(encoding="utf-8"))
     description = values.pop("description")
     return Recipe(name, description, flatten(values))
+
+
+def options_beside(name: str, given: dict[str, Any]) -> dict[str, Any]:
+    """The options of a recipe, flat, without those that cannot stand beside what is given.
+
+    Raises:
+        ValueError: for an unknown recipe.
+    """
+    options = read_recipe(name)
+    warmup, decay = options.get("warmup_ratio", 0), given.get("decay_ratio")
+    if given.get("schedule") == "exponential" or (decay is not None and warmup + decay > 1):
+        options.pop("warmup_ratio", None)
+    starts_otherwise = given.get("prefix_projection") or given.get("start_from") is not None
+    if starts_otherwise or given.get("num_virtual_tokens") == 0:
+        options.pop("init", None)  # from tokens
+    return options
 
 
 def read_recipe(name: str) -> dict[str, Any]:

@@ -3,10 +3,15 @@
 import math
 from typing import Any
 
-from ptv2_fast.recipes import read_recipe
+from transformers import PretrainedConfig
+
+from ptv2_fast.encoders import FAMILIES
+from ptv2_fast.recipes import options_beside
+from ptv2_fast.tasks.option_table import GIVEN
 from ptv2_fast.training.methods import missing_inside
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.pretrained import load_config
+from ptv2_fast.training.warm_start import options_of_start
 
 _KINDS = {
     "token-classification": "tagging",
@@ -21,6 +26,8 @@ _NOT_TAKEN = ("model", "bf16", "backbone_dtype")
 def default_recipe(config: RunConfig) -> tuple[str, dict[str, Any]]:
     """The preset of a task and the width of an encoder, without what the encoder cannot do.
 
+    What trains is that of the adapter that training starts from, where there is one.
+
     Args:
         config: the run by what was given, and the defaults of the options.
 
@@ -28,7 +35,7 @@ def default_recipe(config: RunConfig) -> tuple[str, dict[str, Any]]:
         The name of the preset, and those of its options that go with what was given.
 
     Raises:
-        OSError, ValueError: when the encoder's configuration cannot be read.
+        OSError, ValueError: when the encoder's configuration cannot be read, or the adapter's.
     """
     assert config.model.model is not None
     encoder = load_config(config.model.model)
@@ -38,9 +45,18 @@ def default_recipe(config: RunConfig) -> tuple[str, dict[str, Any]]:
     left_out = [*_NOT_TAKEN, *missing_inside(encoder)]
     if config.training.max_steps or config.training.max_seconds:
         left_out.append("num_train_epochs")
-    if config.model.prefix_projection or config.model.num_virtual_tokens == 0:
-        left_out.append("init")  # from tokens
-    options = read_recipe(name)
-    if options.get("max_length", 0) > getattr(encoder, "max_position_embeddings", math.inf):
+    values = config.options()
+    given = {name: values[name] for name in values[GIVEN]}
+    options = options_beside(name, given) | options_of_start(config.model)
+    if options.get("max_length", 0) > _longest_input(encoder, options | given):
         left_out += ["max_length", "doc_stride"]
     return name, {n: v for n, v in options.items() if n not in left_out}
+
+
+def _longest_input(encoder: PretrainedConfig, options: dict[str, Any]) -> float:
+    """How many tokens of a text fit; infinity where the encoder's family is not known."""
+    family = FAMILIES.get(encoder.model_type)
+    if family is None:
+        return math.inf
+    taken = options["num_virtual_tokens"] if options.get("position_offset") == "prefix" else 0
+    return family.max_positions(encoder) - taken

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
-FILE = "average.safetensors"  # in a checkpoint
+from ptv2_fast.encoders.adapter_files import AVERAGE_NAME
 
 
 class MovingAverage:
@@ -60,7 +60,7 @@ class MovingAverage:
     def save(self, folder: Path) -> None:
         """Write the average."""
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, folder / FILE)
+        save_file(tensors, folder / AVERAGE_NAME)
 
     def load(self, folder: Path) -> None:
         """Go on from what `save` wrote.
@@ -69,8 +69,8 @@ class MovingAverage:
             OSError: when it is not there, damaged or of another model.
         """
         try:
-            found = load_file(folder / FILE)
+            found = load_file(folder / AVERAGE_NAME)
             for name, tensor in self.tensors.items():
                 tensor.copy_(found[name])
         except (SafetensorError, KeyError, RuntimeError) as error:
-            raise OSError(f"{folder / FILE}: no average of this model: {error}") from error
+            raise OSError(f"{folder / AVERAGE_NAME}: no average of this model: {error}") from error

@@ -8,8 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -20,7 +18,7 @@ from ptv2_fast.adapters import (
     read_labels,
     save_adapter,
 )
-from ptv2_fast.encoders.adapter_files import read_adapter
+from ptv2_fast.encoders.adapter_files import read_adapter, read_average, read_tensors
 from ptv2_fast.encoders.attachment import ENCODER_NAME
 from ptv2_fast.tasks import make_task
 from ptv2_fast.tasks.task import Task
@@ -163,6 +161,7 @@ def _load_whole(run: OpenedRun) -> PreTrainedModel:
             f"{folder}: expected every weight of {type(model).__name__}, missing "
             f"{sorted(report['missing_keys'])!r:.200}"
         )
+    model.load_state_dict(read_average(folder), strict=False)
     require_finite_weights(model, folder)
     return model
 
@@ -251,10 +250,7 @@ def _require(file: Path) -> None:
 def _load_tensors(model: PreTrainedModel, options: ModelOptions, file: Path) -> None:
     """Prepare the model by its method and fill in the trained tensors."""
     _require(file)
-    try:
-        tensors = load_file(file)
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file}: corrupt or truncated safetensors file ({error})") from error
+    tensors = read_tensors(file)
     if options.method == "p-tuning-v1":  # of which the vectors were kept
         options = options.changed(method="prompt-tuning")
     _check_sizes(tensors, options, file)

@@ -46,7 +46,7 @@ class Batching:
         """Batches that examples of these lengths make."""
         if self.tokens is None:
             return math.ceil(len(lengths) / self._size)
-        return min(len(lengths), math.ceil(sum(lengths) / self.tokens))
+        return min(len(lengths), math.ceil(sum(self._shares(lengths)) / self.tokens))
 
     def examples(self, lengths: Sequence[int], batches: int) -> int:
         """Examples in so many batches, drawn from examples of these lengths."""
@@ -58,7 +58,13 @@ class Batching:
         """An order of examples in so many batches, with examples moved nearby."""
         if self.tokens is None:
             return batches_of_similar_length(order, lengths, self._size)
-        return batches_of_similar_tokens(order, lengths, batches)
+        shares = self._shares(lengths)
+        alone = [[i] for i in order if shares[i] == self.tokens]
+        others = [i for i in order if shares[i] != self.tokens]
+        if len(alone) + bool(others) > batches:  # more were drawn than there are batches
+            return batches_of_similar_tokens(order, shares, batches)
+        batches -= len(alone)
+        return alone + (batches_of_similar_tokens(others, shares, batches) if others else [])
 
     def first(self, order: list[int], lengths: Sequence[int]) -> list[int]:
         """The first examples of an order, as many as are in a batch."""
@@ -66,6 +72,12 @@ class Batching:
             return order[: self._size]
         totals = itertools.accumulate(lengths[i] for i in order)
         return order[: 1 + sum(total < self.tokens for total in totals)]
+
+    def _shares(self, lengths: Sequence[int]) -> list[int]:
+        """What the examples take of a batch's tokens: a longer one takes them all, and no more, or
+        the others would be spread over more batches than they fill."""
+        assert self.tokens is not None
+        return [min(length, self.tokens) for length in lengths]
 
     @property
     def _size(self) -> int:

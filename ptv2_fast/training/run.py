@@ -10,8 +10,9 @@ from transformers import TrainerCallback
 
 import ptv2_fast
 from ptv2_fast.encoders import get_nb_trainable_parameters
+from ptv2_fast.encoders.adapter_files import AVERAGE_NAME
 from ptv2_fast.tasks.comparison import baseline
-from ptv2_fast.training import averaging, run_folder
+from ptv2_fast.training import run_folder
 from ptv2_fast.training.callbacks import (
     FindBestCheckpoint,
     MetricsFile,
@@ -75,7 +76,7 @@ def _checkpoint_of(run: PreparedRun) -> str | None:
         run.folder / run_folder.CHECKPOINTS,
         run.arguments.world_size,
         run.arguments.load_best_model_at_end,
-        (averaging.FILE,) if run.config.training.ema_decay else (),
+        (AVERAGE_NAME,) if run.config.training.ema_decay else (),
     )
     return None if checkpoint is None else str(checkpoint)
 

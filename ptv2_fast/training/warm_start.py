@@ -6,13 +6,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from ptv2_fast.adapters import load_adapter, load_prefix
+from ptv2_fast.adapters import load_adapter, load_prefix, read_config
 from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_description
 from ptv2_fast.files import find_description
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import ModelOptions
 
+# What is alike in an adapter and a model that takes its prefix.
+_SHAPE = (
+    "num_virtual_tokens", "prefix_projection", "encoder_hidden_size", "position_offset",
+    "prefix_gate", "train_biases", "train_norms", "low_rank", "low_rank_alpha",
+)  # fmt: skip
 _SOURCE = ("train_file", "dataset", "dataset_config", "data_dir")
 
 
@@ -51,6 +56,23 @@ def find_starts(options: ModelOptions) -> list[Start]:
         return [_start_of_run(folder)]
     names = run_folder.task_names(content, folder)
     return [_start_of_run(run_folder.part_folder(folder, name)) for name in names]
+
+
+def options_of_start(options: ModelOptions) -> dict[str, Any]:
+    """The prefix of the adapter that start_from names, and what trained beside it, as options.
+
+    Raises:
+        ValueError: as `find_starts`, and for a description that is damaged.
+    """
+    starts = find_starts(options)
+    if not starts:
+        return {}
+    found = read_config(read_description(starts[0].adapter), starts[0].adapter)
+    targets, layers = found.low_rank_targets, found.layers
+    return {name: getattr(found, name) for name in _SHAPE} | {
+        "low_rank_targets": None if targets is None else ",".join(targets),
+        "depth": None if layers is None else ",".join(str(layer + 1) for layer in layers),
+    }
 
 
 def _start_of_run(folder: Path) -> Start:

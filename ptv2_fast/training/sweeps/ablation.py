@@ -6,6 +6,7 @@ sets a linear head against the language model's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.pretrained import load_config
@@ -56,7 +57,7 @@ def depths(count: int, steps: int) -> list[tuple[str, str]]:
 def length_sweep(
     base: RunConfig, values: Sequence[int] = LENGTHS, seeds: Sequence[int] | None = None
 ) -> Sweep:
-    """Every length with a plain table and with the MLP.
+    """Every length with a plain table and with the MLP, from N(0, 0.02), as an MLP starts.
 
     Raises:
         ValueError: for another method than p-tuning-v2, or repeated or bad lengths.
@@ -65,22 +66,21 @@ def length_sweep(
     if not values or len(set(values)) < len(values):
         raise ValueError(f"values: expected different lengths, got {list(values)}")
     variants = {
-        f"{name}-{value}": {"num_virtual_tokens": value, "prefix_projection": projection}
-        for name, projection in (("plain", False), ("mlp", True))
+        f"{name}-{value}": {"num_virtual_tokens": value, **projection}
+        for name, projection in _table_and_mlp(base).items()
         for value in values
     }
     return sweep_of("length", base, variants, seeds)
 
 
 def reparam_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
-    """The prefix as a plain table and computed by an MLP.
+    """The prefix as a plain table and computed by an MLP, from N(0, 0.02), as an MLP starts.
 
     Raises:
         ValueError: for another method than p-tuning-v2.
     """
     _require_prefix(base, "reparam")
-    variants = {"plain": {"prefix_projection": False}, "mlp": {"prefix_projection": True}}
-    return sweep_of("reparam", base, variants, seeds)
+    return sweep_of("reparam", base, _table_and_mlp(base), seeds)
 
 
 def head_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
@@ -100,6 +100,15 @@ def head_sweep(base: RunConfig, seeds: Sequence[int] | None = None) -> Sweep:
     verbalizers = {"linear": None, "lm": base.data.verbalizer}
     variants = {head: {"head": head, "verbalizer": words} for head, words in verbalizers.items()}
     return sweep_of("head", base, variants, seeds)
+
+
+def _table_and_mlp(base: RunConfig) -> dict[str, dict[str, Any]]:
+    """The prefix as a table and by an MLP, by name; both start alike."""
+    start = {} if base.model.init == "normal" else {"init": "normal"}
+    return {
+        name: {"prefix_projection": projection, **start}
+        for name, projection in (("plain", False), ("mlp", True))
+    }
 
 
 def _require_prefix(base: RunConfig, kind: str) -> None:
