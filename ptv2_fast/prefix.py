@@ -1,6 +1,7 @@
 """The configuration of P-Tuning v2 and the module that holds its trainable prefix (torch only)."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -148,7 +149,8 @@ class PTuningV2Config:
         _expect(rank is None or (_is_int(rank) and rank >= 1), "low_rank",
                 "None or an integer >= 1", rank)  # fmt: skip
         has_rank = rank is not None
-        _expect(alpha is None or (has_rank and isinstance(alpha, int | float) and alpha > 0),
+        _expect(alpha is None
+                or (has_rank and isinstance(alpha, int | float) and 0 < alpha < math.inf),
                 "low_rank_alpha", "None, or a number > 0 with low_rank", alpha)  # fmt: skip
         _expect(targets is None or (has_rank and _is_str_list(targets) and len(targets) > 0),
                 "low_rank_targets", "None, or a list of names of linear layers with low_rank",
@@ -168,6 +170,13 @@ class PTuningV2Config:
     def torch_backbone_dtype(self) -> torch.dtype | None:
         """`backbone_dtype` as torch names it."""
         return None if self.backbone_dtype is None else _BACKBONE_DTYPES[self.backbone_dtype]
+
+    @property
+    def alpha(self) -> float | None:
+        """By what over the rank the updates are scaled; None without."""
+        if self.low_rank_alpha is not None or self.low_rank is None:
+            return self.low_rank_alpha
+        return 2 * self.low_rank
 
     def resolve_layers(self, num_layers: int) -> tuple[int, ...]:
         """Ascending indices of the prefixed layers of an encoder with `num_layers` layers.

@@ -242,6 +242,7 @@ def test_a_damaged_adapter_is_refused_and_the_model_stays_plain(saved, damage, m
             lambda d: edit_prefix(d, prefix_projection=True, encoder_hidden_size=HUGE),
             "missing .'prefix_encoder.projection.0.bias'",
         ),
+        (lambda d: edit_prefix(d, low_rank=HUGE), r"updates of low_rank 1000000000000, got \[\]"),
         (lambda d: edit_config(d, weights="../" + FILES[1]), "weights: expected a plain name"),
         (lambda d: edit_config(d, id2label={"a": "x", "0": "y", "1": "z"}), "id2label: expected a"),
         (lambda d: edit_config(d, id2label={"0": "a"}), "id2label: expected a label for each"),

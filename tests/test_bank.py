@@ -257,6 +257,19 @@ def test_saved_adapters_load_again(case, tmp_path):
     assert bank.names == tuple(models)
 
 
+def test_what_is_changed_in_place_holds_in_the_next_batch(case):
+    bank, name = bank_of(case, "frozen", ["inside", "norms"]), "inside"
+    ids, mask = texts_of((9, 5, 7))
+    with torch.no_grad():
+        before = bank(ids, mask, [name, "norms", name])
+        for parameter in bank.parameters_of(name):
+            parameter.mul_(1.5)
+        mixed = bank(ids, mask, [name, "norms", name])
+        alone = bank(ids[::2], mask[::2], [name] * 2)
+    torch.testing.assert_close(mixed[::2], alone)
+    assert not mixed[0].allclose(before[0]) and mixed[1].equal(before[1])
+
+
 def leaves(value) -> list:
     """What nested lists and dictionaries hold, with the names in dictionaries."""
     if isinstance(value, dict):

@@ -1,6 +1,7 @@
 """Low-rank updates that train beside the prefix: on both paths, against layers with the updates."""
 
 import copy
+import math
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from tests.models import (
     make_batch,
     one_thread,  # noqa: F401
     real_tokens,
+    set_fields,
     tiny_model,
 )
 from tests.test_vectors import VECTORS, check_gradients, head_of, vectors_of
@@ -48,9 +50,9 @@ class UpdatedLinear(nn.Linear):
         return nn.functional.linear(input, weight, self.bias)
 
 
-def updated(model_type: str = "bert", dtype: torch.dtype = torch.float32, **fields):
+def updated(model_type: str = "bert", dtype: torch.dtype = torch.float32, plain=None, **fields):
     """A plain model, and an attached one whose updates are not zero."""
-    plain = tiny_model(model_type, head_of(model_type)).to(dtype)
+    plain = tiny_model(model_type, head_of(model_type)).to(dtype) if plain is None else plain
     config = PTuningV2Config(**{"num_virtual_tokens": P, "low_rank": RANK, **fields})
     model = ptv2_fast.attach(copy.deepcopy(plain), config)
     with torch.no_grad():
@@ -128,6 +130,45 @@ def test_a_new_update_changes_nothing_and_an_adapter_holds_it(backbone, tmp_path
     torch.testing.assert_close(twin(**batch).logits * real, model(**batch).logits * real)
 
 
+def test_an_adapter_fits_a_model_that_names_the_default_scale(tmp_path):
+    plain, model = updated(low_rank_alpha=None)
+    ptv2_fast.save_adapter(model, tmp_path)
+    config = PTuningV2Config(num_virtual_tokens=P, low_rank=RANK, low_rank_alpha=2 * RANK)
+    twin, batch = ptv2_fast.attach(plain, config), make_batch("token")
+    ptv2_fast.load_adapter(twin, tmp_path)
+    assert torch.equal(twin(**batch).logits, model(**batch).logits)
+
+
+class OtherLinear(nn.Linear):
+    """As a quantised layer, of another kind than its neighbours."""
+
+
+@pytest.mark.parametrize("how", ["neighbour", "parametrized"])
+def test_a_layer_of_another_kind_beside_an_updated_one_runs_by_the_hook(how):
+    """Queries, keys and values are one product in a frozen block."""
+    results = []
+    for backbone in ("auto", "hook"):
+        torch.manual_seed(0)
+        plain = tiny_model("bert", "token")
+        layer = plain.bert.encoder.layer[1]
+        if how == "neighbour":
+            layer.attention.self.key.__class__ = OtherLinear
+        _, model = updated(plain=plain, low_rank_targets=["query", "output.dense"],
+                           backbone=backbone)  # fmt: skip
+        if how == "parametrized":
+            output = model.bert.encoder.layer[1].output.dense
+            nn.utils.parametrize.register_parametrization(output, "weight", nn.Identity())
+        if backbone == "auto":
+            with pytest.warns(UserWarning, match="layer 1: something of a linear layer trains"):
+                results.append(model(**make_batch("token")).logits)
+            set_fields(model, strict=True)
+            with pytest.raises(ValueError, match="layer 1: something of a linear layer trains"):
+                model(**make_batch("token"))
+        else:
+            results.append(model(**make_batch("token")).logits)
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize(
     ("model_type", "fields", "message"),
     [
@@ -136,6 +177,8 @@ def test_a_new_update_changes_nothing_and_an_adapter_holds_it(backbone, tmp_path
         ("bert", {"low_rank": 2, "low_rank_targets": ["qkv"]}, "low_rank: expected linear layers"),
         ("deberta-v2", {"low_rank": 2, "low_rank_targets": ["query_proj"]}, "expected linear"),
         ("albert", {"low_rank": 2}, "low_rank: expected layers that share no weights"),
+        ("bert", {"low_rank": 2, "low_rank_targets": ["query", "vlaue"]}, "linear layers.*'vlaue'"),
+        ("bert", {"low_rank": 2, "low_rank_alpha": math.inf}, "low_rank_alpha: expected None, or"),
     ],
 )  # fmt: skip
 def test_what_is_not_served_is_refused(model_type, fields, message):

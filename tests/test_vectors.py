@@ -12,6 +12,7 @@ import ptv2_fast
 from ptv2_fast import PTuningV2Config
 from ptv2_fast.adapters import load_prefix
 from ptv2_fast.encoders.attachment import find_attachment
+from ptv2_fast.encoders.checkpointing import checkpoint_activations
 from tests.concatenation import concatenating_attention
 from tests.models import (
     BACKBONES,
@@ -283,6 +284,41 @@ def test_a_vector_that_changes_before_its_backward_pass_is_an_error():
         model.prefix_encoder.get_parameter("vectors.1.output.LayerNorm.weight").add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def embedded(model, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The batch by its embeddings, which get a gradient."""
+    embeddings = model.get_input_embeddings()(batch["input_ids"]).detach()
+    mask = batch["attention_mask"]
+    return {"inputs_embeds": embeddings.requires_grad_(), "attention_mask": mask}
+
+
+@pytest.mark.parametrize("backbone", ["frozen", "hook"])
+@pytest.mark.parametrize("fields", [NORMS, {"train_biases": True}, {"low_rank": 2}])
+def test_a_layer_that_runs_again_has_what_was_disabled_in_its_forward(fields, backbone):
+    """Where a backward pass stands changes nothing, as in a loss against the plain model."""
+    torch.manual_seed(0)
+    _, model = moved(**{"train_biases": False, "train_norms": False, **fields}, backbone=backbone)
+    checkpoint_activations(model.train())
+    batch = make_batch()
+    leaves = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    found = {}
+    for is_inside in (False, True):
+        out = model(**batch).logits
+        with ptv2_fast.disabled(model):
+            loss = (out - model(**batch).logits.detach()).square().sum()
+            if is_inside:
+                found["enabled", True] = torch.autograd.grad(loss, leaves)
+            given = embedded(model, batch)
+            plain = model(**given).logits.square().sum()
+            if is_inside:
+                found["disabled", True] = torch.autograd.grad(plain, given["inputs_embeds"])
+        if not is_inside:
+            found["enabled", False] = torch.autograd.grad(loss, leaves)
+            found["disabled", False] = torch.autograd.grad(plain, given["inputs_embeds"])
+    for which in ("enabled", "disabled"):
+        for inside, outside in zip(found[which, True], found[which, False], strict=True):
+            assert torch.equal(inside, outside) and inside.abs().max() > 0
 
 
 @pytest.mark.parametrize("backbone", ["frozen", "hook"])

@@ -138,8 +138,6 @@ class Member:
             parameter.requires_grad_(mode)
         if self._is_whole:
             require_attachment(self.model).set_trainable(mode)
-        if self.values is not None:
-            self.values.forget()
 
     def save(self, directory: str | os.PathLike) -> None:
         """Write the adapter as `save_adapter` does."""

@@ -273,6 +273,17 @@ def _check_prefix(
         raise ValueError(f"adapter: expected the tensors of its prefix, missing {missing}")
     for name, shape in named.items():
         _check_shape(name, tensors[name], shape)
+    narrow = {"lora_A": 0, "lora_B": -1}
+    ranks = {
+        tensor.shape[narrow[kind]]
+        for name, tensor in tensors.items()
+        if (kind := name.rpartition(".")[2]) in narrow
+        if name.startswith(f"{ENCODER_NAME}.") and tensor.dim() == 2
+    }
+    if config.low_rank is not None and ranks != {config.low_rank}:
+        raise ValueError(
+            f"adapter: expected updates of low_rank {config.low_rank}, got {sorted(ranks)}"
+        )
 
 
 def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], place: str = "adapter") -> None:
@@ -329,10 +340,12 @@ def _head_differences(description: dict[str, Any], model: PreTrainedModel) -> li
 
 
 def _check_same_config(adapter: PTuningV2Config, attached: PTuningV2Config) -> None:
+    same = adapter.alpha == attached.alpha
     differences = [
         f"{name} {getattr(adapter, name)!r} against {getattr(attached, name)!r}"
         for name in _MATCHED_FIELDS
         if getattr(adapter, name) != getattr(attached, name)
+        and not (name == "low_rank_alpha" and same)
     ]
     if differences:
         raise ValueError(

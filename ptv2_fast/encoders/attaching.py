@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.adapter_tensors import ENCODER_NAME
-from ptv2_fast.encoders.attachment import DISABLED, Attachment, find_attachment
+from ptv2_fast.encoders.attachment import Attachment, find_attachment
+from ptv2_fast.encoders.disabling import disabling
 from ptv2_fast.encoders.families import check_backbone, find_family
 from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.token_init import token_prefix
@@ -81,15 +82,8 @@ def disabled(model: PreTrainedModel) -> Iterator[PreTrainedModel]:
     Raises:
         ValueError: when the model is not attached.
     """
-    attachment = require_attachment(model)
-    before = DISABLED.attachments
-    DISABLED.attachments = (*before, attachment)
-    attachment.count_disabled(1)
-    try:
+    with disabling(require_attachment(model)):
         yield model
-    finally:
-        attachment.count_disabled(-1)
-        DISABLED.attachments = before
 
 
 def max_input_tokens(model: PreTrainedModel) -> int:

@@ -30,6 +30,7 @@ from ptv2_fast.encoders.backbone_forward import (
     take_forward,
 )
 from ptv2_fast.encoders.blocks import Heads
+from ptv2_fast.encoders.disabling import is_disabled
 from ptv2_fast.encoders.family import Family
 from ptv2_fast.encoders.first_token import reads_first_token_only
 from ptv2_fast.encoders.frozen_backbone import FrozenBackbone
@@ -56,18 +57,7 @@ ATTACHMENT_ATTRIBUTE = "_ptv2_attachment"
 IGNORED_KEYS = "_keys_to_ignore_on_save"
 
 
-class Disabled(threading.local):
-    """The attachments that the running thread has disabled."""
-
-    attachments: "tuple[Attachment, ...]" = ()
-
-
-DISABLED, _COUNT_LOCK = Disabled(), threading.Lock()
-
-
-@torch.compiler.disable
-def _is_disabled(attachment: "Attachment") -> bool:
-    return any(other is attachment for other in DISABLED.attachments)
+_COUNT_LOCK = threading.Lock()
 
 
 def find_attachment(model: nn.Module) -> "Attachment | None":
@@ -229,7 +219,7 @@ class Attachment:
     @property
     def enabled(self) -> bool:
         """Whether a call made now has its prefix; `disabled` holds for its own thread only."""
-        return self._times_disabled == 0 or not _is_disabled(self)
+        return self._times_disabled == 0 or not is_disabled(self)
 
     def count_disabled(self, change: int) -> None:
         """Note that one thread more (1) or less (-1) has disabled this attachment."""

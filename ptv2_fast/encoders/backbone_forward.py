@@ -253,7 +253,7 @@ def _start(
     if state.run is None and state.adapters is not None:
         raise NeedsFrozenBlocksError("several adapters with updates in one pass")
     if state.run is None and backbone.training:
-        if attachment.own_attention:
+        if attachment.own_attention or attachment.vectors.stand_ins:  # which a layer looks for
             checkpoint_unless_frozen(attachment.layers)
         refuse_reentrant_checkpointing(attachment.layers)
     return state

@@ -9,6 +9,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from ptv2_fast.encoders.attention_hook import STATE_ARGUMENT, PrefixState
+from ptv2_fast.encoders.disabling import keep_disabled
 from ptv2_fast.encoders.own_attention import keep_state, running_state
 
 _FUNCTION = "_gradient_checkpointing_func"  # transformers' name for it, on every layer
@@ -20,7 +21,7 @@ class UnlessFrozen:
     Some versions of transformers checkpoint around a layer's call, others in its forward, which
     `FrozenLayerForward` replaces. A frozen block recomputes by itself and is called directly; a
     layer on the hook path is checkpointed as ever, with its state where it has none among its
-    arguments.
+    arguments, and with what is disabled in the forward.
     """
 
     def __init__(self, function: Callable[..., Any]) -> None:
@@ -31,7 +32,7 @@ class UnlessFrozen:
         state = getattr(call_layer, "keywords", {}).get(STATE_ARGUMENT, running_state())
         if isinstance(state, PrefixState) and state.run is not None:
             return call_layer(*args)
-        return self.function(keep_state(call_layer), *args)
+        return self.function(keep_disabled(keep_state(call_layer)), *args)
 
 
 def checkpoint_activations(model: PreTrainedModel, use_reentrant: bool = False) -> None:

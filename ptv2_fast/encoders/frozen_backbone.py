@@ -179,7 +179,7 @@ class FrozenBackbone:
         # blocks would hold the lengths of its example.
         if not self._forwards or torch.compiler.is_compiling() or torch.jit.is_tracing():
             return None
-        reason = self._dynamic_fallback_reason()
+        reason = self._dynamic_fallback_reason(stand_ins)
         if reason is not None:
             self._fall_back(reason, self.config.backbone == "frozen")
             return None
@@ -254,18 +254,20 @@ class FrozenBackbone:
         for forward in self._forwards:
             forward.block.reader.read(forward.block.modules.dtype)
 
-    def _dynamic_fallback_reason(self) -> str | None:
+    def _dynamic_fallback_reason(self, stand_ins: StandIns) -> str | None:
         for index, forward in enumerate(self._forwards):
             try:
                 forward.refresh()
             except NotServedError as error:
                 return f"layer {index}: {error}"
-            reason = _why_not(forward.block.modules) or _who_listens(forward.inside)
+            modules = forward.block.modules
+            reason = _why_not(modules) or _why_not_trained(modules, stand_ins)
+            reason = reason or _who_listens(forward.inside)
             if reason is None and forward.layer.forward is not forward:
                 reason = "its forward was replaced by something else"
             if reason is None and has_backward_hooks(forward.layer):
                 reason = "someone listens to its backward pass"
-            for parameter in forward.block.modules.parameters():
+            for parameter in modules.parameters():
                 if parameter.requires_grad:
                     reason = reason or "its parameters are trained"
             if reason is not None:
@@ -328,6 +330,16 @@ def _why_not(modules: BlockModules) -> str | None:
         is_layer_norm = type(norm) is nn.LayerNorm or name == _DEBERTA_NORM
         if not (is_rms or is_layer_norm) or not isinstance(norm.weight, Tensor):
             return f"expected a norm with weights, got a {name}"
+    return None
+
+
+def _why_not_trained(modules: BlockModules, stand_ins: StandIns) -> str | None:
+    """Why what trains inside of a block cannot be added to its products; None when it can."""
+    for linears in modules.products():
+        other = next((linear for linear in linears if not is_plain(linear)), None)
+        if other is not None and any(linear in stand_ins for linear in linears):
+            kind = f"{type(other).__module__}.{type(other).__qualname__}"
+            return f"something of a linear layer trains that is a {kind}, or shares its input"
     return None
 
 

@@ -112,6 +112,13 @@ def find_vectors(
             raise ValueError(
                 f"{field}: expected {_KINDS[field]} in the prefixed layers, got a {name} without"
             )
+    updated = [each.path for each in modules if "low_rank" in each.fields]
+    for target in config.low_rank_targets or ():
+        if not any(_is_called(path, target) for path in updated):
+            raise ValueError(
+                f"low_rank_targets: expected names of linear layers of a {name}, got {target!r}; "
+                f"updated are {sorted(set(updated))!r:.200}"
+            )
     return modules
 
 
@@ -126,7 +133,12 @@ def _serves(
     if not isinstance(module, nn.Linear) or "weight" not in names:
         return False
     targets = config.low_rank_targets
-    return targets is None or f".{path}".endswith(tuple(f".{name}" for name in targets))
+    return targets is None or any(_is_called(path, name) for name in targets)
+
+
+def _is_called(path: str, name: str) -> bool:
+    """Whether a name is that of a module, or the end of it."""
+    return f".{path}".endswith(f".{name}")
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -279,6 +291,5 @@ def _stand_in(trained: TrainedModule, config: PTuningV2Config) -> nn.Module:
         stand_in.lora_A = nn.Parameter(weight.new_empty(rank, width, dtype=wide))
         stand_in.lora_B = nn.Parameter(weight.new_zeros(out, rank, dtype=wide))
         nn.init.kaiming_uniform_(stand_in.lora_A, a=math.sqrt(5))  # as PEFT does
-        alpha = 2 * rank if config.low_rank_alpha is None else config.low_rank_alpha
-        stand_in.scale = alpha / rank
+        stand_in.scale = cast(float, config.alpha) / rank
     return stand_in

@@ -25,7 +25,7 @@ BlockValues = dict[str, tuple[Tensor | None, LowRankUpdate | None]]
 
 
 class AdapterValues:
-    """What one adapter has inside of the blocks, read once.
+    """What one adapter has inside of the blocks, read when it has changed.
 
     Args:
         stand_ins: of modules of the encoder; empty = nothing.
@@ -33,16 +33,18 @@ class AdapterValues:
 
     def __init__(self, stand_ins: StandIns) -> None:
         self._stand_ins = stand_ins
-        self._read: dict[tuple[BlockModules, torch.dtype], BlockValues] = {}
+        self._read: dict[tuple[BlockModules, torch.dtype], tuple[int, BlockValues]] = {}
+        self._parameters = [p for each in stand_ins.values() for p in each.parameters()]
+        self._version = 0
 
-    def forget(self) -> None:
-        """Read all anew: something has trained."""
-        self._read = {}
+    def look(self) -> None:
+        """In front of a forward: whatever was changed in place since the last one is read anew."""
+        self._version = sum(parameter._version for parameter in self._parameters)
 
     def of_block(self, modules: BlockModules, dtype: torch.dtype) -> BlockValues:
         """Those of one block, for products in `dtype`."""
-        found = self._read.get((modules, dtype))
-        if found is None:
+        version, found = self._read.get((modules, dtype), (self._version, None))
+        if found is None or version != self._version:
             updates = read_updates(modules, self._stand_ins)
             vectors = read_vectors(modules, None, self._stand_ins, updates)
             found = {}
@@ -50,7 +52,7 @@ class AdapterValues:
                 bias, update = getattr(vectors, name), updates.get(name)
                 bias = None if bias is None else bias.detach()
                 found[name] = bias, None if update is None else update.to(dtype)
-            self._read[modules, dtype] = found
+            self._read[modules, dtype] = self._version, found
         return found
 
     def of_norm(self, module: nn.Module, norm: Norm) -> Norm:
@@ -137,6 +139,8 @@ class AdapterRows:
 
     def __init__(self, adapters: Sequence[AdapterValues | None], counts: Sequence[int]) -> None:
         self._adapters = [AdapterValues({}) if each is None else each for each in adapters]
+        for each in self._adapters:
+            each.look()
         ends = [0]
         for count in counts:
             ends.append(ends[-1] + count)

@@ -118,6 +118,10 @@ class BlockModules:
         heads = self.inputs[0].out_features // self.head_dim
         return heads - 2 * self.key_value_heads if len(self.inputs) == 1 else heads
 
+    def products(self) -> tuple[tuple[nn.Linear, ...], ...]:
+        """The linear layers; those that share an input, whose product is one, stand together."""
+        return self.inputs, (self.attention_output,), self.up, (self.down,)
+
     def linears(self) -> dict[str, nn.Linear]:
         """Name -> linear layer."""
         inputs = ("query_key_value",) if len(self.inputs) == 1 else ("query", "key", "value")

@@ -63,8 +63,8 @@ _OF_PROJECTIONS = ("query_key_value", "query_norm", "key_norm", *_OF_INPUT_MATRI
 
 def read_updates(modules: BlockModules, stand_ins: StandIns) -> dict[str, LowRankUpdate]:
     """The low-rank updates of a block's products, those that there are, by name."""
-    linears = (modules.inputs, (modules.attention_output,), modules.up, (modules.down,))
-    found = zip(LAYERS, (_joined_update(each, stand_ins) for each in linears), strict=True)
+    updates = (_joined_update(linears, stand_ins) for linears in modules.products())
+    found = zip(LAYERS, updates, strict=True)
     return {name: update for name, update in found if update is not None}
 
 

@@ -38,7 +38,9 @@ def prefix_config(options: ModelOptions) -> PTuningV2Config:
     names = [field.name for field in dataclasses.fields(PTuningV2Config)]
     fields = {name: getattr(options, name) for name in names if hasattr(options, name)}
     if options.low_rank_targets is not None:
-        fields["low_rank_targets"] = tuple(options.low_rank_targets.split(","))
+        fields["low_rank_targets"] = tuple(
+            name.strip() for name in options.low_rank_targets.split(",")
+        )
     layers = None if options.depth is None else parse_depth(options.depth)
     return PTuningV2Config(layers=layers, **fields)
 

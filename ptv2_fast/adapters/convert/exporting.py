@@ -198,7 +198,7 @@ def _low_rank(attachment: Attachment) -> tuple[dict[str, Any], dict[str, Tensor]
         "peft_type": "LORA",
         "bias": "none",
         "fan_in_fan_out": False,
-        "lora_alpha": 2 * rank if config.low_rank_alpha is None else config.low_rank_alpha,  # type: ignore[operator]
+        "lora_alpha": config.alpha,
         "lora_dropout": 0.0,
         "r": rank,
         "target_modules": targets,
