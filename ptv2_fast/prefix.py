@@ -131,6 +131,7 @@ class PTuningV2Config:
                 f"one of {_POSITION_OFFSETS}", self.position_offset)  # fmt: skip
         _expect(self.init in _INITS, "init", f"one of {_INITS}", self.init)
         _expect(self.init != "tokens" or length > 0, "init", "'normal' without a prefix", self.init)
+        _expect(not self.prefix_gate or length > 0, "prefix_gate", "False without a prefix", True)
         _expect(self.init != "tokens" or not self.prefix_projection, "init",
                 "'normal' with prefix_projection=True (an MLP cannot start at given values)",
                 self.init)  # fmt: skip

@@ -23,6 +23,10 @@ SIZES = {"num_layers": 4, "num_heads": 3, "head_dim": 8}
         ({"encoder_hidden_size": 0}, "encoder_hidden_size: expected None or an integer >= 1"),
         ({"modules_to_save": "pooler"}, "modules_to_save: expected None or a list"),
         ({"prefix_projection": 1}, "prefix_projection: expected True or False, got 1"),
+        (
+            {"num_virtual_tokens": 0, "train_norms": True, "prefix_gate": True},
+            "prefix_gate: expected False without a prefix",
+        ),
     ],
 )
 def test_a_bad_field_is_named(fields, message):

@@ -3,12 +3,9 @@
 import math
 from typing import Any
 
-from transformers import PretrainedConfig
-
-from ptv2_fast.encoders import FAMILIES
 from ptv2_fast.recipes import options_beside
 from ptv2_fast.tasks.option_table import GIVEN
-from ptv2_fast.training.methods import missing_inside
+from ptv2_fast.training.methods import missing_inside, room_for_text
 from ptv2_fast.training.options import RunConfig
 from ptv2_fast.training.pretrained import load_config
 from ptv2_fast.training.warm_start import options_of_start
@@ -48,15 +45,8 @@ def default_recipe(config: RunConfig) -> tuple[str, dict[str, Any]]:
     values = config.options()
     given = {name: values[name] for name in values[GIVEN]}
     options = options_beside(name, given) | options_of_start(config.model)
-    if options.get("max_length", 0) > _longest_input(encoder, options | given):
+    shown = options | given
+    taken = shown["num_virtual_tokens"] if shown.get("position_offset") == "prefix" else 0
+    if options.get("max_length", 0) > room_for_text(encoder) - taken:
         left_out += ["max_length", "doc_stride"]
     return name, {n: v for n, v in options.items() if n not in left_out}
-
-
-def _longest_input(encoder: PretrainedConfig, options: dict[str, Any]) -> float:
-    """How many tokens of a text fit; infinity where the encoder's family is not known."""
-    family = FAMILIES.get(encoder.model_type)
-    if family is None:
-        return math.inf
-    taken = options["num_virtual_tokens"] if options.get("position_offset") == "prefix" else 0
-    return family.max_positions(encoder) - taken

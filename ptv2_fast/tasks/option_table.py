@@ -23,7 +23,7 @@ Integer = Annotated[int, Field(ge=-(2**63), lt=2**63), "an integer"]
 Count = Annotated[int, Field(ge=1, lt=2**63), "an integer >= 1"]
 CountOrZero = Annotated[int, Field(ge=0, lt=2**63), "an integer >= 0"]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False), "a number > 0"]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False), "a number >= 0"]
+NotNegative = Annotated[float, Field(ge=0), "a number >= 0"]
 BelowOne = Annotated[float, Field(ge=0, lt=1), "a number in [0, 1)"]
 
 _WORDS = {str: "text", bool: "true or false", int: "an integer", float: "a number"}

@@ -1,6 +1,7 @@
 """The methods by name: each prepares a model of transformers in place for training."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -97,6 +98,12 @@ def missing_inside(config: PretrainedConfig) -> list[str]:
         except ValueError:
             missing.append(name)
     return missing
+
+
+def room_for_text(config: PretrainedConfig) -> float:
+    """How many tokens an encoder takes; infinity where its family is not known."""
+    family = FAMILIES.get(config.model_type)
+    return math.inf if family is None else family.max_positions(config)
 
 
 def longest_input(model: PreTrainedModel, options: ModelOptions) -> tuple[int, str]:
