@@ -30,7 +30,7 @@ from ptv2_fast.files import find_description
 from ptv2_fast.prefix import EXECUTION_FIELDS, PTuningV2Config
 
 # Fields that an adapter and an attached model must share: they decide what the tensors mean.
-_MATCHED_FIELDS = (
+MATCHED_FIELDS = (
     "num_virtual_tokens",
     "prefix_projection",
     "encoder_hidden_size",
@@ -343,7 +343,7 @@ def _check_same_config(adapter: PTuningV2Config, attached: PTuningV2Config) -> N
     same = adapter.alpha == attached.alpha
     differences = [
         f"{name} {getattr(adapter, name)!r} against {getattr(attached, name)!r}"
-        for name in _MATCHED_FIELDS
+        for name in MATCHED_FIELDS
         if getattr(adapter, name) != getattr(attached, name)
         and not (name == "low_rank_alpha" and same)
     ]

@@ -24,7 +24,7 @@ from ptv2_fast.cli.sweeps import (
 )
 from ptv2_fast.tasks.option_table import GIVEN
 from ptv2_fast.training import run_folder
-from ptv2_fast.training.options import RunConfig
+from ptv2_fast.training.options import INSIDE, RunConfig
 from ptv2_fast.training.sweeps.plan import SWEEP, seeds_sweep
 
 if TYPE_CHECKING:
@@ -102,8 +102,7 @@ def _preset(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: value for name, value in options.items() if name not in ("recipe", "config")}
     # What is wrong is said before the heavy imports. Every preset trains more than a prefix, which
     # may then be empty.
-    more = {"train_biases": True, "train_norms": True, "low_rank": 1}
-    config = RunConfig.from_dict(more | given | {GIVEN: [*given]})
+    config = RunConfig.from_dict(INSIDE | given | {GIVEN: [*given]})
     check_places(config.model, config.data)
     quieten(config.training.progress)
     from ptv2_fast.recipes.default import default_recipe

@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from datasets import Dataset
@@ -22,12 +21,10 @@ from ptv2_fast.training.baselines import (
     prompt_tuning,
 )
 from ptv2_fast.training.depth import check_depth, parse_depth
-from ptv2_fast.training.options import ModelOptions
+from ptv2_fast.training.options import INSIDE, ModelOptions
 
 # Takes the model, the options and token ids to start from (None with init="normal").
 Method = Callable[[PreTrainedModel, ModelOptions, Tensor | None], None]
-
-_INSIDE: dict[str, Any] = {"train_biases": True, "train_norms": True, "low_rank": 1}
 
 
 def prefix_config(options: ModelOptions) -> PTuningV2Config:
@@ -87,11 +84,11 @@ def prepare_model(
 def missing_inside(config: PretrainedConfig) -> list[str]:
     """The options that would train something beside the prefix which an encoder does not have."""
     if config.model_type not in FAMILIES:
-        return list(_INSIDE)
+        return list(INSIDE)
     with torch.device("meta"):
         model = AutoModel.from_config(config)
     missing = []
-    for name, value in _INSIDE.items():
+    for name, value in INSIDE.items():
         prefix = PTuningV2Config(num_virtual_tokens=1, **{name: value})
         try:
             find_vectors(model.base_model, FAMILIES[config.model_type], prefix)

@@ -59,6 +59,10 @@ METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
 }  # fmt: skip
 
 
+# What trains beside a prefix, each at its least.
+INSIDE: dict[str, Any] = {"train_biases": True, "train_norms": True, "low_rank": 1}
+
+
 class ModelOptions(OptionTable):
     """The encoder and the method; the fields of the prefix keep PEFT's names."""
 

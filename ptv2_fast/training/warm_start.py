@@ -7,17 +7,13 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from ptv2_fast.adapters import load_adapter, load_prefix, read_config
+from ptv2_fast.adapters.loading import MATCHED_FIELDS
 from ptv2_fast.encoders.adapter_files import CONFIG_NAME, read_description
 from ptv2_fast.files import find_description
 from ptv2_fast.tasks import DataOptions
 from ptv2_fast.training import run_folder
 from ptv2_fast.training.options import ModelOptions
 
-# What is alike in an adapter and a model that takes its prefix.
-_SHAPE = (
-    "num_virtual_tokens", "prefix_projection", "encoder_hidden_size", "position_offset",
-    "prefix_gate", "train_biases", "train_norms", "low_rank", "low_rank_alpha",
-)  # fmt: skip
 _SOURCE = ("train_file", "dataset", "dataset_config", "data_dir")
 
 
@@ -69,7 +65,8 @@ def options_of_start(options: ModelOptions) -> dict[str, Any]:
         return {}
     found = read_config(read_description(starts[0].adapter), starts[0].adapter)
     targets, layers = found.low_rank_targets, found.layers
-    return {name: getattr(found, name) for name in _SHAPE} | {
+    names = [name for name in MATCHED_FIELDS if name in ModelOptions.model_fields]
+    return {name: getattr(found, name) for name in names} | {
         "low_rank_targets": None if targets is None else ",".join(targets),
         "depth": None if layers is None else ",".join(str(layer + 1) for layer in layers),
     }
