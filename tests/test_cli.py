@@ -14,7 +14,8 @@ import pytest
 
 from ptv2_fast import cli
 from ptv2_fast.training.option_files import read_config_file
-from ptv2_fast.training.options import METHODS_OF_OPTION, ModelOptions, TrainingOptions
+from ptv2_fast.training.options import ModelOptions, RunConfig, TrainingOptions
+from ptv2_fast.training.unread_options import METHODS_OF_OPTION, READERS, options_without_effect
 from tests.command_line import (
     LOADING,
     fails_with_one_line,
@@ -166,6 +167,23 @@ def test_options_that_the_method_does_not_read_are_named(tiny, tmp_path, capsys)
         f"note: {option} has no effect on the method linear-probe"
         for option in ("--num-virtual-tokens", "--init", "--lora-rank")
     ]
+
+
+def test_options_that_others_leave_without_effect_are_named():
+    names = {*TrainingOptions.model_fields, *ModelOptions.model_fields}
+    assert set(READERS) <= names
+    plain = RunConfig.from_dict({"model": "m", "task": "token-classification", "train_file": "a"})
+    assert set(options_without_effect(plain, names)) >= {*READERS} - {"head_learning_rate"}
+    found = options_without_effect(plain, ["decay_ratio", "learning_rate", "bias_learning_rate"])
+    assert found == {
+        "decay_ratio": "any schedule but warmup_stable_decay",
+        "bias_learning_rate": "a run without --train-biases or --train-norms",
+    }
+    reading = {"prefix_projection": True, "train_norms": True, "low_rank": 4}
+    falling = plain.changed(reading | {"schedule": "warmup_stable_decay"})
+    assert not options_without_effect(falling, {*READERS} - {"schedule_decay"})
+    verbalizer = plain.changed({"task": "boolq", "head": "lm"})
+    assert "head_learning_rate" in options_without_effect(verbalizer, ["head_learning_rate"])
 
 
 # Each line is ten of the line before.

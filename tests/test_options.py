@@ -247,6 +247,7 @@ def test_values_stay_when_a_default_changes(tmp_path, monkeypatch):
         (TrainingOptions, {"learning_rate": float("inf")}, "None or a number > 0, got inf"),
         (TrainingOptions, {"learning_rate": 10**400}, "learning_rate: expected an integer of 64"),
         (TrainingOptions, {"weight_decay": float("nan")}, "expected a number >= 0, got nan"),
+        (TrainingOptions, {"weight_decay": float("inf")}, "expected a number >= 0, got inf"),
         (TrainingOptions, {"ema_decay": 0}, "expected None or a number in (0, 1), got 0"),
         (TrainingOptions, {"seed": -1}, "seed: expected an integer in 0..2**32-1, got -1"),
         (TrainingOptions, {"save_steps": -1}, "expected None or an integer >= 0, got -1"),

@@ -15,13 +15,8 @@ from ptv2_fast.tasks.option_table import OptionTable
 from ptv2_fast.tasks.options import DataOptions
 from ptv2_fast.tasks.sources import find_sources
 from ptv2_fast.training.option_files import read_config_file
-from ptv2_fast.training.options import (
-    METHODS_OF_OPTION,
-    TABLES,
-    ModelOptions,
-    RunConfig,
-    with_changes,
-)
+from ptv2_fast.training.options import TABLES, ModelOptions, RunConfig, with_changes
+from ptv2_fast.training.unread_options import options_without_effect
 
 # Exit codes.
 BAD_INPUT = 2
@@ -123,8 +118,8 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
 def run_config(options: dict[str, Any], base: dict[str, Any] | None = None) -> RunConfig:
     """The run's configuration: `base`, then the recipe's, the file's, and the options.
 
-    Says on stderr which of the options the method does not read; a recipe or a file may hold
-    options of other methods.
+    Says on stderr which of the options have no effect; a recipe or a file may hold options of other
+    methods.
 
     Args:
         options: parsed ones, of `add_run_settings` alone.
@@ -139,11 +134,8 @@ def run_config(options: dict[str, Any], base: dict[str, Any] | None = None) -> R
         values = with_changes(values, options_beside(recipe, from_file | options))
     values = with_changes(values, from_file)
     config = RunConfig.from_dict(with_changes(values, options))
-    method = config.model.method
-    for name in options:
-        if method not in METHODS_OF_OPTION.get(name, (method,)):
-            flag = with_dashes(f"--{name}")
-            print(f"note: {flag} has no effect on the method {method}", file=sys.stderr)
+    for name, what in options_without_effect(config, options).items():
+        print(f"note: {with_dashes(f'--{name}')} has no effect on {what}", file=sys.stderr)
     return config
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar
@@ -214,6 +215,9 @@ class TokenClassification(Task):
     def learn(self, train: Examples, labels: list[str]) -> None:
         """How often labels follow each other, where they are decoded as sequences."""
         scheme, decoding = self.scheme(labels), self.options.decoding
+        if scheme is None and decoding == "viterbi":
+            warnings.warn(f"decoding: no effect, labels of words have no order: {labels[:LISTED]}",
+                          stacklevel=2)  # fmt: skip
         if scheme is None or decoding == "argmax":
             return
         tags = train.table["tags"][:]

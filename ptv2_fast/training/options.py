@@ -41,23 +41,6 @@ DEFAULT_LEARNING_RATES = {
     "lora": 2e-4,
 }
 MOST_FOR_BIASES = 1e-2  # where no --bias-learning-rate is given
-# Options that only some methods read. Not here: depth and start_from, which others refuse.
-_PROMPTS = ("p-tuning-v2", "prompt-tuning", "p-tuning-v1")
-METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
-    "num_virtual_tokens": _PROMPTS,
-    "init": _PROMPTS,
-    "encoder_hidden_size": ("p-tuning-v2", "p-tuning-v1"),
-    "prompt_encoder": ("p-tuning-v1",),
-    **dict.fromkeys(("lora_rank", "lora_alpha", "lora_dropout"), ("lora",)),
-    **dict.fromkeys(
-        ("prefix_projection", "prefix_dropout", "position_offset", "prefix_gate", "train_biases",
-         "train_norms", "low_rank", "low_rank_alpha", "low_rank_targets",
-         "low_rank_learning_rate", "bias_learning_rate", "backbone", "recompute", "memory_budget",
-         "backbone_dtype"),
-        ("p-tuning-v2",),
-    ),
-}  # fmt: skip
-
 
 # What trains beside a prefix, each at its least.
 INSIDE: dict[str, Any] = {"train_biases": True, "train_norms": True, "low_rank": 1}
@@ -209,7 +192,9 @@ class TrainingOptions(OptionTable):
         f"{MOST_FOR_BIASES:g})",
     )
     low_rank_learning_rate: Positive = option(1e-3, "peak learning rate of low-rank updates")
-    weight_decay: NotNegative = option(0.0, "of AdamW, not on biases and norms")
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False), "a number >= 0"] = option(
+        0.0, "of AdamW, not on biases and norms"
+    )
     adam_beta1: BelowOne = option(0.9, "of AdamW: decay of the average of gradients")
     adam_beta2: BelowOne = option(0.999, "of AdamW: decay of the average of their squares")
     warmup_ratio: BelowOne = option(0.0, "part of the run in which the learning rate rises")
