@@ -329,8 +329,13 @@ class PrefixEncoder(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw every weight from N(0, 0.02) and zero the biases and the gate."""
+        """Draw the prefix anew: weights from N(0, 0.02), biases of the MLP and the gate 0.
+
+        What else an attached encoder trains stays: it belongs to the backbone's layers.
+        """
         for name, parameter in self.named_parameters():
+            if not name.startswith(("projection.", "embedding.", "gate")):
+                continue
             if name.endswith(("bias", "gate")):
                 nn.init.zeros_(parameter)
             else:

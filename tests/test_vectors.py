@@ -210,6 +210,15 @@ def test_a_copy_has_vectors_of_its_own(backbone, duplicate):
     assert torch.equal(model(**batch).logits, logits)
 
 
+def test_a_prefix_that_is_drawn_anew_leaves_them():
+    _, model = moved(low_rank=2)
+    before = {name: value.clone() for name, value in model.prefix_encoder.state_dict().items()}
+    model.prefix_encoder.reset_parameters()
+    after = model.prefix_encoder.state_dict()
+    changed = [name for name, value in after.items() if not torch.equal(value, before[name])]
+    assert changed == ["embedding.weight"]
+
+
 def test_adapters_with_and_without_them_do_not_mix(tmp_path):
     plain, model = moved()
     ptv2_fast.save_adapter(model, tmp_path)
