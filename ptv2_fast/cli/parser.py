@@ -118,9 +118,6 @@ def add_run_settings(parser: argparse.ArgumentParser) -> None:
 def run_config(options: dict[str, Any], base: dict[str, Any] | None = None) -> RunConfig:
     """The run's configuration: `base`, then the recipe's, the file's, and the options.
 
-    Says on stderr which of the options have no effect; a recipe or a file may hold options of other
-    methods.
-
     Args:
         options: parsed ones, of `add_run_settings` alone.
 
@@ -133,10 +130,14 @@ def run_config(options: dict[str, Any], base: dict[str, Any] | None = None) -> R
     if recipe not in (None, NONE):
         values = with_changes(values, options_beside(recipe, from_file | options))
     values = with_changes(values, from_file)
-    config = RunConfig.from_dict(with_changes(values, options))
+    return RunConfig.from_dict(with_changes(values, options))
+
+
+def note_unread(config: RunConfig, options: Iterable[str]) -> None:
+    """Say on stderr which options of the command line have no effect on a run; a recipe or a file
+    may hold those of other methods, and the runs of a search or an ablation differ in some."""
     for name, what in options_without_effect(config, options).items():
         print(f"note: {with_dashes(f'--{name}')} has no effect on {what}", file=sys.stderr)
-    return config
 
 
 def check_places(model: ModelOptions, *data: DataOptions) -> None:

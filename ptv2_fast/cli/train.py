@@ -11,6 +11,7 @@ from ptv2_fast.cli.parser import (
     add_run_settings,
     check_places,
     checked,
+    note_unread,
     quieten,
     run_config,
 )
@@ -69,6 +70,7 @@ def _train(options: dict[str, Any]) -> None:
         return
     before = checked(_before, folder) if resume else {}
     config = checked(run_config, options, before or checked(_preset, options))
+    note_unread(config, options)
     train_and_print(config, folder, **flags)
 
 
@@ -82,6 +84,7 @@ def _train_sweep(
     else:
         refuse_given(options, {"seed"})
         config = checked(run_config, options, checked(_preset, options))
+        note_unread(config, options)
         sweep = checked(seeds_sweep, config, seeds)
     run_and_print(sweep, folder, **flags)
 
