@@ -43,9 +43,6 @@ READERS = {
         lambda run: run.model.prefix_projection or run.model.method == "p-tuning-v1",
         "a run without --prefix-projection",
     ),
-    "head_learning_rate": _Reader(
-        lambda run: run.data.head != "lm" or _trains_vectors(run), "the head lm, which is frozen"
-    ),
     "bias_learning_rate": _Reader(_trains_vectors, "a run without --train-biases or --train-norms"),
     "low_rank_learning_rate": _Reader(
         lambda run: run.model.low_rank is not None, "a run without --low-rank"
