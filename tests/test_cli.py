@@ -179,6 +179,8 @@ def test_options_that_others_leave_without_effect_are_named():
         "decay_ratio": "any schedule but warmup_stable_decay",
         "bias_learning_rate": "a run without --train-biases or --train-norms",
     }
+    of_search = options_without_effect(plain, READERS, ["schedule", "low_rank", "method"])
+    assert [*of_search] == ["bias_learning_rate"]
     reading = {"prefix_projection": True, "train_norms": True, "low_rank": 4}
     falling = plain.changed(reading | {"schedule": "warmup_stable_decay"})
     assert not options_without_effect(falling, {*READERS} - {"schedule_decay"})

@@ -3,7 +3,14 @@
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.cli.parser import BadInput, add_command, add_run_settings, checked, run_config
+from ptv2_fast.cli.parser import (
+    BadInput,
+    add_command,
+    add_run_settings,
+    checked,
+    note_unread,
+    run_config,
+)
 from ptv2_fast.cli.sweeps import (
     add_output,
     list_of_integers,
@@ -64,6 +71,7 @@ def _ablate(options: dict[str, Any]) -> None:
     if kind == "head":
         options["head"] = "lm"  # the verbalizer is its option
     base = checked(run_config, options, before.base.options() if before else None)
+    note_unread(base, options, VARIED[kind])
 
     from ptv2_fast.training.sweeps import ablation
 

@@ -133,10 +133,10 @@ def run_config(options: dict[str, Any], base: dict[str, Any] | None = None) -> R
     return RunConfig.from_dict(with_changes(values, options))
 
 
-def note_unread(config: RunConfig, options: Iterable[str]) -> None:
-    """Say on stderr which options of the command line have no effect on a run; a recipe or a file
-    may hold those of other methods, and the runs of a search or an ablation differ in some."""
-    for name, what in options_without_effect(config, options).items():
+def note_unread(config: RunConfig, options: Iterable[str], varied: Iterable[str] = ()) -> None:
+    """Say on stderr which options of the command line have no effect on a run, nor on others that
+    differ from it in some; a recipe or a file may hold options of other methods."""
+    for name, what in options_without_effect(config, options, varied).items():
         print(f"note: {with_dashes(f'--{name}')} has no effect on {what}", file=sys.stderr)
 
 

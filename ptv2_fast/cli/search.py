@@ -12,6 +12,7 @@ from ptv2_fast.cli.parser import (
     add_run_settings,
     check_places,
     checked,
+    note_unread,
     quieten,
     run_config,
 )
@@ -62,6 +63,7 @@ def _search(options: dict[str, Any]) -> None:
     given = set(options) - {"recipe", "config"}
     base = checked(run_config, options)
     space = checked(_space, base, given, space_file)
+    note_unread(base, options, space)
     for package in ("optuna", "sqlalchemy"):
         if importlib.util.find_spec(package) is None:
             raise BadInput(f"search: needs {package}: pip install 'ptv2-fast[search]'")

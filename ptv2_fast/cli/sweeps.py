@@ -8,7 +8,14 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from ptv2_fast.cli.parser import BadInput, check_places, checked, quieten, run_config
+from ptv2_fast.cli.parser import (
+    BadInput,
+    check_places,
+    checked,
+    note_unread,
+    quieten,
+    run_config,
+)
 from ptv2_fast.training.sweeps.plan import SWEEP, Sweep, read_sweep
 
 
@@ -53,8 +60,10 @@ def rest_of(before: Sweep, options: dict[str, Any], seeds: list[int] | None) -> 
     Raises:
         BadInput: for options that the runs set themselves, or bad ones.
     """
-    refuse_given(options, set().union(*before.runs.values()))
+    varied = set().union(*before.runs.values())
+    refuse_given(options, varied)
     base = checked(run_config, options, before.base.options())
+    note_unread(base, options, varied)
     if seeds is not None:
         return checked(before.with_seeds, base, seeds)
     return dataclasses.replace(before, base=base)

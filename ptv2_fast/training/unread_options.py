@@ -24,44 +24,64 @@ METHODS_OF_OPTION: dict[str, tuple[str, ...]] = {
 
 
 class _Reader(NamedTuple):
-    """What reads an option, beside the method: whether a run has it, and the words for its lack."""
+    """What reads an option, beside the method.
 
+    Attributes:
+        options: those that decide whether a run has it.
+        is_there: whether a run has it.
+        without: the words for its lack.
+    """
+
+    options: tuple[str, ...]
     is_there: Callable[[RunConfig], bool]
     without: str
 
 
-def _trains_vectors(run: RunConfig) -> bool:
-    return run.model.train_biases or run.model.train_norms
-
-
 _FALLS_AT_ITS_END = _Reader(
+    ("schedule",),
     lambda run: run.training.schedule == "warmup_stable_decay",
     "any schedule but warmup_stable_decay",
 )
 READERS = {
     "encoder_hidden_size": _Reader(
+        ("prefix_projection", "method"),
         lambda run: run.model.prefix_projection or run.model.method == "p-tuning-v1",
         "a run without --prefix-projection",
     ),
-    "bias_learning_rate": _Reader(_trains_vectors, "a run without --train-biases or --train-norms"),
+    "bias_learning_rate": _Reader(
+        ("train_biases", "train_norms"),
+        lambda run: run.model.train_biases or run.model.train_norms,
+        "a run without --train-biases or --train-norms",
+    ),
     "low_rank_learning_rate": _Reader(
-        lambda run: run.model.low_rank is not None, "a run without --low-rank"
+        ("low_rank",), lambda run: run.model.low_rank is not None, "a run without --low-rank"
     ),
     "decay_ratio": _FALLS_AT_ITS_END,
     "decay_type": _FALLS_AT_ITS_END,
     "schedule_decay": _Reader(
-        lambda run: run.training.schedule == "exponential", "any schedule but exponential"
+        ("schedule",),
+        lambda run: run.training.schedule == "exponential",
+        "any schedule but exponential",
     ),
 }
 
 
-def options_without_effect(run: RunConfig, names: Iterable[str]) -> dict[str, str]:
-    """Those options of a run, among some, that it does not read, and what does not read them."""
-    method, found = run.model.method, {}
+def options_without_effect(
+    run: RunConfig, names: Iterable[str], varied: Iterable[str] = ()
+) -> dict[str, str]:
+    """Those options of a run, among some, that it does not read, and what does not read them.
+
+    Args:
+        run: one, or what a search or an ablation starts from.
+        names: of the options.
+        varied: options in which the runs of that differ: some may read what the first does not.
+    """
+    method, found, varied = run.model.method, {}, set(varied)
     for name in names:
         reader = READERS.get(name)
         if method not in METHODS_OF_OPTION.get(name, (method,)):
-            found[name] = f"the method {method}"
-        elif reader is not None and not reader.is_there(run):
+            if "method" not in varied:
+                found[name] = f"the method {method}"
+        elif reader is not None and varied.isdisjoint(reader.options) and not reader.is_there(run):
             found[name] = reader.without
     return found
